@@ -1,0 +1,1 @@
+"""From a Spec to source or operators, one module for each target."""

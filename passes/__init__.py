@@ -1,0 +1,1 @@
+"""Rewrites: Spec to Spec, one module for each family."""
