@@ -1,0 +1,1 @@
+"""Measured claims, and the real checkpoints that they and the tests run on."""
