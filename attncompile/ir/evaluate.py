@@ -1,0 +1,116 @@
+"""Evaluation of expressions in PyTorch, by broadcasting. This is the definition of what an expression means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight
+from attncompile.ir.operators import OPERATORS, Kind
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the symbols of an expression stand for.
+
+    Attributes:
+        indices: index name to an integer tensor; all of them broadcast against each other and against ``score``.
+        sizes: size name to its value.
+        tensors: captured tensors by name; a load's element kind decides how the values are read.
+        score, weight: the raw scores and the normalised weights.
+        dtype: float dtype of the arithmetic.
+        device: where the evaluation happens.
+    """
+
+    indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    score: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float64
+    device: torch.device | str = "cpu"
+
+
+def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
+    """The value of an expression, broadcast over the index tensors it reads.
+
+    Raises:
+        ValueError: for a symbol or tensor that the environment does not have.
+    """
+    known: dict[Expr, torch.Tensor] = {}
+
+    def go(node: Expr) -> torch.Tensor:
+        if node not in known:
+            known[node] = _value(node, environment, go)
+        return known[node]
+
+    return go(expr)
+
+
+def _value(node: Expr, environment: Environment, go: object) -> torch.Tensor:
+    def recurse(child: Expr) -> torch.Tensor:
+        return go(child)  # type: ignore[operator,no-any-return]
+
+    match node:
+        case Const(value):
+            return torch.tensor(value, dtype=_dtype(node.kind, environment), device=environment.device)
+        case Index(name):
+            if name not in environment.indices:
+                raise ValueError(f"no values for index {name!r}; there are {sorted(environment.indices)}")
+            return environment.indices[name]
+        case Size(name):
+            if name not in environment.sizes:
+                raise ValueError(f"no value for size {name!r}; there are {sorted(environment.sizes)}")
+            return torch.tensor(environment.sizes[name], dtype=torch.int64, device=environment.device)
+        case Score():
+            return _given(environment.score, "score").to(environment.dtype)
+        case Weight():
+            return _given(environment.weight, "weight").to(environment.dtype)
+        case Load(name, indices, element):
+            if name not in environment.tensors:
+                raise ValueError(f"no tensor {name!r}; there are {sorted(environment.tensors)}")
+            tensor = environment.tensors[name]
+            if tensor.dim() != len(indices):
+                raise ValueError(f"{node} has {len(indices)} indices, but the tensor has shape {tuple(tensor.shape)}")
+            positions = tuple(
+                recurse(index).to(torch.int64).clamp(0, max(extent - 1, 0))
+                for index, extent in zip(indices, tensor.shape, strict=True)
+            )
+            read = tensor[positions] if positions else tensor
+            return read.to(_dtype(element, environment))
+        case Apply(operator, arguments, result):
+            values = [recurse(argument) for argument in arguments]
+            if operator == "float":
+                return values[0].to(environment.dtype)
+            if operator == "int":
+                return values[0].trunc().to(torch.int64) if values[0].is_floating_point() else values[0].to(torch.int64)
+            if result is Kind.FLOAT and operator != "where":
+                values = [v.to(environment.dtype) for v in values]
+            elif operator in ("where", "lt", "le", "gt", "ge", "eq", "ne") and any(
+                a.kind is Kind.FLOAT for a in arguments
+            ):
+                values = [v if a.kind is Kind.BOOL else v.to(environment.dtype)
+                          for v, a in zip(values, arguments, strict=True)]
+            return OPERATORS[operator].torch(*values)  # type: ignore[no-any-return]
+    raise ValueError(f"cannot evaluate {node!r}")
+
+
+def _dtype(kind: Kind, environment: Environment) -> torch.dtype:
+    return {Kind.BOOL: torch.bool, Kind.INT: torch.int64, Kind.FLOAT: environment.dtype}[kind]
+
+
+def _given(tensor: torch.Tensor | None, what: str) -> torch.Tensor:
+    if tensor is None:
+        raise ValueError(f"the expression reads the {what}, but none was given")
+    return tensor
+
+
+def index_grid(extents: Mapping[str, int], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """One integer tensor per axis, shaped so that they broadcast to the full grid in the order given."""
+    rank = len(extents)
+    return {
+        name: torch.arange(extent, device=device).reshape([-1 if axis == position else 1 for axis in range(rank)])
+        for position, (name, extent) in enumerate(extents.items())
+    }
