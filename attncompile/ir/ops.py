@@ -1,0 +1,544 @@
+"""The operations of a Spec.
+
+Each is a frozen dataclass whose fields are marked as operands (names of tensors), results or attributes; from these
+marks come its printed form, its parser and the verifier. ``reference`` is the definition: plain PyTorch,
+differentiable, in whatever float dtype it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from attncompile.ir.evaluate import Environment, evaluate, index_grid
+from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
+from attncompile.ir.operators import Kind
+from attncompile.ir.simplify import simplify
+from attncompile.ir.types import Axis, TensorType, concrete, element_kind
+
+Types = Mapping[str, TensorType]
+Tensors = Mapping[str, torch.Tensor]
+
+
+def operand(axes: str) -> Any:
+    """A field that names a tensor with these axes."""
+    return dataclasses.field(metadata={"role": "operand", "axes": axes})
+
+
+def optional_operand(axes: str) -> Any:
+    """A field that names a tensor with these axes, or is empty."""
+    return dataclasses.field(default="", metadata={"role": "operand", "axes": axes})
+
+
+def result(default: str) -> Any:
+    """A field that names a result; an empty name means it is not computed."""
+    return dataclasses.field(default=default, metadata={"role": "result"})
+
+
+@dataclass(frozen=True)
+class Operation(ABC):
+    """One step of a Spec."""
+
+    keyword: ClassVar[str]
+
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors it reads, captured ones last."""
+        named = [getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "operand"]
+        return tuple(dict.fromkeys([n for n in named if n] + [load.tensor for load in self.captured()]))
+
+    def results(self) -> tuple[str, ...]:
+        """Names of the tensors it makes."""
+        named = [getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "result"]
+        return tuple(name for name in named if name)
+
+    def expressions(self) -> tuple[Expr, ...]:
+        """The index expressions among its attributes."""
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return tuple(value for value in values if isinstance(value, Expr))
+
+    def captured(self) -> tuple[Load, ...]:
+        """Loads of tensors in its expressions."""
+        return tuple(dict.fromkeys(load for expr in self.expressions() for load in loads(expr)))
+
+    @abstractmethod
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        """Types of the results.
+
+        Raises:
+            ValueError: when the operands do not fit; names the tensor, the axis and both sizes.
+        """
+
+    @abstractmethod
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The results, computed plainly in ``dtype``."""
+
+    def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
+        """Floating-point operations (a multiply-add counts 2); 0 where the work is negligible."""
+        return 0
+
+    def check_captured(self, types: Types, symbols: frozenset[str]) -> None:
+        """Check the expressions: every load fits its tensor, and only the given symbols occur.
+
+        Raises:
+            ValueError: naming the load or symbol at fault.
+        """
+        for expr in self.expressions():
+            for node in walk(expr):
+                if isinstance(node, Load):
+                    if node.tensor not in types:
+                        raise ValueError(f"{self.keyword}: {expr} loads {node.tensor!r}, which is not a tensor of "
+                                         f"the Spec ({sorted(types)})")
+                    found = types[node.tensor]
+                    if len(found.axes) != len(node.indices) or element_kind(found.dtype) is not node.element:
+                        raise ValueError(f"{self.keyword}: {node} ({node.element}) does not fit {node.tensor}{found}")
+                name = {Score: "s", Weight: "w"}.get(type(node)) or (node.name if isinstance(node, Index) else None)
+                if name is not None and name not in symbols:
+                    raise ValueError(f"{self.keyword}: {expr} reads {name!r}; only {sorted(symbols)} have a meaning here")
+
+
+def same_size(what: str, left: tuple[str, Axis], right: tuple[str, Axis]) -> None:
+    """Require two axes to be of one size.
+
+    Raises:
+        ValueError: naming both tensors, axes and sizes.
+    """
+    (left_name, left_axis), (right_name, right_axis) = left, right
+    if simplify(left_axis.size) != simplify(right_axis.size):
+        raise ValueError(f"{what}: axis {left_axis.name} of {left_name} is {left_axis.size}, but axis {right_axis.name} of "
+                         f"{right_name} is {right_axis.size}")
+
+
+def find(types: Types, name: str, what: str, rank: int) -> TensorType:
+    """The type of a tensor, checked for its rank.
+
+    Raises:
+        ValueError: when the tensor is missing or has another rank.
+    """
+    if name not in types:
+        raise ValueError(f"{what} reads {name!r}, which nothing defines; there are {sorted(types)}")
+    if len(types[name].axes) != rank:
+        raise ValueError(f"{what}: {name} should have {rank} axes, but is {name}{types[name]}")
+    return types[name]
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """How scores become weights.
+
+    Attributes:
+        kind: ``softmax`` over the keys, or pointwise ``sigmoid`` or ``relu``.
+        dtype: float dtype in which the original computes it.
+        empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or ``zero``.
+    """
+
+    kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    dtype: str = "float32"
+    empty: Literal["nan", "zero"] = "nan"
+
+    def __post_init__(self) -> None:
+        for value, allowed in ((self.kind, ("softmax", "sigmoid", "relu")), (self.empty, ("nan", "zero"))):
+            if value not in allowed:
+                raise ValueError(f"unknown normaliser property {value!r}; choose one of {', '.join(allowed)}")
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.dtype})" + (", empty rows zero" if self.empty == "zero" else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Normalizer:
+        """Read the printed form.
+
+        Raises:
+            ValueError: for text that is no normaliser.
+        """
+        kind, _, rest = text.partition(" (")
+        dtype, _, empty = rest.partition(")")
+        return cls(kind.strip(), dtype, "zero" if "zero" in empty else "nan")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Attend(Operation):
+    """``out[b,h,i,e] = Σ_j weight(norm_j(logit[b,h,i,j])) · v[b,g,j,e]`` with ``g = kv_head(h)``.
+
+    The raw score is ``s = Σ_d q[b,h,i,d] · k[b,g,j,d]``; the logit is ``score(s, b, h, i, j)`` where the mask holds,
+    else ``fill``. ``lse`` is the log of the sum of exponentials of the logits (natural log, softmax only).
+
+    Attributes:
+        query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
+        score: real expression over ``s b h i j`` and captured tensors; holds the scale.
+        mask: truth value over ``b h i j`` and captured tensors; true is visible.
+        fill: logit of a masked position, −∞ unless the model uses a finite number; may read the score.
+        weight: edit of the normalised weight, an expression over ``w b h i j`` (``w`` when there is none).
+        kv_head: KV head that a query head reads, an integer expression over ``h``.
+        norm: the normaliser.
+        out, lse: result names; an empty ``lse`` is not computed.
+
+    Follows: Vaswani et al. 2017 (arXiv:1706.03762), grouped heads as in arXiv:2305.13245.
+    """
+
+    keyword: ClassVar[str] = "attend"
+
+    query: str = operand("bhid")
+    key: str = operand("bgjd")
+    value: str = operand("bgje")
+    score: Expr = SCORE
+    mask: Expr = TRUE
+    fill: Expr = Const(-math.inf)
+    weight: Expr = WEIGHT
+    kv_head: Expr = Index("h")
+    norm: Normalizer = Normalizer()
+    out: str = result("out")
+    lse: str = result("")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        query = find(types, self.query, "attend", 4)
+        key = find(types, self.key, "attend", 4)
+        value = find(types, self.value, "attend", 4)
+        same_size("attend", (self.query, query.axes[3]), (self.key, key.axes[3]))
+        same_size("attend", (self.query, query.axes[0]), (self.key, key.axes[0]))
+        for axis in range(3):
+            same_size("attend", (self.key, key.axes[axis]), (self.value, value.axes[axis]))
+        for name, expr, kind in (("score", self.score, Kind.FLOAT), ("mask", self.mask, Kind.BOOL),
+                                 ("fill", self.fill, Kind.FLOAT), ("weight", self.weight, Kind.FLOAT),
+                                 ("kv_head", self.kv_head, Kind.INT)):
+            if expr.kind is not kind:
+                raise ValueError(f"attend: {name} {expr} is {expr.kind}, should be {kind}")
+        self.check_captured(types, frozenset("bhij" + "sw"))
+        for name, expr, forbidden in (("score", self.score, Weight), ("mask", self.mask, Score | Weight),
+                                      ("fill", self.fill, Weight), ("weight", self.weight, Score),
+                                      ("kv_head", self.kv_head, Score | Weight | Load)):
+            if any(isinstance(node, forbidden) for node in walk(expr)):
+                raise ValueError(f"attend: {name} {expr} may not read {'w' if forbidden is Weight else 's'} or a tensor")
+        if self.lse and self.norm.kind != "softmax":
+            raise ValueError(f"attend: only softmax has a log-sum-exp, the normaliser is {self.norm}")
+        axes = (*query.axes[:3], value.axes[3])
+        made = {self.out: TensorType(axes, query.dtype)}
+        if self.lse:
+            made[self.lse] = TensorType(query.axes[:3], "float32")
+        return made
+
+    def environment(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype, **symbols: Any) -> Environment:
+        """Index grids ``b h i j`` over the map of this call, with the captured tensors."""
+        query, key = tensors[self.query], tensors[self.key]
+        grid = index_grid({"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]},
+                          query.device)
+        return Environment(grid, sizes, tensors, dtype=dtype, device=query.device, **symbols)
+
+    def logits(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+        """The normaliser's argument ``[b,h,i,j]``, masked positions filled."""
+        query, key = tensors[self.query].to(dtype), tensors[self.key].to(dtype)
+        heads = self.kv_heads(query.shape[1], query.device, sizes)
+        raw = torch.einsum("bhid,bhjd->bhij", query, key[:, heads])
+        environment = self.environment(tensors, sizes, dtype, score=raw)
+        score = evaluate(self.score, environment).to(dtype).expand(raw.shape)
+        if self.mask == TRUE:
+            return score
+        visible = evaluate(self.mask, environment)
+        return torch.where(visible, score, evaluate(self.fill, environment).to(dtype))
+
+    def kv_heads(self, heads: int, device: torch.device | str, sizes: Mapping[str, int]) -> torch.Tensor:
+        """KV head of each query head: int64 ``[h]``."""
+        grid = {"h": torch.arange(heads, device=device)}
+        return evaluate(self.kv_head, Environment(grid, sizes, device=device)).expand(heads)
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        logits = self.logits(tensors, sizes, dtype)
+        made: dict[str, torch.Tensor] = {}
+        if self.norm.kind == "softmax":
+            weights = torch.softmax(logits, dim=-1)
+            if self.norm.empty == "zero":
+                empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+                weights = torch.where(empty, torch.zeros((), dtype=dtype, device=logits.device), weights)
+            if self.lse:
+                made[self.lse] = torch.logsumexp(logits, dim=-1)
+        else:
+            weights = torch.sigmoid(logits) if self.norm.kind == "sigmoid" else torch.relu(logits)
+        if self.weight != WEIGHT:
+            weights = evaluate(self.weight, self.environment(tensors, sizes, dtype, weight=weights)).expand(logits.shape)
+        value = tensors[self.value].to(dtype)[:, self.kv_heads(logits.shape[1], logits.device, sizes)]
+        made[self.out] = torch.einsum("bhij,bhje->bhie", weights, value)
+        return made
+
+    def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
+        query, value = types[self.query], types[self.value]
+        pairs = math.prod(concrete(s, sizes) for s in query.sizes[:3]) * concrete(value.sizes[2], sizes)
+        return 2 * pairs * (concrete(query.sizes[3], sizes) + concrete(value.sizes[3], sizes))
+
+
+def _feature(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name == "identity":
+        return tensor
+    if name == "elu1":
+        return torch.nn.functional.elu(tensor) + 1
+    if name == "relu":
+        return torch.relu(tensor)
+    raise ValueError(f"unknown feature map {name!r}; choose identity, elu1 or relu")
+
+
+@dataclass(frozen=True)
+class Scan(Operation):
+    """Causal linear attention with a fixed decay per head, in recurrent form
+
+    ``S_t = decay(h) · S_{t-1} + φ(k_t) v_tᵀ``, ``out_t = scale · φ(q_t)ᵀ S_t``, which in parallel form is
+    ``out_i = scale · Σ_{j ≤ i} decay(h)^(i-j) (φ(q_i)·φ(k_j)) v_j``. With ``normalize`` the result is divided by
+    ``max(|scale · Σ_j …|, 1)`` of the same sum without ``v``.
+
+    Attributes:
+        query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``; queries and keys have one length.
+        decay: real expression over ``h`` and captured tensors, in (0, 1] (a plain factor, not its log).
+        scale: factor of the output.
+        feature: φ, one of ``identity``, ``elu1`` (ELU + 1), ``relu``.
+        kv_head: KV head that a query head reads.
+
+    Follows: Katharopoulos et al. 2020 (arXiv:2006.16236); decay as in RetNet (arXiv:2307.08621).
+    """
+
+    keyword: ClassVar[str] = "scan"
+
+    query: str = operand("bhid")
+    key: str = operand("bgid")
+    value: str = operand("bgie")
+    decay: Expr = Const(1.0)
+    scale: float = 1.0
+    feature: str = "identity"
+    normalize: bool = False
+    kv_head: Expr = Index("h")
+    out: str = result("out")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        query = find(types, self.query, "scan", 4)
+        key = find(types, self.key, "scan", 4)
+        value = find(types, self.value, "scan", 4)
+        same_size("scan", (self.query, query.axes[3]), (self.key, key.axes[3]))
+        same_size("scan", (self.query, query.axes[2]), (self.key, key.axes[2]))
+        for axis in range(3):
+            same_size("scan", (self.key, key.axes[axis]), (self.value, value.axes[axis]))
+        if self.decay.kind is not Kind.FLOAT:
+            raise ValueError(f"scan: decay {self.decay} is {self.decay.kind}, should be float")
+        self.check_captured(types, frozenset("h"))
+        _feature(self.feature, torch.zeros(()))
+        return {self.out: TensorType((*query.axes[:3], value.axes[3]), query.dtype)}
+
+    def decays(self, tensors: Tensors, heads: int, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+        """The decay factor of each head ``[h]``."""
+        device = tensors[self.query].device
+        grid = {"h": torch.arange(heads, device=device)}
+        return evaluate(self.decay, Environment(grid, sizes, tensors, dtype=dtype, device=device)).expand(heads)
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        query = _feature(self.feature, tensors[self.query].to(dtype))
+        heads = self._kv_heads(query, sizes)
+        key = _feature(self.feature, tensors[self.key].to(dtype))[:, heads]
+        value = tensors[self.value].to(dtype)[:, heads]
+        length = query.shape[2]
+        position = torch.arange(length, device=query.device)
+        distance = (position[:, None] - position[None, :]).to(dtype)
+        decay = self.decays(tensors, query.shape[1], sizes, dtype)[:, None, None]
+        weights = torch.einsum("bhid,bhjd->bhij", query, key) * self.scale
+        weights = torch.where(distance >= 0, weights * decay ** distance.clamp(min=0), torch.zeros((), dtype=dtype))
+        out = torch.einsum("bhij,bhje->bhie", weights, value)
+        if self.normalize:
+            out = out / weights.sum(-1, keepdim=True).abs().clamp(min=1)
+        return {self.out: out}
+
+    def _kv_heads(self, query: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        grid = {"h": torch.arange(query.shape[1], device=query.device)}
+        return evaluate(self.kv_head, Environment(grid, sizes, device=query.device)).expand(query.shape[1])
+
+    def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
+        query, value = types[self.query], types[self.value]
+        tokens = math.prod(concrete(s, sizes) for s in query.sizes[:3])
+        return 4 * tokens * concrete(query.sizes[3], sizes) * concrete(value.sizes[3], sizes)
+
+
+@dataclass(frozen=True)
+class Position(Operation):
+    """Rotary position map of query or key, on the first ``channels`` of the ``d`` axis; the others pass through.
+
+    ``out[d] = x[d]·cos(b,i,d) + partner(x, d)·sin(b,i,d)``, where the partner of channel ``d`` is, with
+    ``R = channels``: for ``half`` ``−x[d + R/2]`` in the first half and ``x[d − R/2]`` in the second; for
+    ``interleaved`` ``−x[d + 1]`` at even and ``x[d − 1]`` at odd channels.
+
+    Attributes:
+        tensor: ``[b,h,i,d]``.
+        cos, sin: real expressions over ``b i d`` and captured tensors.
+        channels: number of rotated channels ``R`` (even).
+        convention: ``half`` (Llama, NeoX) or ``interleaved`` (GPT-J).
+
+    Follows: Su et al. 2021 (arXiv:2104.09864).
+    """
+
+    keyword: ClassVar[str] = "position"
+
+    tensor: str = operand("bhid")
+    cos: Expr = Const(1.0)
+    sin: Expr = Const(0.0)
+    channels: int = 0
+    convention: str = "half"
+    out: str = result("out")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        found = find(types, self.tensor, "position", 4)
+        size = simplify(found.axes[3].size)
+        if self.channels % 2 or self.channels < 0 or (isinstance(size, Const) and self.channels > size.value):
+            raise ValueError(f"position: channels must be even and at most {size}, got {self.channels}")
+        if self.convention not in ("half", "interleaved"):
+            raise ValueError(f"position: unknown convention {self.convention!r}; choose half or interleaved")
+        self.check_captured(types, frozenset("bid"))
+        return {self.out: found}
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        x = tensors[self.tensor].to(dtype)
+        rotated, rest = x[..., : self.channels], x[..., self.channels :]
+        grid = index_grid({"b": x.shape[0], "h": 1, "i": x.shape[2], "d": self.channels}, x.device)
+        environment = Environment(grid, sizes, tensors, dtype=dtype, device=x.device)
+        cos, sin = evaluate(self.cos, environment), evaluate(self.sin, environment)
+        if self.convention == "half":
+            first, second = rotated.chunk(2, dim=-1)
+            partner = torch.cat([-second, first], dim=-1)
+        else:
+            even, odd = rotated[..., 0::2], rotated[..., 1::2]
+            partner = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return {self.out: torch.cat([rotated * cos + partner * sin, rest], dim=-1)}
+
+
+@dataclass(frozen=True)
+class Project(Operation):
+    """Linear map of the model's state into heads: ``out[b,h,i,d] = Σ_c x[b,i,c] · weight[h·D + d, c] + bias[h·D + d]``.
+
+    Attributes:
+        tensor: ``[b,i,c]``; weight: ``[o,c]`` with ``o = heads · D``; bias: ``[o]`` or empty.
+        heads: number of heads that the output axis is split into.
+    """
+
+    keyword: ClassVar[str] = "project"
+
+    tensor: str = operand("bic")
+    kernel: str = operand("oc")
+    bias: str = optional_operand("o")
+    heads: int = 1
+    out: str = result("out")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        state, kernel = find(types, self.tensor, "project", 3), find(types, self.kernel, "project", 2)
+        same_size("project", (self.tensor, state.axes[2]), (self.kernel, kernel.axes[1]))
+        if self.bias:
+            same_size("project", (self.kernel, kernel.axes[0]), (self.bias, find(types, self.bias, "project", 1).axes[0]))
+        outputs = simplify(kernel.axes[0].size)
+        if isinstance(outputs, Const) and (self.heads < 1 or outputs.value % self.heads):
+            raise ValueError(f"project: {outputs} outputs do not split into {self.heads} heads")
+        channels = simplify(outputs // self.heads)
+        return {self.out: TensorType((state.axes[0], Axis("h", Const(self.heads)), state.axes[1], Axis("d", channels)),
+                                     state.dtype)}
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        made = tensors[self.tensor].to(dtype) @ tensors[self.kernel].to(dtype).T
+        if self.bias:
+            made = made + tensors[self.bias].to(dtype)
+        return {self.out: made.unflatten(-1, (self.heads, -1)).transpose(1, 2)}
+
+    def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
+        return 2 * types[self.tensor].elements(sizes) * concrete(types[self.kernel].sizes[0], sizes)
+
+
+@dataclass(frozen=True)
+class Cache(Operation):
+    """Keys or values of earlier steps, followed by the new ones: ``out[b,g,j,d]`` is ``past`` then ``new`` along ``j``."""
+
+    keyword: ClassVar[str] = "cache"
+
+    past: str = operand("bgpd")
+    new: str = operand("bgid")
+    out: str = result("out")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        past, new = find(types, self.past, "cache", 4), find(types, self.new, "cache", 4)
+        for axis in (0, 1, 3):
+            same_size("cache", (self.past, past.axes[axis]), (self.new, new.axes[axis]))
+        length = simplify(past.axes[2].size + new.axes[2].size)
+        return {self.out: TensorType((new.axes[0], new.axes[1], Axis("j", length), new.axes[3]), new.dtype)}
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {self.out: torch.cat([tensors[self.past].to(dtype), tensors[self.new].to(dtype)], dim=2)}
+
+
+@dataclass(frozen=True)
+class Quantize(Operation):
+    """Round a tensor to a narrow type with one scale per block of positions; the result is read dequantised.
+
+    ``out = scale · clamp(round(x' / scale), −m, m)`` with ``scale = max|x'| / m`` over each block of ``block``
+    positions and all channels of one head, and ``x' = x − mean_j x`` when ``smooth`` (which leaves a softmax over keys
+    unchanged where the logits are linear in the score).
+
+    Attributes:
+        tensor: ``[b,h,i,d]``.
+        dtype: ``int8`` (``m`` = 127).
+        block: positions per scale.
+        smooth: subtract the mean over positions first.
+
+    Follows: SageAttention (arXiv:2410.02367).
+    """
+
+    keyword: ClassVar[str] = "quantize"
+
+    tensor: str = operand("bhid")
+    dtype: str = "int8"
+    block: int = 64
+    smooth: bool = False
+    out: str = result("out")
+
+    def infer(self, types: Types) -> dict[str, TensorType]:
+        found = find(types, self.tensor, "quantize", 4)
+        if self.dtype != "int8":
+            raise ValueError(f"quantize: unknown dtype {self.dtype!r}; int8 is what there is")
+        if self.block < 1:
+            raise ValueError(f"quantize: block must be at least 1, got {self.block}")
+        return {self.out: found}
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
+        if self.smooth:
+            x = x - x.mean(dim=2, keepdim=True)
+        length = x.shape[2]
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
+        blocks = padded.unflatten(2, (-1, self.block))
+        scale = blocks.abs().amax(dim=(3, 4)) / 127
+        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
+        whole = (blocks / divisor).round().clamp(-127, 127).flatten(2, 3)[:, :, :length]
+        return whole, scale
+
+    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        whole, scale = self.parts(tensors[self.tensor].to(dtype))
+        spread = scale.repeat_interleave(self.block, dim=2)[:, :, : whole.shape[2], None]
+        return {self.out: whole * spread}
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    kind.keyword: kind for kind in (Attend, Scan, Position, Project, Cache, Quantize)
+}
+
+
+def grouped(heads: Expr | int, groups: Expr | int) -> Expr:
+    """The usual KV head of a query head: ``h // (heads / groups)``; ``h`` itself when the numbers agree.
+
+    Raises:
+        ValueError: when constant numbers do not divide.
+    """
+    total = simplify(heads if isinstance(heads, Expr) else Const(heads))
+    count = simplify(groups if isinstance(groups, Expr) else Const(groups))
+    if total == count:
+        return Index("h")
+    if isinstance(total, Const) and isinstance(count, Const):
+        if count.value < 1 or total.value % count.value:
+            raise ValueError(f"{total} query heads do not share {count} KV heads evenly")
+        return simplify(Index("h") // (total.value // count.value), {"h": total})
+    return Index("h") // (total // count)
+
+
+__all__ = ["OPERATIONS", "Attend", "Cache", "Normalizer", "Operation", "Position", "Project", "Quantize", "Scan",
+           "Size", "grouped"]
