@@ -1,0 +1,225 @@
+"""Every private or unstable name of torch that attncompile uses, behind names of our own.
+
+Read against torch 2.11 and 2.13: each function below exists for one purpose, so a change in torch has one place to be
+repaired. Nothing else in this package may import a module of torch whose name starts with an underscore, nor
+`torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, `torch._inductor`, `torch._subclasses`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.utils._pytree as pytree
+from torch._dynamo.exc import UserError
+from torch._guards import Source, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
+
+# --- fake tensors -------------------------------------------------------------------------------------------------
+
+
+def is_fake(value: object) -> bool:
+    """True for a tensor that has a shape and a dtype but no data."""
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
+    """The fake mode that the given values, or the compilation in progress, belong to; None when there is none."""
+    return detect_fake_mode(list(values))
+
+
+def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode of the values recorded on a graph's nodes; needed to compute the value of a node added to it."""
+    for node in graph_module.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def new_fake_mode(*, symbolic: bool) -> FakeTensorMode:
+    """A fresh fake mode; with ``symbolic`` sizes become symbols, otherwise they stay numbers."""
+    return FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
+
+
+def fake_copies(mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
+    """Detached fakes of ``values`` in ``mode``: tracing may then resize or mutate them and the originals stay intact.
+
+    Inputs that alias each other keep aliasing each other, and a scalar input keeps the symbol of its value.
+    """
+    return [_fake_copy(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _fake_copy(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    fake = value if isinstance(value, FakeTensor) else mode.from_tensor(value)
+    copy = fake.detach().requires_grad_(fake.requires_grad)
+    # detach() forgets which symbol .item() stands for; torch's own ahead-of-time tracer restores it in the same way.
+    symbol = scalar_symbol(fake)
+    if symbol is not None:
+        copy.item_memo = symbol  # type: ignore[attr-defined]
+    return copy
+
+
+def scalar_symbol(value: object) -> Any:
+    """The symbol that ``.item()`` of a scalar fake tensor gives, or None.
+
+    With ``dynamic=True`` Dynamo passes every Python float as such a tensor, module attributes such as a scale included.
+    """
+    return getattr(value, "item_memo", None) if isinstance(value, FakeTensor) else None
+
+
+# --- symbolic sizes -----------------------------------------------------------------------------------------------
+
+
+def is_symbolic(size: object) -> bool:
+    """True for a size or scalar that is a symbol rather than a number."""
+    return isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def size_text(size: int | torch.SymInt) -> str:
+    """A size as text: ``128`` or the symbol's expression such as ``s27`` or ``2*s27``."""
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else str(size)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The size seen in the example inputs; None for a size that only exists at run time."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    hint = size.node.hint
+    return None if hint is None else int(hint)
+
+
+def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """Smallest and largest value of a size, as far as the trace knows; None for no upper bound."""
+    if not isinstance(size, torch.SymInt):
+        return size, size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    lower = int(bounds.lower) if bounds.lower.is_finite else 0
+    upper = int(bounds.upper) if bounds.upper.is_finite else None
+    return lower, upper
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """True only if ``condition`` holds for every value of its symbols. Adds no guard."""
+    return bool(statically_known_true(condition))
+
+
+def fix_value(symbol: Any) -> int | float | bool:
+    """The example's value of a symbol, with a guard: another value makes torch compile again."""
+    value: int | float | bool = guard_scalar(symbol)
+    return value
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+
+
+def trace_pre_dispatch(
+    function: Callable[..., Any], inputs: Sequence[Any], *, symbolic: bool
+) -> torch.fx.GraphModule:
+    """Run ``function`` on fake inputs and record the ATen calls above autograd, so that composite operators such as
+    scaled_dot_product_attention, softmax and linear stay whole and the graph can still be differentiated.
+
+    Parameters that ``function`` reads itself are allowed. Metadata of nodes that `interpret` replays is kept.
+    """
+    tracer = make_fx(
+        function,
+        tracing_mode="symbolic" if symbolic else "fake",
+        pre_dispatch=True,
+        _allow_non_fake_inputs=True,
+    )
+    with fx_traceback.preserve_node_meta():
+        return tracer(*inputs)
+
+
+def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run a graph node by node, so that a tracer around it sees each node's stack trace and module."""
+    return torch.fx.Interpreter(graph_module).run(*inputs, enable_io_processing=False)
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def is_export_refusal(error: BaseException) -> bool:
+    """True for torch's own "this cannot be exported so" as opposed to an error of the model."""
+    return isinstance(error, UserError)
+
+
+def refined_shapes(error: BaseException, dynamic_shapes: Any) -> Any:
+    """Dynamic shapes corrected as a constraint violation suggests; None when it suggests nothing usable."""
+    text = str(error)
+    if "Suggested fixes:" not in text:
+        return None
+    fixes = text.split("Suggested fixes:")[1].split("\n\n")
+    try:
+        # The message goes on after an empty line; the parser wants the fixes alone.
+        return refine_dynamic_shapes_from_suggested_fixes(
+            "Suggested fixes:\n" + next(part for part in fixes if part.strip()), dynamic_shapes
+        )
+    except Exception:  # the parser asserts and raises many kinds; all of them mean that there is no usable suggestion
+        return None
+
+
+# --- nested arguments ---------------------------------------------------------------------------------------------
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves of nested arguments or results, and the structure to rebuild them with `unflatten`."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """The inverse of `flatten`."""
+    return pytree.tree_unflatten(list(leaves), structure)
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """A dotted path for each leaf of ``tree``, in the order of `flatten`: ``logits``, ``past_key_values.0.1``."""
+    leaves, _ = pytree.tree_flatten_with_path(tree)
+    return [".".join(_key_text(key) for key in path) for path, _ in leaves]
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key).strip(".[]'\"")
+
+
+# --- Dynamo -------------------------------------------------------------------------------------------------------
+
+
+def input_source(placeholder: torch.fx.Node) -> tuple[str, bool] | None:
+    """Where Dynamo found the value of a graph input: its Python source such as ``L['self']._modules['a'].scale`` and
+    whether that lies inside a module. None for a placeholder that Dynamo did not make."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if not isinstance(source, Source):
+        return None
+    kind = source.guard_source
+    return str(source.name), bool(kind.is_specialized_nn_module() or kind.is_unspecialized_nn_module())
+
+
+def copy_input_identity(original: torch.fx.Node, copy: torch.fx.Node) -> None:
+    """Make ``copy`` stand for the same Dynamo input as ``original``; ahead-of-time autograd asks for it."""
+    if hasattr(original, "_dynamo_source"):
+        copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    for key, value in original.meta.items():
+        copy.meta.setdefault(key, value)
+
+
+def recording_of(graph_module: torch.fx.GraphModule) -> AbstractContextManager[Any]:
+    """The fake mode a graph was recorded in, as a context in which values of new nodes can be computed."""
+    return fake_mode_of_graph(graph_module) or nullcontext()
+
+
+def inductor(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph, forward and backward, with Inductor, as its own torch.compile back end would."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, list(example_inputs), config_patches=options)
