@@ -1,0 +1,1 @@
+"""Lifting: from a native graph to a program of Specs."""

@@ -1,0 +1,120 @@
+"""What lifting returns: a program is the native graph and its attention sites, each stated as a Spec or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attncompile.ir import Operation, Refusal, Spec
+
+Status = Literal["lifted", "observed", "refused"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a native tensor holds the axes of a Spec tensor.
+
+    Attributes:
+        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h", "d"))`` is a
+            ``[B, I, H·D]`` tensor; an empty group is an axis of size 1.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The Spec axes in native order."""
+        return tuple(axis for group in self.groups for axis in group)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A tensor of the Spec in the native graph.
+
+    Attributes:
+        name: the tensor's name in the Spec.
+        value: name of the native value (FX node or ONNX value).
+        layout: where its axes are; operands only. A captured tensor is taken as it is.
+    """
+
+    name: str
+    value: str
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of the native graph that a site replaces.
+
+    Attributes:
+        inputs: one binding per Spec input.
+        outputs: one binding per Spec output; their native values are replaced.
+        nodes: names of the native nodes inside, in graph order.
+    """
+
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Evidence that region and Spec agree.
+
+    Attributes:
+        cases: sizes of the random instances compared.
+        max_error: largest absolute difference in float64, over outputs of order one.
+        shared_with: name of an earlier site with the same structure, whose proof serves both, or empty.
+    """
+
+    cases: tuple[str, ...]
+    max_error: float
+    shared_with: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention site.
+
+    Attributes:
+        name: path of the module it belongs to, or of the anchor node.
+        status: ``lifted``, ``observed`` (described, but its weights are read elsewhere) or ``refused``.
+        spec: what it computes, unless refused.
+        refusal: why it was refused, or what makes it only observed.
+        source: source line of the anchor.
+        block: what surrounds it and was recognised: projections, position maps, caches.
+        region: the nodes it stands for, unless refused.
+        proof: numerical evidence, unless refused.
+        anchor: name of the native node where it was found.
+    """
+
+    name: str
+    status: Status
+    spec: Spec | None = None
+    refusal: Refusal | None = None
+    source: str = ""
+    block: tuple[Operation, ...] = ()
+    region: Region | None = None
+    proof: Proof | None = None
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model whose attention has been stated.
+
+    Attributes:
+        model: name of the model or path it came from.
+        graph: the native graph view (:class:`attncompile.frontends.graph.Graph`).
+        sites: every attention site found, in graph order.
+        notes: what the reader should know about the capture.
+    """
+
+    model: str
+    graph: Any
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def count(self, status: Status) -> int:
+        """Number of sites of a status."""
+        return sum(site.status == status for site in self.sites)
