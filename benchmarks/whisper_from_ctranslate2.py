@@ -1,13 +1,14 @@
 """Whisper weights from CTranslate2's `model.bin` to a Hugging Face folder.
 
-CTranslate2 writes a file of named little-endian tensors (`ctranslate2/specs/model_spec.py`, binary version 6):
+CTranslate2 writes named little-endian tensors (`ctranslate2/specs/model_spec.py`, binary version 6):
 
-    u32 version · text name · u32 revision · u32 count · count × variable · u32 aliases · aliases × (text, text)
+    file: u32 version · text name · u32 revision · u32 count · variables · u32 count · aliases (text, text)
     variable: text name · u8 rank · rank × u32 size · u8 dtype · u32 bytes · the bytes
     text: u16 length including the closing zero · the characters · zero
 
-It stacks the projections that read the same tensor: query, key and value of a self-attention are the row blocks of
-one matrix, key and value of a cross-attention those of another. `STACKED` says which, everything else is renaming.
+It stacks the projections that read the same tensor: query, key and value of a self-attention are the row
+blocks of one matrix, key and value of a cross-attention those of another. `STACKED` says which; everything
+else is renaming.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -47,22 +48,22 @@ OUTSIDE_LAYERS = {
     "conv2": "conv2",
 }
 PARAMETER = {"weight": "weight", "encodings": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
-WITHOUT_BIAS = "k_proj"  # Whisper's keys have no bias; CTranslate2 fills the stacked vector with zeros there
+WITHOUT_BIAS = "k_proj"  # Whisper's keys have no bias; in CTranslate2's stacked vector it is zero
 
-# Token ids of the English-only vocabulary (openai/whisper, `tokenizer.py`): the config in the package gives the rest
+# Token ids of the English-only vocabulary (openai/whisper, `tokenizer.py`); the package's config has the rest
 END_OF_TEXT, START_OF_TRANSCRIPT, NO_TIMESTAMPS = 50256, 50257, 50362
 ENGLISH_VOCABULARY = 51864
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every variable of a CTranslate2 `model.bin` by name, in the dtype it is stored in; aliases are left out.
+    """Every variable of a CTranslate2 `model.bin` by name, in its stored dtype; aliases are left out.
 
-    Raises ValueError when the version or a dtype is one that this reader does not know, or the file is cut short.
+    Raises ValueError when this reader does not know the version or a dtype, or the file is cut short.
     """
     with path.open("rb") as file:
         version = _number(file, "I")
         if version != BINARY_VERSION:
-            raise ValueError(f"{path}: CTranslate2 binary version {version}, this reader knows {BINARY_VERSION}")
+            raise ValueError(f"{path}: binary version {version}, this reader knows {BINARY_VERSION}")
         _text(file), _number(file, "I")  # the specification's name and revision
         return dict(_variable(file) for _ in range(_number(file, "I")))
 
@@ -72,7 +73,7 @@ def _variable(file: BinaryIO) -> tuple[str, np.ndarray]:
     shape = [_number(file, "I") for _ in range(_number(file, "B"))]
     code = _number(file, "B")
     if code not in DTYPES:
-        raise ValueError(f"{file.name}: tensor {name} has the unknown dtype code {code}, known are {sorted(DTYPES)}")
+        raise ValueError(f"{file.name}: {name} has the unknown dtype code {code}, known: {sorted(DTYPES)}")
     return name, np.frombuffer(_take(file, _number(file, "I")), DTYPES[code]).reshape(shape)
 
 
@@ -95,8 +96,8 @@ def _take(file: BinaryIO, count: int) -> bytes:
 def whisper_state(tensors: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """CTranslate2's tensors under the names of `WhisperForConditionalGeneration`, in float32.
 
-    Scalars (head counts, switches) are settings, not weights, and are skipped. Raises ValueError for a tensor whose
-    name has no counterpart: nothing is dropped silently.
+    Scalars (head counts, switches) are settings, not weights, and are skipped. Raises ValueError for a tensor
+    whose name has no counterpart: nothing is dropped silently.
     """
     import torch
 
@@ -126,7 +127,7 @@ def _hugging_face_names(name: str) -> list[str]:
 
 
 def save_whisper(binary: Path, out: Path) -> None:
-    """Write the Hugging Face folder of the English-only Whisper in `binary`, with tokenizer and feature extractor.
+    """Write the English-only Whisper in `binary` as a Hugging Face folder, with tokenizer and features.
 
     `config.json` and `tokenizer.json` of the CTranslate2 model lie beside `binary`. `out` is created.
     Raises ValueError when the model is not an English-only Whisper or a weight is missing.
@@ -142,13 +143,9 @@ def save_whisper(binary: Path, out: Path) -> None:
     tensors = read_tensors(binary)
     vocabulary, width = tensors["decoder/embeddings/weight"].shape
     if vocabulary != ENGLISH_VOCABULARY:
-        raise ValueError(f"{binary}: {vocabulary} tokens, but the English-only vocabulary has {ENGLISH_VOCABULARY}")
-    layers = {
-        side: len({name.split("/")[1] for name in tensors if name.startswith(f"{side}/layer_") and name.count("/") > 2})
-        for side in ("encoder", "decoder")
-    }
+        raise ValueError(f"{binary}: {vocabulary} tokens; English-only Whisper has {ENGLISH_VOCABULARY}")
     settings = json.loads(binary.with_name("config.json").read_text(encoding="utf8"))
-    special = {
+    special: dict[str, Any] = {
         "decoder_start_token_id": START_OF_TRANSCRIPT,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
@@ -157,8 +154,8 @@ def save_whisper(binary: Path, out: Path) -> None:
     config = WhisperConfig(
         vocab_size=vocabulary,
         d_model=width,
-        encoder_layers=layers["encoder"],
-        decoder_layers=layers["decoder"],
+        encoder_layers=_layers(tensors, "encoder"),
+        decoder_layers=_layers(tensors, "decoder"),
         encoder_attention_heads=int(tensors["encoder/num_heads"]),
         decoder_attention_heads=int(tensors["decoder/num_heads"]),
         encoder_ffn_dim=len(tensors["encoder/layer_0/ffn/linear_0/weight"]),
@@ -184,3 +181,7 @@ def save_whisper(binary: Path, out: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(binary.with_name("tokenizer.json")))
     tokenizer.save_pretrained(out)
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(out)
+
+
+def _layers(tensors: dict[str, np.ndarray], side: str) -> int:
+    return len({found[1] for name in tensors if (found := re.match(rf"{side}/layer_(\d+)/", name))})

@@ -1,0 +1,93 @@
+"""What every test shares: one package, one thread a worker, seeds, the two markers, real checkpoints."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+# Before torch is imported: OpenMP reads this once. Workers of pytest-xdist share the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing here comes from a model hub; without these a wrong path would try one and wait for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+import attncompile
+from benchmarks.checkpoints import checkpoint_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The root is on sys.path so that `attncompile` and `benchmarks` are found in a checkout. Both are imported
+# now, so it can go to the end: our folder `kernels` must not hide somebody else's package of that name from
+# transformers, which looks for it.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--run-gpu", action="store_true", help="run the tests marked gpu too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip slow and gpu tests unless the option or an expression given with -m asks for them."""
+    for marker in ("slow", "gpu"):
+        asked = config.getoption(f"--run-{marker}") or marker in config.getoption("markexpr")
+        if not asked:
+            skip = pytest.mark.skip(reason=f"{marker}: add --run-{marker} to run it")
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(skip)
+
+
+def pytest_report_header() -> str:
+    """Which copy of the package is under test; a second copy in site-packages has fooled many."""
+    folder = Path(attncompile.__file__).parent
+    return f"attncompile {attncompile.__version__} from {folder}, torch {torch.__version__}"
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2, a BERT of 6 layers and 12 heads, with tokenizer."""
+    return checkpoint_folder("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, a Llama of 30 layers, 9 query and 3 key/value heads, with tokenizer."""
+    return checkpoint_folder("smollm2")
+
+
+@pytest.fixture(scope="session")
+def whisper_folder() -> Path:
+    """Whisper tiny.en, encoder and decoder of 4 layers and 6 heads, with tokenizer and feature extractor."""
+    return checkpoint_folder("whisper")
+
+
+@pytest.fixture(scope="session")
+def onnx_files() -> dict[str, Path]:
+    """Third-party exports by name: `minilm-int8` (6 sites) and `paraphrase-minilm-l3` (3 sites)."""
+    return {path.stem: path for path in sorted(checkpoint_folder("onnx").glob("*.onnx"))}
+
+
+@pytest.fixture(scope="session")
+def texts_folder() -> Path:
+    """`essays.txt`, `kjv.txt` and `stdlib.py.txt`. The essays are for local tests only."""
+    return checkpoint_folder("texts")
