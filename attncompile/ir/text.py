@@ -220,7 +220,7 @@ def _negated(term: Expr) -> Expr:
             return Const(-value)
         case Apply("mul", (Const(value), *rest)) if not isinstance(value, bool):
             return apply("mul", -value, *rest)
-    return apply("mul", -1, term)
+    return apply("mul", -1.0 if term.kind is Kind.FLOAT else -1, term)  # as the simplifier writes it
 
 
 def parse_expr(text: str, tensors: Mapping[str, Kind] | None = None) -> Expr:

@@ -1,0 +1,295 @@
+"""One table of Specs that every room is tested on: simplifier, passes, PyTorch, Triton, ONNX, plan.
+
+The hard rows are here on purpose: lengths that divide nothing, rows without a visible key, fewer keys than
+queries, value channels that differ from key channels. A row's text is in canonical form, so it prints back as
+written.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from attncompile.ir import Kind, Spec, parse_spec
+from attncompile.ir.ops import OPERATIONS
+from attncompile.ir.types import DTYPES, concrete, element_kind
+
+FLOAT32_LOWEST = "−3.4028234663852886e+38"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        name: what it shows; the test id.
+        text: the Spec, readable by :func:`attncompile.ir.parse_spec`.
+        sizes: values of the symbolic sizes.
+        note: why the row is here.
+        ranges: values ``low ≤ x < high`` of captured integer tensors that are no 0/1 masks.
+        empty_rows: whether some query sees no key at all (seed 0).
+    """
+
+    name: str
+    text: str
+    sizes: Mapping[str, int]
+    note: str = ""
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    empty_rows: bool = False
+
+    @property
+    def spec(self) -> Spec:
+        """The Spec, parsed and verified."""
+        return parse_spec(self.text)
+
+    def tensors(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Random inputs by name, see :func:`random_tensors`."""
+        return random_tensors(self.spec, self.sizes, seed, dtype, self.ranges)
+
+
+def random_tensors(
+    spec: Spec,
+    sizes: Mapping[str, int],
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """One random tensor for each input of a Spec, by name.
+
+    Real tensors are standard normal. Truth values and integers are masks: 0 or 1, a quarter of them 0, unless
+    ``ranges`` gives ``low ≤ x < high`` for the name. Nothing keeps a row from losing all its keys.
+
+    Args:
+        spec: whose inputs are wanted.
+        sizes: a value for every symbolic size.
+        seed: of the random numbers.
+        dtype: float dtype of the real tensors; each one's own when ``None``.
+        ranges: integer ranges by tensor name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, torch.Tensor] = {}
+    for value in spec.inputs:
+        shape = [concrete(size, sizes) for size in value.type.sizes]
+        if element_kind(value.type.dtype) is Kind.FLOAT:
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            made[value.name] = drawn.to(dtype or DTYPES[value.type.dtype])
+        elif ranges and value.name in ranges:
+            drawn = torch.randint(*ranges[value.name], shape, generator=generator)
+            made[value.name] = drawn.to(DTYPES[value.type.dtype])
+        else:
+            made[value.name] = (torch.rand(shape, generator=generator) < 0.75).to(DTYPES[value.type.dtype])
+    return made
+
+
+def _case(name: str, text: str, sizes: Mapping[str, int], note: str = "", *, empty_rows: bool = False,
+          **ranges: tuple[int, int]) -> Case:
+    head, _, rest = textwrap.dedent(text).strip().partition("\n")
+    lines = [line for line in rest.splitlines() if line.strip()]
+    single = not any(line.split(" ")[0] in OPERATIONS for line in lines)
+    body = [f"{name}   {head}"] if single else [name, f"  {head}"]
+    return Case(name, "\n".join([*body, *(f"  {line}" for line in lines)]), sizes, note, ranges, empty_rows)
+
+
+SELF = {"B": 2, "I": 13}
+LONG = {"B": 1, "I": 301}
+CROSS = {"B": 2, "I": 7, "J": 19}
+HEAD = "attend  q,k,v[B,4,I,16]  float32"
+WIDE = "attend  q[B,4,I,16]  k,v[B,4,J,16]  float32"
+SOFTMAX = "norm   softmax (float32)"
+
+
+def _padded(name: str, fill: str = "", norm: str = SOFTMAX, note: str = "") -> Case:
+    """Causal with padding anywhere: where position 0 is padding, query 0 sees nothing."""
+    return _case(name, f"""
+        {HEAD}
+        score  0.25·s
+        mask   j ≤ i and attention_mask[b, j] ≠ 0
+        {f'fill   {fill}' if fill else ''}
+        {norm}
+        given  attention_mask[B,I]:int64
+        """, {"B": 6, "I": 13}, note, empty_rows=True)
+
+
+CASES: tuple[Case, ...] = (
+    _case("full", f"{HEAD}\nscore  0.25·s\nmask   true\n{SOFTMAX}", SELF),
+    _case("unscaled", f"{HEAD}\nscore  s\nmask   true\n{SOFTMAX}", SELF, "scale 1, not 1/√d"),
+    _case("causal", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}", SELF),
+    _case("causal-long", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}", LONG, "several blocks"),
+    _case("one-token", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}", {"B": 1, "I": 1}, "smallest sizes"),
+    _case("causal-last-rows", f"{WIDE}\nscore  0.25·s\nmask   j ≤ i + J − I\n{SOFTMAX}", CROSS,
+          "queries are the last rows of the map, as with a cache"),
+    _case("causal-first-rows", f"{WIDE}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}", CROSS,
+          "more keys than queries, aligned at the start"),
+    _padded("causal-padding", norm=f"{SOFTMAX}, empty rows zero", note="as in SDPA"),
+    _case("padding", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s
+        mask   attention_mask[b, j] ≠ 0
+        norm   softmax (float32)
+        given  attention_mask[B,I]:int64
+        """, SELF, "a mask without i"),
+    _case("padding-bool", """
+        attend  q[B,4,I,16]  k,v[B,4,J,16]  float32
+        score  0.25·s
+        mask   visible[b, 0, i, j]
+        norm   softmax (float32)
+        given  visible[B,1,I,J]:bool
+        """, CROSS, "an opaque mask"),
+    _case("window", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and j > i − 4\n{SOFTMAX}", SELF),
+    _case("window-long", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and j > i − 40\n{SOFTMAX}", LONG),
+    _case("window-symmetric", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i + 3 and j > i − 4\n{SOFTMAX}", SELF),
+    _case("sink-window", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (j > i − 4 or j < 2)\n{SOFTMAX}", SELF),
+    _case("sink-window-long", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (j > i − 40 or j < 3)\n{SOFTMAX}",
+          LONG),
+    _case("prefix", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i or j < 5\n{SOFTMAX}", SELF),
+    _case("dilated", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (i + j) % 3 = 0\n{SOFTMAX}", SELF,
+          "some rows empty", empty_rows=True),
+    _case("documents", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s
+        mask   j ≤ i and document[b, i] = document[b, j]
+        norm   softmax (float32)
+        given  document[B,I]:int64
+        """, SELF, document=(0, 3)),
+    _case("additive-bias", """
+        attend  q[B,4,I,16]  k,v[B,4,J,16]  float32
+        score  0.25·s + bias[b, 0, i, j]
+        mask   true
+        norm   softmax (float32)
+        given  bias[B,1,I,J]:float32
+        """, CROSS),
+    _case("learned-bias", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  s + table[h, max(0, min(8, i − j))]
+        mask   j ≤ i
+        norm   softmax (float32)
+        given  table[4,9]:float32
+        """, SELF, "relative positions, clipped"),
+    _case("alibi", f"{HEAD}\nscore  0.25·s − (i − j)·exp2(−2.0·(h + 1))\nmask   j ≤ i\n{SOFTMAX}", SELF),
+    _case("softcap", f"{HEAD}\nscore  30.0·tanh(0.0083·s)\nmask   j ≤ i\n{SOFTMAX}", SELF),
+    _case("temperature", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  s·temperature[h]
+        mask   j ≤ i
+        norm   softmax (float32)
+        given  temperature[4]:float32
+        """, SELF, "a scale that is read from a tensor"),
+    _case("gqa", """
+        attend  q[B,6,I,16]  k,v[B,2,I,16]  float32
+        score  0.25·s
+        mask   j ≤ i
+        kv_head h // 3
+        norm   softmax (float32)
+        """, SELF),
+    _case("gqa-strided", """
+        attend  q[B,6,I,16]  k,v[B,2,I,16]  float32
+        score  0.25·s
+        mask   j ≤ i
+        kv_head h % 2
+        norm   softmax (float32)
+        """, SELF, "heads shared in the other order"),
+    _case("mqa", """
+        attend  q[B,4,I,16]  k,v[B,1,J,16]  float32
+        score  0.25·s
+        mask   true
+        kv_head 0
+        norm   softmax (float32)
+        """, CROSS),
+    _case("cross", f"{WIDE}\nscore  0.25·s\nmask   true\n{SOFTMAX}", CROSS),
+    _case("value-channels", """
+        attend  q,k[B,4,I,16]  v[B,4,I,24]  float32
+        score  0.25·s
+        mask   j ≤ i
+        norm   softmax (float32)
+        """, SELF, "D ≠ E"),
+    _case("value-channels-odd", """
+        attend  q[B,2,I,20]  k[B,2,J,20]  v[B,2,J,12]  float32
+        score  0.2·s
+        mask   true
+        norm   softmax (float32)
+        """, CROSS, "no power of two"),
+    _padded("empty-rows-nan", note="fill −∞: such a row is NaN"),
+    _padded("empty-rows-lowest", FLOAT32_LOWEST, note="a finite fill: such a row is the mean over all keys"),
+    _padded("empty-rows-constant", "−10000.0", note="a finite fill too near to absorb scores"),
+    _padded("empty-rows-shifted", "0.25·s − 10000.0", note="a fill that reads the score: an additive mask"),
+    _case("log-sum-exp", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}\nlse    lse\ngives  out, lse",
+          SELF),
+    _case("sigmoid", f"{HEAD}\nscore  0.25·s − 2.0\nmask   j ≤ i\nnorm   sigmoid (float32)", SELF),
+    _case("relu", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\nnorm   relu (float32)", SELF),
+    _case("head-mask", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s
+        mask   true
+        weight w·head_mask[h]
+        norm   softmax (float32)
+        given  head_mask[4]:float32
+        """, SELF, "an edit of the weights that leaves the sum over keys"),
+    _case("weight-edit", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s
+        mask   j ≤ i
+        weight where(w > 0.1, w, 0.0)
+        norm   softmax (float32)
+        """, SELF, "an edit that reads each weight"),
+    _case("int8", """
+        quantize  q[B,4,I,16]  float32
+          out    q_rounded
+        quantize  k[B,4,I,16]  float32
+          smooth true
+          out    k_rounded
+        attend  q_rounded  k_rounded  v[B,4,I,16]  float32
+          score  0.25·s
+          mask   j ≤ i
+          norm   softmax (float32)
+        """, {"B": 2, "I": 77}),
+    _case("rotary", """
+        position  q[B,4,I,16]  float32
+          cos    cos[b, i, d]
+          sin    sin[b, i, d]
+          channels 16
+          out    q_turned
+        position  k[B,2,I,16]  float32
+          cos    cos[b, i, d]
+          sin    sin[b, i, d]
+          channels 16
+          out    k_turned
+        attend  q_turned  k_turned  v[B,2,I,16]  float32
+          score  0.25·s
+          mask   j ≤ i
+          kv_head h // 2
+          norm   softmax (float32)
+        given  cos[B,I,16]:float32
+        given  sin[B,I,16]:float32
+        """, SELF),
+    _case("cache", """
+        cache  past_k[B,2,P,16]  k[B,2,I,16]  float32
+          out    all_k
+        cache  past_v[B,2,P,16]  v[B,2,I,16]  float32
+          out    all_v
+        attend  q[B,4,I,16]  all_k  all_v  float32
+          score  0.25·s
+          mask   j ≤ i + P
+          kv_head h // 2
+          norm   softmax (float32)
+        """, {"B": 2, "I": 3, "P": 8}),
+    _case("scan", """
+        scan  q,k,v[B,4,I,16]  float32
+        decay  −exp2(−h − 5.0) + 1.0
+        scale  0.25
+        """, {"B": 2, "I": 150}),
+    _case("scan-grouped", """
+        scan  q[B,4,I,16]  k[B,2,I,16]  v[B,2,I,24]  float32
+        decay  0.9
+        scale  0.25
+        feature elu1
+        normalize true
+        kv_head h // 2
+        """, {"B": 2, "I": 21}),
+)
+
+BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
+
+__all__ = ["BY_NAME", "CASES", "Case", "random_tensors"]
