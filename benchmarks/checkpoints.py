@@ -86,8 +86,7 @@ def lay_out_smollm2(files: list[list[Path]], out: Path) -> None:
     # The values are plain float32 already, but the loaded model remembers its quantiser and refuses to be
     # saved. An equal model that never had one takes its weights.
     config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
     model.load_state_dict(quantised.state_dict(), strict=True)
     model.save_pretrained(out)

@@ -64,7 +64,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         version = _number(file, "I")
         if version != BINARY_VERSION:
             raise ValueError(f"{path}: binary version {version}, this reader knows {BINARY_VERSION}")
-        _text(file), _number(file, "I")  # the specification's name and revision
+        _text(file)  # the specification's name
+        _number(file, "I")  # and its revision
         return dict(_variable(file) for _ in range(_number(file, "I")))
 
 

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow and gpu tests unless the option or an expression given with -m asks for them."""
     for marker in ("slow", "gpu"):
-        asked = config.getoption(f"--run-{marker}") or marker in config.getoption("markexpr")
+        asked = config.getoption(f"--run-{marker}") or marker in config.option.markexpr
         if not asked:
             skip = pytest.mark.skip(reason=f"{marker}: add --run-{marker} to run it")
             for item in items:
