@@ -31,7 +31,7 @@ class CapturedInput:
     placeholder: str
     name: str
     role: Role
-    value: Any = None
+    value: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -338,6 +338,9 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 # --- Dynamo -------------------------------------------------------------------------------------------------------
 
 
+_RUNS_ANYWAY = "it runs as torch compiles it, without rewritten attention"
+
+
 def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Lower the torch-level graph that Dynamo hands to a back end to pre-dispatch ATen.
 
@@ -349,27 +352,24 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     holds something that has no ATen form.
     """
     placeholders = _placeholders(graph_module)
-    values = [
-        node.meta.get("example_value", given)
-        for node, given in zip(placeholders, example_inputs, strict=True)
-    ]
-    mode = torch_internals.fake_mode_of(values)
-    symbolic = mode is None or mode.shape_env is not None
-    mode = mode or torch_internals.new_fake_mode(symbolic=symbolic)
-    source = _with_fixed_module_floats(graph_module)
+    mode, fakes = torch_internals.fake_inputs(example_inputs)
+    source = _with_fixed_module_floats(graph_module, fakes)
     try:
         traced = torch_internals.trace_pre_dispatch(
             lambda *flat: torch_internals.interpret(source, flat),
-            torch_internals.fake_copies(mode, values),
-            symbolic=symbolic,
+            mode,
+            fakes,
         )
     except Exception as error:
         raise CaptureError(
             "Dynamo",
             "the compiled function",
             _first_line(error),
-            "it runs as torch compiles it, without rewritten attention",
+            _RUNS_ANYWAY,
         ) from error
+    reason = _lost_in_tracing(graph_module, traced, fakes)
+    if reason is not None:
+        raise CaptureError("Dynamo", "the compiled function", reason, _RUNS_ANYWAY)
     _adopt_calling_convention(graph_module, traced)
     return Captured(
         graph_module=traced,
@@ -386,20 +386,40 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     )
 
 
-def _with_fixed_module_floats(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def _lost_in_tracing(
+    before: torch.fx.GraphModule, after: torch.fx.GraphModule, inputs: Sequence[Any]
+) -> str | None:
+    """Why the traced graph is not the same function, or None.
+
+    Two things vanish without an error: a custom backward, once its forward has been traced through, and values that a
+    function transform such as vmap held while the tracer looked.
+    """
+    differentiates = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    )
+    if differentiates:
+        lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
+        if lost:
+            return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
+    for node in after.graph.nodes:
+        if node.op == "get_attr" and torch_internals.is_fake(getattr(after, node.target, None)):
+            return "a value escaped from a function transform such as vmap"
+    return None
+
+
+def _with_fixed_module_floats(
+    graph_module: torch.fx.GraphModule, inputs: Sequence[Any]
+) -> torch.fx.GraphModule:
     """A copy in which ``.item()`` of a float that a module owns is the float itself, guarded."""
     graph = torch.fx.Graph()
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    result = graph.graph_copy(graph_module.graph, values)
-    graph.output(result)
-    fixed: dict[torch.fx.Node, Any] = {}
-    for node in _placeholders(graph_module):
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, copies))
+    for node, fake in zip(_placeholders(graph_module), inputs, strict=True):
         source = torch_internals.input_source(node)
-        symbol = torch_internals.scalar_symbol(node.meta.get("example_value"))
-        if source is not None and source[1] and isinstance(symbol, torch.SymFloat):
-            fixed[values[node]] = symbol
-    for placeholder, symbol in fixed.items():
-        for user in list(placeholder.users):
+        symbol = torch_internals.scalar_symbol(fake)
+        if source is None or not source[1] or not isinstance(symbol, torch.SymFloat):
+            continue
+        for user in list(copies[node].users):
             if user.op == "call_method" and user.target == "item":
                 user.replace_all_uses_with(torch_internals.fix_value(symbol))  # type: ignore[arg-type]
                 graph.erase_node(user)

@@ -4,6 +4,7 @@ import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
@@ -53,7 +54,7 @@ def _inside_machinery(file: str) -> bool:
     parts = Path(file).parts
     return any(
         parent in ("site-packages", "dist-packages") and package in _MACHINERY
-        for parent, package in zip(parts, parts[1:], strict=False)
+        for parent, package in pairwise(parts)
     )
 
 

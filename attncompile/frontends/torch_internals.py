@@ -13,7 +13,7 @@ import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
 from torch._dynamo.exc import UserError
-from torch._guards import Source, detect_fake_mode
+from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import traceback as fx_traceback
@@ -28,11 +28,6 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
-    """The fake mode that the given values, or the compilation in progress, belong to; None when there is none."""
-    return detect_fake_mode(list(values))
-
-
 def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | None:
     """The fake mode of the values recorded on a graph's nodes; needed to compute the value of a node added to it."""
     for node in graph_module.graph.nodes:
@@ -42,23 +37,31 @@ def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | N
     return None
 
 
-def new_fake_mode(*, symbolic: bool) -> FakeTensorMode:
-    """A fresh fake mode; with ``symbolic`` sizes become symbols, otherwise they stay numbers."""
-    return FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
+def fake_inputs(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Fakes of a back end's example inputs, and the mode they live in.
 
-
-def fake_copies(mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
-    """Detached fakes of ``values`` in ``mode``: tracing may then resize or mutate them and the originals stay intact.
-
-    Inputs that alias each other keep aliasing each other, and a scalar input keeps the symbol of its value.
+    While Dynamo compiles, they get the symbols that it gave the inputs (what is in the graph's own metadata will not do:
+    it has seen every mutation of the trace). Otherwise sizes are numbers. The fakes are copies that a trace may resize
+    or mutate; inputs that alias each other still do.
     """
-    return [_fake_copy(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
+    mode = detect_fake_mode(list(values)) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    return mode, [_fake(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
 
 
-def _fake_copy(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
-    fake = value if isinstance(value, FakeTensor) else mode.from_tensor(value)
+def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, FakeTensor) and value.fake_mode is mode:
+        fake = value
+    else:
+        context = TracingContext.try_get()
+        known = context.tensor_to_context.get(value) if context is not None else None
+        if known is None:
+            fake = mode.from_tensor(value, static_shapes=True)
+        else:
+            fake = mode.from_tensor(
+                value, static_shapes=False, symbolic_context=known, source=known.tensor_source, trace=False
+            )
     copy = fake.detach().requires_grad_(fake.requires_grad)
-    # detach() forgets which symbol .item() stands for; torch's own ahead-of-time tracer restores it in the same way.
+    # detach() forgets which symbol .item() stands for; ahead-of-time autograd restores it in the same way.
     symbol = scalar_symbol(fake)
     if symbol is not None:
         copy.item_memo = symbol  # type: ignore[attr-defined]
@@ -119,26 +122,32 @@ def fix_value(symbol: Any) -> int | float | bool:
 
 
 def trace_pre_dispatch(
-    function: Callable[..., Any], inputs: Sequence[Any], *, symbolic: bool
+    function: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]
 ) -> torch.fx.GraphModule:
-    """Run ``function`` on fake inputs and record the ATen calls above autograd, so that composite operators such as
-    scaled_dot_product_attention, softmax and linear stay whole and the graph can still be differentiated.
+    """Run ``function`` on fake inputs of ``mode`` and record the ATen calls above autograd.
 
-    Parameters that ``function`` reads itself are allowed. Metadata of nodes that `interpret` replays is kept.
+    Composite operators such as scaled_dot_product_attention, softmax and linear stay whole, and the graph can still be
+    differentiated. Metadata of the nodes that `interpret` replays is kept.
     """
-    tracer = make_fx(
-        function,
-        tracing_mode="symbolic" if symbolic else "fake",
-        pre_dispatch=True,
-        _allow_non_fake_inputs=True,
-    )
-    with fx_traceback.preserve_node_meta():
+    # The inputs are fake already. Any tracing mode but "real" would convert them once more and lose the symbols that
+    # belong to scalar inputs.
+    tracer = make_fx(function, tracing_mode="real", pre_dispatch=True)
+    with mode, fx_traceback.preserve_node_meta():
         return tracer(*inputs)
 
 
 def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run a graph node by node, so that a tracer around it sees each node's stack trace and module."""
     return torch.fx.Interpreter(graph_module).run(*inputs, enable_io_processing=False)
+
+
+def higher_order_calls(graph_module: torch.fx.GraphModule) -> set[str]:
+    """Names of the operators in a graph that take graphs themselves: cond, flex_attention, autograd_function_apply."""
+    return {
+        str(node.target)
+        for node in graph_module.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+    }
 
 
 # --- export -------------------------------------------------------------------------------------------------------
