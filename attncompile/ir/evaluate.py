@@ -22,6 +22,7 @@ class Environment:
         score, weight: the raw scores and the normalised weights.
         dtype: float dtype of the arithmetic.
         device: where the evaluation happens.
+        given: values of whole subexpressions that the caller already has, such as a load that is a plain view.
     """
 
     indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class Environment:
     weight: torch.Tensor | None = None
     dtype: torch.dtype = torch.float64
     device: torch.device | str = "cpu"
+    given: Mapping[Expr, torch.Tensor] = field(default_factory=dict)
 
 
 def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
@@ -39,7 +41,7 @@ def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
     Raises:
         ValueError: for a symbol or tensor that the environment does not have.
     """
-    known: dict[Expr, torch.Tensor] = {}
+    known: dict[Expr, torch.Tensor] = dict(environment.given)
 
     def go(node: Expr) -> torch.Tensor:
         if node not in known:
