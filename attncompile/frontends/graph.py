@@ -1,0 +1,334 @@
+"""One view over FX-ATen and ONNX graphs: what each native node does to *elements*, in a dozen kinds of nodes.
+
+An adapter (:mod:`attncompile.frontends.aten`, :mod:`attncompile.frontends.onnx`) states every native node as one or a
+few of these nodes. What it cannot state it leaves :class:`Opaque`, which is always allowed: an opaque value may still be
+an operand of attention, or be captured by it. A native node's own value keeps its native name; a value between the
+nodes that one native node was split into gets a name with a ``#``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from attncompile.ir import Expr
+
+Indices = tuple[Expr, ...]
+IndexMap = Callable[[Indices], Indices]
+Role = Literal["parameter", "buffer", "constant", "user"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a value: its shape, and its dtype as named in :data:`attncompile.ir.types.DTYPES`."""
+
+    shape: Indices
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step. ``output`` names the value it makes; every other field that names a value is listed by ``inputs``."""
+
+    output: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values it reads."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Opaque(Node):
+    """Any computation that is not stated further."""
+
+    reads: tuple[str, ...]
+    what: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.reads
+
+
+@dataclass(frozen=True)
+class Pointwise(Node):
+    """A pointwise operator on operands broadcast to the output's shape; a constant operand is an expression."""
+
+    operator: str
+    operands: tuple[str | Expr, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(operand for operand in self.operands if isinstance(operand, str))
+
+
+@dataclass(frozen=True)
+class Cast(Node):
+    """The same numbers in another dtype."""
+
+    source: str
+    dtype: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class Move(Node):
+    """The element at ``indices`` is the source's element at ``index_map(indices)``: views, permutations, slices, expands."""
+
+    source: str
+    index_map: IndexMap
+    what: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class Concatenate(Node):
+    """The parts one after the other along ``axis``."""
+
+    parts: tuple[str, ...]
+    axis: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Select(Node):
+    """The element of ``data`` at positions some of which are read from integer tensors.
+
+    Attributes:
+        positions: per axis of ``data``, either an index map giving one index, or a tensor and the map of its indices.
+        wraps: whether a negative position read from a tensor counts from the end.
+    """
+
+    data: str
+    positions: tuple[tuple[str | None, IndexMap], ...]
+    wraps: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.data, *(tensor for tensor, _ in self.positions if tensor is not None))
+
+
+@dataclass(frozen=True)
+class Iota(Node):
+    """``start + step · indices[0]``."""
+
+    start: Expr
+    step: Expr
+
+
+@dataclass(frozen=True)
+class Fill(Node):
+    """The same constant everywhere."""
+
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Contract(Node):
+    """A product of two tensors summed over the labels that the output lacks.
+
+    Attributes:
+        left, right: the operands; an axis of size 1 whose label is larger elsewhere is broadcast.
+        left_labels, right_labels, output_labels: one label per axis.
+    """
+
+    left: str
+    right: str
+    left_labels: tuple[str, ...]
+    right_labels: tuple[str, ...]
+    output_labels: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.left, self.right)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The labels that are summed over."""
+        return tuple(dict.fromkeys(l for l in (*self.left_labels, *self.right_labels) if l not in self.output_labels))
+
+
+@dataclass(frozen=True)
+class Linear(Node):
+    """``source @ weight.T + bias``, the weight as ``[outputs, inputs]`` when ``transposed`` is false, else ``[inputs, outputs]``."""
+
+    source: str
+    weight: str
+    bias: str | None
+    transposed: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source, self.weight, *([self.bias] if self.bias else []))
+
+
+@dataclass(frozen=True)
+class Softmax(Node):
+    """Softmax over ``axis``, computed in the output's dtype."""
+
+    source: str
+    axis: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class FusedAttention(Node):
+    """Attention as one native call, with its meaning stated through index maps.
+
+    Attributes:
+        query, key, value: the operands; ``*_indices`` give their element at ``(b, h, i or j, d or e)``, KV heads already
+            chosen for the query head ``h``.
+        mask: additive or boolean mask tensor with its element at ``(b, h, i, j)``, or ``None``.
+        causal: an expression over ``i j`` that must hold, or ``None``.
+        scale: factor of the raw score.
+        sizes: batch, query heads, queries, keys, channels of query and key, channels of value.
+        output_order: Spec axes in the order of the native output.
+        empty: what a row without any visible key gives.
+        mask_fill: logit of a position that a boolean mask hides.
+        dtype: dtype of the normaliser.
+        softcap: ``cap · tanh(score / cap)`` applied to the scaled score, 0 for none.
+    """
+
+    query: str
+    key: str
+    value: str
+    query_indices: IndexMap
+    key_indices: IndexMap
+    value_indices: IndexMap
+    mask: str | None
+    mask_indices: IndexMap | None
+    causal: Expr | None
+    scale: float
+    sizes: Indices
+    output_order: tuple[str, ...]
+    dtype: str
+    empty: Literal["nan", "zero"] = "zero"
+    mask_fill: float = float("-inf")
+    softcap: float = 0.0
+    reads: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        named = [self.query, self.key, self.value, *([self.mask] if self.mask else []), *self.reads]
+        return tuple(dict.fromkeys(named))
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input, parameter or constant of the graph.
+
+    Attributes:
+        name: what a person calls it.
+        value: its tensor, when known.
+    """
+
+    name: str
+    role: Role
+    value: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NativeNode:
+    """What the reports say of a native node."""
+
+    name: str
+    what: str
+    module: str = ""
+    source: str = ""
+    module_type: str = ""
+
+
+Evaluator = Callable[[Sequence[str], Mapping[str, torch.Tensor], Mapping[str, int]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The view.
+
+    Attributes:
+        infos: every value's shape and dtype.
+        nodes: in execution order.
+        inputs: graph inputs, parameters and constants by value name.
+        outputs: values the graph returns.
+        natives: per native node name, its description.
+        owner: per value name, the native node it belongs to.
+        evaluate: runs native nodes in float64: ``evaluate(wanted, feeds, sizes)`` computes the wanted native values from
+            fed values, using nothing else but constants. Raises ``ValueError`` when it would need another input.
+        size_hints: symbolic sizes in the example inputs; sizes with one hint are given one value in a proof.
+        signature: per native node, text of its operation and attributes (without the names of its inputs).
+    """
+
+    infos: Mapping[str, Info]
+    nodes: tuple[Node, ...]
+    inputs: Mapping[str, GraphInput]
+    outputs: tuple[str, ...]
+    natives: Mapping[str, NativeNode]
+    owner: Mapping[str, str]
+    evaluate: Evaluator
+    size_hints: Mapping[str, int] = field(default_factory=dict)
+    signature: Mapping[str, str] = field(default_factory=dict)
+    native_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    display_sizes: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that makes a value."""
+        return {node.output: node for node in self.nodes}
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[Node, ...]]:
+        """The nodes that read a value."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                found.setdefault(name, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    def is_native(self, value: str) -> bool:
+        """Whether the value exists in the native graph (and not only between the parts of one native node)."""
+        return "#" not in value
+
+    def descendants(self, value: str) -> frozenset[str]:
+        """All values that depend on a value, itself included."""
+        found, stack = {value}, [value]
+        while stack:
+            for user in self.users.get(stack.pop(), ()):
+                if user.output not in found:
+                    found.add(user.output)
+                    stack.append(user.output)
+        return frozenset(found)
+
+    def ancestors(self, values: Iterable[str], stop: frozenset[str] = frozenset()) -> frozenset[str]:
+        """All values that some values depend on, themselves included, not looking behind ``stop``."""
+        found = set(values)
+        stack = list(found)
+        while stack:
+            name = stack.pop()
+            if name in stop or name not in self.producer:
+                continue
+            for read in self.producer[name].inputs:
+                if read not in found:
+                    found.add(read)
+                    stack.append(read)
+        return frozenset(found)
+
+    def describe(self, value: str) -> NativeNode:
+        """The native node a value belongs to."""
+        name = self.owner.get(value, value)
+        return self.natives.get(name, NativeNode(name, "input"))

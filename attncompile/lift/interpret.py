@@ -1,0 +1,201 @@
+"""Interpretation: the element of a graph value at symbolic indices, as an expression.
+
+Walks back from a value through everything that is pointwise or moves data. What else it meets becomes a load of that
+value, unless the value depends on the thing being interpreted (the score, the weights): then it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attncompile.frontends.graph import (
+    Cast,
+    Concatenate,
+    Fill,
+    Graph,
+    Indices,
+    Iota,
+    Move,
+    Node,
+    Pointwise,
+    Select,
+)
+from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, simplify
+from attncompile.ir.expr import Const, apply, walk, where
+from attncompile.ir.operators import OPERATORS
+from attncompile.ir.simplify import Simplifier
+from attncompile.ir.types import element_kind
+
+LARGEST = 400
+"""Nodes of an expression beyond which a captured value is loaded as a whole instead of being computed in place."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A value at which interpretation ends with a symbol.
+
+    ``indices`` collects the index tuples it was reached at; a value that stands for one symbol must be reached at one.
+    """
+
+    symbol: Expr
+    indices: list[Indices] = field(default_factory=list)
+
+
+@dataclass
+class Interpreter:
+    """Interprets values of one graph.
+
+    Attributes:
+        graph: the graph.
+        stops: values that end the walk with a symbol.
+        dependent: values that must be interpreted down to a stop; they can not be loaded.
+        extents: sizes of the index symbols.
+    """
+
+    graph: Graph
+    stops: Mapping[str, Stop] = field(default_factory=dict)
+    dependent: frozenset[str] = frozenset()
+    extents: Mapping[str, Expr] = field(default_factory=dict)
+    simplifier: Simplifier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.simplifier = Simplifier(self.extents)
+        self._known: dict[tuple[str, Indices], Expr] = {}
+
+    def at(self, value: str, indices: Indices) -> Expr:
+        """The element of a value.
+
+        Raises:
+            RefusalError: when a dependent value is made by something that is not pointwise.
+        """
+        indices = tuple(self.simplifier(index) for index in indices)
+        key = (value, indices)
+        if key not in self._known:
+            self._known[key] = self._at(value, indices)
+        return self._known[key]
+
+    def _at(self, value: str, indices: Indices) -> Expr:
+        if value in self.stops:
+            stop = self.stops[value]
+            if indices not in stop.indices:
+                stop.indices.append(indices)
+            return stop.symbol
+        node = self.graph.producer.get(value)
+        if node is None:
+            return self._load(value, indices)
+        if value in self.dependent:
+            return self.simplifier(self._stated(node, indices))
+        try:
+            found = self.simplifier(self._stated(node, indices))
+        except RefusalError:
+            if not self.graph.is_native(value):
+                raise
+            return self._load(value, indices)
+        if self.graph.is_native(value) and sum(1 for _ in walk(found)) > LARGEST:
+            return self._load(value, indices)
+        return found
+
+    def _load(self, value: str, indices: Indices) -> Expr:
+        info = self.graph.infos[value]
+        given = self.graph.inputs.get(value)
+        kind = element_kind(info.dtype)
+        if given is not None and given.value is not None and given.value.numel() == 1:
+            item = given.value.item()
+            return Const(bool(item) if kind is Kind.BOOL else int(item) if kind is Kind.INT else float(item))
+        return Load(value, indices, kind)
+
+    def _stated(self, node: Node, indices: Indices) -> Expr:
+        match node:
+            case Pointwise(_, operator, operands):
+                return self._pointwise(node, operator, operands, indices)
+            case Cast(_, source, dtype):
+                return _as_kind(self.at(source, indices), element_kind(dtype))
+            case Move(_, source, index_map, _):
+                return self.at(source, index_map(indices))
+            case Concatenate(_, parts, axis):
+                return self._concatenated(parts, axis, indices)
+            case Select(_, data, positions, wraps):
+                return self._selected(data, positions, wraps, indices)
+            case Iota(_, start, step):
+                return apply("add", start, apply("mul", step, indices[0]))
+            case Fill(_, value):
+                return value
+        native = self.graph.describe(node.output)
+        raise RefusalError(Refusal(
+            "uninterpreted-node", f"{native.what} is not a pointwise operation or a movement of data", native.name,
+            native.source, "attention is lifted through pointwise operations, views, slices, concatenations and gathers",
+        ))
+
+    def _pointwise(self, node: Pointwise, operator: str, operands: tuple[str | Expr, ...], indices: Indices) -> Expr:
+        values: list[Expr] = []
+        rank = len(indices)
+        for operand in operands:
+            if isinstance(operand, Expr):
+                values.append(operand)
+                continue
+            shape = self.graph.infos[operand].shape
+            target = self.graph.infos[node.output].shape
+            offset = rank - len(shape)
+            values.append(self.at(operand, tuple(
+                Const(0) if size == Const(1) and target[axis + offset] != Const(1) else indices[axis + offset]
+                for axis, size in enumerate(shape)
+            )))
+        return _typed(operator, values, element_kind(self.graph.infos[node.output].dtype))
+
+    def _concatenated(self, parts: tuple[str, ...], axis: int, indices: Indices) -> Expr:
+        begin: Expr = Const(0)
+        ends: list[tuple[Expr, str, Expr]] = []
+        for part in parts:
+            end = simplify(begin + self.graph.infos[part].shape[axis])
+            ends.append((begin, part, end))
+            begin = end
+
+        def piece(start: Expr, part: str) -> Expr:
+            return self.at(part, (*indices[:axis], simplify(indices[axis] - start), *indices[axis + 1 :]))
+
+        inside = [
+            (start, part, self.simplifier(indices[axis] < end), self.simplifier(indices[axis] >= start))
+            for start, part, end in ends
+        ]
+        possible = [entry for entry in inside if Const(False) not in entry[2:]]
+        result = piece(possible[-1][0], possible[-1][1])
+        for start, part, before_end, _ in reversed(possible[:-1]):
+            chosen = piece(start, part)
+            result = _typed("where", [before_end, chosen, result], None)
+        return result
+
+    def _selected(self, data: str, positions: tuple, wraps: bool, indices: Indices) -> Expr:  # type: ignore[type-arg]
+        found: list[Expr] = []
+        for (tensor, index_map), size in zip(positions, self.graph.infos[data].shape, strict=True):
+            if tensor is None:
+                found.append(index_map(indices)[0])
+                continue
+            position = self.at(tensor, index_map(indices))
+            if wraps and not self.simplifier.nonnegative(position):
+                position = where(position < 0, position + size, position)
+            found.append(position)
+        return self.at(data, tuple(found))
+
+
+def _as_kind(value: Expr, kind: Kind) -> Expr:
+    if value.kind is kind:
+        return value
+    if kind is Kind.BOOL:
+        return apply("ne", value, Const(0) if value.kind is Kind.INT else Const(0.0))
+    return apply("float" if kind is Kind.FLOAT else "int", value)
+
+
+def _typed(operator: str, values: list[Expr], kind: Kind | None) -> Expr:
+    """Apply an operator as tensor libraries do: truth values count as numbers where numbers are asked for."""
+    row = OPERATORS[operator]
+    if operator == "where" and values[0].kind is not Kind.BOOL:
+        values = [_as_kind(values[0], Kind.BOOL), *values[1:]]
+    if row.result([v.kind for v in values]) is None:
+        to = kind if kind in (Kind.INT, Kind.FLOAT) else (
+            Kind.FLOAT if any(v.kind is Kind.FLOAT for v in values) else Kind.INT)
+        first = values[:1] if operator == "where" else []
+        values = [*first, *(_as_kind(v, to) if v.kind is Kind.BOOL else v for v in values[len(first):])]
+    if operator == "div" and kind is Kind.INT:
+        operator = "floordiv"
+    return apply(operator, *values)

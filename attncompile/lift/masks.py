@@ -1,0 +1,94 @@
+"""Masks in logits: telling which positions are hidden from what the visible ones score."""
+
+from __future__ import annotations
+
+import math
+
+from attncompile.ir import Expr, simplify
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols
+
+HIDDEN = -1e4
+"""A logit at or below this hides a position: ``exp`` of the distance to any ordinary logit is 0 in every float type."""
+
+ABSORBING = -1e30
+"""Added to a score, a number at or below this swallows it in float32 and float64."""
+
+
+def _hides(value: Expr) -> bool:
+    return isinstance(value, Const) and not isinstance(value.value, bool) and value.value <= HIDDEN
+
+
+def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
+    """Write logits as ``where(mask, score, fill)``, exactly.
+
+    Returns:
+        score, mask and fill; the fill is −∞ when nothing is masked. A hidden position keeps the value the model gives
+        it: −∞, a large negative constant, or the score plus one.
+    """
+    parts: list[Expr] = []
+    score = logits
+    while True:
+        found = _peel(score)
+        if found is None:
+            break
+        mask, score = found
+        parts.append(mask)
+    if not parts:
+        return logits, TRUE, Const(-math.inf)
+    mask = simplify(conjunction(parts))
+    return score, mask, _fill(logits, mask, parts)
+
+
+def _peel(expr: Expr) -> tuple[Expr, Expr] | None:
+    """One condition that hides positions, and the expression where it holds."""
+    match expr:
+        case Apply("where", (condition, visible, hidden)) if _hides(hidden) and not _hides(visible):
+            return condition, visible
+        case Apply("where", (condition, hidden, visible)) if _hides(hidden) and not _hides(visible):
+            return simplify(apply("not", condition)), visible
+        case Apply("add", terms):
+            for number, term in enumerate(terms):
+                found = _peel(term)
+                # a term that hides without being the score: where(visible, 0 or a bias, hidden)
+                if found is not None:
+                    rest = [t for n, t in enumerate(terms) if n != number]
+                    return found[0], simplify(apply("add", *rest, found[1]))
+    return None
+
+
+def _fill(logits: Expr, mask: Expr, parts: list[Expr]) -> Expr:
+    """What the logits are where the mask does not hold."""
+    if len(parts) > 1:
+        return _absorbed(logits) if not symbols(_absorbed(logits)) else logits
+    hidden = simplify(_where_false(logits, parts[0]))
+    return _absorbed(hidden)
+
+
+def _where_false(logits: Expr, condition: Expr) -> Expr:
+    negated = simplify(apply("not", condition))
+
+    def resolved(expr: Expr) -> Expr:
+        match expr:
+            case Apply("where", (found, then, otherwise)):
+                if found == condition:
+                    return resolved(otherwise)
+                if found == negated:
+                    return resolved(then)
+        children = expr.children
+        return expr.with_children(tuple(resolved(c) for c in children)) if children else expr
+
+    return resolved(logits)
+
+
+def _absorbed(expr: Expr) -> Expr:
+    """``s + −3e38`` is ``−3e38``, and anything plus −∞ is −∞ (scores are finite)."""
+    if isinstance(expr, Apply) and expr.operator == "add":
+        for term in expr.arguments:
+            if isinstance(term, Const) and term.value <= ABSORBING:
+                return term
+    return expr
+
+
+def scale_score(expr: Expr, factor: Expr) -> Expr:
+    """Put a factor in front of every raw score."""
+    return expr if factor == Const(1.0) else substitute(expr, {SCORE: apply("mul", factor, SCORE)})

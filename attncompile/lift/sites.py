@@ -1,0 +1,521 @@
+"""Finding attention: anchors, growth to both contractions, and the statement of a site as a Spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from attncompile.frontends.graph import (
+    Cast,
+    Concatenate,
+    Contract,
+    FusedAttention,
+    Graph,
+    Indices,
+    Move,
+    Node,
+    Pointwise,
+    Select,
+    Softmax,
+)
+from attncompile.ir import (
+    Attend,
+    Axis,
+    Expr,
+    Index,
+    Kind,
+    Load,
+    Normalizer,
+    Refusal,
+    RefusalError,
+    Size,
+    Spec,
+    TensorType,
+    Value,
+    simplify,
+)
+from attncompile.ir.expr import ONE, SCORE, TRUE, WEIGHT, ZERO, Apply, Const, apply, loads, substitute, symbols, walk
+from attncompile.ir.simplify import Simplifier, polynomial
+from attncompile.lift.interpret import Interpreter, Stop
+from attncompile.lift.masks import scale_score, split_mask
+from attncompile.lift.operands import Operand, label_sizes, layout_of, operand_indices, trace_operand
+from attncompile.lift.program import Binding, Layout, Region, Site
+
+_TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select)
+_B, _H, _I, _J, _D, _E = (Index(name) for name in "bhijde")
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A site before its tensors are named: everything over the symbols ``b h i j d e``.
+
+    Attributes:
+        logits: over ``s`` (the product of the nearest operands) and loads; weight: over ``w``.
+        query, key, value: candidate operands, nearest first.
+        extents: sizes of the symbols.
+        output: the value that is replaced, and its element's indices.
+        anchor: the value that names the site.
+        inner: values strictly between the operands and the output.
+    """
+
+    logits: Expr
+    weight: Expr
+    query: tuple[Operand, ...]
+    key: tuple[Operand, ...]
+    value: tuple[Operand, ...]
+    extents: Mapping[str, Expr]
+    output: str
+    output_indices: Indices
+    normalizer: Normalizer
+    anchor: str
+    inner: frozenset[str]
+
+
+def find_sites(graph: Graph) -> tuple[Site, ...]:
+    """Every attention site of a graph, lifted, observed or refused; not yet proven."""
+    sites: list[Site] = []
+    for node in graph.nodes:
+        if isinstance(node, FusedAttention):
+            sites.append(_site(graph, node.output, lambda n=node: _state_fused(graph, n)))  # type: ignore[misc]
+        elif isinstance(node, Softmax):
+            scores, products = _scores_behind(graph, node), _products_after(graph, node.output)
+            if scores and not _is_constant(graph, node.source):
+                sites.append(_site(graph, node.output, lambda n=node, s=scores, p=products: _state_softmax(graph, n, s, p)))  # type: ignore[misc]
+    return _uniquely_named(sites)
+
+
+def _site(graph: Graph, anchor: str, state) -> Site:  # type: ignore[no-untyped-def]
+    native = graph.describe(anchor)
+    name = native.module or native.name
+    try:
+        statement = state()
+        spec, region = _spec(graph, name, statement)
+    except RefusalError as error:
+        return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
+    escape = _escape(graph, statement)
+    return Site(name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name)
+
+
+def _uniquely_named(sites: list[Site]) -> tuple[Site, ...]:
+    seen: dict[str, int] = {}
+    result = []
+    for site in sites:
+        seen[site.name] = seen.get(site.name, 0) + 1
+        name = site.name if seen[site.name] == 1 else f"{site.name}.{seen[site.name]}"
+        spec = replace(site.spec, name=name) if site.spec else None
+        result.append(replace(site, name=name, spec=spec))
+    return tuple(result)
+
+
+def _refuse(graph: Graph, kind: str, reason: str, value: str, hint: str = "") -> RefusalError:
+    native = graph.describe(value)
+    return RefusalError(Refusal(kind, reason, native.name, native.source, hint))
+
+
+def _is_constant(graph: Graph, value: str) -> bool:
+    """Whether a value is made of parameters and constants alone."""
+    user = {name for name, given in graph.inputs.items() if given.role == "user"}
+    return not (graph.ancestors([value]) & user)
+
+
+def _scores_behind(graph: Graph, softmax: Softmax) -> list[Contract]:
+    """Products of two activations from which the normaliser's input is made pointwise."""
+    found, seen, stack = [], set(), [softmax.source]
+    while stack:
+        value = stack.pop()
+        node = graph.producer.get(value)
+        if value in seen or node is None:
+            continue
+        seen.add(value)
+        if isinstance(node, Contract):
+            if not _is_constant(graph, node.left) and not _is_constant(graph, node.right):
+                found.append(node)
+        elif isinstance(node, Select):
+            stack.append(node.data)
+        elif isinstance(node, _TRANSPARENT):
+            stack += node.inputs
+    return found
+
+
+def _products_after(graph: Graph, weights: str) -> list[Contract]:
+    """Products that read the weights through pointwise operations and movements only."""
+    found, seen, stack = [], {weights}, [weights]
+    while stack:
+        for user in graph.users.get(stack.pop(), ()):
+            if isinstance(user, Contract):
+                if user not in found:
+                    found.append(user)
+            elif isinstance(user, _TRANSPARENT) and user.output not in seen:
+                seen.add(user.output)
+                stack.append(user.output)
+    return found
+
+
+def _only(graph: Graph, stop: Stop, what: str, value: str) -> Indices:
+    if len(stop.indices) != 1:
+        raise _refuse(graph, "several-elements", f"an element of the output depends on {len(stop.indices)} different "
+                      f"elements of the {what}", value, "each weight must come from one score")
+    return stop.indices[0]
+
+
+def _state_softmax(graph: Graph, softmax: Softmax, scores: Sequence[Contract], products: Sequence[Contract]) -> _Statement:
+    if not products:
+        raise _refuse(graph, "no-value-product", "the normalised scores are never multiplied with values", softmax.output,
+                      "attention ends in a product of the weights with a value tensor")
+    refusals: list[RefusalError] = []
+    for product in products:
+        for score in scores:
+            try:
+                return _state_pair(graph, softmax, score, product)
+            except RefusalError as error:
+                refusals.append(error)
+    raise refusals[0]
+
+
+def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contract) -> _Statement:
+    after = graph.descendants(softmax.output)
+    sides = [side for side, name in (("left", product.left), ("right", product.right)) if name in after]
+    if len(sides) != 1 or len(product.summed) != 1 or len(score.summed) != 1:
+        raise _refuse(graph, "not-a-product", "the weights must meet the values, and queries the keys, in a product over "
+                      "one axis", product.output)
+    weight_side, value_side = sides[0], "right" if sides[0] == "left" else "left"
+    sizes = label_sizes(graph, product)
+    out_symbols = tuple(Index(f"y{n}") for n in range(len(product.output_labels)))
+    extents: dict[str, Expr] = {s.name: sizes[l] for s, l in zip(out_symbols, product.output_labels, strict=True)}
+    extents["j"] = sizes[product.summed[0]]
+    summed = {product.summed[0]: _J}
+
+    weights = Interpreter(graph, {softmax.output: Stop(WEIGHT)}, after, extents)
+    weight_value = product.left if weight_side == "left" else product.right
+    weight = weights.at(weight_value, operand_indices(graph, product, weight_side, out_symbols, summed))
+    at_softmax = _only(graph, weights.stops[softmax.output], "normaliser", softmax.output)
+    key_axis = softmax.axis
+    if at_softmax[key_axis] != _J or any(_J in symbols(x) for n, x in enumerate(at_softmax) if n != key_axis):
+        raise _refuse(graph, "wrong-axis", f"the normaliser runs over axis {key_axis}, but the product with the values "
+                      "sums over another axis", softmax.output, "normalise over the keys")
+    normalised = graph.infos[softmax.source].shape[key_axis]
+    if simplify(normalised) != simplify(extents["j"]):
+        raise _refuse(graph, "partial-normaliser", f"the normaliser runs over {normalised} positions, the product with the "
+                      f"values over {extents['j']}", softmax.output,
+                      "weights that are sliced after the normaliser (sink columns) are not lifted yet")
+
+    behind = graph.descendants(score.output)
+    lifted = Interpreter(graph, {score.output: Stop(SCORE)}, behind, extents)
+    logits = lifted.at(softmax.source, at_softmax)
+    at_score = _only(graph, lifted.stops[score.output], "score product", score.output)
+    extents["d"] = label_sizes(graph, score)[score.summed[0]]
+    plain = Interpreter(graph, {}, behind, extents)
+    traced = {}
+    for side in ("left", "right"):
+        name = score.left if side == "left" else score.right
+        if name in behind:
+            raise _refuse(graph, "recursive-score", "an operand of the score depends on the score", score.output)
+        indices = operand_indices(graph, score, side, at_score, {score.summed[0]: _D})
+        traced[side] = trace_operand(plain, name, indices, frozenset([_D]))
+    reads_key = {side: any(_J in symbols(x) for x in found[0].indices) for side, found in traced.items()}
+    if sum(reads_key.values()) != 1:
+        raise _refuse(graph, "no-key-axis", "exactly one operand of the score must run over the keys", score.output)
+    key = traced["left" if reads_key["left"] else "right"]
+    query = traced["right" if reads_key["left"] else "left"]
+    value_indices = operand_indices(graph, product, value_side, out_symbols, summed)
+    value = trace_operand(plain, product.left if value_side == "left" else product.right, value_indices, frozenset([_J]))
+    if not value or not query or not key:
+        raise _refuse(graph, "operand-layout", "an operand is not a tensor of the graph", product.output)
+
+    def uses(operand: Operand) -> frozenset[Expr]:
+        return frozenset(s for x in operand.indices for s in symbols(x))
+
+    value_only = [y for y in out_symbols if y in uses(value[0]) and all(y not in symbols(x) for x in at_softmax)]
+    query_only = [y for y in out_symbols if y in uses(query[0]) and y not in uses(key[0]) and y not in uses(value[0])]
+    inner_axes = [y for y in query_only if extents[y.name] != ONE]
+    ordered = _query_axis(inner_axes or query_only, out_symbols, value_only)
+    if len(value_only) != 1 or ordered is None:
+        raise _refuse(graph, "several-query-axes", f"the output has {len(inner_axes)} query axes and {len(value_only)} value "
+                      "channels axes; one of each is understood", product.output)
+    batch = [y for y in out_symbols if y not in (ordered, value_only[0])]
+    renaming, new_extents = _batch_and_heads(batch, extents, [*query, *key, *value])
+    renaming.update({ordered: _I, value_only[0]: _E})
+    new_extents.update({"i": extents[ordered.name], "e": extents[value_only[0].name], "j": extents["j"], "d": extents["d"]})
+    simplifier = Simplifier(new_extents)
+
+    def renamed(expr: Expr) -> Expr:
+        return simplifier(substitute(expr, renaming))
+
+    def operands(found: list[Operand]) -> tuple[Operand, ...]:
+        return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
+
+    factor_free = scale_weight(weight, value)
+    inner = graph.descendants(score.output) & graph.ancestors([product.output]) - {product.output}
+    return _Statement(renamed(logits), renamed(factor_free), operands(query), operands(key), operands(value), new_extents,
+                      product.output, tuple(renamed(y) for y in out_symbols),
+                      Normalizer("softmax", graph.infos[softmax.output].dtype), softmax.output, inner)
+
+
+def scale_weight(weight: Expr, value: Sequence[Operand]) -> Expr:
+    """The weight's edit as interpreted; factors of the value operand are applied where the operand is chosen."""
+    return weight
+
+
+def _query_axis(candidates: list[Index], outputs: Sequence[Index], value_only: Sequence[Index]) -> Index | None:
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        # a single query: its axis has been dropped; the last axis that is no value channel stands for it
+        rest = [y for y in outputs if y not in value_only]
+        return rest[-1] if rest else None
+    return None
+
+
+def _batch_and_heads(batch: Sequence[Index], extents: Mapping[str, Expr], operands: Sequence[Operand]
+                     ) -> tuple[dict[Expr, Expr], dict[str, Expr]]:
+    """Write the batch-like output axes in terms of ``b`` and ``h``."""
+    if not batch:
+        return {}, {"b": ONE, "h": ONE}
+    if len(batch) == 1:
+        (only,) = batch
+        size = extents[only.name]
+        for operand in operands:
+            for index in operand.indices:
+                for node in walk(index):
+                    match node:
+                        case Apply("floordiv" | "mod", (found, heads)) if found == only and heads != ONE:
+                            count = simplify(size // heads)
+                            if simplify(count * heads) == simplify(size):
+                                return {only: _B * heads + _H}, {"b": count, "h": heads}
+        return {only: _B}, {"b": size, "h": ONE}
+    renaming: dict[Expr, Expr] = {batch[0]: _B}
+    inner: Expr = ONE
+    for axis in reversed(batch[1:]):
+        size = extents[axis.name]
+        renaming[axis] = simplify((_H // inner) % size) if axis is not batch[1] else simplify(_H // inner)
+        inner = simplify(inner * size)
+    return renaming, {"b": extents[batch[0].name], "h": inner}
+
+
+def _state_fused(graph: Graph, node: FusedAttention) -> _Statement:
+    batch, heads, queries, keys, channels, value_channels = node.sizes
+    extents: dict[str, Expr] = {"b": batch, "h": heads, "i": queries, "j": keys, "d": channels, "e": value_channels}
+    interpreter = Interpreter(graph, {}, frozenset(), extents)
+    query = trace_operand(interpreter, node.query, node.query_indices((_B, _H, _I, _D)), frozenset([_D]))
+    key = trace_operand(interpreter, node.key, node.key_indices((_B, _H, _J, _D)), frozenset([_D]))
+    value = trace_operand(interpreter, node.value, node.value_indices((_B, _H, _J, _E)), frozenset([_J]))
+    logits: Expr = apply("mul", node.scale, SCORE)
+    if node.softcap:
+        logits = apply("mul", node.softcap, apply("tanh", apply("div", logits, node.softcap)))
+    visible: list[Expr] = [node.causal] if node.causal is not None else []
+    if node.mask is not None and node.mask_indices is not None:
+        mask = interpreter.at(node.mask, node.mask_indices((_B, _H, _I, _J)))
+        if mask.kind is Kind.BOOL:
+            visible.append(mask)
+        else:
+            logits = apply("add", logits, mask)
+    for condition in visible:
+        logits = apply("where", condition, logits, node.mask_fill)
+    output = tuple(Index(axis) for axis in node.output_order)
+    return _Statement(simplify(logits, extents), WEIGHT, tuple(query), tuple(key), tuple(value), extents, node.output, output,
+                      Normalizer("softmax", node.dtype, node.empty), node.output, frozenset())
+
+
+def _kv_head(operand: Operand) -> Expr | None:
+    """The KV head of query head ``h``, as the operand's indices say; ``None`` when they say several things."""
+    found: set[Expr] = set()
+    for index in operand.indices:
+        for mono in polynomial(index):
+            found |= {atom for atom in mono if _H in symbols(atom)}
+    if not found:
+        return ZERO
+    return found.pop() if len(found) == 1 else None
+
+
+def _kv_heads(kv_head: Expr, heads: Expr) -> Expr | None:
+    """How many KV heads there are."""
+    match kv_head:
+        case Index("h"):
+            return heads
+        case Const(0):
+            return ONE
+        case Apply("floordiv", (Index("h"), repeat)):
+            return simplify(heads // repeat)
+        case Apply("mod", (Index("h"), count)):
+            return count
+    return None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    operand: Operand
+    layout: Layout
+
+
+def _choose(candidates: Sequence[Operand], axes: dict[str, tuple[Expr, Expr]], graph: Graph, extents: dict[str, Expr]
+            ) -> _Chosen | None:
+    """The farthest operand that holds exactly the Spec tensor."""
+    for operand in reversed(candidates):
+        layout = layout_of(operand.indices, graph.infos[operand.value].shape, axes, extents)
+        if layout is not None:
+            return _Chosen(operand, layout)
+    return None
+
+
+def _choose_kv(graph: Graph, statement: _Statement, extents: dict[str, Expr]) -> tuple[_Chosen, _Chosen, Expr, Expr] | None:
+    """Key and value that agree on the KV heads, farthest first."""
+    heads = extents["h"]
+    options = [k for k in (_kv_head(o) for o in (*reversed(statement.key), *reversed(statement.value))) if k is not None]
+    for kv_head in dict.fromkeys(options):
+        groups = _kv_heads(kv_head, heads)
+        if groups is None:
+            continue
+        found = []
+        for candidates, channel in ((statement.key, _D), (statement.value, _E)):
+            matching = [o for o in candidates if _kv_head(o) == kv_head]
+            symbol = kv_head if kv_head != ZERO else Index("g")
+            axes = {"b": (_B, extents["b"]), "g": (symbol, groups), "j": (_J, extents["j"]),
+                    channel.name: (channel, extents[channel.name])}
+            found.append(_choose(matching, axes, graph, extents))
+        if found[0] is not None and found[1] is not None:
+            return found[0], found[1], kv_head, groups
+    return None
+
+
+def _spec(graph: Graph, name: str, statement: _Statement) -> tuple[Spec, Region]:
+    extents = dict(statement.extents)
+    if not graph.is_native(statement.output):
+        raise _refuse(graph, "inner-output", "the product with the values is only part of a native operation",
+                      statement.output)
+    axes = {"b": (_B, extents["b"]), "h": (_H, extents["h"]), "i": (_I, extents["i"]), "d": (_D, extents["d"])}
+    query = _choose(statement.query, axes, graph, extents)
+    if query is None:
+        raise _refuse(graph, "operand-layout", "no tensor on the way holds exactly the queries", statement.output)
+    chosen = _choose_kv(graph, statement, extents)
+    if chosen is None:
+        raise _refuse(graph, "operand-layout", "no tensors on the way hold exactly the keys and values", statement.output)
+    key, value, kv_head, groups = chosen
+    output_axes = {"b": (_B, extents["b"]), "h": (_H, extents["h"]), "i": (_I, extents["i"]), "e": (_E, extents["e"])}
+    output = layout_of(statement.output_indices, graph.infos[statement.output].shape, output_axes, extents)
+    if output is None:
+        output = _output_layout(statement, graph)
+    simplifier = Simplifier(extents)
+    factor = simplifier(apply("mul", query.operand.factor, key.operand.factor))
+    logits = simplifier(scale_score(statement.logits, factor))
+    weight = simplifier(apply("mul", value.operand.factor, statement.weight))
+    score, mask, fill = split_mask(logits)
+    naming = _Naming(graph, extents)
+    types = {
+        "q": naming.type("bhid", (extents["b"], extents["h"], extents["i"], extents["d"]), query.operand.value),
+        "k": naming.type("bgjd", (extents["b"], groups, extents["j"], extents["d"]), key.operand.value),
+        "v": naming.type("bgje", (extents["b"], groups, extents["j"], extents["e"]), value.operand.value),
+    }
+    attend = Attend("q", "k", "v", naming.expr(_real(score)), naming.expr(mask), naming.expr(_real(fill)),
+                    naming.expr(weight), kv_head, statement.normalizer)
+    captured = naming.captured()
+    spec = Spec(name, (*(Value(n, t) for n, t in types.items()), *(v for v, _ in captured)), (attend,))
+    try:
+        spec.verify()
+    except ValueError as error:
+        raise _refuse(graph, "ill-typed", str(error).splitlines()[0], statement.output) from None
+    inner = {graph.owner.get(v, v) for v in statement.inner} | {graph.owner.get(statement.output, statement.output)}
+    order = [n for n in graph.natives if n in inner]
+    region = Region(
+        (Binding("q", query.operand.value, query.layout), Binding("k", key.operand.value, key.layout),
+         Binding("v", value.operand.value, value.layout), *(Binding(v.name, n, None) for v, n in captured)),
+        (Binding("out", statement.output, output),), tuple(order),
+    )
+    return spec, region
+
+
+def _output_layout(statement: _Statement, graph: Graph) -> Layout:
+    """Native axes that split one Spec axis are adjacent and in order; the first of them carries it."""
+    groups: list[tuple[str, ...]] = []
+    used: set[str] = set()
+    for index in statement.output_indices:
+        names = [s.name for s in symbols(index) if isinstance(s, Index) and s.name not in used]
+        used |= set(names)
+        groups.append(tuple(names))
+    if any(len(g) > 1 for g in groups):
+        raise _refuse(graph, "output-layout", "the output's axes mix batch and heads in a way that is not understood",
+                      statement.output)
+    return Layout(tuple(groups))
+
+
+def _real(expr: Expr) -> Expr:
+    if expr.kind is Kind.FLOAT:
+        return expr
+    return Const(float(expr.value)) if isinstance(expr, Const) else apply("float", expr)
+
+
+class _Naming:
+    """Names of sizes and captured tensors as they appear in a Spec."""
+
+    def __init__(self, graph: Graph, extents: Mapping[str, Expr]) -> None:
+        self.graph = graph
+        self.sizes: dict[Expr, Expr] = {}
+        for axis, name in (("b", "B"), ("i", "I"), ("j", "J")):
+            size = simplify(extents[axis])
+            if isinstance(size, Size) and size not in self.sizes:
+                self.sizes[size] = Size(name)
+        length = simplify(extents["j"])
+        if not isinstance(length, Size | Const):
+            # keys of a cache and new ones: J is what the tensor shows, the unknown part is what remains
+            poly = polynomial(length)
+            for mono, factor in poly.items():
+                if len(mono) == 1 and factor == 1 and isinstance(mono[0], Size) and mono[0] not in self.sizes:
+                    rest = simplify(length - mono[0])
+                    self.sizes[mono[0]] = simplify(Size("J") - substitute(rest, self.sizes))
+                    break
+        self.tensors: dict[str, str] = {}
+
+    def size(self, size: Expr) -> Expr:
+        return simplify(substitute(size, self.sizes))
+
+    def type(self, letters: str, sizes: Sequence[Expr], native: str) -> TensorType:
+        axes = tuple(Axis(letter, self.size(size)) for letter, size in zip(letters, sizes, strict=True))
+        return TensorType(axes, self.graph.infos[native].dtype)
+
+    def expr(self, expr: Expr) -> Expr:
+        for load in loads(expr):
+            if load.tensor not in self.tensors:
+                self.tensors[load.tensor] = self._name(load.tensor)
+
+        def renamed(node: Expr) -> Expr | None:
+            if isinstance(node, Load) and node.tensor in self.tensors:
+                return Load(self.tensors[node.tensor], node.indices, node.element)
+            return self.sizes.get(node)
+
+        from attncompile.ir.expr import rewrite
+
+        return simplify(rewrite(expr, renamed)) if expr not in (TRUE, WEIGHT) else expr
+
+    def _name(self, native: str) -> str:
+        given = self.graph.inputs.get(native)
+        name = re.sub(r"[^\w.]", "_", given.name if given else native)
+        name = name if re.match(r"[A-Za-z_]", name) else f"t_{name}"
+        while name in self.tensors.values() or name in ("q", "k", "v", "out", "s", "w", "true", "false", "inf", "nan"):
+            name += "_"
+        return name
+
+    def captured(self) -> list[tuple[Value, str]]:
+        found = []
+        for native, name in self.tensors.items():
+            info = self.graph.infos[native]
+            axes = tuple(Axis(f"a{n}", self.size(size)) for n, size in enumerate(info.shape))
+            found.append((Value(name, TensorType(axes, info.dtype)), native))
+        return found
+
+
+def _escape(graph: Graph, statement: _Statement) -> Refusal | None:
+    """Why a site can only be observed: one of its inner values is read elsewhere."""
+    inside = statement.inner | {statement.output}
+    for value in sorted(statement.inner):
+        outside = [user for user in graph.users.get(value, ()) if user.output not in inside]
+        if value in graph.outputs or outside:
+            reader = "the model returns it" if value in graph.outputs else f"{graph.describe(outside[0].output).name} reads it"
+            native = graph.describe(value)
+            return Refusal("escaping-value", f"the inner value {native.name} ({native.what}) is needed outside: {reader}",
+                           native.name, native.source, "ask the model not to return attention weights")
+    return None
+
+
+def nodes_of(graph: Graph, statement: frozenset[str]) -> tuple[Node, ...]:
+    """The nodes that make the given values, in graph order."""
+    return tuple(node for node in graph.nodes if node.output in statement)
