@@ -6,6 +6,8 @@ flat again. Looking through the turn saves both copies.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,10 @@ from attncompile.codegen.onnx.values import Builder, constant, dimensions, known
 
 TURN = (0, 2, 1, 3)
 """The axis order that takes ``[B, S, H, D]`` to ``[B, H, S, D]`` and back."""
+
+
+Groups = tuple[tuple[str, ...], ...]
+"""For each axis of a graph's value the Spec axes it is made of, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +70,94 @@ def to_heads(build: Builder, view: Heads) -> ir.Value:
     return turned
 
 
-def to_flat(build: Builder, value: ir.Value, heads: int, channels: int) -> ir.Value:
-    """``[B, H, S, D]`` as ``[B, S, H*D]``; nothing is built when the value is a turned view of just that."""
-    view = heads_of(value)
-    if view is not None and (view.heads, view.channels) == (heads, channels):
-        return view.flat
-    turned = build("Transpose", value, perm=TURN)
-    flat = build("Reshape", turned, build.constant([0, 0, heads * channels]))
-    sizes = dimensions(value) or (None,) * 4
-    flat.shape = ir.Shape((sizes[0], sizes[2], heads * channels))
-    flat.dtype = value.dtype
-    return flat
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the Spec as the graph holds it.
+
+    Attributes:
+        value: the graph's value.
+        groups: for each axis of ``value`` the Spec axes it is made of, outermost first; ``(("b",), ("i",), ("h", "d"))``
+            is a flat ``[B, I, H*D]``, an empty group an axis of size 1.
+    """
+
+    value: ir.Value
+    groups: Groups
+
+    def behind_turn(self) -> Operand:
+        """The flat tensor that this one is a turned view of, or this one."""
+        axes = tuple(group[0] for group in self.groups if len(group) == 1)
+        view = heads_of(self.value) if len(axes) == 4 == len(self.groups) else None
+        return self if view is None else Operand(view.flat, flat_groups(axes))
+
+
+def single_groups(axes: Iterable[str]) -> Groups:
+    """One native axis for each Spec axis, in order."""
+    return tuple((axis,) for axis in axes)
+
+
+def flat_groups(axes: Sequence[str]) -> Groups:
+    """The flat layout ``[B, S, H*D]`` of the axes of a ``[B, H, S, D]`` tensor."""
+    batch, head, position, channel = axes
+    return ((batch,), (position,), (head, channel))
+
+
+def arrange(
+    build: Builder, operand: Operand, wanted: Groups, extents: Mapping[str, int | Callable[[], ir.Value]]
+) -> ir.Value:
+    """The operand in another layout; nothing is built when it has that layout already.
+
+    Args:
+        extents: size of each Spec axis, a number or a maker of an int64 ``[1]`` value.
+    """
+    operand = Operand(operand.value, operand.groups)
+    if operand.groups == wanted:
+        return operand.value
+    behind = operand.behind_turn()
+    if behind.groups == wanted:
+        return behind.value
+    value, groups = operand.value, operand.groups
+    if any(len(group) != 1 for group in groups):
+        singles = single_groups(axis for group in groups for axis in group)
+        value, groups = _reshape(build, value, groups, singles, extents), singles
+    order = tuple(axis for group in wanted for axis in group)
+    current = tuple(group[0] for group in groups)
+    if sorted(order) != sorted(current):
+        raise ValueError(f"a tensor with axes {current} cannot be laid out as {wanted}")
+    if order != current:
+        value = build("Transpose", value, perm=[current.index(axis) for axis in order])
+    groups = single_groups(order)
+    return value if groups == wanted else _reshape(build, value, groups, wanted, extents)
+
+
+def _reshape(
+    build: Builder,
+    value: ir.Value,
+    groups: Groups,
+    wanted: Groups,
+    extents: Mapping[str, int | Callable[[], ir.Value]],
+) -> ir.Value:
+    """A reshape between two groupings of the same axes in the same order."""
+    parts: list[int | Callable[[], ir.Value]] = []
+    for place, group in enumerate(wanted):
+        sizes = [extents[axis] for axis in group]
+        if place < len(groups) and groups[place] == group:
+            parts.append(0)  # copied from the input
+        elif all(isinstance(size, int) for size in sizes):
+            parts.append(math.prod(size for size in sizes if isinstance(size, int)))
+        elif len(sizes) == 1:
+            parts.append(sizes[0])
+        else:
+            parts.append(-1)
+    unknown = [place for place, part in enumerate(parts) if callable(part)]
+    if -1 not in parts and unknown:
+        parts[unknown.pop()] = -1
+    if parts.count(-1) > 1:
+        raise ValueError(f"cannot reshape {groups} to {wanted} without knowing more sizes")
+    numbers = [part for part in parts if isinstance(part, int)]
+    if len(numbers) == len(parts):
+        return build("Reshape", value, build.constant(numbers))
+    pieces = [build.constant([part]) if isinstance(part, int) else part() for part in parts]
+    return build("Reshape", value, build("Concat", *pieces, axis=0))
 
 
 def drop_double_turns(model: ir.Model) -> int:

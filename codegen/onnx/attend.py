@@ -1,0 +1,400 @@
+"""One Attend as ONNX nodes: the plain decomposition, and the fused operators of ONNX Runtime.
+
+A builder trusts its capability row (:mod:`attncompile.codegen.onnx.capabilities`), which has said that the operator
+computes this Attend exactly. What the operators were measured to do with a row that sees no key (1.31, CPU):
+``Attention`` and ``GroupQueryAttention`` give zero where every logit is -inf or the lowest float, and otherwise the
+plain softmax; ``MultiHeadAttention`` always gives the plain softmax (NaN for -inf).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from attncompile.codegen.onnx.expressions import Shared, Writer, reads_score
+from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, flat_groups, single_groups
+from attncompile.codegen.onnx.reading import (
+    MASKED,
+    additive_fill,
+    affine,
+    causal_mask,
+    extents,
+    fixed,
+    group_size,
+    may_be_infinite,
+    rows_never_empty,
+)
+from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
+from attncompile.ir.expr import TRUE, WEIGHT, Expr, Index, walk
+from attncompile.ir.ops import Attend, Types
+from attncompile.ir.simplify import simplify
+
+Made = dict[str, Operand]
+"""Results of an operation by name, each with its layout."""
+
+AXES = ("b", "h", "i", "j")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an operation is written.
+
+    Attributes:
+        build: collects the nodes.
+        types: types of all tensors of the Spec.
+        operands: the graph's tensors by Spec name, results of earlier operations too.
+        shared: nodes that serve the whole model.
+    """
+
+    build: Builder
+    types: Types
+    operands: dict[str, Operand]
+    shared: Shared
+
+
+def writer_of(attend: Attend, place: Place) -> Writer:
+    """Writes expressions over the attention map."""
+    dtype = place.types[attend.query].dtype
+    sizes = extents(attend, place.types)
+    return Writer(
+        place.build,
+        place.types,
+        place.operands,
+        AXES,
+        {name: sizes[name] for name in AXES},
+        dtype,
+        place.shared,
+    )
+
+
+def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]) -> ir.Value:
+    """A tensor of the Spec in the layout ``wanted`` makes of its axis names."""
+    kind = place.types[name]
+    axes = tuple(axis.name for axis in kind.axes)
+    sizes: dict[str, int | Callable[[], ir.Value]] = {}
+    for axis in kind.axes:
+        number = fixed(axis.size)
+        sizes[axis.name] = number if number is not None else _size_maker(writer, axis.size)
+    return arrange(place.build, place.operands[name], wanted(axes), sizes)
+
+
+def _size_maker(writer: Writer, size: Expr) -> Callable[[], ir.Value]:
+    return lambda: writer.size(size)
+
+
+def _heads(place: Place, name: str) -> int:
+    """Number of heads of a ``[b,h,...]`` tensor.
+
+    Raises:
+        ValueError: when it is not a fixed number; a capability row refuses that first.
+    """
+    number = fixed(place.types[name].sizes[1])
+    if number is None:
+        raise ValueError(f"{name} has a variable number of heads, {place.types[name].sizes[1]}")
+    return number
+
+
+# The mask as a tensor
+
+
+def additive_mask(
+    writer: Writer, mask: Expr, low: float, bias: Expr | None = None, *, square: bool = False
+) -> ir.Value | None:
+    """``bias + where(mask, 0, low)``, or ``None`` when there is neither; one value for all sites that agree.
+
+    Args:
+        square: expand it over queries and keys, which the fused operators demand.
+    """
+    if mask == TRUE and bias is None:
+        return None
+
+    def make() -> ir.Value:
+        build = writer.build
+        whole: ir.Value | None = writer.write(bias) if bias is not None else None
+        if mask != TRUE:
+            zero, lowest = build.constant(0.0, writer.dtype), build.constant(low, writer.dtype)
+            masked = build("Where", writer.write(mask), zero, lowest)
+            whole = masked if whole is None else build("Add", whole, masked)
+        assert whole is not None  # one of the two is there
+        return _expanded(writer, whole, mask, bias) if square else whole
+
+    meaning = (writer.key(mask), repr(low), writer.key(bias) if bias is not None else None, writer.dtype)
+    return writer.once(("additive mask", square, *meaning), make)
+
+
+def _expanded(writer: Writer, value: ir.Value, *parts: Expr | None) -> ir.Value:
+    """The value over all queries and keys, when its parts leave one of them out."""
+    axes = frozenset[str]().union(*(writer.visible_axes(part) for part in parts if part is not None))
+    if {"i", "j"} <= axes:
+        return value
+    one = writer.build.constant([1, 1])
+    shape = writer.build("Concat", one, writer.size(writer.extents["i"]), writer.size(writer.extents["j"]), axis=0)
+    return writer.build("Expand", value, shape)
+
+
+def boolean_mask(writer: Writer, mask: Expr) -> ir.Value:
+    """The mask over all queries and keys as truth values."""
+    return writer.once(
+        ("boolean mask", writer.key(mask)), lambda: _expanded(writer, writer.write(mask), mask)
+    )
+
+
+def _rows(writer: Writer, mask: Expr, *, seen: bool) -> ir.Value:
+    """``[b,i,1]``: 1 for a query that sees a key (``seen``) or for one that sees none, else 0."""
+
+    def make() -> ir.Value:
+        build = writer.build
+        ones = build("Cast", boolean_mask(writer, mask), to=int(ir.DataType.INT32))
+        # [b, 1, i, j] -> [b, i, 1]
+        some = build("ReduceMax", ones, build.constant([3]), keepdims=1)
+        some = build("Squeeze", some, build.constant([1]))
+        number = build("Cast", some, to=int(NUMPY_TYPES[writer.dtype]))
+        return number if seen else build("Sub", build.constant(1.0, writer.dtype), number)
+
+    return writer.once(("rows", seen, writer.key(mask), writer.dtype), make)
+
+
+# The plain decomposition
+
+
+def decomposition(attend: Attend, place: Place) -> Made:
+    """MatMul, score, mask, normaliser, MatMul: says what the Attend says, whatever it is."""
+    writer, build = writer_of(attend, place), place.build
+    query = arranged(writer, place, attend.query, single_groups)
+    key = arranged(writer, place, attend.key, single_groups)
+    value = arranged(writer, place, attend.value, single_groups)
+    shares = group_size(attend, place.types)
+    groups = fixed(extents(attend, place.types)["g"])
+    folded = shares is not None and shares > 1 and groups is not None
+    if shares is None:
+        heads = _kv_heads(attend, place)
+        key, value = (build("Gather", side, build.constant(heads), axis=1) for side in (key, value))
+    if folded:
+        # query heads that share a KV head become more queries of that head: no key or value is copied
+        query = build("Reshape", query, build.constant([0, groups, -1, fixed(place.types[attend.query].sizes[3]) or 0]))
+    turned = build("Transpose", key, perm=[0, 1, 3, 2])
+    raw = build("MatMul", query, turned)
+    logits = _logits(attend, place, writer, raw, (lambda x: _unfold(build, x, attend, place)) if folded else None)
+    weights = _weights(attend, writer, logits)
+    if folded:
+        weights = build("Reshape", weights, build.constant([0, groups, -1, 0]))
+    product = build("MatMul", weights, value)
+    if folded:
+        product = _unfold(build, product, attend, place)
+    product = _without_empty_rows(attend, place, writer, logits, product)
+    axes = tuple(axis.name for axis in place.types[attend.out].axes)
+    made = {attend.out: Operand(product, single_groups(axes))}
+    if attend.lse:
+        sums = build("ReduceLogSumExp", logits, build.constant([3]), keepdims=0)
+        made[attend.lse] = Operand(sums, single_groups(axes[:3]))
+    return made
+
+
+def _unfold(build: Builder, value: ir.Value, attend: Attend, place: Place) -> ir.Value:
+    return build("Reshape", value, build.constant([0, _heads(place, attend.query), -1, 0]))
+
+
+def _kv_heads(attend: Attend, place: Place) -> list[int]:
+    import torch  # the reference evaluates the head expression; nothing else here needs it
+
+    numbers = attend.kv_heads(_heads(place, attend.query), torch.device("cpu"), {})
+    return [int(number) for number in numbers]
+
+
+def _logits(
+    attend: Attend,
+    place: Place,
+    writer: Writer,
+    raw: ir.Value,
+    unfold: Callable[[ir.Value], ir.Value] | None,
+) -> ir.Value:
+    """The normaliser's argument ``[b,h,i,j]``."""
+    build, mask = place.build, simplify(attend.mask)
+    score, low = affine(simplify(attend.score)), additive_fill(attend)
+    if score is not None:
+        scaled = raw
+        if score.scale != 1.0:
+            # next to the MatMul, where ONNX Runtime folds it into the product
+            scaled = build("Mul", raw, build.constant(score.scale, writer.dtype))
+        if unfold is not None:
+            scaled = unfold(scaled)
+        if low is not None and not reads_score(mask):
+            fill = MASKED if math.isinf(low) and _zero_rows_follow(attend, place) else low
+            added = additive_mask(writer, mask, fill, score.bias)
+            return scaled if added is None else build("Add", scaled, added)
+        logits = scaled if score.bias is None else build("Add", scaled, writer.write(score.bias))
+        writer = replace(writer, score=unfold(raw) if unfold is not None and reads_score(attend.fill) else raw)
+    else:
+        writer = replace(writer, score=unfold(raw) if unfold is not None else raw)
+        logits = writer.write(simplify(attend.score))
+    if mask == TRUE:
+        return logits
+    return build("Where", writer.write(mask), logits, writer.write(simplify(attend.fill)))
+
+
+def _weights(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
+    build = writer.build
+    if attend.norm.kind == "softmax":
+        weights = build("Softmax", logits, axis=-1)
+    else:
+        weights = build("Sigmoid" if attend.norm.kind == "sigmoid" else "Relu", logits)
+    edit = simplify(attend.weight)
+    return weights if edit == WEIGHT else replace(writer, weight=weights).write(edit)
+
+
+def _zero_rows_follow(attend: Attend, place: Place) -> bool:
+    """Whether empty rows are made zero after the product, from the mask alone."""
+    score = affine(simplify(attend.score))
+    return (
+        attend.norm.kind == "softmax"
+        and attend.norm.empty == "zero"
+        and not attend.lse
+        and score is not None
+        and not may_be_infinite(score.bias)
+        and "h" not in {n.name for n in _indices(attend.mask)}
+        and not rows_never_empty(attend, place.types)
+    )
+
+
+def _indices(expr: Expr) -> list[Index]:
+    return [node for node in walk(expr) if isinstance(node, Index)]
+
+
+def _without_empty_rows(
+    attend: Attend, place: Place, writer: Writer, logits: ir.Value, product: ir.Value
+) -> ir.Value:
+    """Zero where no key is visible, when the Attend asks for that."""
+    build = place.build
+    if attend.norm.kind != "softmax" or attend.norm.empty != "zero":
+        return product
+    if _zero_rows_follow(attend, place):
+        seen = build("Unsqueeze", _rows(writer, simplify(attend.mask), seen=True), build.constant([1]))
+        return build("Mul", product, seen)
+    if rows_never_empty(attend, place.types) and not may_be_infinite(simplify(attend.score)):
+        return product
+    largest = build("ReduceMax", logits, build.constant([3]), keepdims=1)
+    empty = build("Equal", largest, build.constant(-math.inf, writer.dtype))
+    return build("Where", empty, build.constant(0.0, writer.dtype), product)
+
+
+# Fused operators
+
+
+def attention(attend: Attend, place: Place) -> Made:
+    """``Attention`` of opset 23."""
+    writer, build = writer_of(attend, place), place.build
+    names = (attend.query, attend.key, attend.value)
+    flat = all(place.operands[n].behind_turn().groups == flat_groups(_axes(place, n)) for n in names)
+    wanted = flat_groups if flat else single_groups
+    parts = [arranged(writer, place, name, wanted) for name in names]
+    score, mask, low = affine(simplify(attend.score)), simplify(attend.mask), additive_fill(attend)
+    assert score is not None and low is not None  # the capability row has looked
+    if score.bias is None and mask != TRUE and math.isinf(low):
+        extra: ir.Value | None = boolean_mask(writer, mask)
+    else:
+        extra = additive_mask(writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True)
+    attributes = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
+    out = build("Attention", *parts, extra, scale=score.scale, **(attributes if flat else {}))
+    axes = _axes(place, attend.out)
+    return {attend.out: Operand(out, wanted(axes))}
+
+
+def multi_head_attention(attend: Attend, place: Place) -> Made:
+    """``com.microsoft.MultiHeadAttention``: without mask and bias its CPU kernel never stores the attention map."""
+    writer, build = writer_of(attend, place), place.build
+    parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
+    score, mask, low = affine(simplify(attend.score)), simplify(attend.mask), additive_fill(attend)
+    assert score is not None and low is not None
+    patched = mask != TRUE and attend.norm.empty == "zero" and not rows_never_empty(attend, place.types)
+    extra = additive_mask(writer, mask, MASKED if patched else low, score.bias, square=True)
+    out = build(
+        "MultiHeadAttention",
+        *parts,
+        *((None, None, extra) if extra is not None else ()),
+        domain=MICROSOFT,
+        num_heads=_heads(place, attend.query),
+        scale=score.scale,
+    )
+    if patched:
+        out = build("Mul", out, _rows(writer, mask, seen=True))
+    return {attend.out: Operand(out, flat_groups(_axes(place, attend.out)))}
+
+
+def group_query_attention(attend: Attend, place: Place) -> Made:
+    """``com.microsoft.GroupQueryAttention`` on a whole prompt: causal by itself, everything else as a bias."""
+    writer, build = writer_of(attend, place), place.build
+    parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
+    score, causal, low = affine(simplify(attend.score)), causal_mask(attend, place.types), additive_fill(attend)
+    assert score is not None and causal is not None and low is not None
+    sizes = extents(attend, place.types)
+    rest = simplify(causal.rest)
+    if rest == TRUE:
+        bias = additive_mask(writer, TRUE, low, score.bias, square=True)
+    else:
+        # the whole mask, not only the rest: rows that see no key must look empty to the operator
+        bias = additive_mask(writer, simplify(attend.mask), -math.inf, score.bias, square=True)
+
+    def total() -> ir.Value:
+        return build("Cast", writer.size(sizes["j"]), to=int(ir.DataType.INT32))
+
+    def lengths() -> ir.Value:
+        last = build("Sub", writer.once(("int32", writer.key(sizes["j"])), total), build.constant(1, "int32"))
+        return build("Expand", last, writer.size(sizes["b"]))
+
+    key_lengths = writer.once(("last keys", writer.key(sizes["j"]), writer.key(sizes["b"])), lengths)
+    length = writer.once(("int32", writer.key(sizes["j"])), total)
+    whole = writer.once(
+        ("int32 scalar", writer.key(sizes["j"])), lambda: build("Squeeze", length, build.constant([0]))
+    )
+    out, *_ = build(
+        "GroupQueryAttention",
+        *parts,
+        None,
+        None,
+        key_lengths,
+        whole,
+        *((None, None, None, bias) if bias is not None else ()),
+        domain=MICROSOFT,
+        outputs=3,
+        num_heads=_heads(place, attend.query),
+        kv_num_heads=_heads(place, attend.key),
+        scale=score.scale,
+        local_window_size=causal.window,
+    )
+    if rest != TRUE and not math.isinf(low) and not rows_never_empty(attend, place.types):
+        # a finite fill: such a row weighs all keys alike, where the operator gives zero
+        out = build("Add", out, build("Mul", _rows(writer, simplify(attend.mask), seen=False), _mean(attend, place, parts[2])))
+    return {attend.out: Operand(out, flat_groups(_axes(place, attend.out)))}
+
+
+def _mean(attend: Attend, place: Place, value: ir.Value) -> ir.Value:
+    """Mean of the values over all keys, for each query head: ``[b, 1, h*e]`` from flat values ``[b, j, g*e]``."""
+    build, shares = place.build, group_size(attend, place.types) or 1
+    mean = build("ReduceMean", value, build.constant([1]), keepdims=1)
+    if shares == 1:
+        return mean
+    groups, channels = _heads(place, attend.key), fixed(place.types[attend.value].sizes[3]) or 0
+    apart = build("Reshape", mean, build.constant([0, 1, groups, 1, channels]))
+    spread = build("Expand", apart, build.constant([1, 1, 1, shares, 1]))
+    return build("Reshape", spread, build.constant([0, 1, groups * shares * channels]))
+
+
+def _axes(place: Place, name: str) -> tuple[str, ...]:
+    return tuple(axis.name for axis in place.types[name].axes)
+
+
+__all__ = [
+    "Made",
+    "Place",
+    "additive_mask",
+    "arranged",
+    "attention",
+    "boolean_mask",
+    "decomposition",
+    "group_query_attention",
+    "multi_head_attention",
+    "writer_of",
+]

@@ -1,0 +1,226 @@
+"""What each ONNX operator can express exactly: one row each.
+
+A row says why an operator cannot compute a Spec, in words for the person who asked for it. A row without an objection is
+a promise that the builder's nodes compute the Spec up to rounding; the tests hold every row to it on the table of Specs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from attncompile.codegen.onnx.attend import (
+    Made,
+    Place,
+    attention,
+    decomposition,
+    group_query_attention,
+    multi_head_attention,
+)
+from attncompile.codegen.onnx.reading import (
+    ABSORBING,
+    additive_fill,
+    affine,
+    causal_mask,
+    extents,
+    fixed,
+    group_size,
+    may_be_infinite,
+    rows_never_empty,
+)
+from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
+from attncompile.codegen.onnx.values import MICROSOFT
+from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
+from attncompile.ir.ops import Attend, Scan, Types
+from attncompile.ir.refusal import RefusalError
+from attncompile.ir.simplify import simplify
+from attncompile.ir.spec import Spec
+
+Provider = Literal["cpu", "cuda"]
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One operator that can stand for an Attend or a Scan.
+
+    Attributes:
+        operator: ONNX name, or ``decomposition``.
+        domain: ``""`` for the standard, ``com.microsoft`` for ONNX Runtime's own.
+        providers: where it has a kernel, with the dtypes of that kernel.
+        opset: lowest standard opset it needs.
+        onnxruntime: versions that it was checked with (the lowest that has it is given by its capability test at load).
+        objection: why an operation is beyond it, given the provider, or ``None``.
+        build: makes the nodes.
+    """
+
+    operator: str
+    domain: str
+    providers: dict[Provider, tuple[str, ...]]
+    opset: int
+    onnxruntime: str
+    objection: Callable[[Attend, Types, Provider], str | None] | Callable[[Scan, Types, Provider], str | None]
+    build: Callable[[Attend, Place], Made] | Callable[[Scan, Place], Made]
+    operation: type[Attend] | type[Scan] = Attend
+
+    def why_not(self, spec: Spec, provider: Provider = "cpu") -> str | None:
+        """Why this operator cannot compute the Spec's Attend (or Scan) exactly; ``None`` when it can."""
+        found = spec.attend() if self.operation is Attend else spec.scan()
+        if found is None:
+            return f"{self.operator} stands for one {self.operation.keyword}, which this Spec does not hold"
+        types = spec.types()
+        dtypes = self.providers.get(provider)
+        if dtypes is None:
+            return f"{self.operator} has no kernel for {provider}"
+        dtype = types[found.query].dtype
+        if dtype not in dtypes:
+            return f"{self.operator} takes {' or '.join(dtypes)} on {provider}, this is {dtype}"
+        try:
+            return self.objection(found, types, provider)  # type: ignore[arg-type]
+        except RefusalError as refused:
+            return str(refused.refusal)
+
+
+def _fused(name: str, attend: Attend, types: Types) -> str | None:
+    """What no fused operator can do."""
+    if attend.norm.kind != "softmax":
+        return f"{name} normalises by softmax only, this is {attend.norm}"
+    if attend.lse:
+        return f"{name} does not give the log-sum-exp"
+    if simplify(attend.weight) != WEIGHT:
+        return f"{name} cannot edit the weights ({attend.weight})"
+    if affine(simplify(attend.score)) is None:
+        return f"{name} takes a constant scale and an additive bias, the score is {attend.score}"
+    if additive_fill(attend) is None:
+        return f"{name} masks by adding a number, the fill is {attend.fill}"
+    if any(fixed(types[side].sizes[axis]) is None for side in (attend.query, attend.key) for axis in (1, 3)):
+        return f"{name} needs fixed numbers of heads and channels"
+    if types[attend.query].dtype != types[attend.value].dtype:
+        return f"{name} needs one dtype for query, key and value"
+    mask, score = simplify(attend.mask), affine(simplify(attend.score))
+    tensor = mask != TRUE or (score is not None and score.bias is not None)
+    if tensor and attend.norm.empty == "zero" and score is not None and may_be_infinite(score.bias):
+        return f"{name}: the bias may hold -inf, and rows of nothing else must be zero"
+    return None
+
+
+def _reads_head(attend: Attend) -> bool:
+    return Index("h") in symbols(simplify(attend.mask))
+
+
+def _may_be_empty(attend: Attend, types: Types) -> bool:
+    return simplify(attend.mask) != TRUE and not rows_never_empty(attend, types)
+
+
+def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
+    reason = _fused("Attention", attend, types)
+    if reason:
+        return reason
+    if group_size(attend, types) is None:
+        return f"Attention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
+    low, score = additive_fill(attend), affine(simplify(attend.score))
+    empty = _may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
+    if empty and low is not None and math.isinf(low) and attend.norm.empty == "nan":
+        return "Attention gives zero for a query that sees no key, here it is NaN"
+    if empty and provider != "cpu":
+        return "what Attention gives on CUDA for a query that sees no key has not been verified"
+    return None
+
+
+def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
+    reason = _fused("MultiHeadAttention", attend, types)
+    if reason:
+        return reason
+    if group_size(attend, types) != 1:
+        return f"MultiHeadAttention has one KV head per query head, here query head h reads KV head {attend.kv_head}"
+    if _may_be_empty(attend, types):
+        if provider != "cpu":
+            return "what MultiHeadAttention gives on CUDA for a query that sees no key has not been verified"
+        if attend.norm.empty == "zero" and _reads_head(attend):
+            return "MultiHeadAttention: rows without a key must be zero, and the mask differs by head"
+    return None
+
+
+def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None:
+    reason = _fused("GroupQueryAttention", attend, types)
+    if reason:
+        return reason
+    if group_size(attend, types) is None:
+        return f"GroupQueryAttention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
+    channels, values = fixed(types[attend.query].sizes[3]) or 0, fixed(types[attend.value].sizes[3])
+    if channels % 8 or channels != values:
+        return f"GroupQueryAttention needs as many value as key channels, a multiple of 8; here {channels} and {values}"
+    causal = causal_mask(attend, types)
+    if causal is None:
+        sizes = extents(attend, types)
+        return (
+            "GroupQueryAttention on a prompt is causal on as many keys as queries; the mask is "
+            f"{attend.mask} on {sizes['i']} queries and {sizes['j']} keys"
+        )
+    low, score = additive_fill(attend), affine(simplify(attend.score))
+    if low is not None and low > -ABSORBING:
+        return f"GroupQueryAttention never visits masked keys, but a fill of {low:g} leaves them a weight"
+    biased = causal.rest != TRUE or (score is not None and score.bias is not None)
+    if biased and provider == "cuda":
+        return "GroupQueryAttention takes no bias on CUDA, and the mask has a part beyond causality"
+    if _may_be_empty(attend, types):
+        if math.isinf(low or 0) and attend.norm.empty == "nan":
+            return "GroupQueryAttention gives zero for a query that sees no key, here it is NaN"
+        if _reads_head(attend):
+            return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
+    if score is not None and may_be_infinite(score.bias):
+        return "GroupQueryAttention: the bias may hold -inf, and what a row of nothing else gives is not ours to say"
+    return None
+
+
+def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
+    if scan.normalize:
+        return "LinearAttention does not divide by the sum of the weights"
+    if any(fixed(types[side].sizes[axis]) is None for side in (scan.query, scan.key, scan.value) for axis in (1, 3)):
+        return "LinearAttention needs fixed numbers of heads and channels"
+    heads, groups = fixed(types[scan.query].sizes[1]) or 0, fixed(types[scan.key].sizes[1]) or 0
+    if heads != groups:
+        return f"LinearAttention keeps one state per KV head, but the decay is per query head ({heads} on {groups})"
+    if simplify(scan.kv_head, {"h": types[scan.query].sizes[1]}) != Index("h"):
+        return f"LinearAttention pairs query and KV heads in order, here query head h reads KV head {scan.kv_head}"
+    return None
+
+
+def _never(_: object, __: Types, ___: Provider) -> str | None:
+    return None
+
+
+VERSIONS = "1.31"
+
+ATTEND_ROWS: tuple[Capability, ...] = (
+    Capability(
+        "Attention", "", {"cpu": ("float32", "float16"), "cuda": ("float32", "float16", "bfloat16")}, 23, VERSIONS,
+        _attention, attention,
+    ),
+    Capability(
+        "MultiHeadAttention", MICROSOFT, {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}, 17,
+        VERSIONS, _multi_head, multi_head_attention,
+    ),
+    Capability(
+        "GroupQueryAttention", MICROSOFT, {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}, 17,
+        VERSIONS, _group_query, group_query_attention,
+    ),
+    Capability("decomposition", "", {"cpu": FLOATS, "cuda": FLOATS}, 18, VERSIONS, _never, decomposition),
+)  # fmt: skip
+
+SCAN_ROWS: tuple[Capability, ...] = (
+    Capability(
+        "LinearAttention", MICROSOFT, {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}, 17, VERSIONS,
+        _linear, linear_attention, Scan,
+    ),
+    Capability("decomposition", "", {"cpu": FLOATS, "cuda": FLOATS}, 18, VERSIONS, _never, parallel_scan, Scan),
+)  # fmt: skip
+
+
+def rows_for(spec: Spec) -> tuple[Capability, ...]:
+    """The rows for the Spec's Attend or Scan; none when it has neither, or several."""
+    if spec.attend() is not None:
+        return ATTEND_ROWS
+    return SCAN_ROWS if spec.scan() is not None else ()

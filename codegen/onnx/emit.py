@@ -1,0 +1,79 @@
+"""A whole Spec as ONNX nodes, with the chosen operator for its Attend or Scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from attncompile.codegen.onnx.attend import Place
+from attncompile.codegen.onnx.capabilities import Capability, Provider
+from attncompile.codegen.onnx.expressions import Shared, Writer
+from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, single_groups
+from attncompile.codegen.onnx.reading import fixed
+from attncompile.codegen.onnx.steps import STEPS
+from attncompile.codegen.onnx.values import Builder
+from attncompile.ir.expr import Expr
+from attncompile.ir.ops import Attend, Scan
+from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.spec import Spec
+
+
+def emit(
+    spec: Spec,
+    inputs: Mapping[str, Operand],
+    outputs: Mapping[str, Groups],
+    row: Capability,
+    build: Builder,
+    shared: Shared,
+    provider: Provider = "cpu",
+) -> dict[str, ir.Value]:
+    """Write the Spec's nodes.
+
+    Args:
+        spec: what to compute.
+        inputs: the graph's tensor for each input of the Spec, with its layout.
+        outputs: the wanted layout of each output; ``[B, H, I, E]`` for those left out.
+        row: the operator for the Attend or Scan (:func:`attncompile.codegen.onnx.choose.choose`).
+        build: where the nodes are collected; the caller inserts them.
+        shared: one dictionary for all sites of the model, in graph order.
+        provider: for which the row was chosen.
+
+    Returns:
+        One value per output of the Spec, in the layout asked for.
+
+    Raises:
+        RefusalError: when the row cannot compute this Spec, or an operation has no ONNX form.
+    """
+    reason = row.why_not(spec, provider)
+    if reason is not None:
+        raise RefusalError(Refusal("operator-cannot", reason))
+    types = spec.types()
+    place = Place(build, types, dict(inputs), shared)
+    for operation in spec.operations:
+        if isinstance(operation, Attend | Scan):
+            made = row.build(operation, place)  # type: ignore[arg-type]
+        elif type(operation) in STEPS:
+            made = STEPS[type(operation)](operation, place)
+        else:
+            raise RefusalError(Refusal("no-onnx-form", f"the operation {operation.keyword} has no ONNX form"))
+        place.operands.update(made)
+    return {name: _output(place, name, outputs.get(name)) for name in spec.outputs}
+
+
+def _output(place: Place, name: str, wanted: Groups | None) -> ir.Value:
+    kind = place.types[name]
+    axes = tuple(axis.name for axis in kind.axes)
+    writer = Writer(place.build, place.types, place.operands, axes, {}, kind.dtype, place.shared)
+
+    def maker(size: Expr) -> Callable[[], ir.Value]:
+        return lambda: writer.size(size)
+
+    sizes: dict[str, int | Callable[[], ir.Value]] = {}
+    for axis in kind.axes:
+        number = fixed(axis.size)
+        sizes[axis.name] = number if number is not None else maker(axis.size)
+    return arrange(place.build, place.operands[name], wanted or single_groups(axes), sizes)
+
+
+__all__ = ["emit"]

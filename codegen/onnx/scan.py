@@ -1,0 +1,110 @@
+"""One Scan as ONNX nodes: ``com.microsoft.LinearAttention``, and the parallel form in plain operators."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from attncompile.codegen.onnx.attend import Made, Place, arranged
+from attncompile.codegen.onnx.expressions import Writer
+from attncompile.codegen.onnx.layouts import Operand, flat_groups, single_groups
+from attncompile.codegen.onnx.reading import fixed
+from attncompile.codegen.onnx.values import MICROSOFT
+from attncompile.ir.expr import Index
+from attncompile.ir.ops import Scan
+from attncompile.ir.refusal import Refusal, RefusalError
+
+
+def _writer(scan: Scan, place: Place) -> Writer:
+    query = place.types[scan.query]
+    extents = {"b": query.sizes[0], "h": query.sizes[1], "i": query.sizes[2], "j": query.sizes[2]}
+    return Writer(
+        place.build, place.types, place.operands, ("b", "h", "i", "j"), extents, query.dtype, place.shared
+    )
+
+
+def _feature(writer: Writer, name: str, value: ir.Value) -> ir.Value:
+    """The feature map, pointwise."""
+    build = writer.build
+    if name == "identity":
+        return value
+    if name == "relu":
+        return build("Relu", value)
+    if name == "elu1":
+        return build("Add", build("Elu", value), build.constant(1.0, writer.dtype))
+    raise RefusalError(Refusal("no-onnx-form", f"the feature map {name!r} has no ONNX form"))
+
+
+def _names(place: Place, name: str) -> tuple[str, ...]:
+    return tuple(axis.name for axis in place.types[name].axes)
+
+
+def linear_attention(scan: Scan, place: Place) -> Made:
+    """The recurrent operator with update rule ``gated`` and the logarithm of the decay as its gate."""
+    writer, build = _writer(scan, place), place.build
+    query, key, value = (
+        arranged(writer, place, name, flat_groups) for name in (scan.query, scan.key, scan.value)
+    )
+    query, key = (_feature(writer, scan.feature, side) for side in (query, key))
+    heads = fixed(place.types[scan.key].sizes[1]) or 0
+    # log decay [1, h, 1, 1] as a gate [b, t, h]
+    logs = build("Log", writer.write(scan.decay))
+    row = build("Expand", build("Reshape", logs, build.constant([1, 1, -1])), build.constant([1, 1, heads]))
+    shape = build("Concat", build("Shape", query, start=0, end=2), build.constant([heads]), axis=0)
+    gate = build("Expand", row, shape)
+    out, _ = build(
+        "LinearAttention",
+        query,
+        key,
+        value,
+        None,
+        gate,
+        domain=MICROSOFT,
+        outputs=2,
+        q_num_heads=fixed(place.types[scan.query].sizes[1]),
+        kv_num_heads=heads,
+        scale=scan.scale,
+        update_rule="gated",
+    )
+    return {scan.out: Operand(out, flat_groups(_names(place, scan.out)))}
+
+
+def parallel_scan(scan: Scan, place: Place) -> Made:
+    """``(q k^T * scale * decay^(i-j) for j <= i) v``: quadratic, in plain operators."""
+    writer, build = _writer(scan, place), place.build
+    query, key, value = (
+        arranged(writer, place, name, single_groups) for name in (scan.query, scan.key, scan.value)
+    )
+    query, key = (_feature(writer, scan.feature, side) for side in (query, key))
+    heads, groups = (fixed(place.types[side].sizes[1]) for side in (scan.query, scan.key))
+    if heads is not None and groups is not None and scan.kv_head != Index("h"):
+        order = build.constant(_kv_heads(scan, heads))
+        key, value = (build("Gather", side, order, axis=1) for side in (key, value))
+    distance = Index("i") - Index("j")
+    zero = build.constant(0.0, writer.dtype)
+    # the power is taken of a distance that is never negative: a small decay to a large negative power overflows
+    steps = build("Max", build("Cast", writer.write(distance), to=query_type(writer)), zero)
+    decays = build("Pow", writer.write(scan.decay), steps)
+    decays = build("Where", writer.write(Index("j") <= Index("i")), decays, zero)
+    raw = build("MatMul", query, build("Transpose", key, perm=[0, 1, 3, 2]))
+    weights = build("Mul", build("Mul", raw, build.constant(scan.scale, writer.dtype)), decays)
+    out = build("MatMul", weights, value)
+    if scan.normalize:
+        total = build("Abs", build("ReduceSum", weights, build.constant([3]), keepdims=1))
+        out = build("Div", out, build("Max", total, build.constant(1.0, writer.dtype)))
+    return {scan.out: Operand(out, single_groups(_names(place, scan.out)))}
+
+
+def query_type(writer: Writer) -> int:
+    """ONNX's number of the arithmetic's dtype."""
+    from attncompile.codegen.onnx.values import NUMPY_TYPES
+
+    return int(NUMPY_TYPES[writer.dtype])
+
+
+def _kv_heads(scan: Scan, heads: int) -> list[int]:
+    import torch
+
+    from attncompile.ir.evaluate import Environment, evaluate
+
+    grid = {"h": torch.arange(heads)}
+    return [int(number) for number in evaluate(scan.kv_head, Environment(grid)).expand(heads)]
