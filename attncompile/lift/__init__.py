@@ -1,1 +1,6 @@
 """Lifting: from a native graph to a program of Specs."""
+
+from attncompile.lift.lift import lift_graph
+from attncompile.lift.program import Binding, Layout, Program, Proof, Region, Site
+
+__all__ = ["Binding", "Layout", "Program", "Proof", "Region", "Site", "lift_graph"]

@@ -35,7 +35,7 @@ from attncompile.ir import (
     Value,
     simplify,
 )
-from attncompile.ir.expr import ONE, SCORE, TRUE, WEIGHT, ZERO, Apply, Const, apply, loads, substitute, symbols, walk
+from attncompile.ir.expr import ONE, SCORE, TRUE, WEIGHT, ZERO, Apply, Const, apply, loads, rewrite, substitute, symbols, walk
 from attncompile.ir.simplify import Simplifier, polynomial
 from attncompile.lift.interpret import Interpreter, Stop
 from attncompile.lift.masks import scale_score, split_mask
@@ -245,16 +245,10 @@ def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contra
     def operands(found: list[Operand]) -> tuple[Operand, ...]:
         return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
 
-    factor_free = scale_weight(weight, value)
     inner = graph.descendants(score.output) & graph.ancestors([product.output]) - {product.output}
-    return _Statement(renamed(logits), renamed(factor_free), operands(query), operands(key), operands(value), new_extents,
+    return _Statement(renamed(logits), renamed(weight), operands(query), operands(key), operands(value), new_extents,
                       product.output, tuple(renamed(y) for y in out_symbols),
                       Normalizer("softmax", graph.infos[softmax.output].dtype), softmax.output, inner)
-
-
-def scale_weight(weight: Expr, value: Sequence[Operand]) -> Expr:
-    """The weight's edit as interpreted; factors of the value operand are applied where the operand is chosen."""
-    return weight
 
 
 def _query_axis(candidates: list[Index], outputs: Sequence[Index], value_only: Sequence[Index]) -> Index | None:
@@ -482,8 +476,6 @@ class _Naming:
                 return Load(self.tensors[node.tensor], node.indices, node.element)
             return self.sizes.get(node)
 
-        from attncompile.ir.expr import rewrite
-
         return simplify(rewrite(expr, renamed)) if expr not in (TRUE, WEIGHT) else expr
 
     def _name(self, native: str) -> str:
@@ -515,7 +507,3 @@ def _escape(graph: Graph, statement: _Statement) -> Refusal | None:
                            native.name, native.source, "ask the model not to return attention weights")
     return None
 
-
-def nodes_of(graph: Graph, statement: frozenset[str]) -> tuple[Node, ...]:
-    """The nodes that make the given values, in graph order."""
-    return tuple(node for node in graph.nodes if node.output in statement)
