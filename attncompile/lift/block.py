@@ -108,7 +108,9 @@ def _zero_free(expr: Expr) -> Expr:
                 return Const(0.0)
         return None
 
-    return simplify(rewrite(expr, visit))
+    while (shorter := simplify(rewrite(expr, visit))) != expr:
+        expr = shorter
+    return expr
 
 
 def _confirmed(element: Expr, position: Position, neighbours: tuple[Load, Load, Load]) -> bool:
