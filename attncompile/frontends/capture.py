@@ -1,7 +1,7 @@
 """Take a graph of a model: pre-dispatch ATen, from `torch.export` or from Dynamo, in one shape for both.
 
-*Pre-dispatch* means above autograd: composite operators (scaled_dot_product_attention, softmax, linear, matmul) are
-still whole, so the graph says what the model said, and it can still be differentiated.
+*Pre-dispatch* means above autograd: composite operators (scaled_dot_product_attention, softmax, linear,
+matmul) are still whole, so the graph says what the model said, and it can still be differentiated.
 """
 
 import re
@@ -24,8 +24,9 @@ class CapturedInput:
     """One placeholder of a captured graph.
 
     ``name`` is a dotted parameter name (``model.layers.0.self_attn.q_proj.weight``) or a user argument
-    (``input_ids``, ``past_key_values.0.1``). ``value`` is what to feed it when it is no user input: the tensor itself,
-    or a constant. It is None for user inputs, and for parameters that Dynamo gave only as fake tensors.
+    (``input_ids``, ``past_key_values.0.1``). ``value`` is what to feed it when it is no user input: the
+    tensor itself, or a constant. It is None for user inputs, and for parameters that Dynamo gave only as fake
+    tensors.
     """
 
     placeholder: str
@@ -39,9 +40,10 @@ class Captured:
     """A graph of a model and what its inputs and outputs are.
 
     ``graph_module`` takes one positional argument per entry of ``inputs`` and returns a flat tuple, named by
-    ``outputs``. Every node has ``meta["val"]`` (fake tensor, symbol or number). ``dynamic_axes`` maps a user input to
-    its axes of variable size and their names (``batch``, ``length``); ``size_names`` maps the symbol of such a size as
-    it appears in the graph (``s53``) to that name. ``notes`` are sentences for the user, such as why an axis is fixed.
+    ``outputs``. Every node has ``meta["val"]`` (fake tensor, symbol or number). ``dynamic_axes`` maps a user
+    input to its axes of variable size and their names (``batch``, ``length``); ``size_names`` maps the symbol
+    of such a size as it appears in the graph (``s53``) to that name. ``notes`` are sentences for the user,
+    such as why an axis is fixed.
     """
 
     graph_module: torch.fx.GraphModule
@@ -61,7 +63,7 @@ class Captured:
         Raises ValueError when the call has other arguments than the captured one.
         """
         if self.origin != "export":
-            raise ValueError("a graph from Dynamo is called with its flat inputs, as torch.compile passes them")
+            raise ValueError("a graph from Dynamo is called with its flat inputs, as torch.compile does")
         if set(kwargs) != set(self.keywords):
             raise ValueError(
                 f"the graph was captured with the keyword arguments {', '.join(self.keywords) or '(none)'}; "
@@ -71,7 +73,8 @@ class Captured:
         leaves, structure = torch_internals.flatten((tuple(args), ordered))
         if structure != self.input_structure:
             raise ValueError(
-                f"the graph was captured with arguments of the structure {self.input_structure}; this call has {structure}"
+                f"the graph was captured with arguments of the structure {self.input_structure}; "
+                f"this call has {structure}"
             )
         given = iter(leaves)
         return [next(given) if entry.role == "user" else entry.value for entry in self.inputs]
@@ -82,13 +85,14 @@ class Captured:
         return torch_internals.unflatten(results, self.output_structure)
 
 
-# --- where a node comes from --------------------------------------------------------------------------------------
+# --- where a node comes from --------------------------------------------------------------------------------
 
 
 def module_path(node: torch.fx.Node) -> str:
-    """Dotted path of the innermost module that a node ran in, such as ``model.layers.3.self_attn``; "" at the top.
+    """Dotted path of the innermost module that a node ran in, such as ``model.layers.3.self_attn``.
 
-    In a graph from Dynamo the path starts at the module whose ``forward`` was compiled.
+    It is "" at the top and for nodes that torch inserted. In a graph from Dynamo the path starts at the
+    module whose ``forward`` was compiled.
     """
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -108,11 +112,11 @@ def module_type(node: torch.fx.Node) -> str:
 
 
 def source_line(node: torch.fx.Node) -> SourceLine | None:
-    """The line of model code that made a node (torch's own frames are skipped), or None for an inserted node."""
+    """The line of model code that made a node, torch's own frames skipped; None for an inserted node."""
     return innermost_model_frame(node.meta.get("stack_trace"))
 
 
-# --- torch.export -------------------------------------------------------------------------------------------------
+# --- torch.export -------------------------------------------------------------------------------------------
 
 _ROUNDS_OF_REFINEMENT = 4
 
@@ -126,9 +130,9 @@ def capture_export(
 ) -> Captured:
     """Export ``model`` as it computes without gradients in evaluation mode.
 
-    With ``dynamic`` the batch and sequence axes of the example inputs get symbolic sizes (`dynamic_axes_of`); an axis
-    that the model itself fixes falls back to its size in the example, and a note says so. Raises CaptureError when the
-    model cannot be exported even with fixed sizes.
+    With ``dynamic`` the batch and sequence axes of the example inputs get symbolic sizes (`dynamic_axes_of`);
+    an axis that the model itself fixes falls back to its size in the example, and a note says so. Raises
+    CaptureError when the model cannot be exported even with fixed sizes.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
@@ -166,12 +170,12 @@ def capture_export(
 
 
 def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
-    """Names for the axes that should vary: ``{axis: name}`` for each tensor among the arguments, in their order.
+    """Names for the axes that should vary: ``{axis: name}`` for each tensor, in the order of the arguments.
 
-    Axis 0 of every tensor is a batch. Axis 1 of tokens and token masks (integer or boolean, rank 2) and of embedded
-    tokens (float, rank 3) is a sequence; so is every later axis of a tensor of rank 3 and more that has the size of a
-    known token sequence, such as those of a 4-D mask. Axes of equal role and size share a name. An axis of size 1
-    broadcasts and stays fixed, and so do all others.
+    Axis 0 of every tensor is a batch. Axis 1 of tokens and token masks (integer or boolean, rank 2) and of
+    embedded tokens (float, rank 3) is a sequence; so is every later axis of a tensor of rank 3 and more that
+    has the size of a known token sequence, such as those of a 4-D mask. Axes of equal role and size share a
+    name. An axis of size 1 broadcasts and stays fixed, and so do all others.
     """
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     tokens = {tensor.shape[1] for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()}
@@ -210,8 +214,8 @@ def _export(
     axes: Sequence[Mapping[int, str]],
     notes: list[str],
 ) -> torch.export.ExportedProgram:
-    """Export with named axes, corrected as torch suggests; then with axes that torch may fix itself; then with fixed
-    sizes. Every retreat leaves a note."""
+    """Export with named axes, corrected as torch suggests; then with axes that torch may fix itself; then
+    with fixed sizes. Every retreat leaves a note."""
     if any(axes):
         shapes = _shape_tree(model, args, kwargs, axes, named=True)
         for _ in range(_ROUNDS_OF_REFINEMENT):
@@ -227,7 +231,7 @@ def _export(
             shapes = _shape_tree(model, args, kwargs, axes, named=False)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            notes.append(f"all sizes are those of the example, dynamic ones cannot be exported: {_first_line(error)}")
+            notes.append(f"only the sizes of the example can be exported: {_first_line(error)}")
     try:
         return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
@@ -249,7 +253,9 @@ def _shape_tree(
 ) -> Any:
     """``dynamic_shapes`` for torch.export: one Dim per name, or an automatic one per axis."""
     names = {name for found in axes for name in found.values()}
-    dims: dict[str, Any] = {name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names}
+    dims: dict[str, Any] = {
+        name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names
+    }
     shapes = torch.export.ShapesCollection()
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     for tensor, found in zip(tensors, axes, strict=True):
@@ -289,8 +295,8 @@ def _named_axes(
 ) -> tuple[dict[str, dict[int, str]], dict[str, str]]:
     """Which axes of the user's tensors did become dynamic, by name, and the symbol of each name.
 
-    An axis that was wanted and is fixed leaves a note. Two symbols for one name (torch did not need them equal) get
-    names of their own.
+    An axis that was wanted and is fixed leaves a note. Two symbols for one name (torch did not need them
+    equal) get names of their own.
     """
     axes: dict[str, dict[int, str]] = {}
     size_names: dict[str, str] = {}
@@ -335,7 +341,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# --- Dynamo -------------------------------------------------------------------------------------------------------
+# --- Dynamo -------------------------------------------------------------------------------------------------
 
 
 _RUNS_ANYWAY = "it runs as torch compiles it, without rewritten attention"
@@ -344,12 +350,12 @@ _RUNS_ANYWAY = "it runs as torch compiles it, without rewritten attention"
 def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Lower the torch-level graph that Dynamo hands to a back end to pre-dispatch ATen.
 
-    The result takes and returns exactly what ``graph_module`` does (symbolic sizes included) and replaces it before
-    eager execution, ahead-of-time autograd or Inductor. ``graph_module`` itself is not changed.
+    The result takes and returns exactly what ``graph_module`` does (symbolic sizes included) and replaces it
+    before eager execution, ahead-of-time autograd or Inductor. ``graph_module`` itself is not changed.
 
-    Floats that belong to a module (a scale, an epsilon; inputs under ``dynamic=True``) become constants with a guard,
-    so that another value compiles anew; floats that the caller passes stay inputs. Raises CaptureError when the graph
-    holds something that has no ATen form.
+    Floats that belong to a module (a scale, an epsilon; inputs under ``dynamic=True``) become constants with
+    a guard, so that another value compiles anew; floats that the caller passes stay inputs. Raises
+    CaptureError when the graph holds something that has no ATen form.
     """
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
@@ -391,8 +397,8 @@ def _lost_in_tracing(
 ) -> str | None:
     """Why the traced graph is not the same function, or None.
 
-    Two things vanish without an error: a custom backward, once its forward has been traced through, and values that a
-    function transform such as vmap held while the tracer looked.
+    Two things vanish without an error: a custom backward, once its forward has been traced through, and
+    values that a function transform such as vmap held while the tracer looked.
     """
     differentiates = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
@@ -427,7 +433,7 @@ def _with_fixed_module_floats(
 
 
 def _adopt_calling_convention(original: torch.fx.GraphModule, traced: torch.fx.GraphModule) -> None:
-    """Give the traced graph the placeholder names, the input identities and the graph-level metadata of the original."""
+    """Give the traced graph the input names, input identities and graph metadata of the original."""
     for before, after in zip(_placeholders(original), _placeholders(traced), strict=True):
         after.target = before.target
         after._rename(before.name)

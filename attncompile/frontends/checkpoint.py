@@ -1,6 +1,8 @@
-"""Open what the user points at: a Hugging Face folder, ``file.py:function`` or an ``.onnx`` file. Save a checkpoint.
+"""Open what the user points at: a Hugging Face folder, ``file.py:function`` or an ``.onnx`` file. Save a
+checkpoint.
 
-Nothing here touches the network or runs code that a checkpoint brings: only ``file.py:function`` runs the user's own.
+Nothing here touches the network or runs code that a checkpoint brings: only ``file.py:function`` runs the
+user's own.
 """
 
 import hashlib
@@ -23,7 +25,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import InputError, unreadable
 from attncompile.frontends.example_inputs import (
     Arguments,
     model_arguments,
@@ -47,17 +49,16 @@ _TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_FUNCTION_ADVICE = (
-    "write a function that returns (model, args, kwargs) and give file.py:function instead"
-)
+_FUNCTION_ADVICE = "write a function that returns (model, args, kwargs) and give file.py:function instead"
 
 
 @dataclass(frozen=True)
 class OpenedModel:
     """A model that is ready to be captured, and a way to make inputs for it.
 
-    ``model`` is in evaluation mode for the kind "torch" and an `onnx.ModelProto` without its external data for the kind
-    "onnx". ``path`` is the folder or file it came from. ``given`` are the arguments that ``file.py:function`` returned.
+    ``model`` is in evaluation mode for the kind "torch" and an `onnx.ModelProto` without its external data
+    for the kind "onnx". ``path`` is the folder or file it came from. ``given`` are the arguments that
+    ``file.py:function`` returned.
     """
 
     kind: Literal["torch", "onnx"]
@@ -75,7 +76,9 @@ class OpenedModel:
         if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
             return None
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError):
             return None
 
@@ -88,13 +91,15 @@ class OpenedModel:
     ) -> Arguments:
         """Arguments ``(args, kwargs)`` for one call, always the same for the same sizes.
 
-        ``length`` counts tokens, in the decoder for a model that has one. With ``batch`` > 1 the last row is padded
-        where the model takes an attention mask: on the left for decoders and on the right for encoders unless
-        ``padding`` says otherwise. Raises InputError for a size the model cannot take, or a model for which no inputs
-        can be derived.
+        ``length`` counts tokens, in the decoder for a model that has one. With ``batch`` > 1 the last row is
+        padded where the model takes an attention mask: on the left for decoders and on the right for encoders
+        unless ``padding`` says otherwise. Raises InputError for a size the model cannot take, or a model for
+        which no inputs can be derived.
         """
         if batch < 1 or length < 1:
-            raise InputError(f"batch {batch} and length {length} must be at least 1", self.name, "give larger sizes")
+            raise InputError(
+                f"batch {batch} and length {length} must be at least 1", self.name, "give larger sizes"
+            )
         if self.given is not None:
             return resized_arguments(self.given, batch, length)
         if self.kind == "onnx":
@@ -102,7 +107,8 @@ class OpenedModel:
         try:
             return model_arguments(self.model, self.config, batch, length, padding, self.tokenizer)
         except LookupError as error:
-            raise InputError(f"no example inputs can be derived: {error.args[0]}", self.name, _FUNCTION_ADVICE) from error
+            reason = f"no example inputs can be derived: {error.args[0]}"
+            raise InputError(reason, self.name, _FUNCTION_ADVICE) from error
 
 
 def open_model(
@@ -114,11 +120,12 @@ def open_model(
 ) -> OpenedModel:
     """Open a Hugging Face folder, ``file.py:function`` or an ``.onnx`` file.
 
-    ``attn_implementation`` and ``allow_pickle`` only concern folders. ``dtype`` None keeps the checkpoint's own. Raises
-    InputError, one clear sentence, for everything that can be wrong with ``target``.
+    ``attn_implementation`` and ``allow_pickle`` only concern folders. ``dtype`` None keeps the checkpoint's
+    own. Raises InputError, one clear sentence, for everything that can be wrong with ``target``.
     """
     if attn_implementation not in ("sdpa", "eager"):
-        raise InputError(f"unknown attention implementation {attn_implementation!r}", target, "use 'sdpa' or 'eager'")
+        reason = f"unknown attention implementation {attn_implementation!r}"
+        raise InputError(reason, target, "use 'sdpa' or 'eager'")
     file, colon, function = str(target).rpartition(":")
     if colon and file.endswith(".py"):
         return _open_function(Path(file).expanduser(), function)
@@ -138,7 +145,8 @@ def open_model(
 
 
 def save_checkpoint(model: torch.nn.Module, folder: Path, *, tokenizer_from: Path | None = None) -> None:
-    """Write safetensors, the configuration if the model has one, and copies of the tokenizer files of another folder.
+    """Write safetensors, the configuration if the model has one, and copies of the tokenizer files of another
+    folder.
 
     Weights that share memory are written once. ``folder`` is made if it does not exist.
     """
@@ -155,7 +163,7 @@ def save_checkpoint(model: torch.nn.Module, folder: Path, *, tokenizer_from: Pat
                     shutil.copy2(file, folder / file.name)
 
 
-# --- folders ------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def _open_folder(
@@ -163,21 +171,24 @@ def _open_folder(
 ) -> OpenedModel:
     description = _read_config(folder)
     model_class = _model_class(folder, description)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {
         "attn_implementation": attention,
         "dtype": dtype or "auto",
-        "local_files_only": True,
-        "trust_remote_code": False,
         "output_loading_info": True,
+        **local,
     }
     try:
         with _quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(folder, **local)
             if _safetensors_files(folder):
-                model, loading = model_class.from_pretrained(folder, config=config, use_safetensors=True, **options)
+                options["use_safetensors"] = True
+                model, loading = model_class.from_pretrained(folder, config=config, **options)
             else:
                 weights = _pickled_weights(folder, allow_pickle)
-                model, loading = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+                model, loading = model_class.from_pretrained(
+                    None, config=config, state_dict=weights, **options
+                )
     except InputError:
         raise
     except (MemoryError, KeyboardInterrupt):
@@ -214,12 +225,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except PermissionError as error:
-        raise InputError("no permission to read", file, "change its permissions or copy it elsewhere") from error
+        raise unreadable(file) from error
     except ValueError as error:
         raise InputError(f"not valid JSON ({error})", file, "download it again") from error
     if not isinstance(description, dict) or not isinstance(description.get("model_type"), str):
         raise InputError(
-            "this configuration has no model_type", file, f"add the one that transformers knows, or {_FUNCTION_ADVICE}"
+            "this configuration has no model_type",
+            file,
+            f"add the one that transformers knows, or {_FUNCTION_ADVICE}",
         )
     return description
 
@@ -228,10 +241,10 @@ def _model_class(folder: Path, description: Mapping[str, Any]) -> Any:
     """The transformers class that the configuration names. Nothing but model classes is ever looked up."""
     kind = description["model_type"]
     if kind not in CONFIG_MAPPING:
-        own_code = " and code of its own, which is not run" if "auto_map" in description else ""
+        own_code = "; the code that the folder brings is not run" if "auto_map" in description else ""
         raise InputError(
-            f"unknown architecture: model_type {kind!r}, which transformers {transformers.__version__} does not "
-            f"have{own_code}",
+            f"unknown architecture: transformers {transformers.__version__} has no model_type {kind!r}"
+            f"{own_code}",
             folder,
             f"update transformers, or {_FUNCTION_ADVICE}",
         )
@@ -258,7 +271,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
             with safetensors.safe_open(file, framework="pt") as opened:
                 opened.keys()
         except PermissionError as error:
-            raise InputError("no permission to read", file, "change its permissions or copy it elsewhere") from error
+            raise unreadable(file) from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
                 f"not a whole safetensors file ({_first_line(error)})", file, "download it again"
@@ -277,7 +290,9 @@ def _indexed_files(index: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(
-                f"this index names the shard {name!r}, outside its folder", index, "only use shards beside the index"
+                f"this index names the shard {name!r}, outside its folder",
+                index,
+                "only use shards that lie beside it",
             )
         file = index.parent / name
         if not file.is_file():
@@ -287,9 +302,10 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _pickled_weights(folder: Path, allowed: bool) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint without safetensors. Pickles can run code, so they are read only on request and then only
-    as tensors."""
-    pickles = sorted({file for pattern in _PICKLES for file in folder.glob(pattern) if file.name != "training_args.bin"})
+    """Weights of a checkpoint without safetensors. Pickles can run code, so they are read only on request and
+    then only as tensors."""
+    found = {file for pattern in _PICKLES for file in folder.glob(pattern)}
+    pickles = sorted(file for file in found if file.name != "training_args.bin")
     if not pickles:
         raise InputError("no weights in this folder", folder, "download its *.safetensors files")
     if not allowed:
@@ -303,7 +319,7 @@ def _pickled_weights(folder: Path, allowed: bool) -> dict[str, torch.Tensor]:
         try:
             part = torch.load(file, map_location="cpu", weights_only=True)
         except PermissionError as error:
-            raise InputError("no permission to read", file, "change its permissions or copy it elsewhere") from error
+            raise unreadable(file) from error
         except Exception as error:
             raise InputError(
                 f"this pickle is damaged or holds more than tensors ({_first_line(error)})",
@@ -331,7 +347,7 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-# --- file.py:function ---------------------------------------------------------------------------------------------
+# --- file.py:function ---------------------------------------------------------------------------------------
 
 
 def _open_function(file: Path, name: str) -> OpenedModel:
@@ -344,7 +360,9 @@ def _open_function(file: Path, name: str) -> OpenedModel:
             for other, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__
         ]
-        raise InputError(f"no function {name!r} in this file", file, f"it has: {', '.join(functions) or 'none'}")
+        raise InputError(
+            f"no function {name!r} in this file", file, f"it has: {', '.join(functions) or 'none'}"
+        )
     try:
         with _importable(file.parent):
             result = function()
@@ -352,16 +370,21 @@ def _open_function(file: Path, name: str) -> OpenedModel:
         raise
     except Exception as error:
         raise InputError(
-            f"{name}() raised {type(error).__name__}: {_first_line(error)}", file, "make it return (model, args, kwargs)"
+            f"{name}() raised {type(error).__name__}: {_first_line(error)}",
+            file,
+            "make it return (model, args, kwargs)",
         ) from error
     match result:
         case (torch.nn.Module() as model, tuple() | list() as args, dict() as kwargs):
             given = (tuple(args), kwargs)
         case _:
             raise InputError(
-                f"{name}() returned {_shape_of(result)}", file, "return a tuple (torch.nn.Module, tuple, dict)"
+                f"{name}() returned {_shape_of(result)}",
+                file,
+                "return a tuple (torch.nn.Module, tuple, dict)",
             )
-    return OpenedModel("torch", f"{file.stem}:{name}", file, model.eval(), getattr(model, "config", None), given)
+    config = getattr(model, "config", None)
+    return OpenedModel("torch", f"{file.stem}:{name}", file, model.eval(), config, given)
 
 
 def _import_file(file: Path) -> Any:
@@ -380,7 +403,9 @@ def _import_file(file: Path) -> Any:
     except BaseException as error:  # a script may well call sys.exit()
         del sys.modules[private]
         raise InputError(
-            f"importing it raised {type(error).__name__}: {_first_line(error)}", file, "make the file importable"
+            f"importing it raised {type(error).__name__}: {_first_line(error)}",
+            file,
+            "make the file importable",
         ) from error
     return module
 
@@ -402,7 +427,7 @@ def _shape_of(result: Any) -> str:
     return f"a {type(result).__name__}"
 
 
-# --- all kinds ----------------------------------------------------------------------------------------------------
+# --- all kinds ----------------------------------------------------------------------------------------------
 
 
 def _check_readable(path: Path) -> None:
@@ -416,7 +441,7 @@ def _check_readable(path: Path) -> None:
     except FileNotFoundError as error:
         raise InputError("no such file or folder", path, "check the spelling") from error
     except PermissionError as error:
-        raise InputError("no permission to read", path, "change its permissions or copy it elsewhere") from error
+        raise unreadable(path) from error
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path, "check the path") from error
 

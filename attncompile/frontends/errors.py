@@ -1,4 +1,5 @@
-"""Errors that a person reads: bad input and models that cannot be captured. Each message is one plain sentence."""
+"""Errors that a person reads: bad input and models that cannot be captured. Each message is one plain
+sentence."""
 
 
 class InputError(ValueError):
@@ -12,6 +13,11 @@ class InputError(ValueError):
         self.where = str(where)
         self.advice = advice
         super().__init__(f"{what}: {where}; {advice}")
+
+
+def unreadable(path: object) -> InputError:
+    """The error for a file or folder that may not be read."""
+    return InputError("no permission to read", path, "change its permissions or copy it elsewhere")
 
 
 class CaptureError(ValueError):

@@ -1,4 +1,5 @@
-"""Inputs to try a model on, derived from its signature and configuration. No model has a case of its own here.
+"""Inputs to try a model on, derived from its signature and configuration. No model has a case of its own
+here.
 
 A call without randomness of its own: the same sizes give the same inputs.
 """
@@ -20,18 +21,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Padding = Literal["left", "right", "none"]
 
 _TEXT = (
-    "The ship had left the harbour before anybody noticed that the old clock on the tower had stopped. People asked "
-    "one another what time it was, and 17 of them gave 17 different answers; only the baker, who had been up since "
-    "three, was sure. He wrote it down, put the paper in a drawer and went back to his bread. Years later somebody "
-    "found the note and wondered why a man would keep such a thing, but by then nobody was left who could say. "
+    "The ship had left the harbour before anybody noticed that the old clock on the tower had stopped. "
+    "People asked one another what time it was, and 17 of them gave 17 different answers; only the baker, "
+    "who had been up since three, was sure. He wrote it down, put the paper in a drawer and went back to his "
+    "bread. Years later somebody found the note and wondered why he had kept it, but nobody was left to say. "
 )
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for: ``length`` counts tokens; ``config`` is the model's own, ``text`` its language part's."""
+    """What is asked for: ``length`` counts tokens; ``config`` is the model's own, ``text`` its language
+    part's."""
 
-    model: torch.nn.Module
+    model: Any
     config: Any
     text: Any
     batch: int
@@ -45,8 +47,9 @@ def model_arguments(
 ) -> Arguments:
     """Keyword arguments for one call of a transformers model.
 
-    ``padding`` None means left for a model that generates from its own input, right otherwise. Raises LookupError when
-    the model needs an input that no row of the table knows, InputError when ``length`` exceeds its positions.
+    ``padding`` None means left for a model that generates from its own input, right otherwise. Raises
+    LookupError when the model needs an input that no row of the table knows, InputError when ``length``
+    exceeds its positions.
     """
     if config is None:
         raise LookupError(f"{type(model).__name__} has no configuration")
@@ -81,7 +84,8 @@ def model_arguments(
 
 
 def resized_arguments(given: Arguments, batch: int, length: int) -> Arguments:
-    """The arguments of a user's function, repeated or cut along their batch and sequence axes (`dynamic_axes_of`).
+    """The arguments of a user's function, repeated or cut along their batch and sequence axes
+    (`dynamic_axes_of`).
 
     Values are repeated in order, so indices stay in range. Axes that have a second size of the same kind
     (``length_2``) keep it.
@@ -95,14 +99,16 @@ def resized_arguments(given: Arguments, batch: int, length: int) -> Arguments:
             return leaf
         for axis, name in next(axes).items():
             if name in sizes:
-                leaf = leaf.index_select(axis, torch.arange(sizes[name], device=leaf.device) % leaf.shape[axis])
+                leaf = leaf.index_select(
+                    axis, torch.arange(sizes[name], device=leaf.device) % leaf.shape[axis]
+                )
         return leaf
 
     args, kwargs = torch_internals.unflatten([resized(leaf) for leaf in leaves], structure)
     return tuple(args), dict(kwargs)
 
 
-# --- one row per input name ---------------------------------------------------------------------------------------
+# --- one row per input name ---------------------------------------------------------------------------------
 
 
 def _input_ids(request: _Request) -> torch.Tensor:
@@ -118,7 +124,8 @@ def _decoder_input_ids(request: _Request) -> torch.Tensor:
 
 
 def _padding_mask(request: _Request) -> torch.Tensor:
-    """``[B, N]`` int64, 1 for a token. The last of several rows lacks a quarter of its tokens, at least one."""
+    """``[B, N]`` int64, 1 for a token. The last of several rows lacks a quarter of its tokens, at least
+    one."""
     mask = torch.ones(request.batch, request.length, dtype=torch.int64)
     missing = max(1, request.length // 4)
     if request.batch > 1 and request.length > 1 and request.padding != "none":
@@ -139,12 +146,12 @@ def _input_features(request: _Request) -> torch.Tensor:
     encoder = _modality_config(request.config, "audio_config")
     mels = _first(encoder, "num_mel_bins", "feature_size", "input_feat_per_channel")
     positions = _first(encoder, "max_source_positions")
-    return _smooth(request.batch, mels, positions * _stride(request.model, torch.nn.Conv1d))
+    return _smooth(request.batch, mels, positions * _positions_stride(request.model))
 
 
 def _input_values(request: _Request) -> torch.Tensor:
     """``[B, samples]`` raw audio, as long as makes ``length`` positions."""
-    stride = _stride(request.model, torch.nn.Conv1d)
+    stride = _positions_stride(request.model)
     return _smooth(request.batch, request.length * stride + stride)
 
 
@@ -217,9 +224,9 @@ def _first(config: Any, *names: str) -> Any:
     raise LookupError(f"{type(config).__name__} has no {' or '.join(names)}")
 
 
-def _stride(model: torch.nn.Module, kind: type[torch.nn.Conv1d]) -> int:
-    """How many input steps make one position: the strides of a model's convolutions together."""
-    return math.prod(module.stride[0] for module in model.modules() if isinstance(module, kind))
+def _positions_stride(model: Any) -> int:
+    """How many input steps make one position: the strides of a model's 1-D convolutions together."""
+    return math.prod(module.stride[0] for module in model.modules() if isinstance(module, torch.nn.Conv1d))
 
 
 def _check_length(config: Any, text: Any, encodes_and_decodes: bool, length: int) -> None:
@@ -233,7 +240,7 @@ def _check_length(config: Any, text: Any, encodes_and_decodes: bool, length: int
         )
 
 
-# --- ONNX ---------------------------------------------------------------------------------------------------------
+# --- ONNX ---------------------------------------------------------------------------------------------------
 
 _INTEGERS = {onnx.TensorProto.INT32: torch.int32, onnx.TensorProto.INT64: torch.int64}
 _FLOATS = {
@@ -246,12 +253,12 @@ _FLOATS = {
 def onnx_arguments(model: onnx.ModelProto, batch: int, length: int, padding: Padding) -> Arguments:
     """A tensor for each input of an ONNX model, by name.
 
-    A first axis without a fixed size is the batch, any other the sequence. An integer input that indexes a table gets
-    ids within it; one whose name ends in ``mask`` is a padding mask; others are zeros. Raises InputError for an input
-    of a type that is not supported.
+    A first axis without a fixed size is the batch, any other the sequence. An integer input that indexes a
+    table gets ids within it; one whose name ends in ``mask`` is a padding mask; others are zeros. Raises
+    InputError for an input of a type that is not supported.
     """
     initialised = {tensor.name for tensor in model.graph.initializer}
-    request = _Request(torch.nn.Module(), None, None, batch, length, padding, None)
+    request = _Request(None, None, None, batch, length, padding, None)
     inputs: dict[str, torch.Tensor] = {}
     for value in model.graph.input:
         if value.name in initialised:
@@ -282,12 +289,17 @@ def _onnx_integers(
         return _padding_mask(request)
     rows = _table_rows(model, name)
     if rows is None or rows <= 2:
-        return torch.ones(*shape, dtype=torch.int64) if name.endswith("mask") else torch.zeros(*shape, dtype=torch.int64)
+        return (
+            torch.ones(*shape, dtype=torch.int64)
+            if name.endswith("mask")
+            else torch.zeros(*shape, dtype=torch.int64)
+        )
     ids = _skewed_ids(rows)
     return ids[torch.arange(math.prod(shape)) % len(ids)].reshape(*shape)
 
 
-# Operators that give a row of the table for each row: how quantised tables are spelled out before they are indexed.
+# Operators that give a row of the table for each row: how quantised tables are spelled out before they are
+# indexed.
 _ROW_BY_ROW = ("Cast", "Identity", "Mul", "Sub", "Add", "DequantizeLinear")
 
 

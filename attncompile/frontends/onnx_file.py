@@ -1,24 +1,25 @@
-"""Read an `.onnx` file without trusting it: it must parse, and its external data must be inside its folder."""
+"""Read an `.onnx` file without trusting it: it must parse, and its external data must be inside its
+folder."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import InputError, unreadable
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
     """Parse ``path`` and check its external data. The data itself is not loaded.
 
-    Raises InputError for a file that cannot be read, is truncated or no ONNX model, or whose external data is missing,
-    too short, or outside the folder of ``path``.
+    Raises InputError for a file that cannot be read, is truncated or no ONNX model, or whose external data is
+    missing, too short, or outside the folder of ``path``.
     """
     try:
         model = onnx.load(path, load_external_data=False)
     except PermissionError as error:
-        raise InputError("no permission to read", path, "change its permissions or copy it elsewhere") from error
+        raise unreadable(path) from error
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path, "check the path") from error
     except (DecodeError, ValueError) as error:
@@ -27,9 +28,7 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
         ) from error
     # A few bytes of anything can parse as an empty message, so what every model has is asked for.
     if not model.ir_version or not model.opset_import or not model.graph.node:
-        raise InputError(
-            "not an ONNX model (it holds no graph)", path, "export or download the file again"
-        )
+        raise InputError("not an ONNX model (it holds no graph)", path, "export or download the file again")
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external_data(tensor, path)

@@ -16,7 +16,8 @@ _MACHINERY = ("torch",)
 
 @dataclass(frozen=True)
 class SourceLine:
-    """One line of code: ``file`` is the full path, ``line`` counts from 1, ``code`` is stripped text or empty."""
+    """One line of code: ``file`` is the full path, ``line`` counts from 1, ``code`` is stripped text or
+    empty."""
 
     file: str
     line: int
@@ -41,14 +42,16 @@ def frames(stack_trace: str) -> Iterator[SourceLine]:
 
 
 def innermost_model_frame(stack_trace: str | None) -> SourceLine | None:
-    """The innermost frame outside torch itself; the innermost of all when every frame is torch's, None without frames."""
+    """The innermost frame outside torch itself; the innermost of all when every frame is torch's, None
+    without frames."""
     found = list(frames(stack_trace or ""))
     outside = [frame for frame in found if not _inside_machinery(frame.file)]
-    return (outside or found or [None])[-1]
+    return (outside or found)[-1] if found else None
 
 
 def _inside_machinery(file: str) -> bool:
-    """True for a file of an installed package of `_MACHINERY`, and for code that has no file (``<string>``)."""
+    """True for a file of an installed package of `_MACHINERY`, and for code that has no file
+    (``<string>``)."""
     if file.startswith("<"):
         return True
     parts = Path(file).parts
@@ -68,8 +71,8 @@ def dotted_path(source_name: str) -> str:
     """A Dynamo source as a dotted path.
 
     ``L['self']._modules['layers']._modules['0']._parameters['weight']`` → ``layers.0.weight``;
-    ``L['kwargs']['input_ids'].size()[1]`` → ``input_ids.size(1)``; ``L['args'][0]`` → ``args.0``; a name that is not a
-    source stays as it is.
+    ``L['kwargs']['input_ids'].size()[1]`` → ``input_ids.size(1)``; ``L['args'][0]`` → ``args.0``; a name that
+    is not a source stays as it is.
     """
     size = _SIZE.search(source_name)
     path = source_name[: size.start()] if size else source_name

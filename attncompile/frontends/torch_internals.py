@@ -1,11 +1,12 @@
 """Every private or unstable name of torch that attncompile uses, behind names of our own.
 
-Read against torch 2.11 and 2.13: each function below exists for one purpose, so a change in torch has one place to be
-repaired. Nothing else in this package may import a module of torch whose name starts with an underscore, nor
-`torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, `torch._inductor`, `torch._subclasses`.
+Read against torch 2.11 and 2.13: each function below exists for one purpose, so a change in torch has one
+place to be repaired. Nothing else in this package may import a module of torch whose name starts with an
+underscore, nor `torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, `torch._inductor`,
+`torch._subclasses`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
 
-# --- fake tensors -------------------------------------------------------------------------------------------------
+# --- fake tensors -------------------------------------------------------------------------------------------
 
 
 def is_fake(value: object) -> bool:
@@ -29,7 +30,7 @@ def is_fake(value: object) -> bool:
 
 
 def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | None:
-    """The fake mode of the values recorded on a graph's nodes; needed to compute the value of a node added to it."""
+    """The fake mode of the values on a graph's nodes; the value of a new node is computed in it."""
     for node in graph_module.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor):
@@ -40,9 +41,9 @@ def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | N
 def fake_inputs(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """Fakes of a back end's example inputs, and the mode they live in.
 
-    While Dynamo compiles, they get the symbols that it gave the inputs (what is in the graph's own metadata will not do:
-    it has seen every mutation of the trace). Otherwise sizes are numbers. The fakes are copies that a trace may resize
-    or mutate; inputs that alias each other still do.
+    While Dynamo compiles, they get the symbols that it gave the inputs (what is in the graph's own metadata
+    will not do: it has seen every mutation of the trace). Otherwise sizes are numbers. The fakes are copies
+    that a trace may resize or mutate; inputs that alias each other still do.
     """
     mode = detect_fake_mode(list(values)) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return mode, [_fake(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
@@ -71,12 +72,13 @@ def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
 def scalar_symbol(value: object) -> Any:
     """The symbol that ``.item()`` of a scalar fake tensor gives, or None.
 
-    With ``dynamic=True`` Dynamo passes every Python float as such a tensor, module attributes such as a scale included.
+    With ``dynamic=True`` Dynamo passes every Python float as such a tensor, module attributes such as a scale
+    included.
     """
     return getattr(value, "item_memo", None) if isinstance(value, FakeTensor) else None
 
 
-# --- symbolic sizes -----------------------------------------------------------------------------------------------
+# --- symbolic sizes -----------------------------------------------------------------------------------------
 
 
 def is_symbolic(size: object) -> bool:
@@ -118,7 +120,7 @@ def fix_value(symbol: Any) -> int | float | bool:
     return value
 
 
-# --- tracing ------------------------------------------------------------------------------------------------------
+# --- tracing ------------------------------------------------------------------------------------------------
 
 
 def trace_pre_dispatch(
@@ -126,11 +128,11 @@ def trace_pre_dispatch(
 ) -> torch.fx.GraphModule:
     """Run ``function`` on fake inputs of ``mode`` and record the ATen calls above autograd.
 
-    Composite operators such as scaled_dot_product_attention, softmax and linear stay whole, and the graph can still be
-    differentiated. Metadata of the nodes that `interpret` replays is kept.
+    Composite operators such as scaled_dot_product_attention, softmax and linear stay whole, and the graph can
+    still be differentiated. Metadata of the nodes that `interpret` replays is kept.
     """
-    # The inputs are fake already. Any tracing mode but "real" would convert them once more and lose the symbols that
-    # belong to scalar inputs.
+    # The inputs are fake already. Any tracing mode but "real" would convert them once more and lose the
+    # symbols that belong to scalar inputs.
     tracer = make_fx(function, tracing_mode="real", pre_dispatch=True)
     with mode, fx_traceback.preserve_node_meta():
         return tracer(*inputs)
@@ -142,7 +144,7 @@ def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
 
 def higher_order_calls(graph_module: torch.fx.GraphModule) -> set[str]:
-    """Names of the operators in a graph that take graphs themselves: cond, flex_attention, autograd_function_apply."""
+    """Names of the operators that take graphs themselves: cond, flex_attention, autograd_function_apply."""
     return {
         str(node.target)
         for node in graph_module.graph.nodes
@@ -150,7 +152,7 @@ def higher_order_calls(graph_module: torch.fx.GraphModule) -> set[str]:
     }
 
 
-# --- export -------------------------------------------------------------------------------------------------------
+# --- export -------------------------------------------------------------------------------------------------
 
 
 def is_export_refusal(error: BaseException) -> bool:
@@ -169,11 +171,11 @@ def refined_shapes(error: BaseException, dynamic_shapes: Any) -> Any:
         return refine_dynamic_shapes_from_suggested_fixes(
             "Suggested fixes:\n" + next(part for part in fixes if part.strip()), dynamic_shapes
         )
-    except Exception:  # the parser asserts and raises many kinds; all of them mean that there is no usable suggestion
+    except Exception:  # whatever the parser raises means that there is no usable suggestion
         return None
 
 
-# --- nested arguments ---------------------------------------------------------------------------------------------
+# --- nested arguments ---------------------------------------------------------------------------------------
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -187,7 +189,7 @@ def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """A dotted path for each leaf of ``tree``, in the order of `flatten`: ``logits``, ``past_key_values.0.1``."""
+    """A dotted path such as ``past_key_values.0.1`` for each leaf of ``tree``, in the order of `flatten`."""
     leaves, _ = pytree.tree_flatten_with_path(tree)
     return [".".join(_key_text(key) for key in path) for path, _ in leaves]
 
@@ -199,12 +201,13 @@ def _key_text(key: Any) -> str:
     return str(key).strip(".[]'\"")
 
 
-# --- Dynamo -------------------------------------------------------------------------------------------------------
+# --- Dynamo -------------------------------------------------------------------------------------------------
 
 
 def input_source(placeholder: torch.fx.Node) -> tuple[str, bool] | None:
-    """Where Dynamo found the value of a graph input: its Python source such as ``L['self']._modules['a'].scale`` and
-    whether that lies inside a module. None for a placeholder that Dynamo did not make."""
+    """Where Dynamo found the value of a graph input: its Python source such as
+    ``L['self']._modules['a'].scale`` and whether that lies inside a module. None for a placeholder that
+    Dynamo did not make."""
     source = getattr(placeholder, "_dynamo_source", None)
     if not isinstance(source, Source):
         return None
@@ -215,7 +218,7 @@ def input_source(placeholder: torch.fx.Node) -> tuple[str, bool] | None:
 def copy_input_identity(original: torch.fx.Node, copy: torch.fx.Node) -> None:
     """Make ``copy`` stand for the same Dynamo input as ``original``; ahead-of-time autograd asks for it."""
     if hasattr(original, "_dynamo_source"):
-        copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+        copy._dynamo_source = original._dynamo_source
     for key, value in original.meta.items():
         copy.meta.setdefault(key, value)
 
@@ -231,4 +234,5 @@ def inductor(
     """Compile a graph, forward and backward, with Inductor, as its own torch.compile back end would."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, list(example_inputs), config_patches=options)
+    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=options)
+    return compiled  # type: ignore[no-any-return]
