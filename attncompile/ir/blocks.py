@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -95,27 +96,37 @@ def density(
     """Share of visible positions in the map of one batch row and head.
 
     Parts of the mask that load a tensor count as visible when ``tensors`` lacks it, so the result is then an upper
-    bound. The map is walked in strips; nothing of size ``I × J`` is kept.
+    bound. Only tiles that intervals leave undecided are evaluated, one row of tiles at a time; nothing of size ``I × J``
+    is kept.
     """
     known = tensors or {}
     parts = [p for p in conjuncts(simplify(mask)) if all(
         node.tensor in known for node in walk(p) if isinstance(node, Load))]
     if not parts:
         return 1.0
-    count, strip = 0, max(1, 4_000_000 // max(key_length, 1))
-    j = torch.arange(key_length)[None, :]
-    for start in range(0, query_length, strip):
-        i = torch.arange(start, min(start + strip, query_length))[:, None]
-        names = {s.name for p in parts for s in symbols(p) if isinstance(s, Index)} - {"i", "j"}
+    whole = reduce(lambda left, right: left & right, parts)
+    ranges = {name: Interval(value, value) for name, value in (sizes or {}).items()}
+    names = {s.name for s in symbols(whole) if isinstance(s, Index)} - {"i", "j"}
+    ranges |= {name: Interval(0, 0) for name in names}
+    tiles = block_map(whole, query_length, key_length, ranges=ranges)
+    count = 0
+    for row, visibility in enumerate(tiles.visibility):
+        i = _positions(np.array([row]), tiles.block_query, query_length)
+        count += len(i) * len(_positions(np.flatnonzero(visibility == Visibility.ALL), tiles.block_key, key_length))
+        j = _positions(np.flatnonzero(visibility == Visibility.MIXED), tiles.block_key, key_length)
         environment = Environment(
-            indices={"i": i, "j": j, **{name: torch.zeros((1, 1), dtype=torch.int64) for name in names}},
+            indices={"i": i[:, None], "j": j[None, :], **{name: torch.zeros((1, 1), dtype=torch.int64) for name in names}},
             sizes={"I": query_length, "J": key_length, **(sizes or {})}, tensors=known,
         )
-        visible = torch.ones((), dtype=torch.bool)
-        for part in parts:
-            visible = visible & evaluate(part, environment)
-        count += int(visible.expand(i.shape[0], key_length).sum())
+        if len(j):
+            count += int(evaluate(whole, environment).expand(len(i), len(j)).sum())
     return count / (query_length * key_length)
+
+
+def _positions(tiles: np.ndarray[Any, Any], block: int, length: int) -> torch.Tensor:
+    """The positions that some tiles cover: int64, in order."""
+    covered = (tiles[:, None] * block + np.arange(block)[None, :]).reshape(-1)
+    return torch.from_numpy(covered[covered < length])
 
 
 @dataclass(frozen=True)
