@@ -1,0 +1,122 @@
+"""Replace lifted sites in an ATen graph by modules that compute them with a chosen lowering."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attncompile.backend.site_module import MaskModule, SiteModule
+from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.pytorch import mask_inputs
+from attncompile.ir import Spec
+from attncompile.lift import Program, Site
+from attncompile.passes import PassCall, PassResult, run_passes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was done at one site.
+
+    Attributes:
+        site: the site as lifted.
+        passes: the outcome of the passes, ``None`` for a site that was not lifted.
+        lowering: what computes it now, ``None`` when the original computation stays.
+        reason: why the original stays, or why this lowering was chosen.
+    """
+
+    site: Site
+    passes: PassResult | None
+    lowering: Lowering | None
+    reason: str
+
+    @property
+    def spec(self) -> Spec | None:
+        """The Spec that runs."""
+        return self.passes.spec if self.passes else self.site.spec
+
+
+def decide(program: Program, calls: tuple[PassCall, ...], choose: Callable[[Spec], Lowering], *, allow_untrained: bool = False
+           ) -> tuple[Decision, ...]:
+    """Run the passes on every site and choose its lowering; equal Specs share both."""
+    known: dict[str, tuple[PassResult, Lowering]] = {}
+    made: list[Decision] = []
+    for site in program.sites:
+        if site.status != "lifted" or site.spec is None:
+            made.append(Decision(site, None, None, str(site.refusal) if site.refusal else site.status))
+            continue
+        key = site.spec.fingerprint()
+        if key not in known:
+            result = run_passes(site.spec, calls, allow_untrained=allow_untrained)
+            known[key] = (result, choose(result.spec))
+        result, lowering = known[key]
+        made.append(Decision(site, result, lowering, lowering.reason))
+    return tuple(made)
+
+
+def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Decision, ...]) -> torch.fx.GraphModule:
+    """A copy of the graph in which every decided site is one module call; what it replaces is gone.
+
+    Args:
+        module: the graph that the program was lifted from.
+        program: the lifted program.
+        decisions: one per site of the program.
+    """
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    output = graph.graph_copy(module.graph, copies)
+    graph.output(output)
+    result = torch.fx.GraphModule(module, graph)
+    result.meta.update(copy.copy(module.meta))
+    by_name = {node.name: copies[node] for node in module.graph.nodes if node in copies}
+    keys = [_mask_key(decision) for decision in decisions]
+    masks: dict[object, torch.fx.Node] = {}
+    for number, decision in enumerate(decisions):
+        region = decision.site.region
+        if decision.lowering is None or region is None or decision.spec is None:
+            continue
+        (binding,) = region.outputs
+        target = by_name[binding.value]
+        shared = keys[number] is not None and keys.count(keys[number]) > 1
+        site = SiteModule(decision.spec, region, decision.lowering, program.graph.infos[binding.value].shape, shared)
+        arguments = [by_name[entry.value] for entry in region.inputs]
+        with graph.inserting_before(target):
+            if shared:
+                if keys[number] not in masks:
+                    result.add_submodule(f"mask_{len(masks)}", MaskModule(site))
+                    masks[keys[number]] = graph.call_module(f"mask_{len(masks)}", tuple(arguments))
+                arguments.append(masks[keys[number]])
+            result.add_submodule(f"attend_{number}", site)
+            call = graph.call_module(f"attend_{number}", tuple(arguments))
+        call.meta = dict(target.meta)
+        target.replace_all_uses_with(call)
+    _drop_dead(graph)
+    graph.lint()
+    result.recompile()
+    return result
+
+
+def _mask_key(decision: Decision) -> object | None:
+    """What sites must have in common to share a mask: its definition, the captured tensors and the sizes."""
+    if decision.lowering is None or decision.lowering.operator not in ("sdpa", "blockwise") or decision.spec is None:
+        return None
+    key, region = mask_inputs(decision.spec), decision.site.region
+    if key is None or region is None:
+        return None
+    natives = {entry.name: entry.value for entry in region.inputs}
+    types = decision.spec.types()
+    sizes = tuple(str(types[name]) for name in ("q", "k"))
+    return key.text, tuple(natives[name] for name in key.captured), sizes
+
+
+def _drop_dead(graph: torch.fx.Graph) -> None:
+    """Remove what nothing reads any more; placeholders stay, since they are the calling convention."""
+    for node in reversed(list(graph.nodes)):
+        removable = node.op in ("call_function", "call_module", "get_attr") and not node.is_impure()
+        if not node.users and removable:
+            graph.erase_node(node)
+
+
+__all__ = ["Decision", "decide", "rewrite"]

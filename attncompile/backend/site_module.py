@@ -1,0 +1,110 @@
+"""A lifted site as a module in the native graph: native tensors in, native tensor out, the lowering between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.pytorch import visible_mask
+from attncompile.ir import Spec, TensorType
+from attncompile.ir.expr import Const, Expr
+from attncompile.lift.program import Layout, Region
+
+
+def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: dict[Expr, int]) -> torch.Tensor:
+    """A native tensor in the axis order of its Spec type, as views where possible.
+
+    Args:
+        native: the tensor in the model's own layout.
+        layout: where the Spec's axes are in it.
+        kind: the Spec type.
+        sizes: sizes seen so far, by expression; needed for axes that the native tensor lacks, and added to.
+    """
+    lengths: dict[str, int] = {}
+    for place, group in enumerate(layout.groups):
+        for axis in group:
+            size = kind.size(axis)
+            alone = len(group) == 1 and not isinstance(size, Const)
+            lengths[axis] = int(size.value) if isinstance(size, Const) else native.shape[place] if alone else -1
+    wanted = [lengths[axis] for axis in layout.axes]
+    split = native if layout.groups == tuple((axis,) for axis in layout.axes) else native.reshape(wanted)
+    names = [axis.name for axis in kind.axes]
+    present = [name for name in names if name in layout.axes]
+    result = split.permute([layout.axes.index(name) for name in present])
+    for name in names:
+        if name not in present:
+            result = result.unsqueeze(names.index(name))
+    for axis, extent in zip(kind.axes, result.shape, strict=True):
+        if axis.name in present:
+            sizes[axis.size] = extent
+    if len(present) < len(names):
+        result = result.expand([
+            axis.size.value if isinstance(axis.size, Const) else sizes.get(axis.size, 1) if axis.name not in present else -1
+            for axis in kind.axes
+        ])
+    return result
+
+
+def to_native_axes(result: torch.Tensor, layout: Layout, kind: TensorType, native_shape: tuple[Expr, ...]) -> torch.Tensor:
+    """A Spec result in the model's own layout."""
+    names = [axis.name for axis in kind.axes]
+    order = [names.index(axis) for axis in layout.axes]
+    rest = [place for place in range(len(names)) if place not in order]  # axes of size 1 that the model does not have
+    ordered = result.permute([*order, *rest])
+    if not rest and layout.groups == tuple((axis,) for axis in layout.axes):
+        return ordered
+    shape: list[int] = []
+    for group, size in zip(layout.groups, native_shape, strict=True):
+        if isinstance(size, Const):
+            shape.append(int(size.value))
+        elif len(group) == 1:
+            shape.append(result.shape[names.index(group[0])])
+        else:
+            shape.append(-1)
+    return ordered.reshape(shape)
+
+
+class SiteModule(torch.nn.Module):
+    """Computes a site with its lowering.
+
+    Called with the native tensors of ``region.inputs`` in order, and a shared mask when ``takes_mask``.
+    """
+
+    def __init__(self, spec: Spec, region: Region, lowering: Lowering, native_shape: tuple[Expr, ...], takes_mask: bool) -> None:
+        super().__init__()
+        self.spec, self.region, self.lowering = spec, region, lowering
+        self.native_shape, self.takes_mask = native_shape, takes_mask
+        self.types = spec.types()
+
+    def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """The native tensors as the Spec's inputs."""
+        sizes: dict[Expr, int] = {}
+        return [
+            tensor if binding.layout is None else to_spec_axes(tensor, binding.layout, self.types[binding.name], sizes)
+            for binding, tensor in zip(self.region.inputs, native, strict=True)
+        ]
+
+    def forward(self, *native: torch.Tensor) -> torch.Tensor:
+        tensors = native[: len(self.region.inputs)]
+        options = {"mask": native[-1]} if self.takes_mask else {}
+        result = self.lowering.run(*self.spec_tensors(tensors), **options)
+        (binding,) = self.region.outputs
+        assert isinstance(result, torch.Tensor) and binding.layout is not None
+        return to_native_axes(result, binding.layout, self.types[binding.name], self.native_shape)
+
+
+class MaskModule(torch.nn.Module):
+    """Builds the additive mask that several sites share, from the native tensors of one of them."""
+
+    def __init__(self, site: SiteModule) -> None:
+        super().__init__()
+        self.inputs_of = [site]  # a list, so that the site is not registered twice as a child
+
+    def forward(self, *native: torch.Tensor) -> torch.Tensor | None:
+        site = self.inputs_of[0]
+        tensors: Mapping[str, torch.Tensor] = {
+            binding.name: tensor for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
+        }
+        return visible_mask(site.spec, tensors)
