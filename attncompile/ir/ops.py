@@ -270,7 +270,12 @@ class Attend(Operation):
         return 2 * pairs * (concrete(query.sizes[3], sizes) + concrete(value.sizes[3], sizes))
 
 
-def _feature(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def feature_map(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """φ of a ``Scan`` by name: ``identity``, ``elu1`` or ``relu``.
+
+    Raises:
+        ValueError: for any other name.
+    """
     if name == "identity":
         return tensor
     if name == "elu1":
@@ -321,7 +326,7 @@ class Scan(Operation):
         if self.decay.kind is not Kind.FLOAT:
             raise ValueError(f"scan: decay {self.decay} is {self.decay.kind}, should be float")
         self.check_captured(types, frozenset("h"))
-        _feature(self.feature, torch.zeros(()))
+        feature_map(self.feature, torch.zeros(()))
         return {self.out: TensorType((*query.axes[:3], value.axes[3]), query.dtype)}
 
     def decays(self, tensors: Tensors, heads: int, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
@@ -331,9 +336,9 @@ class Scan(Operation):
         return evaluate(self.decay, Environment(grid, sizes, tensors, dtype=dtype, device=device)).expand(heads)
 
     def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        query = _feature(self.feature, tensors[self.query].to(dtype))
-        heads = self._kv_heads(query, sizes)
-        key = _feature(self.feature, tensors[self.key].to(dtype))[:, heads]
+        query = feature_map(self.feature, tensors[self.query].to(dtype))
+        heads = self.kv_heads(query, sizes)
+        key = feature_map(self.feature, tensors[self.key].to(dtype))[:, heads]
         value = tensors[self.value].to(dtype)[:, heads]
         length = query.shape[2]
         position = torch.arange(length, device=query.device)
@@ -346,7 +351,8 @@ class Scan(Operation):
             out = out / weights.sum(-1, keepdim=True).abs().clamp(min=1)
         return {self.out: out}
 
-    def _kv_heads(self, query: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+    def kv_heads(self, query: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        """KV head of each head of the query: int64 ``[h]``."""
         grid = {"h": torch.arange(query.shape[1], device=query.device)}
         return evaluate(self.kv_head, Environment(grid, sizes, device=query.device)).expand(query.shape[1])
 

@@ -1,0 +1,255 @@
+"""``Attend`` by ``scaled_dot_product_attention``: whole, or block by block where the mask leaves out
+tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attncompile.codegen.pytorch.form import NEGLIGIBLE, AdditiveForm
+from attncompile.codegen.pytorch.grid import Map, Range, take
+from attncompile.ir import Attend, Expr, simplify
+from attncompile.ir.blocks import block_map
+from attncompile.ir.evaluate import evaluate
+from attncompile.ir.expr import TRUE, Const, Load, Size, substitute, walk
+from attncompile.ir.intervals import Visibility
+
+# Queries of one block-wise call, and the tile in which the block map is read. A block sees its window and
+# itself, so small blocks skip more; below this the fixed cost of a call shows on a CPU.
+BLOCK_QUERY, BLOCK_KEY = 256, 64
+
+# A block-wise walk pays when it leaves out at least this share of the tiles.
+WORTH_SKIPPING = 0.25
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Query ``[b,h,i,d]``, key ``[b,g,j,d]`` and value ``[b,g,j,e]`` of one call, in one dtype."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def read_operands(attend: Attend, form: AdditiveForm, where: Map) -> Operands:
+    """Query, key and value, heads listed where the kernel cannot share them, query scaled where the scale
+    varies.
+    """
+    query = where.tensors[attend.query]
+    key, value = (where.tensors[name].to(query.dtype) for name in (attend.key, attend.value))
+    if form.shared_heads == "listed":
+        heads = attend.kv_heads(query.shape[1], query.device, where.sizes)
+        key, value = key.index_select(1, heads), value.index_select(1, heads)
+    if form.query_factor is not None:
+        factor = evaluate(form.query_factor, where.environment(_wide(query.dtype)))
+        query = (query * factor).to(query.dtype)
+    return Operands(query, key, value)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which score expressions are evaluated: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def additive_mask(
+    form: AdditiveForm, mask: Expr, where: Map, dtype: torch.dtype, rows: Range | None = None,
+    columns: Sequence[Range] | None = None,
+) -> torch.Tensor | None:
+    """What is added to the scaled scores, as small as broadcasting allows (padding alone is ``[b,1,1,j]``).
+
+    Args:
+        form: the recognised form.
+        mask: its mask, or a simpler one that is equal for these lengths.
+        where: the map of this call.
+        dtype: dtype of the query; a bias computed from positions stays in float32, where 16 bits would lose
+            it.
+        rows, columns: the part of the map, all of it when ``None``.
+
+    Returns:
+        A float tensor, or ``None`` when nothing is added.
+    """
+    if mask == TRUE and form.bias is None:
+        return None
+    wide = _wide(dtype)
+    environment = where.environment(wide, rows, columns)
+    zero = torch.zeros((), dtype=wide, device=where.device)
+    bias = zero if form.bias is None else evaluate(form.bias, environment)
+    added = bias
+    if mask != TRUE:
+        lowest = torch.finfo(dtype if form.bias is None else wide).min
+        fill = evaluate(form.masked, environment)
+        fill = fill if form.fill == "infinite" else fill.clamp(min=lowest)
+        added = torch.where(evaluate(mask, environment), bias, fill)
+    added = added if form.bias is not None and _computed(form.bias) else added.to(dtype)
+    return added.reshape([1] * (4 - added.dim()) + list(added.shape))
+
+
+def _computed(bias: Expr) -> bool:
+    return not isinstance(bias, Load)
+
+
+def _empty_rows(form: AdditiveForm, mask: Expr, where: Map) -> torch.Tensor:
+    """Whether a query sees no key: truth values ``[b,h,i,1]``, broadcastable."""
+    visible = evaluate(mask, where.environment(torch.float32))
+    return ~visible.reshape([1] * (4 - visible.dim()) + list(visible.shape)).any(-1, keepdim=True)
+
+
+def attend_whole(
+    attend: Attend, form: AdditiveForm, where: Map, shared_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One call over the whole map; traceable with symbolic sizes.
+
+    Args:
+        attend: the operation.
+        form: its form.
+        where: the map of this call.
+        shared_mask: :func:`additive_mask` of an equal site, built once by the caller.
+    """
+    operands = read_operands(attend, form, where)
+    query, key, value = operands.query, operands.key, operands.value
+    mask = form.mask_at(query.shape[2], key.shape[2])
+    causal = form.causal_at(query.shape[2], key.shape[2])
+    added = None if causal else shared_mask
+    if added is None and not causal:
+        added = additive_mask(form, mask, where, query.dtype)
+    uniform = not form.proven and mask != TRUE and (
+        form.fill == "constant" or (form.fill == "absorbing" and query.dtype == torch.float16))
+    if uniform and added is not None:
+        # the row's logits are then all the fill itself, whatever the scores are
+        empty = _empty_rows(form, mask, where)
+        query = query.masked_fill(empty, 0.0)
+        added = added.masked_fill(empty, 0.0)
+    out = _call(query, key, value, form, added, causal)
+    if form.fill == "infinite" and not causal and added is not None and (
+        not form.proven or (form.bias is not None and any(isinstance(node, Load) for node in walk(form.bias)))
+    ):
+        # torch gives 0 for a row without a key on the CPU; other devices are not trusted to
+        wanted = math.nan if attend.norm.empty == "nan" else 0.0
+        if attend.norm.empty == "nan" or where.device.type != "cpu":
+            out = out.masked_fill((added == -math.inf).all(-1, keepdim=True), wanted)
+    return _edited(out, form, where)
+
+
+def _edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
+    if form.edit is None:
+        return out
+    return (out * evaluate(form.edit, where.environment(_wide(out.dtype)))).to(out.dtype)
+
+
+def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AdditiveForm,
+          added: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    shared = form.shared_heads == "grouped"
+    if shared and query.device.type != "cpu" and added is not None:
+        # CUDA's kernels that take a mask want as many key heads as query heads
+        repeats = query.shape[1] // key.shape[1]
+        key, value, shared = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=added, is_causal=causal, scale=form.scale, enable_gqa=shared)
+
+
+def being_traced(tensor: torch.Tensor) -> bool:
+    """Whether a graph is being made instead of a result: by Dynamo, export, or a tensor subclass that
+    records.
+    """
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return torch.compiler.is_compiling() or not plain or not all(isinstance(n, int) for n in tensor.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def visited_keys(mask: Expr, query_length: int, key_length: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """For each block of queries the ranges of keys that some query of it may see."""
+    tiles = block_map(mask, query_length, key_length, block_query=BLOCK_QUERY, block_key=BLOCK_KEY).visibility
+    found = []
+    for row in tiles != Visibility.NONE:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+        found.append(tuple((int(first) * BLOCK_KEY, min(int(after) * BLOCK_KEY, key_length))
+                           for first, after in zip(edges[::2], edges[1::2], strict=True)))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def at_sizes(mask: Expr, sizes: tuple[tuple[str, int], ...]) -> Expr:
+    """The mask with its symbolic sizes replaced by their values."""
+    return simplify(substitute(mask, {Size(name): Const(value) for name, value in sizes}))
+
+
+def visited_share(mask: Expr, query_length: int, key_length: int) -> float:
+    """Share of the map inside the ranges of :func:`visited_keys`."""
+    ranges = visited_keys(mask, query_length, key_length)
+    rows = [min(BLOCK_QUERY, query_length - block * BLOCK_QUERY) for block in range(len(ranges))]
+    seen = sum(count * sum(after - first for first, after in parts)
+               for count, parts in zip(rows, ranges, strict=True))
+    return seen / (query_length * key_length)
+
+
+def skips_blocks(form: AdditiveForm) -> bool:
+    """Whether positions that the mask hides may be left out: their weight is 0, or their row is found and
+    replaced.
+    """
+    if form.fill != "shifted":
+        return True
+    negligible = isinstance(form.masked, Const) and form.masked.value <= NEGLIGIBLE
+    return form.proven and form.bias is None and negligible
+
+
+def attend_blockwise(attend: Attend, form: AdditiveForm, where: Map) -> torch.Tensor:
+    """One call per block of queries, over the keys that the block may see; for plain tensors only.
+
+    Equal to :func:`attend_whole`: rows that see no key among those visited get what the fill gives them.
+    """
+    operands = read_operands(attend, form, where)
+    query, key, value = operands.query, operands.key, operands.value
+    mask = at_sizes(form.mask, tuple(where.sizes.items()))
+    blocks: list[torch.Tensor] = []
+    for number, columns in enumerate(visited_keys(mask, query.shape[2], key.shape[2])):
+        rows = (number * BLOCK_QUERY, min((number + 1) * BLOCK_QUERY, query.shape[2]))
+        part = query[:, :, rows[0]:rows[1]]
+        if not columns:
+            nothing = part.new_zeros(*part.shape[:3], value.shape[3])
+            empty = torch.ones((), dtype=torch.bool, device=where.device)
+            blocks.append(_replaced(nothing, empty, attend, form, operands))
+            continue
+        added = _finite_mask(form, mask, where, query.dtype, rows, columns)
+        out = _call(part, take(key, 2, columns), take(value, 2, columns), form, added, causal=False)
+        if not form.proven:
+            visible = evaluate(mask, where.environment(torch.float32, rows, columns))
+            out = _replaced(out, ~visible.any(-1, keepdim=True), attend, form, operands)
+        blocks.append(out)
+    return _edited(torch.cat(blocks, 2), form, where)
+
+
+def _finite_mask(form: AdditiveForm, mask: Expr, where: Map, dtype: torch.dtype, rows: Range,
+                 columns: Sequence[Range]) -> torch.Tensor | None:
+    """The additive mask of a block, −∞ made finite: a row without a key then stays finite, its gradient
+    too.
+    """
+    added = additive_mask(form, mask, where, dtype, rows, columns)
+    return added if added is None or form.proven else added.clamp(min=torch.finfo(dtype).min / 2)
+
+
+def _replaced(out: torch.Tensor, empty: torch.Tensor, attend: Attend, form: AdditiveForm,
+              operands: Operands) -> torch.Tensor:
+    """Rows that see no key: NaN or 0 for a fill of −∞, the mean over all keys for a finite one."""
+    if form.fill == "infinite":
+        return out.masked_fill(empty, math.nan if attend.norm.empty == "nan" else 0.0)
+    mean = operands.value.mean(2, keepdim=True)
+    repeats = out.shape[1] // mean.shape[1]
+    return torch.where(empty, mean.repeat_interleave(repeats, 1), out)
+
+
+def blockwise_pays(form: AdditiveForm, where: Map) -> bool:
+    """Whether the block-wise walk leaves out enough at the lengths of this call."""
+    _, _, queries, keys = where.extents
+    if not skips_blocks(form) or form.mask == TRUE or queries < 2 * BLOCK_QUERY:
+        return False
+    mask = at_sizes(form.mask, tuple(where.sizes.items()))
+    if form.causal_at(queries, keys):
+        return False  # SDPA skips those blocks itself
+    return visited_share(mask, queries, keys) <= 1 - WORTH_SKIPPING
