@@ -1,4 +1,4 @@
-"""What every code generator returns."""
+"""What every target gives back for a Spec: something to run, and what to say about it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from dataclasses import dataclass
 
 import torch
 
+Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+
 
 @dataclass(frozen=True)
 class Lowering:
-    """A Spec made runnable on one target.
+    """A Spec on a target.
+
+    Every target module has ``lower(spec, device) -> Lowering`` and ``why_not(spec, device) -> str | None``; the second
+    says in one sentence why the first would refuse, or ``None``.
 
     Attributes:
-        target: ``pytorch`` or ``triton``.
-        operator: what does the work, such as ``sdpa``, ``flex``, ``blockwise`` or ``reference``.
-        reason: why this operator, in one sentence.
-        source: the generated code for people to read, or ``None`` where none was generated.
-        run: the computation; takes the tensors in the order of the Spec's inputs and gives its output, or a tuple of
-            them where the Spec has several.
+        target: name of the target, such as ``triton``.
+        operator: what runs, for reports: the name of a kernel, of an ATen or of an ONNX operator.
+        reason: why this operator, and where its results differ from the Spec beyond rounding.
+        source: generated source text, when there is any.
+        run: takes the Spec's inputs in the order of ``spec.inputs`` (operands as ``[b,h,i,d]``, of any strides) and
+            returns its outputs in order, a single tensor when there is one.
     """
 
     target: str
     operator: str
     reason: str
     source: str | None
-    run: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    run: Run

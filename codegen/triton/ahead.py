@@ -1,0 +1,153 @@
+"""Compiling generated modules ahead of time, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.generate import GeneratedModule, Kernel
+
+ELEMENTS = {
+    "float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3": "fp8e4nv",
+    "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8", "bool": "i1",
+}
+"""Triton's names of element types."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for.
+
+    Attributes:
+        backend: ``cuda`` or ``hip``.
+        arch: compute capability as a number (90), or the name of an AMD architecture.
+        warp: threads of a warp.
+    """
+
+    backend: str
+    arch: int | str
+    warp: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+TARGETS = (Target("cuda", 80, 32), Target("cuda", 90, 32), Target("hip", "gfx942", 64))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel.
+
+    Attributes:
+        kernel, target: what was compiled, and for what.
+        shared: bytes of shared memory of a program.
+        registers: registers of a thread, where the assembler tells.
+        spills: bytes that a thread spills, where the assembler tells.
+        texts: intermediate forms and the binary, by extension (``ttir``, ``ptx``, ``cubin``, ``amdgcn``, …).
+    """
+
+    kernel: str
+    target: str
+    shared: int
+    registers: int | None
+    spills: int | None
+    texts: Mapping[str, Any]
+
+
+def compile_ahead(module: GeneratedModule, target: Target, dtype: str) -> tuple[Compiled, ...]:
+    """Compile every kernel of a module.
+
+    Tensors are taken to be contiguous along their last axis and aligned to 16 bytes, as they usually are.
+
+    Args:
+        module: the generated module.
+        target: the GPU.
+        dtype: element type of query, key and value: ``float16``, ``bfloat16`` or ``float32``.
+
+    Raises:
+        ValueError: for a dtype that the kernels do not take.
+        RuntimeError: when Triton's interpreter is on (``TRITON_INTERPRET``): it replaces the compiler.
+    """
+    loaded = load_module(module)
+    return tuple(_compile(getattr(loaded, kernel.name), kernel, target, dtype) for kernel in module.kernels)
+
+
+def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not hasattr(function, "arg_names") or not hasattr(function, "cache_key"):
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, there is nothing to compile")
+    if dtype not in kernel.constants:
+        raise ValueError(f"the kernel takes {', '.join(kernel.constants)}, not {dtype}")
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for name, element in kernel.pointers:
+        signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
+        aligned.append(name)
+    for name in kernel.strides:
+        last = _is_last_stride(name, kernel.strides)
+        signature[name] = "constexpr" if last else "i32"
+        if last:
+            constants[name] = 1
+        else:
+            aligned.append(name)
+    signature.update(dict.fromkeys(kernel.integers, "i32"))
+    for name, value in kernel.constants[dtype].items():
+        signature[name] = "constexpr"
+        constants[name] = "ieee" if name == "PRECISION" and target.backend == "hip" else value
+    ordered = {name: signature[name] for name in function.arg_names}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    tile = kernel.tiles[dtype]
+    stages = min(tile.stages, 2) if target.backend == "hip" else tile.stages
+    built = triton.compile(
+        ASTSource(function, ordered, constexprs=constants, attrs=attributes),
+        target=GPUTarget(target.backend, target.arch, target.warp),
+        options={"num_warps": tile.warps, "num_stages": stages},
+    )
+    registers, spills = _resources(built.asm, target)
+    return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
+
+
+def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:
+    """Whether it is the stride of its tensor's last axis: the next one belongs to another tensor."""
+    position = strides.index(name)
+    following = strides[position + 1] if position + 1 < len(strides) else ""
+    return name.rsplit("_", 1)[0] != following.rsplit("_", 1)[0]
+
+
+def _resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int | None]:
+    if target.backend == "hip":
+        found = re.search(r"\.vgpr_count:\s+(\d+)", texts.get("amdgcn", ""))
+        spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", texts.get("amdgcn", ""))
+        return (int(found[1]) if found else None), (4 * int(spilled[1]) if spilled else None)
+    assembler = _assembler()
+    if assembler is None or "ptx" not in texts:
+        return None, None
+    arch = f"sm_{target.arch}" + ("a" if target.arch == 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(texts["ptx"], encoding="utf-8")
+        said = subprocess.run([assembler, "-v", f"--gpu-name={arch}", "-o", str(path.with_suffix(".cubin")), str(path)],
+                              capture_output=True, text=True, check=False)
+    registers = re.search(r"Used (\d+) registers", said.stderr)
+    spills = re.search(r"(\d+) bytes spill stores", said.stderr)
+    return (int(registers[1]) if registers else None), (int(spills[1]) if spills else None)
+
+
+def _assembler() -> str | None:
+    """The ``ptxas`` that comes with Triton, or one on the path."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    return str(bundled) if bundled.is_file() else shutil.which("ptxas")

@@ -1,0 +1,235 @@
+"""Expressions as Triton source: the table :data:`attncompile.ir.operators.OPERATORS` says how each operator is written.
+
+Indices are int32 scalars or tiles that broadcast against each other (``b`` and ``h`` scalars, ``i`` a column, ``j`` a
+row), real numbers are float32. A load outside its tensor is clamped into it, unless the index is proven to be inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
+from attncompile.ir.intervals import bounds
+from attncompile.ir.operators import OPERATORS, Kind
+from attncompile.ir.simplify import Simplifier
+from attncompile.ir.types import TensorType
+
+LONGEST = 72
+"""A subexpression whose text is longer than this gets a line of its own."""
+LONGEST_INDEX = 24
+"""The same for an index of a load."""
+
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_DEVICE_FUNCTIONS = ("tanh", "round_half_even", "floor_divide", "floor_modulo")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the names of an expression are called in the generated code.
+
+    Attributes:
+        indices: index name to identifier.
+        sizes: size name to identifier.
+        tensors: tensor name to the identifier of its pointer; strides are ``{identifier}_stride_{axis}``.
+        types: types of the tensors.
+        extents: index name to the size of its axis, for indices that are known to lie inside.
+    """
+
+    indices: Mapping[str, str]
+    sizes: Mapping[str, str]
+    tensors: Mapping[str, str]
+    types: Mapping[str, TensorType]
+    extents: Mapping[str, Expr] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Source of an expression: lines to run first, then the text of the value."""
+
+    lines: tuple[str, ...]
+    value: str
+
+    @property
+    def device_functions(self) -> frozenset[str]:
+        """Names of the device functions that the source calls."""
+        text = "\n".join((*self.lines, self.value))
+        return frozenset(name for name in _DEVICE_FUNCTIONS if f"{name}(" in text)
+
+
+def stride_name(pointer: str, axis: int) -> str:
+    """Identifier of a captured tensor's stride along an axis."""
+    return f"{pointer}_stride_{axis}"
+
+
+def refusal(expr: Expr) -> str | None:
+    """Why the expression cannot be written in Triton, or ``None``."""
+    for node in walk(expr):
+        if isinstance(node, Apply) and not OPERATORS[node.operator].triton:
+            return f"the operator {node.operator!r} in {expr} has no Triton form"
+        if isinstance(node, Apply) and node.operator == "pow" and not _positive(node.arguments[0]):
+            return f"{node} in {expr}: a power needs a base that is proven positive"
+    return None
+
+
+def _positive(expr: Expr) -> bool:
+    low = bounds(expr, {}).low
+    return bool(low > 0)
+
+
+def print_triton(expr: Expr, scope: Scope) -> Printed:
+    """Source of an expression.
+
+    Raises:
+        ValueError: for an operator without a Triton form, or a name that the scope lacks.
+    """
+    reason = refusal(expr)
+    if reason:
+        raise ValueError(reason)
+    uses = Counter(child for node in dict.fromkeys(walk(expr)) for child in node.children)
+    simplifier = Simplifier(scope.extents)
+    lines: list[str] = []
+    known: dict[Expr, str] = {}
+    numbers: Counter[str] = Counter()
+
+    def bind(text: str, name: str) -> str:
+        numbers[name] += 1
+        name = name if numbers[name] == 1 else f"{name}_{numbers[name]}"
+        lines.append(f"{name} = {_bare(text)}")
+        return name
+
+    def go(node: Expr) -> str:
+        if node not in known:
+            text = _text(node)
+            if isinstance(node, Load):
+                text = bind(text, f"{scope.tensors[node.tensor]}_value")
+            elif isinstance(node, Apply) and node != expr and (uses[node] > 1 or len(text) > LONGEST):
+                text = bind(text, "part")
+            known[node] = text
+        return known[node]
+
+    def as_real(node: Expr) -> str:
+        if isinstance(node, Const):
+            return number(float(node.value))
+        return go(node) if node.kind is Kind.FLOAT else f"tl.cast({go(node)}, tl.float32)"
+
+    def nonnegative(node: Expr) -> bool:
+        return simplifier.nonnegative(node) or bool(bounds(simplifier(node), {}).low >= 0)
+
+    def load(node: Load) -> str:
+        pointer = scope.tensors[node.tensor]
+        address = pointer
+        axes = scope.types[node.tensor].axes
+        for position, (index, axis) in enumerate(zip(node.indices, axes, strict=True)):
+            if index == Const(0):
+                continue
+            text = _bare(go(index))
+            if not nonnegative(index):
+                text = f"tl.maximum({text}, 0)"
+            if not nonnegative(axis.size - 1 - index):
+                text = f"tl.minimum({text}, {_bare(go(simplifier(axis.size - 1)))})"
+            if len(text) > LONGEST_INDEX:
+                text = bind(text, "index")
+            address += f" + tl.cast({text}, tl.int64) * {stride_name(pointer, position)}"
+        dtype = scope.types[node.tensor].dtype
+        read = f"tl.load({address})"
+        if node.element is Kind.FLOAT:
+            return f"{read}.to(tl.float32)"
+        return f"{read}.to(tl.int32)" if dtype in ("int8", "uint8") else read
+
+    def _text(node: Expr) -> str:
+        match node:
+            case Const(value):
+                return number(value)
+            case Index(name):
+                return _named(scope.indices, name, "index")
+            case Size(name):
+                return _named(scope.sizes, name, "size")
+            case Score():
+                return "s"
+            case Weight():
+                return "w"
+            case Load():
+                return load(node)
+            case Apply(operator, arguments, result):
+                real = result is Kind.FLOAT and operator not in ("where", "float")
+                if operator in _COMPARISONS or (operator == "where" and result is Kind.FLOAT):
+                    real = any(a.kind is Kind.FLOAT for a in arguments)
+                texts = [as_real(a) if real and a.kind is not Kind.BOOL else go(a) for a in arguments]
+                if operator in ("floordiv", "mod") and all(
+                    nonnegative(a - least) for a, least in zip(arguments, (0, 1), strict=True)
+                ):
+                    return f"({texts[0]} {'//' if operator == 'floordiv' else '%'} {texts[1]})"
+                return _written(operator, texts)
+        raise ValueError(f"cannot write {node!r} in Triton")
+
+    value = go(expr)
+    return Printed(tuple(lines), _bare(value))
+
+
+def _named(names: Mapping[str, str], name: str, what: str) -> str:
+    if name not in names:
+        raise ValueError(f"no {what} {name!r} here; there are {sorted(names)}")
+    return names[name]
+
+
+def _written(operator: str, texts: list[str]) -> str:
+    form = OPERATORS[operator].triton
+    if not form.startswith("("):
+        texts = [_bare(text) for text in texts]  # a call's own parentheses are enough
+    if OPERATORS[operator].arity is not None:
+        return form.format(*texts)
+    if operator == "add":
+        return f"({texts[0]}{''.join(_term(t) for t in texts[1:])})"
+    symbol = {"mul": " * ", "and": " & ", "or": " | "}.get(operator)
+    if symbol:
+        return f"({symbol.join(texts)})"
+    text = texts[0]
+    for other in texts[1:]:
+        text = form.format(text, other)
+    return text
+
+
+def _term(text: str) -> str:
+    """A further term of a sum: ``- x`` reads better than ``+ -x`` and ``+ (-1 * x)``."""
+    for negation in ("(-1 * ", "(-1.0 * "):
+        if text.startswith(negation) and _closes_at_end(text):
+            factors = text[len(negation) : -1]
+            return f" - ({factors})" if " * " in factors else f" - {factors}"
+    return f" - {text[1:]}" if text.startswith("-") else f" + {text}"
+
+
+def _closes_at_end(text: str) -> bool:
+    depth = 0
+    for position, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+def _bare(text: str) -> str:
+    """Without the parentheses around the whole."""
+    return text[1:-1] if text.startswith("(") and _closes_at_end(text) else text
+
+
+def number(value: bool | int | float) -> str:
+    """A literal, such that Triton reads the same value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def captured_tensors(*expressions: Expr) -> tuple[str, ...]:
+    """Names of the tensors that the expressions load, each once, in order."""
+    return tuple(dict.fromkeys(load.tensor for expr in expressions for load in loads(expr)))
+
+
+def size_names(*expressions: Expr) -> tuple[str, ...]:
+    """Names of the sizes that the expressions read, sorted."""
+    return tuple(sorted({node.name for expr in expressions for node in walk(expr) if isinstance(node, Size)}))
+
+
+Writer = Callable[[Expr], Printed]

@@ -1,0 +1,189 @@
+"""What the Triton target can do, and the parts of a Spec it is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attncompile.codegen.triton.expressions import refusal
+from attncompile.codegen.triton.tiles import LARGEST_HEAD
+from attncompile.ir import Attend, Quantize, Scan, Spec, simplify
+from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Apply, Const, Expr, Size, Weight, apply, walk, where
+from attncompile.ir.operators import Kind
+from attncompile.ir.types import TensorType
+
+NEGLIGIBLE = -1e4
+"""A masked logit this far below the scores has weight 0 in float32: exp(-10000) is 0, and so is its sigmoid."""
+
+REAL_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """An attention that the dense kernel computes.
+
+    Attributes:
+        attend: the operation.
+        scale: constant positive factor of the logits, taken out of ``score``.
+        score: logit divided by ``scale``.
+        mask: what is visible; every other key has weight zero.
+        edit: factor of the normalised weight, or ``None``.
+        query, key, value: types of the operands.
+        quantized: how queries and keys are rounded, or ``None``.
+    """
+
+    attend: Attend
+    scale: float
+    score: Expr
+    mask: Expr
+    edit: Expr | None
+    query: TensorType
+    key: TensorType
+    value: TensorType
+    quantized: tuple[Quantize, Quantize] | None
+
+
+def operations_reason(spec: Spec) -> str | None:
+    """Why the operations of the Spec have no kernel, or ``None``."""
+    names = [operation.keyword for operation in spec.operations]
+    if names == ["scan"] or names == ["attend"]:
+        return None
+    attend = spec.attend()
+    if names == ["quantize", "quantize", "attend"] and attend is not None:
+        rounded = [op.out for op in spec.operations[:2]]  # type: ignore[attr-defined]
+        if sorted(rounded) != sorted((attend.query, attend.key)):
+            return (f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} are "
+                    f"rounded, and {attend.query} and {attend.key} are multiplied")
+        read = {op.tensor for op in spec.operations[:2]}  # type: ignore[attr-defined]
+        if not read <= {value.name for value in spec.inputs}:
+            return "the int8 kernel rounds inputs of the Spec, not results of other operations"
+        return None
+    return (f"there is a kernel for one attend, one attend with query and key quantized, and one scan; this Spec is "
+            f"{', '.join(names)}")
+
+
+def why_not_spec(spec: Spec) -> str | None:
+    """Why there is no Triton kernel for the Spec, whatever the device, or ``None``."""
+    reason = operations_reason(spec)
+    if reason:
+        return reason
+    types = spec.types()
+    attend, scan = spec.attend(), spec.scan()
+    operation = attend or scan
+    assert operation is not None  # operations_reason has seen to it
+    for name in (operation.query, operation.key, operation.value):
+        found = types[name]
+        if found.dtype not in REAL_DTYPES:
+            return f"{name} is {found.dtype}; the kernels take {', '.join(REAL_DTYPES)}"
+        channels = simplify(found.sizes[3])
+        if not isinstance(channels, Const):
+            return f"{name} has {channels} channels; the kernels need a constant number"
+        if not 1 <= channels.value <= LARGEST_HEAD:
+            return f"{name} has {channels} channels; the kernels take 1 to {LARGEST_HEAD}"
+    if len({types[name].dtype for name in (operation.query, operation.key, operation.value)}) > 1:
+        return "query, key and value differ in dtype"
+    unknown = [name for name in spec.outputs if name not in operation.results()]
+    if unknown:
+        return f"the Spec gives {', '.join(unknown)}, which is no result of the {operation.keyword}"
+    expressions: tuple[Expr, ...] = operation.expressions()
+    if attend is not None:
+        if weight_factor(attend.weight) is None:
+            return (f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight only up to "
+                    "a factor until the last key")
+        expressions = (*logits(attend)[:2], attend.kv_head)
+    for expr in (*expressions, *(size for value in spec.inputs for size in value.type.sizes)):
+        reason = refusal(simplify(expr))
+        if reason:
+            return reason
+    readable = {size.name for value in spec.inputs for size in value.type.sizes if isinstance(size, Size)}
+    for expr in (*operation.expressions(), *(size for value in spec.inputs for size in value.type.sizes)):
+        for node in walk(expr):
+            if isinstance(node, Size) and node.name not in readable:
+                return f"the size {node.name} in {expr} is not the size of any input's axis"
+    return None
+
+
+def negligible(fill: Expr) -> bool:
+    """Whether a masked position with this logit has weight 0: it is, or adds to the score, −10000 or less."""
+    match fill:
+        case Const(value):
+            return value <= NEGLIGIBLE
+        case Apply("add", arguments):
+            return any(isinstance(a, Const) and a.value <= NEGLIGIBLE for a in arguments)
+    return False
+
+
+def logits(attend: Attend) -> tuple[Expr, Expr]:
+    """Score and mask such that what the mask hides has weight zero; a fill that still counts joins the score."""
+    if attend.mask == TRUE or negligible(simplify(attend.fill)):
+        return simplify(attend.score), simplify(attend.mask)
+    return simplify(where(attend.mask, attend.score, attend.fill)), TRUE
+
+
+def weight_factor(weight: Expr) -> Expr | None:
+    """``f`` such that the edit is ``w·f`` with ``f`` free of ``w``, or ``None`` when there is none."""
+
+    def reads(expr: Expr) -> bool:
+        return any(isinstance(node, Weight) for node in walk(expr))
+
+    def factor(expr: Expr) -> Expr | None:
+        match expr:
+            case Weight():
+                return Const(1.0)
+            case Const(value) if value == 0:
+                return Const(0.0)
+            case Apply("mul", arguments):
+                reading = [a for a in arguments if reads(a)]
+                inner = factor(reading[0]) if len(reading) == 1 else None
+                others = [a for a in arguments if not reads(a)]
+                return None if inner is None else apply("mul", inner, *others) if others else inner
+            case Apply("div", (left, right)) if not reads(right):
+                inner = factor(left)
+                return None if inner is None else apply("div", inner, right)
+            case Apply("add", arguments):
+                parts = [factor(a) for a in arguments]
+                return None if None in parts else apply("add", *(p for p in parts if p is not None))
+            case Apply("where", (condition, then, otherwise)) if not reads(condition):
+                sides = factor(then), factor(otherwise)
+                return None if sides[0] is None or sides[1] is None else where(condition, sides[0], sides[1])
+        return None
+
+    found = factor(simplify(weight))
+    return None if found is None else simplify(found)
+
+
+def dense(spec: Spec) -> Dense:
+    """The parts of a Spec with one attention that :func:`why_not_spec` does not refuse."""
+    attend = spec.attend()
+    assert attend is not None
+    types = spec.types()
+    score, mask = logits(attend)
+    scale = 1.0
+    match score:
+        case Apply("mul", (Const(value), *rest)) if 0 < value < float("inf"):
+            scale, score = float(value), apply("mul", *rest)
+            if score.kind is Kind.INT:
+                score = apply("float", score)
+    edit = None if attend.weight == WEIGHT else weight_factor(attend.weight)
+    rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
+    pair = (rounded[attend.query], rounded[attend.key]) if rounded else None
+    return Dense(attend, scale, score, mask, edit, types[attend.query], types[attend.key], types[attend.value], pair)
+
+
+def scan(spec: Spec) -> Scan:
+    """The scan of a Spec that :func:`why_not_spec` does not refuse."""
+    found = spec.scan()
+    assert found is not None
+    return found
+
+
+def gives_zeros(spec: Spec) -> bool:
+    """Whether a row without any visible key gives zeros here but something else in the Spec."""
+    attend = spec.attend()
+    if attend is None or attend.norm.kind != "softmax" or attend.mask == TRUE:
+        return False
+    finite = simplify(attend.fill) != Const(float("-inf"))
+    return logits(attend)[1] != TRUE and (finite or attend.norm.empty == "nan")
+
+
+__all__ = ["SCORE", "Dense", "dense", "gives_zeros", "logits", "negligible", "operations_reason", "scan",
+           "weight_factor", "why_not_spec"]

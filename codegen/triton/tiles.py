@@ -1,0 +1,65 @@
+"""Block sizes, warps and pipeline stages by head size and dtype.
+
+Chosen so that no kernel of the tested set spills registers on sm_90 and all fit into 160 KiB of shared memory; on a
+device with less the launcher lowers the number of stages. Tuning per device is not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is launched: queries and keys per block, warps per program, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_DENSE: tuple[tuple[int, int, Tile], ...] = (  # head channels up to, bytes of an element
+    (32, 2, Tile(128, 128, 4, 3)),
+    (64, 2, Tile(128, 64, 4, 3)),
+    (128, 2, Tile(128, 64, 8, 3)),
+    (256, 2, Tile(64, 32, 4, 3)),
+    (32, 4, Tile(64, 32, 4, 2)),
+    (64, 4, Tile(32, 32, 4, 2)),
+    (128, 4, Tile(32, 32, 4, 2)),
+    (256, 4, Tile(16, 16, 4, 2)),
+)
+_SCAN: tuple[tuple[int, int, Tile], ...] = (  # queries is the chunk, keys the value channels of a program
+    (64, 2, Tile(64, 64, 4, 2)),
+    (128, 2, Tile(64, 32, 4, 2)),
+    (256, 2, Tile(32, 32, 4, 1)),
+    (64, 4, Tile(32, 32, 4, 1)),
+    (128, 4, Tile(32, 32, 4, 1)),
+    (256, 4, Tile(16, 16, 4, 1)),
+)
+
+LARGEST_HEAD = 256
+
+
+def dense_tile(channels: int, element: int, most_keys: int | None = None) -> Tile:
+    """The tile of the dense kernel.
+
+    Args:
+        channels: the larger of key and value channels, padded to a power of two.
+        element: bytes of an element of the values.
+        most_keys: upper limit of the keys per block, a power of two.
+    """
+    tile = _find(_DENSE, channels, element)
+    return tile if most_keys is None else Tile(tile.queries, min(tile.keys, most_keys), tile.warps, tile.stages)
+
+
+def scan_tile(channels: int, element: int) -> Tile:
+    """The tile of the scan: chunk length and value channels of a program."""
+    return _find(_SCAN, channels, element)
+
+
+def _find(table: tuple[tuple[int, int, Tile], ...], channels: int, element: int) -> Tile:
+    for largest, size, tile in table:
+        if channels <= largest and element == size:
+            return tile
+    raise ValueError(f"no tile for {channels} channels of {element} bytes; the largest head has {LARGEST_HEAD}")

@@ -1,0 +1,354 @@
+"""Skeleton of the dense forward kernel.
+
+One program computes ``block_query`` queries of one head and walks over the keys once: ``softmax`` online in base 2 with
+float32 sums, ``sigmoid`` and ``relu`` pointwise. Key blocks come in up to three runs: those that every query sees in
+full, without any mask; those on an edge of the mask or past the last key, with it; and none at all for the rest.
+
+Follows: Dao 2023 (arXiv:2307.08691); online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attncompile.kernels.source import device_function, indented, signature
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class DeviceFunction:
+    """A function of ``b h i j`` (and ``s``) that the Spec decides.
+
+    Attributes:
+        name: ``score``, ``visible`` or ``edit``.
+        docstring: the expression as the Spec prints it.
+        parameters: identifiers that it takes; inside the kernel they have the same names.
+        lines: statements before the last.
+        value: source of the result.
+    """
+
+    name: str
+    docstring: str
+    parameters: tuple[str, ...]
+    lines: tuple[str, ...]
+    value: str
+
+    def source(self) -> str:
+        """The function as text."""
+        head = signature(f"def {self.name}", self.parameters, ":")
+        body = indented([*self.lines, f"return {self.value}"], 4)
+        return f'@triton.jit\n{head}\n    """{self.docstring}"""\n{body}'
+
+    def call(self) -> str:
+        """The call, with the kernel's names."""
+        return f"{self.name}({', '.join(self.parameters)})"
+
+
+@dataclass(frozen=True)
+class KeyRuns:
+    """Source of the limits of the key loops; ``None`` where there is no such run, or no limit.
+
+    Attributes:
+        first: start and stop of a range before the main one.
+        main: start and stop of the main range; starts are at least 0, stops at most the number of keys.
+        full: start and stop of the keys that every query of the block sees.
+        test: condition for a key block to be visited at all, over ``key_first`` and ``key_last``.
+        lines: statements that these texts rely on.
+    """
+
+    first: tuple[str, str] | None
+    main: tuple[str, str]
+    full: tuple[str, str] | None
+    test: str | None
+    lines: tuple[str, ...] = ()
+
+    @property
+    def everything(self) -> bool:
+        """Whether all keys are visible."""
+        return self.first is None and self.main[0] == "0" and self.full is not None and self.full == self.main
+
+
+@dataclass(frozen=True)
+class DenseForward:
+    """What a Spec decides about the kernel.
+
+    Attributes:
+        normalizer: ``softmax``, ``sigmoid`` or ``relu``.
+        scale: constant factor of the logits that ``score`` leaves out; applied inside the exponential.
+        score: the logit from the raw score, or ``None`` when it is the raw score.
+        visible: the mask, or ``None`` when all is visible.
+        edit: factor of the normalised weight, or ``None``.
+        kv_head: source of the KV head over ``h``.
+        runs: limits of the key loops.
+        latest_first: start with the last queries: where they have the most keys.
+        lse: whether the log-sum-exp is stored.
+        captured: identifier and number of axes of each captured tensor.
+        lengths: identifiers of the numbers of heads, queries and keys.
+        sizes: identifiers of other sizes.
+        channels, features: number of channels of keys and of values.
+        clamped: whether tensors are loaded by ``i`` or ``j``: past the last row or key their last element is read.
+        quantized: positions per scale of the int8 queries and keys, or ``None``.
+    """
+
+    normalizer: str
+    scale: float
+    score: DeviceFunction | None
+    visible: DeviceFunction | None
+    edit: DeviceFunction | None
+    kv_head: str
+    runs: KeyRuns
+    latest_first: bool
+    lse: bool
+    captured: tuple[tuple[str, int], ...]
+    lengths: tuple[str, str, str]
+    sizes: tuple[str, ...]
+    channels: int
+    features: int
+    clamped: bool
+    quantized: tuple[int, int] | None = None
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the normaliser sums over the keys."""
+        return self.normalizer == "softmax"
+
+    def padded(self, extent: int) -> int:
+        """Tile size for a number of channels: a power of two that the matrix units take."""
+        least = 32 if self.quantized else 16
+        return max(least, 1 << (extent - 1).bit_length())
+
+    def pointers(self) -> tuple[str, ...]:
+        """Pointer arguments in order."""
+        scales = ("query_scale", "key_scale") if self.quantized else ()
+        return ("query", "key", "value", *scales, "out", *(("lse",) if self.lse else ()),
+                *(name for name, _ in self.captured))
+
+    def strides(self) -> tuple[str, ...]:
+        """Stride arguments in order."""
+        operands = [f"{name}_stride_{axis}" for name, axes in
+                    (("query", "bhid"), ("key", "bgjd"), ("value", "bgje"), ("out", "bhie")) for axis in axes]
+        captured = [f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)]
+        return (*operands, *captured)
+
+    def integers(self) -> tuple[str, ...]:
+        """Size arguments in order."""
+        heads = ("key_heads",) if self.quantized else ()
+        return tuple(dict.fromkeys((*self.lengths, *self.sizes, *heads)))
+
+    def constants(self) -> tuple[str, ...]:
+        """Compile-time arguments in order."""
+        return ("BLOCK_I", "BLOCK_J")
+
+    def device_functions(self) -> tuple[str, ...]:
+        """Device functions that the skeleton itself calls."""
+        if not self.softmax:
+            return ()
+        return ("update_edited",) if self.edit else ("update",)
+
+    def source(self) -> str:
+        """The functions and the kernel as text."""
+        own = [device_function(name) for name in self.device_functions()]
+        spec = [function.source() for function in (self.score, self.visible, self.edit) if function]
+        return "\n\n\n".join([*own, *spec, self._kernel()])
+
+    def _kernel(self) -> str:
+        parameters = [*self.pointers(), *self.strides(), *self.integers(),
+                      *(f"{name}: tl.constexpr" for name in self.constants())]
+        blocks = [self._setup(), self._query(), *self._loops(), self._store()]
+        body = "\n\n".join(indented(block, 4) for block in blocks)
+        return "\n".join([
+            "@triton.jit", signature("def attend_forward", parameters, ":"),
+            '    """One program: BLOCK_I queries of one head over all the keys that they may see."""', body])
+
+    def _setup(self) -> list[str]:
+        heads, queries, _ = self.lengths
+        block = "program % blocks"
+        return [
+            "program = tl.program_id(0)",
+            f"blocks = tl.cdiv({queries}, BLOCK_I)",
+            f"block = blocks - 1 - {block}  # the last queries have the most keys: they start first"
+            if self.latest_first else f"block = {block}",
+            f"b = program // blocks // {heads}",
+            f"h = program // blocks % {heads}",
+            f"g = {self.kv_head}",
+            "row_first = block * BLOCK_I",
+            f"row_last = tl.minimum(row_first + BLOCK_I, {queries}) - 1",
+            "rows = row_first + tl.arange(0, BLOCK_I)",
+            f"i = tl.minimum(rows, {queries} - 1)[:, None]" if self.clamped else "i = rows[:, None]",
+            "lanes = tl.arange(0, BLOCK_J)",
+            f"channels = tl.arange(0, {self.padded(self.channels)})",
+            f"features = tl.arange(0, {self.padded(self.features)})",
+        ]
+
+    def _query(self) -> list[str]:
+        _, queries, keys = self.lengths
+        lines = [
+            "# Offsets of batch row and head may pass 2^31.",
+            "query += tl.cast(b, tl.int64) * query_stride_b + tl.cast(h, tl.int64) * query_stride_h",
+            "key += tl.cast(b, tl.int64) * key_stride_b + tl.cast(g, tl.int64) * key_stride_g",
+            "value += tl.cast(b, tl.int64) * value_stride_b + tl.cast(g, tl.int64) * value_stride_g",
+            "out += tl.cast(b, tl.int64) * out_stride_b + tl.cast(h, tl.int64) * out_stride_h",
+            "query_offsets = tl.cast(rows, tl.int64)[:, None] * query_stride_i + channels[None, :] * query_stride_d",
+            f"query_tile = tl.load(query + query_offsets, mask={self._inside(f'(rows < {queries})[:, None]', 'channels')}"
+            ", other=0)",
+            "key_offsets = lanes[:, None] * key_stride_j + channels[None, :] * key_stride_d",
+            "value_offsets = lanes[:, None] * value_stride_j + features[None, :] * value_stride_e",
+        ]
+        if self.quantized:
+            block_query, block_key = self.quantized
+            lines += [
+                f"query_scale += tl.cast(program // blocks, tl.int64) * tl.cdiv({queries}, {block_query})",
+                f"query_scales = tl.load(query_scale + tl.minimum(rows, {queries} - 1) // {block_query})",
+                f"key_scale += (tl.cast(b, tl.int64) * key_heads + g) * tl.cdiv({keys}, {block_key})",
+            ]
+        lines.append(f"accumulator = tl.zeros([BLOCK_I, {self.padded(self.features)}], tl.float32)")
+        if self.softmax:
+            lines += ['peak = tl.full([BLOCK_I], float("-inf"), tl.float32)', "total = tl.zeros([BLOCK_I], tl.float32)"]
+        return lines
+
+    def _inside(self, condition: str, axis: str) -> str:
+        extent = self.channels if axis == "channels" else self.features
+        if self.padded(extent) == extent:
+            return condition
+        bound = f"({axis} < {extent})[None, :]"
+        return f"{condition} & {bound}" if condition else bound
+
+    def _load(self, tensor: str, axis: str, masked: bool) -> str:
+        mask = self._inside("inside" if masked else "", axis)
+        guard = f", mask={mask}, other=0" if mask else ""
+        return f"tl.load({tensor} + offset * {tensor}_stride_j + {tensor}_offsets{guard})"
+
+    def _step(self, masked: bool) -> list[str]:
+        keys = self.lengths[2]
+        clamp = self.clamped and masked
+        lines = ["keys = start + lanes",
+                 f"j = tl.minimum(keys, {keys} - 1)[None, :]" if clamp else "j = keys[None, :]",
+                 *([f"inside = (keys < {keys})[:, None]"] if masked else []),
+                 "offset = tl.cast(start, tl.int64)",
+                 f"key_tile = {self._load('key', 'channels', masked)}"]
+        if self.quantized:
+            lines += ["products = tl.dot(query_tile, tl.trans(key_tile), out_dtype=tl.int32)",
+                      f"key_scales = tl.load(key_scale + tl.minimum(keys, {keys} - 1) // {self.quantized[1]})",
+                      "s = products.to(tl.float32) * (query_scales[:, None] * key_scales[None, :])"]
+        else:
+            lines.append('s = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")')
+        if self.score:
+            lines += signature("logits = score", self.score.parameters, "").splitlines()
+        logits = "logits" if self.score else "s"
+        if masked:
+            if self.visible:
+                lines += signature("shown = visible", self.visible.parameters, "").splitlines()
+            shown = f"shown & (keys < {keys})[None, :]" if self.visible else f"(keys < {keys})[None, :]"
+            lines.append(f'logits = tl.where({shown}, {logits}, float("-inf"))')
+        elif not self.score:
+            lines.append("logits = s")
+        lines.append(f"value_tile = {self._load('value', 'features', masked)}")
+        return lines + self._join()
+
+    def _join(self) -> list[str]:
+        if self.softmax:
+            arguments = ["accumulator", "peak", "total", "logits"]
+            if self.edit:
+                arguments.append(self.edit.call())
+            name = self.device_functions()[0]
+            arguments += ["value_tile", repr(self.scale * LOG2E)]
+            return [f"accumulator, peak, total = {name}({', '.join(arguments)})"]
+        scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
+        weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
+        if self.edit:
+            weights = f"{weights} * {self.edit.call()}"
+        return [f"weights = {weights}",
+                "accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, "
+                'input_precision="ieee")']
+
+    def _loops(self) -> list[list[str]]:
+        keys = self.lengths[2]
+        runs = self.runs
+        full = ["# Every query of the block sees every one of these keys.",
+                "for start in range(full_start, full_stop, BLOCK_J):", *_deeper(self._step(False))]
+        if runs.everything:
+            return [["full_start = 0", f"full_stop = {keys} // BLOCK_J * BLOCK_J"], full,
+                    ["# The rest of the keys does not fill a block.",
+                     f"for start in range(full_stop, {keys}, BLOCK_J):", *_deeper(self._step(True))]]
+        limits = [*runs.lines]
+        if runs.full and runs.first is None and runs.main[0] == runs.full[0] == "0":
+            return [[*limits, "full_start = 0",
+                     f"full_stop = tl.maximum({runs.full[1]}, 0) // BLOCK_J * BLOCK_J",
+                     f"main_stop = {runs.main[1]}"], full,
+                    ["# Blocks on the edge of the mask.",
+                     *_guarded("for start in range(full_stop, main_stop, BLOCK_J):", runs.test, self._step(True))]]
+        if runs.full:
+            limits.append("# Keys from main_start to main_stop are visited, without a mask from full_start to full_stop.")
+        limits += [f"main_start = {_aligned(runs.main[0])}",
+                   f"main_stop = tl.maximum({runs.main[1]}, main_start)"]
+        if runs.first:
+            limits += ["# A range before it, as far as it does not reach into it.",
+                       f"first_start = {_aligned(runs.first[0])}",
+                       f"first_stop = tl.minimum(tl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
+                       "first_count = tl.maximum(first_stop - first_start, 0) // BLOCK_J"]
+        if runs.full:
+            limits += [
+                f"full_start = tl.cdiv(tl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
+                "full_start = tl.minimum(full_start, tl.cdiv(main_stop, BLOCK_J) * BLOCK_J)",
+                f"full_stop = tl.minimum({runs.full[1]}, main_stop) // BLOCK_J * BLOCK_J",
+                "full_stop = tl.maximum(full_stop, full_start)",
+                "before = (full_start - main_start) // BLOCK_J",
+                "after = tl.cdiv(tl.maximum(main_stop - full_stop, 0), BLOCK_J)",
+            ]
+        blocks = [limits]
+        if runs.full:
+            blocks.append(full)
+        blocks.append(self._edges())
+        return blocks
+
+    def _edges(self) -> list[str]:
+        runs = self.runs
+        if not runs.first and not runs.full:
+            return _guarded("for start in range(main_start, main_stop, BLOCK_J):", runs.test, self._step(True))
+        counts = ["first_count"] if runs.first else []
+        counts += ["before", "after"] if runs.full else ["tl.cdiv(main_stop - main_start, BLOCK_J)"]
+        origin = "first_start" if runs.first else "main_start"
+        where = [f"start = {origin} + number * BLOCK_J"]
+        if runs.first:
+            where.append("start += tl.where(number >= first_count, "
+                         "main_start - first_start - first_count * BLOCK_J, 0)")
+        if runs.full:
+            passed = "first_count + before" if runs.first else "before"
+            where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
+        loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs.test, self._step(True))
+        return ["# Blocks on an edge of the mask, one run after the other.", loop, *_deeper(where), *body]
+
+    def _store(self) -> list[str]:
+        queries = self.lengths[1]
+        lines = []
+        if self.softmax:
+            lines += ["# A row that saw no key gives zeros.",
+                      "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]"]
+        lines += ["out_offsets = tl.cast(rows, tl.int64)[:, None] * out_stride_i + features[None, :] * out_stride_e",
+                  "tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), "
+                  f"mask={self._inside(f'(rows < {queries})[:, None]', 'features')})"]
+        if self.lse:
+            lines += [f"lse += tl.cast(program // blocks, tl.int64) * {queries}",
+                      f"tl.store(lse + rows, (peak + tl.log2(total)) * {1 / LOG2E!r}, mask=rows < {queries})"]
+        return lines
+
+
+def _aligned(start: str) -> str:
+    """The start of the key block that holds a key (never a negative one)."""
+    if start == "0":
+        return start
+    one_call = start.startswith("tl.maximum(") and start.count(") ") == 0
+    return f"{start if one_call else f'({start})'} // BLOCK_J * BLOCK_J"
+
+
+def _guarded(head: str, test: str | None, step: list[str]) -> list[str]:
+    """A loop's head and body; with a test, blocks that fail it are passed over."""
+    if test:
+        step = ["key_first, key_last = start, start + BLOCK_J - 1", f"if {test}:", *_deeper(step)]
+    return [head, *_deeper(step)]
+
+
+def _deeper(lines: Iterable[str]) -> list[str]:
+    return ["    " + line for line in lines]

@@ -1,0 +1,66 @@
+"""Device functions that generated kernels call. Their source text is copied into each module that needs them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent; absolute error below 1.2e-7."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integer of float32, ties to even: adding 2^23 leaves no fraction bits."""
+    magnitude = tl.abs(x)
+    rounded = (magnitude + 8388608.0) - 8388608.0
+    return tl.where(magnitude < 8388608.0, tl.where(x < 0, -rounded, rounded), x)
+
+
+@triton.jit
+def floor_divide(x, y):
+    """Integer quotient rounded down; Triton's own // rounds towards zero."""
+    quotient = x // y
+    return tl.where((quotient * y != x) & ((x < 0) != (y < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def floor_modulo(x, y):
+    """Remainder with the sign of the divisor; Triton's own % has the sign of the dividend."""
+    remainder = x % y
+    return tl.where((remainder != 0) & ((remainder < 0) != (y < 0)), remainder + y, remainder)
+
+
+@triton.jit
+def update(accumulator, peak, total, logits, value_tile, SCALE: tl.constexpr):
+    """One step of the online softmax: the logits of these keys join the rows' running maximum and sum.
+
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * SCALE)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(logits * SCALE - shift[:, None])
+    rescale = tl.exp2(peak - shift)
+    total = total * rescale + tl.sum(weights, 1)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
+    return accumulator, new_peak, total
+
+
+@triton.jit
+def update_edited(accumulator, peak, total, logits, factor, value_tile, SCALE: tl.constexpr):
+    """One step of the online softmax; the factor edits the weights after they are summed.
+
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * SCALE)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(logits * SCALE - shift[:, None])
+    rescale = tl.exp2(peak - shift)
+    total = total * rescale + tl.sum(weights, 1)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot((weights * factor).to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
+    return accumulator, new_peak, total

@@ -1,0 +1,243 @@
+"""Spec operators: how generated kernels reach PyTorch so that tracing, export, Inductor and autograd compose.
+
+``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it depends on
+the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes come from
+the Spec's types. The gradient recomputes the Spec's reference in PyTorch: correct, not fast, and with the whole
+attention map in memory. Rounding (``quantize``) is passed straight through by the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attncompile.ir import Attend, Quantize, Spec, parse_spec, print_spec
+from attncompile.ir.expr import Apply, Const, Expr, Size, apply
+from attncompile.ir.types import DTYPES
+
+Implementation = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+"""Takes a Spec's inputs in order, returns its outputs."""
+
+_implementations: dict[str, Callable[[str], Implementation]] = {}
+
+LOWEST = -1e30
+"""Stands for −∞ in gradients: a masked weight is still 0, and a row of nothing else has no NaN in it."""
+
+
+def register(device_type: str, implementation: Callable[[str], Implementation]) -> None:
+    """Say what computes Specs on a device type.
+
+    Args:
+        device_type: such as ``cuda``.
+        implementation: from a Spec's text to a function of its inputs; called once for each text and device type.
+    """
+    _implementations[device_type] = implementation
+    _resolved.cache_clear()
+
+
+def use_reference(device_type: str) -> None:
+    """Compute Specs by their reference definition on a device type: slow, and with the whole attention map in memory."""
+    register(device_type, _reference)
+
+
+def _reference(text: str) -> Implementation:
+    spec = parsed(text)
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = {value.name: tensor for value, tensor in zip(spec.inputs, tensors, strict=True)}
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        return spec.interpret(named, dtype)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1024)
+def parsed(text: str) -> Spec:
+    """The Spec of a text, remembered."""
+    return parse_spec(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(text: str, device_type: str) -> Implementation:
+    implementation = _implementations.get(device_type)
+    if implementation is None:
+        raise RuntimeError(
+            f"nothing computes Specs on {device_type}; registered are {sorted(_implementations) or 'none'}. Import "
+            f"attncompile.codegen.triton for GPUs, or call attncompile.kernels.operators.use_reference({device_type!r})")
+    return implementation(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _canonical(spec: Spec) -> tuple[str, tuple[int, ...]]:
+    """A Spec's text, and for each input of the parsed text its position among the Spec's inputs."""
+    text = print_spec(spec)
+    names = [value.name for value in spec.inputs]
+    return text, tuple(names.index(value.name) for value in parsed(text).inputs)
+
+
+def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Compute a Spec through the operator.
+
+    Args:
+        spec: what to compute.
+        tensors: its inputs, in the order of ``spec.inputs``.
+
+    Returns:
+        The outputs in order; a single tensor when there is one.
+
+    Raises:
+        ValueError: for a wrong number of tensors, or tensors that do not fit the Spec.
+        RuntimeError: when nothing computes Specs on the device.
+    """
+    if len(tensors) != len(spec.inputs):
+        raise ValueError(f"{spec.name} takes {len(spec.inputs)} tensors "
+                         f"({', '.join(v.name for v in spec.inputs)}), got {len(tensors)}")
+    text, order = _canonical(spec)
+    outputs = torch.ops.attncompile.run(text, [tensors[position] for position in order])
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+@torch.library.custom_op("attncompile::run", mutates_args=())
+def run_operator(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of a Spec, see :func:`run`."""
+    found = _resolved(spec, inputs[0].device.type)(*inputs)
+    outputs = (found,) if isinstance(found, torch.Tensor) else found
+    made = _empty_outputs(parsed(spec), inputs)
+    # every implementation gives the strides that tracing was told
+    return [_laid_out(output, like) for output, like in zip(outputs, made, strict=True)]
+
+
+def _laid_out(output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if output.dtype == like.dtype and output.stride() == like.stride():
+        return output
+    return torch.empty_like(like, device=output.device).copy_(output)
+
+
+def _empty_outputs(spec: Spec, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Meta tensors with the shapes, strides and dtypes of the outputs; works on symbolic sizes."""
+    sizes: dict[str, Any] = {}
+    for value, tensor in zip(spec.inputs, inputs, strict=True):
+        for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
+            if isinstance(axis.size, Size):
+                sizes.setdefault(axis.size.name, extent)
+    types = spec.types()
+    real = next(v.type.dtype for v in spec.inputs if DTYPES[v.type.dtype].is_floating_point)
+    found = next(t for v, t in zip(spec.inputs, inputs, strict=True) if v.type.dtype == real)
+    made = []
+    for name in spec.outputs:
+        shape = [_extent(size, sizes) for size in types[name].sizes]
+        # a model that was cast to another dtype than its Spec names gives that dtype; lse stays float32
+        dtype = found.dtype if len(shape) == 4 and types[name].dtype == real else DTYPES[types[name].dtype]
+        made.append(_attention_layout(shape, dtype))
+    return made
+
+
+def _attention_layout(shape: list[Any], dtype: torch.dtype) -> torch.Tensor:
+    """``[b,h,i,e]`` stored as ``[b,i,h,e]``, which is how a model goes on with it; others contiguous."""
+    if len(shape) != 4:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty([shape[0], shape[2], shape[1], shape[3]], dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
+    match size:
+        case Const(value):
+            return int(value)
+        case Size(name):
+            return sizes[name]
+        case Apply("add", arguments):
+            return sum(_extent(a, sizes) for a in arguments)
+        case Apply("mul", arguments):
+            return math.prod(_extent(a, sizes) for a in arguments)
+        case Apply("floordiv", (left, right)):
+            return _extent(left, sizes) // _extent(right, sizes)
+    raise ValueError(f"cannot compute the size {size} of a result")
+
+
+@run_operator.register_fake
+def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    device = inputs[0].device
+    return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+            for like in _empty_outputs(parsed(spec), inputs)]
+
+
+@torch.library.custom_op("attncompile::run_backward", mutates_args=())
+def run_backward(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a Spec's real inputs (others: zeros), by recomputation through its reference."""
+    original = parsed(spec)
+    smooth = _differentiable(original)
+    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    with torch.enable_grad():
+        known = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
+        named = {value.name: tensor for value, tensor in zip(original.inputs, known, strict=True)}
+        outputs = smooth.interpret(named, dtype)
+        real = [t for t in known if t.is_floating_point()]
+        shown = _rows_with_keys(smooth, named, dtype)
+        weights = []
+        for output, gradient in zip(outputs, gradients, strict=True):
+            gradient = gradient.to(output.dtype)
+            if shown is not None:
+                gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
+            weights.append(gradient)
+        found = iter(torch.autograd.grad(outputs, real, weights, allow_unused=True, materialize_grads=True))
+    return [next(found).to(t.dtype, memory_format=torch.contiguous_format).contiguous() if t.is_floating_point()
+            else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+@run_backward.register_fake
+def _(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _differentiable(spec: Spec) -> Spec:
+    """The Spec with rounding left out and with a finite number for −∞."""
+    passed = {op.out: op.tensor for op in spec.operations if isinstance(op, Quantize)}
+    operations = []
+    for operation in spec.operations:
+        if isinstance(operation, Quantize):
+            continue
+        changes: dict[str, Any] = {
+            f.name: passed[getattr(operation, f.name)] for f in dataclasses.fields(operation)
+            if f.metadata.get("role") == "operand" and getattr(operation, f.name) in passed}
+        if isinstance(operation, Attend):
+            changes["score"] = apply("max", operation.score, LOWEST)
+            if operation.fill == Const(-math.inf):
+                changes["fill"] = Const(LOWEST)
+        operations.append(dataclasses.replace(operation, **changes))
+    return dataclasses.replace(spec, operations=tuple(operations))
+
+
+def _rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """Which rows ``[b,h,i]`` see any key; ``None`` where that is no question."""
+    attend = spec.attend()
+    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1:
+        return None
+    from attncompile.ir.types import bind_sizes
+
+    with torch.no_grad():
+        sizes = bind_sizes({v.name: v.type for v in spec.inputs}, tensors)
+        return (attend.logits(tensors, sizes, dtype) > LOWEST).any(-1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output: Any) -> None:
+    spec, tensors = inputs
+    ctx.spec = spec
+    ctx.shapes = [(t.shape, t.stride(), t.dtype) for t in output]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
+    inputs = ctx.saved_tensors
+    device = inputs[0].device
+    given = [torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
+             for gradient, (shape, _, dtype) in zip(gradients, ctx.shapes, strict=True)]
+    found = torch.ops.attncompile.run_backward(ctx.spec, given, list(inputs))
+    return None, [g if t.is_floating_point() else None for g, t in zip(found, inputs, strict=True)]
+
+
+run_operator.register_autograd(_backward, setup_context=_setup_context)

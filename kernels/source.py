@@ -1,0 +1,54 @@
+"""Putting source text together: device functions from their file, long signatures in lines, indentation."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+WIDTH = 110
+
+
+@functools.cache
+def _device_source() -> str:
+    return Path(__file__).with_name("device.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def device_function(name: str) -> str:
+    """Source text of a function of :mod:`attncompile.kernels.device`, decorator included.
+
+    The file is read, not imported, so that text can be generated where Triton is not installed.
+
+    Raises:
+        ValueError: when there is no such function.
+    """
+    text = _device_source()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    raise ValueError(f"no device function {name!r} in kernels/device.py")
+
+
+def wrap(items: Iterable[str], indent: int, width: int = WIDTH) -> str:
+    """Comma-separated items in lines of at most ``width``, each line indented and ended by a comma."""
+    text = ", ".join(item.replace(" ", "\0") for item in items)
+    lines = textwrap.wrap(text, width - indent - 1, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(" " * indent + line.rstrip(",").replace("\0", " ") + "," for line in lines)
+
+
+def signature(head: str, items: Iterable[str], tail: str, indent: int = 0) -> str:
+    """``head(items)tail`` on one line if it fits, else with the items on lines of their own."""
+    items = list(items)
+    flat = " " * indent + f"{head}({', '.join(items)}){tail}"
+    if len(flat) <= WIDTH:
+        return flat
+    return f"{' ' * indent}{head}(\n{wrap(items, indent + 4)}\n{' ' * indent}){tail}"
+
+
+def indented(lines: Iterable[str], indent: int) -> str:
+    """The lines, each indented; empty ones stay empty."""
+    return "\n".join(" " * indent + line if line else "" for line in lines)
