@@ -55,6 +55,13 @@ class Opaque(Node):
 
 
 @dataclass(frozen=True)
+class RefusedAttention(Opaque):
+    """A native attention call that is not stated; ``reason`` completes "the call is not lifted because …"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Pointwise(Node):
     """A pointwise operator on operands broadcast to the output's shape; a constant operand is an expression."""
 
@@ -198,7 +205,8 @@ class FusedAttention(Node):
         causal: an expression over ``i j`` that must hold, or ``None``.
         scale: factor of the raw score.
         sizes: batch, query heads, queries, keys, channels of query and key, channels of value.
-        output_order: Spec axes in the order of the native output.
+        output_order: Spec axes in the order of the native output; an axis made of several lists them outermost first,
+            such as ``"he"``.
         empty: what a row without any visible key gives.
         mask_fill: logit of a position that a boolean mask hides.
         dtype: dtype of the normaliser.

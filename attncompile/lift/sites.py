@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from attncompile.frontends.graph import (
     Cast,
@@ -16,6 +17,7 @@ from attncompile.frontends.graph import (
     Move,
     Node,
     Pointwise,
+    RefusedAttention,
     Select,
     Softmax,
 )
@@ -78,6 +80,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     for node in graph.nodes:
         if isinstance(node, FusedAttention):
             sites.append(_site(graph, node.output, lambda n=node: _state_fused(graph, n)))  # type: ignore[misc]
+        elif isinstance(node, RefusedAttention):
+            sites.append(_site(graph, node.output, lambda n=node: _refused_call(graph, n)))  # type: ignore[misc]
         elif isinstance(node, Softmax):
             scores, products = _scores_behind(graph, node), _products_after(graph, node.output)
             if scores and not _is_constant(graph, node.source):
@@ -111,6 +115,11 @@ def _uniquely_named(sites: list[Site]) -> tuple[Site, ...]:
 def _refuse(graph: Graph, kind: str, reason: str, value: str, hint: str = "") -> RefusalError:
     native = graph.describe(value)
     return RefusalError(Refusal(kind, reason, native.name, native.source, hint))
+
+
+def _refused_call(graph: Graph, node: RefusedAttention) -> _Statement:
+    raise _refuse(graph, "unstated-attention", f"the call of {node.what} is not lifted because {node.reason}", node.output,
+                  "export the model with its attention spelled out, or without this option")
 
 
 def _is_constant(graph: Graph, value: str) -> bool:
@@ -246,9 +255,23 @@ def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contra
         return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
 
     inner = graph.descendants(score.output) & graph.ancestors([product.output]) - {product.output}
+    weight, empty = _empty_rows(weight)
     return _Statement(renamed(logits), renamed(weight), operands(query), operands(key), operands(value), new_extents,
                       product.output, tuple(renamed(y) for y in out_symbols),
-                      Normalizer("softmax", graph.infos[softmax.output].dtype), softmax.output, inner)
+                      Normalizer("softmax", graph.infos[softmax.output].dtype, empty), softmax.output, inner)
+
+
+def _empty_rows(weight: Expr) -> tuple[Expr, Literal["nan", "zero"]]:
+    """An edit of the weights without ``where(w ≠ w, 0, w)``, which says that rows without a visible key give zero.
+
+    Of finite scores, softmax makes NaN in such rows only. The edit must read the weight through that choice alone.
+    """
+    unequal = apply("ne", WEIGHT, WEIGHT)
+    zeroed = [apply("where", unequal, 0.0, WEIGHT), apply("where", apply("eq", WEIGHT, WEIGHT), WEIGHT, 0.0)]
+    without = substitute(weight, {choice: Const(1.0) for choice in zeroed})
+    if without == weight or WEIGHT in symbols(without):
+        return weight, "nan"
+    return substitute(weight, {choice: WEIGHT for choice in zeroed}), "zero"
 
 
 def _query_axis(candidates: list[Index], outputs: Sequence[Index], value_only: Sequence[Index]) -> Index | None:
@@ -306,9 +329,17 @@ def _state_fused(graph: Graph, node: FusedAttention) -> _Statement:
             logits = apply("add", logits, mask)
     for condition in visible:
         logits = apply("where", condition, logits, node.mask_fill)
-    output = tuple(Index(axis) for axis in node.output_order)
+    output = tuple(_joined(axes, extents) for axes in node.output_order)
     return _Statement(simplify(logits, extents), WEIGHT, tuple(query), tuple(key), tuple(value), extents, node.output, output,
                       Normalizer("softmax", node.dtype, node.empty), node.output, frozenset())
+
+
+def _joined(axes: str, extents: Mapping[str, Expr]) -> Expr:
+    """The position on a native axis that is made of Spec axes, outermost first."""
+    position: Expr = ZERO
+    for axis in axes:
+        position = apply("add", apply("mul", position, extents[axis]), Index(axis))
+    return simplify(position)
 
 
 def _kv_head(operand: Operand) -> Expr | None:

@@ -1,0 +1,301 @@
+"""The Graph view of an ONNX model: one row of :mod:`attncompile.frontends.onnx_rows` per native node."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass
+
+from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
+from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
+from attncompile.frontends.onnx_rows import (
+    EVERY_OUTPUT,
+    AttentionRefused,
+    Builder,
+    Unstated,
+    fills,
+    opaque_info,
+    rows_of,
+)
+from attncompile.frontends.onnx_sizes import (
+    DTYPE_NAMES,
+    Inference,
+    Known,
+    SizeNames,
+    known_shape,
+    known_tensor,
+    known_value,
+    product,
+)
+from attncompile.frontends.source import innermost_model_frame
+from attncompile.ir import Expr
+from attncompile.ir.expr import Const
+
+
+def onnx_graph(model: ir.Model) -> Graph:
+    """The Graph view of an ONNX model.
+
+    Values keep their names, and natives are the nodes by name. So that both can be named, the model is prepared in
+    place, without changing what it computes: functions are inlined, nameless nodes and values get names, node names
+    become unique.
+
+    Raises:
+        ValueError: when the model has no graph inputs' types to start from.
+    """
+    _prepare(model)
+    sizes = SizeNames()
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and str(dim.value).isidentifier():
+                sizes.declare(str(dim.value))
+    inference = Inference(model, sizes)
+    while True:
+        # once two sizes are proven equal, everything before that point is stated again with one name
+        before = sizes.merged
+        view = _View(model, sizes, inference)
+        view.build()
+        if sizes.merged == before:
+            return view.graph()
+
+
+def _prepare(model: ir.Model) -> None:
+    if model.functions:
+        InlinePass()(model)
+    seen: set[str] = set()
+    for number, node in enumerate(model.graph):
+        name = node.name or f"{node.op_type}_{number}"
+        while name in seen:
+            name += f"_{number}"
+        seen.add(name)
+        node.name = name
+        for position, output in enumerate(node.outputs):
+            # '#' marks what lies between the parts of one native node
+            if output.name is None or ("#" in output.name and not output.is_graph_output()):
+                output.name = f"{name}_output_{position}"
+
+
+@dataclass
+class _View:
+    """The view while it is built, node by node."""
+
+    model: ir.Model
+    sizes: SizeNames
+    inference: Inference
+    infos: dict[str, Info] = field(default_factory=dict)
+    known: dict[str, Known] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
+    nodes: list[Node] = field(default_factory=list)
+    inputs: dict[str, GraphInput] = field(default_factory=dict)
+    natives: dict[str, NativeNode] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+    scopes: dict[str, str] = field(default_factory=dict)
+
+    def build(self) -> None:
+        graph = self.model.graph
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                self._constant(name, value.const_value, "parameter")
+        for value in graph.inputs:
+            if value.name and value.name not in self.inputs:
+                self.inputs[value.name] = GraphInput(value.name, "user")
+                self._describe(value)
+        for node in graph:
+            self._add(node)
+
+    def _constant(self, name: str, tensor: ir.TensorProtocol, role: str) -> None:
+        self.constants.add(name)
+        self.inputs[name] = GraphInput(name, role, torch_tensor(tensor))  # type: ignore[arg-type]
+        self.infos[name] = Info(tuple(Const(int(n)) for n in tensor.shape), _dtype(tensor.dtype))
+        known = known_tensor(tensor)
+        if known is not None:
+            self.known[name] = known
+
+    def _describe(self, value: ir.Value) -> None:
+        """Shape and dtype of a value that no row states; a value of unknown rank has none."""
+        shape, dtype = self.inference.of(value)
+        if shape is not None and value.name:
+            self.infos[value.name] = Info(shape, dtype or "float32")
+
+    def _add(self, node: ir.Node) -> None:
+        names = reads(node)
+        name = node.name or ""
+        module, module_type = self._module(node, names)
+        self.natives[name] = NativeNode(name, node.op_type, module, _source(node), module_type)
+        outputs = [output for output in node.outputs if output.name]
+        for output in outputs:
+            self.owner[output.name or ""] = name
+            self.scopes[output.name or ""] = module
+        tensor = constant_tensor(node)
+        if tensor is not None:
+            self._constant(outputs[0].name or "", tensor, "constant")
+            return
+        if all(read in self.constants for read in names):
+            self.constants.update(output.name or "" for output in outputs)
+        for position, output in enumerate(node.outputs):
+            if output.name:
+                self._state(Builder(node, output.name, position, self._opset(node), self.infos, self.known,
+                                    self.constants, self.sizes), output, tuple(names))
+
+    def _opset(self, node: ir.Node) -> int:
+        versions = self.model.opset_imports
+        return node.version or versions.get(node.domain) or versions.get("ai.onnx" if not node.domain else "") or 1
+
+    def _known(self, b: Builder) -> Known | None:
+        """The elements of an output, where they are known from constants and sizes."""
+        standard = b.node.domain in ("", "ai.onnx")
+        if not standard or b.position:
+            return None
+        operator, source = b.node.op_type, b.input(0)
+        if operator in ("Shape", "Size"):
+            if source not in self.infos:
+                return None
+            shape = self.infos[source].shape  # type: ignore[index]
+            if operator == "Size":
+                return Known(0, (product(shape),))
+            return known_shape(shape, b.attribute("start", 0), b.attribute("end"))
+        given = [self.known.get(value.name or "") if value is not None else None for value in b.node.inputs]
+        attributes = {key: attribute.value for key, attribute in b.node.attributes.items()}
+        found = known_value(operator, given, attributes)
+        if found is None or not all(isinstance(item, Expr) for item in found.items):
+            return None
+        return found
+
+    def _state(self, b: Builder, output: ir.Value, names: tuple[str, ...]) -> None:
+        """State one output; the last node's output carries the native name."""
+        known = self._known(b)
+        if known is not None:
+            self.known[b.output] = known
+            self.constants.add(b.output)
+            self._finish(b, fills(b, known))
+            return
+        row = rows_of(b.node.domain).get(b.node.op_type)
+        if row is not None and (b.position == 0 or b.node.op_type in EVERY_OUTPUT):
+            try:
+                self._finish(b, row(b))
+                return
+            except AttentionRefused as refusal:
+                self._opaque(b, output, RefusedAttention(b.output, names, b.node.op_type, str(refusal)))
+                return
+            except (Unstated, ValueError, IndexError):
+                pass
+        self._opaque(b, output, Opaque(b.output, names, b.node.op_type))
+
+    def _finish(self, b: Builder, last: str) -> None:
+        if not b.made or b.made[-1].output != last:
+            last = b.same(last)
+        self.infos[b.output] = self.infos.pop(last)
+        b.made[-1] = dataclasses.replace(b.made[-1], output=b.output)
+        self.nodes += b.made
+        self.owner.update({made.output: b.node.name or "" for made in b.made})
+
+    def _opaque(self, b: Builder, output: ir.Value, node: Node) -> None:
+        for made in b.made:
+            self.infos.pop(made.output, None)
+        self.nodes.append(node)
+        try:
+            self.infos[b.output] = Info(*opaque_info(b))
+        except (Unstated, ValueError, IndexError):
+            self._describe(output)
+
+    def _module(self, node: ir.Node, names: Iterable[str]) -> tuple[str, str]:
+        """Path and class of the module a node belongs to.
+
+        The exporter's metadata says it, or the node's name; otherwise it is the innermost module that holds all
+        parameters nearby.
+        """
+        scopes = _listed(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+        if len(scopes) > 1:
+            # the last entry is the operation itself
+            classes = _listed(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
+            return scopes[-2], classes[-2].rsplit(".", 1)[-1] if len(classes) > 1 else ""
+        for name in (node.name or "", *(output.name or "" for output in node.outputs)):
+            if "/" in name.strip("/"):
+                return ".".join(name.strip("/").split("/")[:-1]), ""
+        own = [name.rsplit(".", 1)[0] for name in names if name in self.inputs and _PARAMETER.fullmatch(name)]
+        near = own or [self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants]
+        return _common_path(near), ""
+
+    def graph(self) -> Graph:
+        """The finished view."""
+        model_nodes = list(self.model.graph)
+        signature = {node.name or "": _signature(node) for node in model_nodes}
+        native_inputs = {node.name or "": tuple(reads(node)) for node in model_nodes}
+        outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
+        evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
+        return Graph(self.infos, tuple(self.nodes), self.inputs, outputs, self.natives, self.owner, evaluator,
+                     self.sizes.hints(), signature, native_inputs, dict(self.sizes.display))
+
+
+_PARAMETER = re.compile(r"[\w.]+\.\w+")
+
+
+def _common_path(paths: Iterable[str]) -> str:
+    parts = [path.split(".") for path in dict.fromkeys(paths)]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _listed(text: str | None) -> list[str]:
+    """A list of strings as the exporter writes it into metadata."""
+    try:
+        found = ast.literal_eval(text or "[]")
+    except (SyntaxError, ValueError):
+        return []
+    return [str(entry) for entry in found] if isinstance(found, list) else []
+
+
+def _source(node: ir.Node) -> str:
+    trace = node.metadata_props.get("pkg.torch.onnx.stack_trace")
+    frame = innermost_model_frame(trace) if trace else None
+    return str(frame) if frame is not None else f"node {node.name} ({node.op_type})"
+
+
+def _signature(node: ir.Node) -> str:
+    written = ", ".join(f"{key}={_attribute_text(attribute)}" for key, attribute in sorted(node.attributes.items()))
+    given = "".join("·" if value is not None else "-" for value in node.inputs)
+    return f"{node.domain or 'ai.onnx'}::{node.op_type}({given}) {written}".rstrip()
+
+
+def _attribute_text(attribute: ir.Attr) -> str:
+    if attribute.type is ir.AttributeType.TENSOR:
+        return f"{attribute.value.dtype}{attribute.value.numpy().tolist()}" if attribute.value.size <= 64 else \
+            f"{attribute.value.dtype}{list(attribute.value.shape)}:{hash(attribute.value.tobytes())}"
+    return str(attribute.value)
+
+
+def _dtype(dtype: ir.DataType | None) -> str:
+    """The dtype's name in a Spec; of a type that a Spec cannot name (int16, 4 bits, strings) one of its kind."""
+    if dtype is None:
+        return "float32"
+    return DTYPE_NAMES.get(dtype, "int64" if dtype.is_integer() else "float32")
+
+
+_TORCH_VIEWS: Mapping[ir.DataType, tuple[type[np.generic], torch.dtype]] = {
+    ir.DataType.BFLOAT16: (np.int16, torch.bfloat16),
+    ir.DataType.FLOAT8E4M3FN: (np.uint8, torch.float8_e4m3fn),
+}
+
+
+def torch_tensor(tensor: ir.TensorProtocol) -> torch.Tensor | None:
+    """A constant as a torch tensor that shares its memory, or ``None`` for a type that torch or a Spec lacks."""
+    if tensor.dtype not in DTYPE_NAMES:
+        return None
+    array = np.ascontiguousarray(tensor.numpy()).reshape(tuple(int(n) for n in tensor.shape))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if tensor.dtype in _TORCH_VIEWS:
+            stored, dtype = _TORCH_VIEWS[tensor.dtype]
+            return torch.from_numpy(array.view(stored)).view(dtype)
+        return torch.from_numpy(array)

@@ -1,0 +1,231 @@
+"""Native evaluation of part of an ONNX graph, for the proof that a region and its Spec agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from attncompile.frontends.graph import GraphInput
+from attncompile.frontends.onnx_sizes import Known
+from attncompile.ir.evaluate import Environment, evaluate
+from attncompile.ir.types import DTYPES, concrete
+
+_NARROW = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_STANDARD = ("", "ai.onnx", "ai.onnx.ml")
+
+
+def reads(node: ir.Node) -> list[str]:
+    """Names of the values a node reads, those that its subgraphs take from outside included."""
+    found = [value.name for value in node.inputs if value is not None and value.name]
+    for attribute in node.attributes.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            graphs = [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
+            for graph in graphs:
+                found += _taken_from_outside(graph)
+    return list(dict.fromkeys(found))
+
+
+def _taken_from_outside(graph: ir.Graph) -> Iterator[str]:
+    own = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        yield from (name for name in reads(node) if name not in own)
+        own |= {output.name for output in node.outputs}
+    yield from (value.name for value in graph.outputs if value.name and value.name not in own)
+
+
+def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a ``Constant`` node, in whichever attribute it is written."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    for name, dtype in (("value", None), ("value_float", np.float32), ("value_floats", np.float32),
+                        ("value_int", np.int64), ("value_ints", np.int64)):
+        attribute = node.attributes.get(name)
+        if attribute is not None:
+            return attribute.value if dtype is None else ir.tensor(np.asarray(attribute.value, dtype))
+    return None
+
+
+@dataclass(frozen=True)
+class OnnxEvaluator:
+    """Runs native nodes.
+
+    Nodes of the standard operator set run in float64 through ONNX's reference implementation: constants and the targets
+    of casts are widened. As soon as another operator set takes part, which has no reference, ONNX Runtime runs the part
+    with its optimisations off and in the model's own dtypes; :meth:`precision` says which of the two it is.
+
+    Attributes:
+        model: the model. inputs: its inputs, parameters and constants. known: elements of values computed from sizes.
+    """
+
+    model: ir.Model
+    inputs: Mapping[str, GraphInput]
+    known: Mapping[str, Known]
+    _producers: dict[str, ir.Node] = field(default_factory=dict, compare=False, repr=False)
+
+    def __call__(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+                 ) -> dict[str, torch.Tensor]:
+        """The wanted native values, floats as float64.
+
+        Args:
+            wanted: value names.
+            feeds: tensors for values; nothing behind them is computed.
+            sizes: values of the symbolic sizes.
+
+        Raises:
+            ValueError: when a graph input is needed that is not fed.
+        """
+        part = self._part(wanted, feeds, sizes)
+        native = any(node.domain not in _STANDARD for node in part.nodes)
+        found = part.run_native(self.model, feeds) if native else part.run_reference(self.model, feeds)
+        return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
+
+    def precision(self, wanted: Sequence[str], feeds: Sequence[str]) -> torch.dtype:
+        """The dtype in which the wanted values would be computed: float64, or the lowest that the model itself uses."""
+        nodes, _ = self._needed(wanted, feeds)
+        if all(node.domain in _STANDARD for node in nodes):
+            return torch.float64
+        used = {value.dtype for node in nodes for value in node.outputs if value.dtype is not None}
+        return torch.float16 if used & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else torch.float32
+
+    def _needed(self, wanted: Sequence[str], stop: Sequence[str]) -> tuple[list[ir.Node], list[str]]:
+        """The nodes between some values and the stops, in graph order, and the other values that they start from."""
+        if not self._producers:
+            self._producers.update({o.name: n for n in self.model.graph for o in n.outputs if o.name})
+        needed: set[str] = set()
+        leaves: list[str] = []
+        seen = set(stop)
+        stack = [name for name in wanted if name not in seen]
+        while stack:
+            name = stack.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            node = self._producers.get(name)
+            if name in self.inputs or name in self.known or node is None:
+                leaves.append(name)
+                continue
+            needed.add(node.name or "")
+            stack += reads(node)
+        return [node for node in self.model.graph if node.name in needed], leaves
+
+    def _part(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Part:
+        nodes, leaves = self._needed(wanted, list(feeds))
+        constants: dict[str, np.ndarray] = {}
+        for name in leaves:
+            if name in self.inputs:
+                given = self.inputs[name]
+                if given.role == "user":
+                    raise ValueError(f"the region reads {given.name}, which the Spec does not")
+                constants[name] = self._stored(name)
+            elif name in self.known:
+                constants[name] = _computed(self.known[name], sizes)
+            else:
+                raise ValueError(f"the graph has no value {name!r}")
+        return _Part(nodes, constants, tuple(wanted))
+
+    def _stored(self, name: str) -> np.ndarray:
+        given = self.inputs[name]
+        if given.value is not None:
+            value = given.value
+            return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+        node = self._producers.get(name)
+        tensor = constant_tensor(node) if node is not None else self.model.graph.initializers[name].const_value
+        if tensor is None:
+            raise ValueError(f"the constant {name!r} has no data")
+        return tensor.numpy()
+
+
+def _computed(known: Known, sizes: Mapping[str, int]) -> np.ndarray:
+    dtype = DTYPES[known.dtype]
+    if not dtype.is_floating_point and dtype is not torch.bool:
+        items: list[float] = [concrete(item, sizes) for item in known.items]
+    else:
+        items = [evaluate(item, Environment(sizes=sizes)).item() for item in known.items]
+    tensor = torch.tensor(items, dtype=torch.float64 if dtype.is_floating_point else dtype)
+    return (tensor if known.rank else tensor.reshape(())).numpy()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some nodes of a model with the constants they start from."""
+
+    nodes: list[ir.Node]
+    constants: Mapping[str, np.ndarray]
+    wanted: tuple[str, ...]
+
+    def run_reference(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """In float64."""
+        nodes = [ir.to_proto(node) for node in self.nodes]
+        for node in nodes:
+            _widen(node)
+        given = {name: _wide(value) for name, value in self.constants.items()}
+        given.update({name: _wide(_array(value)) for name, value in feeds.items()})
+        outputs = [name for name in self.wanted if name not in given]
+        if not outputs:
+            return {name: given[name] for name in self.wanted}
+        proto = _model(model, nodes, given, outputs)
+        results = dict(zip(outputs, ReferenceEvaluator(proto).run(None, given), strict=True))
+        return {name: _wide(np.asarray(results.get(name, given.get(name)))) for name in self.wanted}
+
+    def run_native(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """In the model's own dtypes, by ONNX Runtime."""
+        import onnxruntime
+
+        declared = {value.name: value.dtype for node in self.nodes for value in node.inputs if value is not None}
+        given = {}
+        for name, value in {**self.constants, **{n: _array(t) for n, t in feeds.items()}}.items():
+            dtype = declared.get(name)
+            narrowed = value.dtype.kind == "f"
+            given[name] = value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
+        used = {name for node in self.nodes for name in (v.name for v in node.inputs if v is not None)}
+        given = {name: value for name, value in given.items() if name in used}
+        proto = _model(model, [ir.to_proto(node) for node in self.nodes], given, list(self.wanted))
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        results = session.run(list(self.wanted), given)
+        return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
+
+
+def _model(model: ir.Model, nodes: list[onnx.NodeProto], given: Mapping[str, np.ndarray], outputs: list[str]
+           ) -> onnx.ModelProto:
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    ]
+    graph = onnx.helper.make_graph(nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in outputs])
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION))
+
+
+def _widen(node: onnx.NodeProto) -> None:
+    """Make a node compute in float64: its constants, and the types it casts to or creates."""
+    for attribute in node.attribute:
+        if attribute.HasField("t") and attribute.t.data_type in _NARROW:
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(attribute.t))))
+        elif attribute.name in ("to", "dtype", "softmax_precision") and attribute.i in _NARROW:
+            attribute.i = onnx.TensorProto.DOUBLE
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for tensor in graph.initializer:
+                if tensor.data_type in _NARROW:
+                    name = tensor.name
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name))
+            for inner in graph.node:
+                _widen(inner)
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    floating = array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+    return array.astype(np.float64) if floating else array
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    plain = tensor.detach().cpu()
+    return (plain.float() if plain.dtype in (torch.bfloat16, torch.float8_e4m3fn) else plain).numpy()

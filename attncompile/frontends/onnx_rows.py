@@ -1,0 +1,945 @@
+"""What each ONNX operator does to elements: one row per operator, from a native node to nodes of the Graph view."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from attncompile.frontends import movement
+from attncompile.frontends.graph import (
+    Cast,
+    Concatenate,
+    Contract,
+    Fill,
+    FusedAttention,
+    IndexMap,
+    Indices,
+    Info,
+    Iota,
+    Linear,
+    Move,
+    Node,
+    Pointwise,
+    Select,
+    Softmax,
+)
+from attncompile.frontends.onnx_sizes import (
+    DTYPE_NAMES,
+    Known,
+    SizeNames,
+    broadcast_shapes,
+    known_tensor,
+    product,
+    quotient,
+    slice_range,
+)
+from attncompile.ir import Expr, Index, Kind, simplify
+from attncompile.ir.expr import ONE, ZERO, Const, apply
+from attncompile.ir.types import element_kind
+
+LARGEST_INDEX_LIST = 16
+"""Constant positions of a ``Gather`` beyond which they are read from their tensor."""
+
+
+class Unstated(Exception):
+    """This use of the operator has no row; the node stays opaque."""
+
+
+class AttentionRefused(Exception):
+    """A native attention call that cannot be stated; the message says why."""
+
+
+@dataclass
+class Builder:
+    """Collects the nodes that one output of a native node is stated as.
+
+    Attributes:
+        node: the native node.
+        output: name of the output, position: its number.
+        opset: version of the node's operator set.
+        infos: shape and dtype of every value so far; known: elements of small values so far.
+        constants: values made of constants alone.
+        sizes: the model's symbolic sizes.
+    """
+
+    node: ir.Node
+    output: str
+    position: int
+    opset: int
+    infos: dict[str, Info]
+    known: Mapping[str, Known]
+    constants: frozenset[str] | set[str]
+    sizes: SizeNames
+    made: list[Node] = field(default_factory=list)
+
+    def input(self, number: int) -> str | None:
+        """Name of an input, or ``None`` when it is not given."""
+        value = self.node.inputs[number] if number < len(self.node.inputs) else None
+        return value.name if value is not None and value.name else None
+
+    def tensor(self, number: int = 0) -> str:
+        """Name of an input that must be there, with a known shape."""
+        name = self.input(number)
+        if name is None or name not in self.infos:
+            raise Unstated
+        return name
+
+    def tensors(self) -> list[str]:
+        """All inputs."""
+        return [self.tensor(number) for number in range(len(self.node.inputs))]
+
+    def elements(self, number: int) -> tuple[Expr, ...]:
+        """The elements of a small input."""
+        known = self.known.get(self.input(number) or "")
+        if known is None:
+            raise Unstated
+        return known.items
+
+    def scalar(self, number: int) -> Expr:
+        """The one element of an input."""
+        items = self.elements(number)
+        if len(items) != 1:
+            raise Unstated
+        return items[0]
+
+    def integers(self, number: int) -> tuple[int, ...]:
+        """The elements of a constant integer input."""
+        known = self.known.get(self.input(number) or "")
+        found = known.integers() if known is not None else None
+        if found is None:
+            raise Unstated
+        return found
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """The value of an attribute."""
+        found = self.node.attributes.get(name)
+        return default if found is None else found.value
+
+    def listed(self, name: str, number: int) -> tuple[int, ...] | None:
+        """Integers that older operator sets take as an attribute, and newer ones as an input."""
+        written = self.attribute(name)
+        if written is not None:
+            return tuple(written)
+        return None if self.input(number) is None else self.integers(number)
+
+    def shape(self, value: str) -> Indices:
+        return self.infos[value].shape
+
+    def dtype(self, value: str) -> str:
+        return self.infos[value].dtype
+
+    def emit(self, make: Callable[[str], Node], shape: Indices, dtype: str) -> str:
+        """Add a node, built from the name it shall have."""
+        name = f"{self.output}#{len(self.made)}"
+        self.made.append(make(name))
+        self.infos[name] = Info(tuple(shape), dtype)
+        return name
+
+    def pointwise(self, operator: str, *operands: str | Expr, dtype: str | None = None) -> str:
+        named = [operand for operand in operands if isinstance(operand, str)]
+        shape = broadcast_shapes([self.shape(operand) for operand in named], self.sizes)
+        if dtype is None:
+            dtype = self.dtype(named[-1 if operator == "where" else 0])
+        return self.emit(lambda name: Pointwise(name, operator, operands), shape, dtype)
+
+    def move(self, source: str, index_map: IndexMap, what: str, shape: Indices) -> str:
+        return self.emit(lambda name: Move(name, source, index_map, what), shape, self.dtype(source))
+
+    def same(self, source: str) -> str:
+        return self.move(source, movement.identity, "same", self.shape(source))
+
+    def reshape(self, source: str, shape: Indices) -> str:
+        return self.move(source, movement.reshape(self.shape(source), shape), "reshape", shape)
+
+    def cast(self, source: str, dtype: str) -> str:
+        if self.dtype(source) == dtype:
+            return self.same(source)
+        return self.emit(lambda name: Cast(name, source, dtype), self.shape(source), dtype)
+
+    def number(self, value: float, like: str) -> Const:
+        """A constant of the kind of a tensor."""
+        kind = element_kind(self.dtype(like))
+        return Const(bool(value) if kind is Kind.BOOL else int(value) if kind is Kind.INT else float(value))
+
+    def index_along(self, axis: int, shape: Indices) -> str:
+        """The position along one axis of a shape, as an integer tensor of that shape."""
+        iota = self.emit(lambda name: Iota(name, ZERO, ONE), (shape[axis],), "int64")
+        return self.move(iota, lambda indices: (indices[axis],), "iota", shape)
+
+    def contract(self, left: str, right: str, labels: tuple[tuple[str, ...], ...]) -> str:
+        """A product of two tensors; sizes of one label must agree where the graph runs."""
+        sizes: dict[str, Expr] = {}
+        summed = set(labels[0]) | set(labels[1])
+        summed -= set(labels[2])
+        for tensor, names in ((left, labels[0]), (right, labels[1])):
+            for label, size in zip(names, self.shape(tensor), strict=True):
+                if label in sizes:
+                    (self.sizes.prove_equal if label in summed else self.sizes.meet)(sizes[label], size)
+                    sizes[label] = broadcast_shapes([(sizes[label],), (size,)])[0]
+                else:
+                    sizes[label] = size
+        shape = tuple(sizes[label] for label in labels[2])
+        return self.emit(lambda name: Contract(name, left, right, *labels), shape, self.dtype(left))
+
+
+Row = Callable[[Builder], str]
+
+
+def axis_of(number: int, rank: int) -> int:
+    """An axis counted from the front.
+
+    Raises:
+        Unstated: for an axis outside the tensor.
+    """
+    if not -rank <= number < max(rank, 1):
+        raise Unstated
+    return number % rank if rank else 0
+
+
+def _is_float(b: Builder, value: str) -> bool:
+    return element_kind(b.dtype(value)) is Kind.FLOAT
+
+
+# Pointwise
+
+
+def _plain(operator: str, dtype: str | None = None) -> Row:
+    """A pointwise operator whose inputs are its operands."""
+
+    def row(b: Builder) -> str:
+        return b.pointwise(operator, *b.tensors(), dtype=dtype)
+
+    return row
+
+
+def _real(operator: str) -> Row:
+    """An operator that the language has for real numbers only."""
+
+    def row(b: Builder) -> str:
+        if not _is_float(b, b.tensor()):
+            raise Unstated
+        return b.pointwise(operator, *b.tensors())
+
+    return row
+
+
+def _subtract(b: Builder) -> str:
+    left, right = b.tensors()
+    return b.pointwise("add", left, b.pointwise("mul", b.number(-1, right), right))
+
+
+def _divide(b: Builder) -> str:
+    left, right = b.tensors()
+    if _is_float(b, left):
+        return b.pointwise("div", left, right)
+    # integers truncate toward zero
+    whole = b.pointwise("floordiv", b.pointwise("abs", left), b.pointwise("abs", right))
+    opposite = b.pointwise("ne", b.pointwise("lt", left, ZERO, dtype="bool"),
+                           b.pointwise("lt", right, ZERO, dtype="bool"), dtype="bool")
+    return b.pointwise("where", opposite, b.pointwise("mul", Const(-1), whole), whole)
+
+
+def _modulo(b: Builder) -> str:
+    left, right = b.tensors()
+    if _is_float(b, left) or b.attribute("fmod", 0):
+        raise Unstated
+    return b.pointwise("mod", left, right)
+
+
+def _negate(b: Builder) -> str:
+    return b.pointwise("mul", b.number(-1, b.tensor()), b.tensor())
+
+
+def _reciprocal(b: Builder) -> str:
+    return b.pointwise("div", Const(1.0), b.tensor())
+
+
+def _power(b: Builder) -> str:
+    base, exponent = b.tensors()
+    if not _is_float(b, base):
+        raise Unstated
+    return b.pointwise("pow", base, exponent)
+
+
+def _clip(b: Builder) -> str:
+    value = b.tensor()
+    for number, (name, operator) in enumerate((("min", "max"), ("max", "min")), start=1):
+        written = b.attribute(name)
+        if written is not None:
+            value = b.pointwise(operator, value, Const(float(written)))
+        elif b.input(number) is not None:
+            value = b.pointwise(operator, value, b.tensor(number))
+    return value
+
+
+def _relu(b: Builder) -> str:
+    return b.pointwise("max", b.tensor(), b.number(0, b.tensor()))
+
+
+def _is_nan(b: Builder) -> str:
+    """Only NaN differs from itself."""
+    return b.pointwise("ne", b.tensor(), b.tensor(), dtype="bool")
+
+
+def _is_infinite(b: Builder) -> str:
+    value = b.tensor()
+    signs = [sign for sign, name in ((1, "detect_positive"), (-1, "detect_negative")) if b.attribute(name, 1)]
+    if not signs or not _is_float(b, value):
+        raise Unstated
+    found = [b.pointwise("eq", value, Const(sign * math.inf), dtype="bool") for sign in signs]
+    return b.pointwise("or", *found, dtype="bool")
+
+
+def _where(b: Builder) -> str:
+    return b.pointwise("where", *b.tensors())
+
+
+def _mean(b: Builder) -> str:
+    operands = b.tensors()
+    return b.pointwise("mul", b.pointwise("add", *operands), Const(1.0 / len(operands)))
+
+
+def _cast(b: Builder) -> str:
+    dtype = DTYPE_NAMES.get(ir.DataType(b.attribute("to")))
+    if dtype is None:
+        raise Unstated
+    return b.cast(b.tensor(), dtype)
+
+
+def _cast_like(b: Builder) -> str:
+    return b.cast(b.tensor(), b.dtype(b.tensor(1)))
+
+
+def _dropout(b: Builder) -> str:
+    if b.position:
+        if b.input(2) is not None and b.scalar(2) != Const(False):
+            raise Unstated
+        return b.emit(lambda name: Fill(name, Const(True)), b.shape(b.tensor()), "bool")
+    training = b.opset >= 12 and b.input(2) is not None and b.scalar(2) != Const(False)
+    # before opset 7 an attribute says whether this is a test run
+    if training or (b.opset < 7 and not b.attribute("is_test", 0)):
+        raise Unstated
+    return b.same(b.tensor())
+
+
+# Movements
+
+
+def _identity(b: Builder) -> str:
+    return b.same(b.tensor())
+
+
+def _transpose(b: Builder) -> str:
+    source = b.tensor()
+    order = b.attribute("perm") or list(reversed(range(len(b.shape(source)))))
+    shape = tuple(b.shape(source)[axis] for axis in order)
+    return b.move(source, movement.permute(order), "permute", shape)
+
+
+def _reshape(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    written = b.attribute("shape")
+    asked = [Const(n) for n in written] if written is not None else list(b.elements(1))
+    target: list[Expr] = []
+    for axis, size in enumerate(asked):
+        if size == ZERO and not b.attribute("allowzero", 0):
+            if axis >= len(shape):
+                raise Unstated
+            size = shape[axis]
+        target.append(size)
+    if Const(-1) in target:
+        place = target.index(Const(-1))
+        target[place] = quotient(shape, [size for axis, size in enumerate(target) if axis != place])
+    return b.reshape(source, tuple(simplify(size) for size in target))
+
+
+def _flatten(b: Builder) -> str:
+    source = b.tensor()
+    shape, axis = b.shape(source), b.attribute("axis", 1)
+    axis = axis + len(shape) if axis < 0 else axis
+    return b.reshape(source, (product(shape[:axis]), product(shape[axis:])))
+
+
+def _squeeze(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    asked = b.listed("axes", 1)
+    if asked is None:
+        axes = [axis for axis, size in enumerate(shape) if size == ONE]
+        if any(not isinstance(size, Const) for size in shape):
+            raise Unstated  # whether a symbolic axis goes is only known when the model runs
+    else:
+        axes = [axis_of(axis, len(shape)) for axis in asked]
+    kept = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+    return b.move(source, movement.squeeze(axes), "squeeze", kept)
+
+
+def _unsqueeze(b: Builder) -> str:
+    source = b.tensor()
+    asked = b.listed("axes", 1)
+    if asked is None:
+        raise Unstated
+    rank = len(b.shape(source)) + len(asked)
+    axes = {axis_of(axis, rank) for axis in asked}
+    sizes = iter(b.shape(source))
+    shape = tuple(ONE if axis in axes else next(sizes) for axis in range(rank))
+    return b.move(source, movement.unsqueeze(sorted(axes)), "unsqueeze", shape)
+
+
+def _expand(b: Builder) -> str:
+    source = b.tensor()
+    shape = broadcast_shapes([b.shape(source), b.elements(1)], b.sizes)
+    return b.move(source, movement.broadcast(b.shape(source), shape), "expand", shape)
+
+
+def _tile(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    repeats = b.elements(1)
+
+    def index_map(indices: Indices) -> Indices:
+        return tuple(index if times == ONE else ZERO if size == ONE else apply("mod", index, size)
+                     for index, times, size in zip(indices, repeats, shape, strict=True))
+
+    target = tuple(simplify(size * times) for size, times in zip(shape, repeats, strict=True))
+    return b.move(source, index_map, "repeat", target)
+
+
+def _slice(b: Builder) -> str:
+    source = b.tensor()
+    shape = list(b.shape(source))
+    if b.opset < 10:
+        starts, ends = ([Const(n) for n in b.attribute(name)] for name in ("starts", "ends"))
+        axes, steps = b.attribute("axes"), None
+    else:
+        starts, ends = list(b.elements(1)), list(b.elements(2))
+        axes = b.integers(3) if b.input(3) is not None else None
+        steps = b.integers(4) if b.input(4) is not None else None
+    value = source
+    for number, axis in enumerate(axes if axes is not None else range(len(starts))):
+        axis = axis_of(axis, len(shape))
+        step = steps[number] if steps is not None else 1
+        first, shape[axis] = slice_range(shape[axis], starts[number], ends[number], step)
+        value = b.move(value, movement.slices(axis, first, step), "slice", tuple(shape))
+    return value
+
+
+def _split(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    axis = axis_of(b.attribute("axis", 0), len(shape))
+    parts: tuple[Expr, ...]
+    written = b.attribute("split")
+    if written is not None:
+        parts = tuple(Const(n) for n in written)
+    elif b.input(1) is not None:
+        parts = b.elements(1)
+    else:
+        count = b.attribute("num_outputs", len(b.node.outputs))
+        part = simplify((shape[axis] + (count - 1)) // count)
+        parts = (*[part] * (count - 1), simplify(shape[axis] - part * (count - 1)))
+    start = simplify(apply("add", ZERO, *parts[: b.position]))
+    target = (*shape[:axis], parts[b.position], *shape[axis + 1 :])
+    return b.move(source, movement.slices(axis, start, 1), "slice", target)
+
+
+def _concatenate(b: Builder) -> str:
+    parts = b.tensors()
+    shapes = [b.shape(part) for part in parts]
+    axis = axis_of(b.attribute("axis", 1), len(shapes[0]))
+    if any(len(shape) != len(shapes[0]) for shape in shapes):
+        raise Unstated
+    target: list[Expr] = []
+    for n in range(len(shapes[0])):
+        if n == axis:
+            target.append(simplify(apply("add", *(shape[n] for shape in shapes), ZERO)))
+        else:
+            for shape in shapes[1:]:
+                b.sizes.prove_equal(shapes[0][n], shape[n])
+            target.append(next((shape[n] for shape in shapes if isinstance(shape[n], Const)), shapes[0][n]))
+    return b.emit(lambda name: Concatenate(name, tuple(parts), axis), tuple(target), b.dtype(parts[0]))
+
+
+# Gathers
+
+
+def _gather(b: Builder) -> str:
+    data, index = b.tensor(), b.tensor(1)
+    shape, chosen = b.shape(data), b.shape(index)
+    axis = axis_of(b.attribute("axis", 0), len(shape))
+    target = (*shape[:axis], *chosen, *shape[axis + 1 :])
+    known = b.known.get(index)
+    if known is not None and known.rank == 0 and known.items[0].kind is Kind.INT:
+        position = known.items[0]
+        if isinstance(position, Const) and position.value < 0:
+            position = simplify(shape[axis] + position)
+        return b.move(data, movement.select(axis, position), "select", target)
+    numbers = known.integers() if known is not None else None
+    if numbers and len(numbers) <= LARGEST_INDEX_LIST and min(numbers) >= 0:
+        step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+        if all(n == numbers[0] + step * place for place, n in enumerate(numbers)):
+            return b.move(data, movement.slices(axis, Const(numbers[0]), step), "slice", target)
+    rank = len(chosen)
+    positions = tuple(
+        (index, _part(axis, axis + rank)) if a == axis else (None, _part(a if a < axis else a + rank - 1))
+        for a in range(len(shape))
+    )
+    return b.emit(lambda name: Select(name, data, positions), target, b.dtype(data))
+
+
+def _part(first: int, last: int | None = None) -> IndexMap:
+    """Some of the indices."""
+    return lambda indices: indices[first : first + 1 if last is None else last]
+
+
+def _gather_elements(b: Builder) -> str:
+    data, index = b.tensor(), b.tensor(1)
+    axis = axis_of(b.attribute("axis", 0), len(b.shape(data)))
+    positions = tuple((index, movement.identity) if a == axis else (None, _part(a)) for a in range(len(b.shape(data))))
+    return b.emit(lambda name: Select(name, data, positions), b.shape(index), b.dtype(data))
+
+
+def _gather_nd(b: Builder) -> str:
+    """``data[indices[…, 0], indices[…, 1], …]`` behind ``batch_dims`` common axes."""
+    data, index = b.tensor(), b.tensor(1)
+    shape, chosen = b.shape(data), b.shape(index)
+    batch = b.attribute("batch_dims", 0)
+    if not isinstance(chosen[-1], Const):
+        raise Unstated
+    depth, outer = int(chosen[-1].value), len(chosen) - 1
+
+    def from_tensor(place: int) -> IndexMap:
+        return lambda indices: (*indices[:outer], Const(place))
+
+    positions: list[tuple[str | None, IndexMap]] = []
+    for axis in range(len(shape)):
+        if axis < batch:
+            positions.append((None, _part(axis)))
+        elif axis < batch + depth:
+            positions.append((index, from_tensor(axis - batch)))
+        else:
+            positions.append((None, _part(outer + axis - batch - depth)))
+    target = (*chosen[:-1], *shape[batch + depth :])
+    return b.emit(lambda name: Select(name, data, tuple(positions)), target, b.dtype(data))
+
+
+# Tensors from nothing
+
+
+def _range(b: Builder) -> str:
+    start, limit, step = (b.scalar(number) for number in range(3))
+    if any(expr.kind is not Kind.INT for expr in (start, limit, step)) or not isinstance(step, Const) or step.value == 0:
+        raise Unstated
+    span = limit - start if step.value > 0 else start - limit
+    length = simplify((span + (abs(int(step.value)) - 1)) // abs(int(step.value)))
+    made = b.emit(lambda name: Iota(name, start, step), (length,), "int64")
+    return b.cast(made, b.dtype(b.tensor())) if b.dtype(b.tensor()) != "int64" else made
+
+
+def _constant_of_shape(b: Builder) -> str:
+    value = b.attribute("value")
+    known = known_tensor(value) if value is not None else Known(0, (Const(0.0),), "float32")
+    if known is None:
+        raise Unstated
+    return b.emit(lambda name: Fill(name, known.items[0]), b.elements(0), known.dtype)
+
+
+def _triangle(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    diagonal = b.scalar(1) if b.input(1) is not None else ZERO
+    rows, columns = b.index_along(len(shape) - 2, shape), b.index_along(len(shape) - 1, shape)
+    edge = b.pointwise("add", rows, diagonal)
+    kept = b.pointwise("ge" if b.attribute("upper", 1) else "le", columns, edge, dtype="bool")
+    zero = b.number(0, source)
+    return b.pointwise("where", kept, source, zero, dtype=b.dtype(source))
+
+
+# Products
+
+
+def _labels(count: int, offset: int = 0) -> tuple[str, ...]:
+    return tuple(f"batch{n + offset}" for n in range(count))
+
+
+def _matmul_labels(left: Indices, right: Indices, swap_left: bool = False, swap_right: bool = False
+                   ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Labels of NumPy's ``matmul``, whose batch axes broadcast right-aligned and whose vectors lack an axis."""
+    batch = max(len(left), len(right), 2) - 2
+    rows = ("row", "inner") if len(left) > 1 else ("inner",)
+    columns = ("inner", "column") if len(right) > 1 else ("inner",)
+    if not left or not right or (swap_left and len(left) < 2) or (swap_right and len(right) < 2):
+        raise Unstated
+    outer_left = _labels(max(len(left) - 2, 0), batch - max(len(left) - 2, 0))
+    outer_right = _labels(max(len(right) - 2, 0), batch - max(len(right) - 2, 0))
+    return (
+        (*outer_left, *(reversed(rows) if swap_left else rows)),
+        (*outer_right, *(reversed(columns) if swap_right else columns)),
+        (*_labels(batch), *(["row"] if len(left) > 1 else []), *(["column"] if len(right) > 1 else [])),
+    )
+
+
+def _linear(b: Builder, source: str, weight: str, bias: str | None, transposed: bool) -> str:
+    """A product with a constant matrix."""
+    inputs, outputs = b.shape(weight) if transposed else reversed(b.shape(weight))
+    b.sizes.prove_equal(b.shape(source)[-1], inputs)
+    return b.emit(lambda name: Linear(name, source, weight, bias, transposed), (*b.shape(source)[:-1], outputs),
+                  b.dtype(source))
+
+
+def _matmul(b: Builder) -> str:
+    left, right = b.tensors()
+    if right in b.constants and left not in b.constants and len(b.shape(right)) == 2 and len(b.shape(left)) > 1:
+        return _linear(b, left, right, None, True)
+    return b.contract(left, right, _matmul_labels(b.shape(left), b.shape(right)))
+
+
+def _fused_matmul(b: Builder) -> str:
+    """com.microsoft ``FusedMatMul``: ``alpha · A' @ B'`` with the last two axes of each swapped on demand."""
+    left, right = b.tensor(0), b.tensor(1)
+    if b.attribute("transBatchA", 0) or b.attribute("transBatchB", 0):
+        raise Unstated
+    labels = _matmul_labels(b.shape(left), b.shape(right), bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0)))
+    alpha = float(b.attribute("alpha", 1.0))
+    made = b.contract(left, right, labels)
+    return made if alpha == 1.0 else b.pointwise("mul", Const(alpha), made)
+
+
+def _gemm(b: Builder) -> str:
+    left, right, added = b.tensor(0), b.tensor(1), b.input(2)
+    swapped = bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0))
+    alpha, beta = float(b.attribute("alpha", 1.0)), float(b.attribute("beta", 1.0))
+    if right in b.constants and left not in b.constants and not swapped[0] and alpha == 1.0:
+        if added is None or (beta == 1.0 and added in b.constants and len(b.shape(added)) == 1):
+            return _linear(b, left, right, added, not swapped[1])
+    made = b.contract(left, right, _matmul_labels(b.shape(left), b.shape(right), *swapped))
+    if alpha != 1.0:
+        made = b.pointwise("mul", Const(alpha), made)
+    if added is None:
+        return made
+    return b.pointwise("add", made, b.tensor(2) if beta == 1.0 else b.pointwise("mul", Const(beta), b.tensor(2)))
+
+
+def _einsum(b: Builder) -> str:
+    equation = b.attribute("equation").replace(" ", "")
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    tensors = b.tensors()
+    if len(tensors) != len(terms):
+        raise Unstated
+    plain = [_einsum_term(term, len(b.shape(tensor))) for term, tensor in zip(terms, tensors, strict=True)]
+    batch = max((sum(label.startswith("batch") for label in labels) for labels in plain), default=0)
+    if not arrow:
+        single = sorted(c for c in set(inputs) - {",", "."} if inputs.count(c) == 1)
+        result = (*_labels(batch), *single)
+    else:
+        result = _einsum_term(output, len(output.replace("...", "")) + batch)
+    aligned = [tuple(f"batch{int(label[5:]) + batch - sum(n.startswith('batch') for n in labels)}"
+                     if label.startswith("batch") else label for label in labels) for labels in plain]
+    if any(len(set(labels)) != len(labels) for labels in (*aligned, result)):
+        raise Unstated
+    if len(tensors) == 1:
+        if set(result) != set(aligned[0]):
+            raise Unstated
+        order = [aligned[0].index(label) for label in result]
+        shape = tuple(b.shape(tensors[0])[axis] for axis in order)
+        return b.move(tensors[0], movement.permute(order), "permute", shape)
+    if len(tensors) != 2:
+        raise Unstated
+    return b.contract(tensors[0], tensors[1], (*aligned, result))
+
+
+def _einsum_term(term: str, rank: int) -> tuple[str, ...]:
+    before, dots, after = term.partition("...")
+    hidden = rank - len(before) - len(after)
+    if "." in before + after or hidden < 0 or (hidden and not dots):
+        raise Unstated
+    return (*before, *_labels(hidden), *after)
+
+
+def _softmax(b: Builder) -> str:
+    source = b.tensor()
+    shape = b.shape(source)
+    axis = axis_of(b.attribute("axis", -1 if b.opset >= 13 else 1), len(shape))
+    dtype = b.dtype(source)
+    if b.opset >= 13 or axis == len(shape) - 1:
+        return b.emit(lambda name: Softmax(name, source, axis), shape, dtype)
+    # before opset 13: over all axes from this one on, taken as one
+    flat = b.reshape(source, (product(shape[:axis]), product(shape[axis:])))
+    weights = b.emit(lambda name: Softmax(name, flat, 1), b.shape(flat), dtype)
+    return b.reshape(weights, shape)
+
+
+# Attention as one call
+
+
+def _refuse_unless(condition: object, reason: str) -> None:
+    if not condition:
+        raise AttentionRefused(reason)
+
+
+def _refuse_inputs(b: Builder, names: Mapping[int, str]) -> None:
+    for number, what in names.items():
+        _refuse_unless(b.input(number) is None, f"it takes {what}")
+
+
+def _refuse_other_outputs(b: Builder) -> None:
+    for output in b.node.outputs[1:]:
+        read = output.uses() or output.is_graph_output()
+        _refuse_unless(not read, f"its output {output.name} is read, too")
+
+
+def _exact(size: Expr, parts: int) -> int:
+    """A constant size divided into parts."""
+    _refuse_unless(isinstance(size, Const) and parts > 0 and int(size.value) % parts == 0,
+                   f"its channels ({size}) are not a fixed multiple of its {parts} heads")
+    return int(size.value) // parts  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """One operand of a fused call: how many heads of how many channels, and where its element is."""
+
+    heads: Expr
+    length: Expr
+    channels: int
+    batch: Expr
+    at: Callable[[Expr, Indices], Indices]
+
+
+def _heads(b: Builder, tensor: str, heads: int | None) -> _Heads:
+    """``[B, H, S, D]``, or ``[B, S, H·D]`` with a given number of heads."""
+    shape = b.shape(tensor)
+    if len(shape) == 4:
+        _refuse_unless(isinstance(shape[3], Const), f"the channels of {tensor} are not fixed")
+        return _Heads(shape[1], shape[2], int(shape[3].value), shape[0],  # type: ignore[attr-defined]
+                      lambda head, indices: (indices[0], head, indices[2], indices[3]))
+    _refuse_unless(len(shape) == 3, f"{tensor} has {len(shape)} axes")
+    _refuse_unless(heads, f"the number of heads of {tensor} is not given")
+    channels = _exact(shape[2], heads or 1)
+    return _Heads(Const(heads or 1), shape[1], channels, shape[0],
+                  lambda head, indices: (indices[0], indices[2], simplify(head * channels + indices[3])))
+
+
+def _fused(b: Builder, query: str, key: str, value: str, heads: tuple[int | None, int | None], *, mask: str | None,
+           causal: Expr | None, scale: float | None, mask_fill: float, softcap: float, empty: str, dtype: str) -> str:
+    """Attention over operands in either layout, query heads sharing KV heads in blocks."""
+    q, k, v = _heads(b, query, heads[0]), _heads(b, key, heads[1]), _heads(b, value, heads[1])
+    kv_head: Expr = Index("h")
+    if k.heads != q.heads:
+        _refuse_unless(isinstance(q.heads, Const) and isinstance(k.heads, Const), "its numbers of heads are not fixed")
+        kv_head = simplify(apply("floordiv", Index("h"), _exact(q.heads, int(k.heads.value))))  # type: ignore[attr-defined]
+    full = (q.batch, q.heads, q.length, k.length)
+    for one, other in ((q.batch, k.batch), (q.batch, v.batch), (k.length, v.length)):
+        b.sizes.prove_equal(one, other)
+    _refuse_unless(q.channels == k.channels, "query and key differ in their channels")
+    if mask is not None:
+        for size, wanted in zip(reversed(b.shape(mask)), reversed(full), strict=False):
+            _refuse_unless(ONE in (size, wanted) or not (isinstance(size, Const) and isinstance(wanted, Const))
+                           or size == wanted, f"its mask is shorter ({size}) than the keys ({wanted})")
+            b.sizes.meet(wanted, size)
+
+    def at(operand: _Heads, shared: bool) -> IndexMap:
+        def index_map(indices: Indices) -> Indices:
+            head = _head_of(kv_head, indices[1]) if shared else indices[1]
+            return operand.at(head, indices)
+
+        return index_map
+
+    flat = len(b.shape(query)) == 3
+    shape = ((q.batch, q.length, simplify(q.heads * v.channels)) if flat
+             else (q.batch, q.heads, q.length, Const(v.channels)))
+    return b.emit(lambda name: FusedAttention(
+        name, query, key, value, at(q, False), at(k, True), at(v, True), mask,
+        movement.broadcast(b.shape(mask), full) if mask is not None else None, causal,
+        scale if scale else 1.0 / math.sqrt(q.channels), (*full, Const(q.channels), Const(v.channels)),
+        ("b", "i", "he") if flat else ("b", "h", "i", "e"), dtype, empty,  # type: ignore[arg-type]
+        mask_fill, softcap,
+    ), shape, b.dtype(query))
+
+
+def _head_of(kv_head: Expr, head: Expr) -> Expr:
+    return apply("floordiv", head, kv_head.children[1]) if kv_head.children else head
+
+
+def _attention(b: Builder) -> str:
+    """``Attention`` of opset 23 and later, as its reference states it: soft cap before mask, empty rows give zero."""
+    _refuse_inputs(b, {4: "a past key", 5: "a past value", 6: "the number of valid keys per row"})
+    _refuse_other_outputs(b)
+    visible: list[Expr] = [Index("j") <= Index("i")] if b.attribute("is_causal", 0) else []
+    before, after = b.attribute("left_window_size", -1), b.attribute("right_window_size", -1)
+    if before >= 0:
+        visible.append(Index("i") - Index("j") <= before)
+    if after >= 0:
+        visible.append(Index("j") - Index("i") <= after)
+    precision = b.attribute("softmax_precision")
+    dtype = b.dtype(b.tensor()) if precision is None else DTYPE_NAMES.get(ir.DataType(precision), "float32")
+    return _fused(b, b.tensor(0), b.tensor(1), b.tensor(2),
+                  (b.attribute("q_num_heads"), b.attribute("kv_num_heads")),
+                  mask=b.tensor(3) if b.input(3) is not None else None,
+                  causal=simplify(apply("and", *visible)) if visible else None, scale=b.attribute("scale"),
+                  mask_fill=-math.inf, softcap=float(b.attribute("softcap", 0.0)), empty="zero", dtype=dtype)
+
+
+def _multi_head_attention(b: Builder) -> str:
+    """com.microsoft ``MultiHeadAttention``: a padded key gets ``mask_filter_value`` added, a later one the lowest number."""
+    for number in (1, 2):
+        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
+    _refuse_inputs(b, {3: "the bias of the projections", 6: "a past key", 7: "a past value",
+                       8: "the length of a cache", 9: "indices of a beam search"})
+    _refuse_other_outputs(b)
+    heads = int(b.attribute("num_heads"))
+    bias = b.tensor(5) if b.input(5) is not None else None
+    if b.input(4) is not None:
+        padding = b.tensor(4)
+        _refuse_unless(len(b.shape(padding)) == 2, "its padding mask is given as lengths or per query")
+        batch, length = b.shape(padding)
+        lifted = b.move(padding, movement.unsqueeze([1, 2]), "unsqueeze", (batch, ONE, ONE, length))
+        kept = b.pointwise("ne", lifted, ZERO, dtype="bool")
+        filled = Const(float(b.attribute("mask_filter_value", -10000.0)))
+        added = b.pointwise("where", kept, Const(0.0), filled, dtype=b.dtype(b.tensor()))
+        bias = added if bias is None else b.pointwise("add", bias, added)
+    return _fused(b, b.tensor(0), b.tensor(1), b.tensor(2), (heads, heads), mask=bias,
+                  causal=Index("j") <= Index("i") if b.attribute("unidirectional", 0) else None,
+                  scale=b.attribute("scale"), mask_fill=LOWEST, softcap=0.0, empty="nan", dtype=b.dtype(b.tensor()))
+
+
+LOWEST = -3.4028234663852886e38
+"""The lowest float32, which ONNX Runtime gives a position that a causal call hides."""
+
+
+def _refused(reason: str) -> Row:
+    def row(b: Builder) -> str:
+        raise AttentionRefused(reason)
+
+    return row
+
+
+_POINTWISE = {"Add": "add", "Mul": "mul", "Sum": "add", "Min": "min", "Max": "max", "Abs": "abs"}
+_REAL = {"Exp": "exp", "Log": "log", "Tanh": "tanh", "Sigmoid": "sigmoid", "Erf": "erf", "Sqrt": "sqrt", "Sin": "sin",
+         "Cos": "cos", "Floor": "floor", "Ceil": "ceil", "Round": "round"}
+_TRUTH = {"Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and",
+          "Or": "or", "Xor": "ne", "Not": "not"}
+
+ROWS: dict[str, Row] = {
+    **{name: _plain(operator) for name, operator in _POINTWISE.items()},
+    **{name: _real(operator) for name, operator in _REAL.items()},
+    **{name: _plain(operator, "bool") for name, operator in _TRUTH.items()},
+    "Sub": _subtract, "Div": _divide, "Mod": _modulo, "Neg": _negate, "Reciprocal": _reciprocal, "Pow": _power,
+    "Clip": _clip, "Relu": _relu, "Mean": _mean, "Where": _where, "IsNaN": _is_nan, "IsInf": _is_infinite,
+    "Cast": _cast, "CastLike": _cast_like, "Identity": _identity, "Dropout": _dropout, "Transpose": _transpose,
+    "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Expand": _expand,
+    "Tile": _tile, "Slice": _slice, "Split": _split, "Concat": _concatenate, "Gather": _gather,
+    "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range, "ConstantOfShape": _constant_of_shape,
+    "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax, "Attention": _attention,
+}
+"""Operators of the standard set."""
+
+CONTRIB_ROWS: dict[str, Row] = {
+    "FusedMatMul": _fused_matmul, "MultiHeadAttention": _multi_head_attention, "Trilu": _triangle,
+    "GroupQueryAttention": _refused("which keys it sees depends on the cache lengths it is given (seqlens_k)"),
+    "Attention": _refused("it holds the projections of query, key and value"),
+    "QAttention": _refused("it holds quantised projections of query, key and value"),
+    "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),
+    "PackedMultiHeadAttention": _refused("it takes rows of different length without padding"),
+    "DecoderMaskedMultiHeadAttention": _refused("it updates a cache"),
+    "DecoderMaskedSelfAttention": _refused("it updates a cache"),
+    "DecoderAttention": _refused("it updates a cache"),
+    "LongformerAttention": _refused("it holds the projections of a windowed attention with global tokens"),
+    "SparseAttention": _refused("its mask is a table of blocks"),
+    "PagedAttention": _refused("its keys lie in pages"),
+    "LinearAttention": _refused("it is a scan, not an attention with a normaliser"),
+    "BiasSoftmax": _refused("its bias is added inside the normaliser"),
+}
+"""Operators of ONNX Runtime's own set (com.microsoft)."""
+
+EVERY_OUTPUT = frozenset({"Split", "Dropout"})
+"""Operators whose rows state every output; of the others only the first is stated."""
+
+
+def rows_of(domain: str) -> Mapping[str, Row]:
+    """The table of an operator set."""
+    return {"": ROWS, "ai.onnx": ROWS, "com.microsoft": CONTRIB_ROWS}.get(domain, {})
+
+
+# Shapes of what stays opaque
+
+SAME_SHAPE = frozenset((
+    "LayerNormalization SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization "
+    "RMSNormalization GroupNormalization InstanceNormalization BatchNormalization LpNormalization "
+    "MeanVarianceNormalization Gelu FastGelu BiasGelu QuickGelu Softplus Softsign Elu Selu Celu LeakyRelu PRelu "
+    "HardSigmoid HardSwish Mish Swish ThresholdedRelu LogSoftmax Hardmax CumSum Sign Tan Sinh Cosh Asin Acos Atan "
+    "ScatterND ScatterElements RotaryEmbedding Shrink BiasSoftmax QuickGelu"
+).split())
+"""Operators whose first output has shape and dtype of the first input."""
+
+
+def _quantized(b: Builder) -> tuple[Indices, str]:
+    return b.shape(b.tensor()), b.dtype(b.tensor(2)) if b.input(2) is not None else "uint8"
+
+
+def _dequantized(b: Builder) -> tuple[Indices, str]:
+    return b.shape(b.tensor()), b.dtype(b.tensor(1))
+
+
+def _dynamically_quantized(b: Builder) -> tuple[Indices, str]:
+    return ((b.shape(b.tensor()), "uint8"), ((), "float32"), ((), "uint8"))[b.position]
+
+
+def _integer_product(b: Builder) -> tuple[Indices, str]:
+    left, right = b.shape(b.tensor(0)), b.shape(b.tensor(1))
+    labels = _matmul_labels(left, right)
+    sizes = {**dict(zip(labels[1], right, strict=True)), **dict(zip(labels[0], left, strict=True))}
+    return tuple(sizes[label] for label in labels[2]), "int32"
+
+
+def _reduction(b: Builder) -> tuple[Indices, str]:
+    shape = b.shape(b.tensor())
+    axes = b.listed("axes", 1)
+    if not axes:
+        axes = () if axes is not None and b.attribute("noop_with_empty_axes", 0) else tuple(range(len(shape)))
+    gone = {axis_of(axis, len(shape)) for axis in axes}
+    keep = b.attribute("keepdims", 1)
+    return tuple(ONE if axis in gone else size for axis, size in enumerate(shape) if keep or axis not in gone), \
+        b.dtype(b.tensor())
+
+
+OPAQUE_SHAPES: dict[str, Callable[[Builder], tuple[Indices, str]]] = {
+    "QuantizeLinear": _quantized, "DequantizeLinear": _dequantized, "DynamicQuantizeLinear": _dynamically_quantized,
+    "MatMulInteger": _integer_product,
+    **{f"Reduce{name}": _reduction for name in (
+        "Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
+}
+"""Shape and dtype of outputs that have no statement."""
+
+
+def opaque_info(b: Builder) -> tuple[Indices, str]:
+    """Shape and dtype of an output that stays opaque.
+
+    Raises:
+        Unstated: when no rule gives it.
+    """
+    if b.node.op_type in SAME_SHAPE and b.position == 0:
+        return b.shape(b.tensor()), b.dtype(b.tensor())
+    rule = OPAQUE_SHAPES.get(b.node.op_type)
+    if rule is None:
+        raise Unstated
+    return rule(b)
+
+
+def fills(b: Builder, known: Known) -> str:
+    """A small tensor whose elements are known: constants and sizes."""
+    made: Sequence[str] = [
+        b.emit(lambda name, item=item: Fill(name, item), known.shape if not known.rank else (ONE,), known.dtype)  # type: ignore[misc]
+        for item in known.items
+    ]
+    if len(made) == 1:
+        return made[0]
+    if not made:
+        return b.emit(lambda name: Fill(name, ZERO), (ZERO,), known.dtype)
+    return b.emit(lambda name: Concatenate(name, tuple(made), 0), known.shape, known.dtype)
