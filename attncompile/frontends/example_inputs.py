@@ -43,7 +43,7 @@ class _Request:
 
 
 def model_arguments(
-    model: torch.nn.Module, config: Any, batch: int, length: int, padding: Padding | None, tokenizer: Any
+    model: Any, config: Any, batch: int, length: int, padding: Padding | None, tokenizer: Any
 ) -> Arguments:
     """Keyword arguments for one call of a transformers model.
 

@@ -235,4 +235,4 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=options)
-    return compiled  # type: ignore[no-any-return]
+    return compiled

@@ -30,11 +30,11 @@ def _fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def tiny(kind: str, attention: str = "sdpa") -> torch.nn.Module:
+def tiny(kind: str, attention: str = "sdpa") -> Any:
     """The three architectures of the real checkpoints, small and random."""
     sizes: dict[str, Any] = {"vocab_size": 97, "attn_implementation": attention}
     if kind == "llama":
-        config = transformers.LlamaConfig(
+        llama = transformers.LlamaConfig(
             hidden_size=24,
             intermediate_size=32,
             num_hidden_layers=1,
@@ -42,9 +42,9 @@ def tiny(kind: str, attention: str = "sdpa") -> torch.nn.Module:
             num_key_value_heads=1,
             **sizes,
         )
-        return transformers.LlamaForCausalLM(config).eval()
+        return transformers.LlamaForCausalLM(llama).eval()
     if kind == "bert":
-        config = transformers.BertConfig(
+        bert = transformers.BertConfig(
             hidden_size=24,
             intermediate_size=32,
             num_hidden_layers=1,
@@ -52,8 +52,8 @@ def tiny(kind: str, attention: str = "sdpa") -> torch.nn.Module:
             max_position_embeddings=64,
             **sizes,
         )
-        return transformers.BertModel(config).eval()
-    config = transformers.WhisperConfig(
+        return transformers.BertModel(bert).eval()
+    whisper = transformers.WhisperConfig(
         d_model=24,
         encoder_layers=1,
         decoder_layers=1,
@@ -70,7 +70,7 @@ def tiny(kind: str, attention: str = "sdpa") -> torch.nn.Module:
         decoder_start_token_id=1,
         **sizes,
     )
-    return transformers.WhisperForConditionalGeneration(config).eval()
+    return transformers.WhisperForConditionalGeneration(whisper).eval()
 
 
 def call(kind: str, batch: int, length: int) -> dict[str, Any]:
