@@ -1,0 +1,211 @@
+"""The torch.compile back end on small models: equal to eager, and clear about what it leaves alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from attncompile.backend import FallbackWarning, attncompile, read_options
+from attncompile.backend.rewrite import Decision
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small_llama(attention: str = "sdpa", **changes: Any) -> LlamaForCausalLM:
+    """Two layers, six query heads on two KV heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+
+
+def small_bert(attention: str = "eager") -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return BertModel._from_config(config, attn_implementation=attention).eval()
+
+
+def tokens(batch: int, length: int, padding: str = "left") -> dict[str, torch.Tensor]:
+    """Token ids and a mask whose last row is padded."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 99, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    hidden = length // 3
+    mask[-1, slice(0, hidden) if padding == "left" else slice(length - hidden, length)] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def seen_by(decisions: list[Decision]) -> Any:
+    """Record the decisions of a compilation."""
+    from attncompile import backend
+
+    original = backend.decide
+
+    def recording(*args: Any, **kwargs: Any) -> tuple[Decision, ...]:
+        made = original(*args, **kwargs)
+        decisions.extend(made)
+        return made
+
+    return recording
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_decoder_equals_eager_where_rows_see_a_key(attention: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncompile import backend
+
+    decisions: list[Decision] = []
+    monkeypatch.setattr(backend, "decide", seen_by(decisions))
+    model = small_llama(attention)
+    compiled = torch.compile(model, backend=attncompile, dynamic=dynamic, options={"rest": "eager"})
+    with torch.no_grad():
+        for length in (11, 17):
+            call = tokens(2, length)
+            kept = call["attention_mask"].bool()
+            torch.testing.assert_close(compiled(**call).logits[kept], model(**call).logits[kept])
+    assert decisions and all(decision.lowering is not None for decision in decisions)
+    assert str(decisions[0].spec.attend().kv_head) == "h // 3"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_encoder_equals_eager(attention: str) -> None:
+    model = small_bert(attention)
+    compiled = torch.compile(model, backend=attncompile, dynamic=True, options={"rest": "eager"})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        for length in (9, 14):
+            call = tokens(3, length, "right")
+            torch.testing.assert_close(compiled(**call).last_hidden_state, model(**call).last_hidden_state)
+
+
+def test_inductor_compiles_the_rest() -> None:
+    model = small_llama()
+    compiled = torch.compile(model, backend=attncompile, dynamic=True)
+    call = tokens(2, 12)
+    kept = call["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**call).logits[kept], model(**call).logits[kept])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_generation_gives_the_tokens_of_eager(attention: str) -> None:
+    model = small_llama(attention)
+    call = tokens(2, 7)
+    with torch.no_grad():
+        expected = model.generate(**call, max_new_tokens=8, do_sample=False)
+        model.forward = torch.compile(model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"})
+        assert torch.equal(model.generate(**call, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_gradients_are_those_of_eager() -> None:
+    model = small_llama()
+    call = tokens(2, 9, "right")
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+
+    def gradients(run: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = run(**call).logits
+        (logits * call["attention_mask"][..., None]).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for actual, expected in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_training_mode_runs_as_it_was_and_says_so() -> None:
+    model = small_bert().train()
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    call = tokens(2, 8, "right")
+    with pytest.warns(FallbackWarning, match="training mode"):
+        torch.manual_seed(3)
+        actual = compiled(**call).last_hidden_state
+    torch.manual_seed(3)
+    torch.testing.assert_close(actual, model(**call).last_hidden_state)
+
+
+def test_returned_weights_keep_the_original_and_say_so() -> None:
+    model = small_bert()
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    call = tokens(2, 8, "right")
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="keep their original computation"):
+        actual = compiled(**call, output_attentions=True)
+        expected = model(**call, output_attentions=True)
+    for one, other in zip(actual.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_graph_without_attention_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    x = torch.randn(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_an_unsupported_device_runs_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncompile import backend
+
+    monkeypatch.setattr(backend, "_device", lambda inputs: "xpu")
+    model = small_bert("sdpa")
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    call = tokens(2, 8, "right")
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="'xpu' is not supported"):
+        torch.testing.assert_close(compiled(**call).last_hidden_state, model(**call).last_hidden_state)
+
+
+def test_a_defect_of_ours_does_not_take_the_model_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncompile import backend
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(backend, "lift_graph", broken)
+    model = small_bert("sdpa")
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    call = tokens(2, 8, "right")
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="internal error .RuntimeError: a defect"):
+        torch.testing.assert_close(compiled(**call).last_hidden_state, model(**call).last_hidden_state)
+
+
+def test_a_window_changes_what_is_computed() -> None:
+    model = small_llama()
+    options = {"rest": "eager", "passes": "fuse,sparsify.window(size=4)"}
+    compiled = torch.compile(model, backend=attncompile, options=options)
+    call = tokens(1, 16)
+    call["attention_mask"].fill_(1)
+    windowed = small_llama()
+    windowed.load_state_dict(model.state_dict())
+    position = torch.arange(16)
+    visible = (position[None] <= position[:, None]) & (position[None] > position[:, None] - 4)
+    with torch.no_grad():
+        actual = compiled(**call).logits
+        expected = windowed(input_ids=call["input_ids"], attention_mask=visible[None, None]).logits
+        assert not torch.allclose(actual, model(**call).logits, atol=1e-3)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rset": "eager"}, "unknown option 'rset'.*did you mean 'rest'"),
+        ({"rest": "tensorrt"}, "option 'rest'.*'tensorrt'"),
+        ({"verbose": "loud"}, "option 'verbose'.*'loud'"),
+    ],
+)
+def test_wrong_options_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_options(given)
