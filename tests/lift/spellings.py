@@ -1,0 +1,728 @@
+"""Ways in which people write attention, and what each of them says.
+
+A row states the canonical score, mask, KV head and so on of every site that its function holds. The functions are
+written as published models write them; sizes are tiny.
+"""
+
+# ruff: noqa: D103, E731
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tests.lift.forms import CHANNELS, GROUPS, HEADS, QUERIES, WIDTH, Table, attend, dot, heads, merged
+
+SPELLINGS = Table()
+row = SPELLINGS.row
+
+LOWEST = torch.finfo(torch.float32).min
+CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()
+
+
+# --- the scale --------------------------------------------------------------------------------------------------------
+
+
+@row(score="s")
+def no_scale(q, k, v):
+    return attend(dot(heads(q), heads(k)), heads(v))
+
+
+@row(score="0.5·s")
+def scale_before_product(q, k, v):
+    return attend(dot(heads(q) * 0.5, heads(k)), heads(v))
+
+
+@row(score="0.5·s")
+def scale_after_product(q, k, v):
+    return attend(dot(heads(q), heads(k)) * CHANNELS**-0.5, heads(v))
+
+
+@row(score="0.5·s")
+def scale_split_over_both(q, k, v):
+    scale = math.sqrt(0.5)
+    return attend(dot(heads(q) * scale, heads(k) * scale), heads(v))
+
+
+@row(score="0.5·s")
+def division_by_root(q, k, v):
+    return attend(dot(heads(q), heads(k)) / math.sqrt(CHANNELS), heads(v))
+
+
+@row(score="0.5·s")
+def division_of_queries(q, k, v):
+    return attend(dot(heads(q / math.sqrt(CHANNELS)), heads(k)), heads(v))
+
+
+@row(score="0.5·s")
+def division_of_keys_after_transpose(q, k, v):
+    return attend(heads(q) @ (heads(k).transpose(-1, -2) / 2), heads(v))
+
+
+@row({"temperature": torch.tensor(2.0)}, score="0.5·s")
+def temperature_buffer(q, k, v, temperature):
+    return attend(dot(heads(q), heads(k)) / temperature, heads(v))
+
+
+@row({"scale": torch.nn.Parameter(torch.tensor([0.25]))}, score="0.25·s")
+def learned_scale_of_one_element(q, k, v, scale):
+    return attend(dot(heads(q) * scale, heads(k)), heads(v))
+
+
+@row({"scale": torch.nn.Parameter(torch.rand(HEADS, 1, 1))}, score="s·scale[h, 0, 0]")
+def learned_scale_per_head(q, k, v, scale):
+    return attend(dot(heads(q), heads(k)) * scale, heads(v))
+
+
+@row({"logit_scale": torch.nn.Parameter(torch.rand(HEADS, 1, 1))}, score="s·exp(min(4.605170185988092, logit_scale[h, 0, 0]))")
+def clamped_logit_scale_of_cosines(q, k, v, logit_scale):
+    cosine = dot(F.normalize(heads(q), dim=-1), F.normalize(heads(k), dim=-1))
+    return attend(cosine * torch.clamp(logit_scale, max=math.log(100.0)).exp(), heads(v))
+
+
+@row(score="0.5·s", norm="softmax (float32)")
+def explicit_float32_softmax(q, k, v):
+    weights = torch.softmax(dot(heads(q), heads(k)) * 0.5, dim=-1, dtype=torch.float32).to(q.dtype)
+    return merged(F.dropout(weights, p=0.1, training=False) @ heads(v))
+
+
+@row(score="0.5·s", norm="softmax (float64)")
+def upcast_before_product(q, k, v):
+    logits = dot(heads(q).double(), heads(k).double()) * 0.5
+    return merged(F.softmax(logits, -1).to(v.dtype) @ heads(v))
+
+
+@row(score="0.5·s")
+def scale_by_size_of_tensor(q, k, v):
+    query = heads(q)
+    return attend(dot(query, heads(k)) / (query.size(-1) ** 0.5), heads(v))
+
+
+@row(score="2.0·tanh(0.25·s)")
+def softcap(q, k, v):
+    return attend(torch.tanh(dot(heads(q), heads(k)) * 0.5 / 2.0) * 2.0, heads(v))
+
+
+# --- layouts of the product -------------------------------------------------------------------------------------------
+
+
+def flat(x, count=HEADS):
+    """``[B·H, N, D]``."""
+    return heads(x, count).reshape(-1, x.shape[1], CHANNELS)
+
+
+@row(score="0.5·s")
+def batched_matrices_of_rank_three(q, k, v):
+    weights = torch.softmax(torch.bmm(flat(q) * 0.5, flat(k).transpose(1, 2)), -1)
+    out = torch.bmm(weights, flat(v))
+    return out.view(q.shape[0], HEADS, q.shape[1], CHANNELS).transpose(1, 2).reshape(q.shape)
+
+
+@row(score="0.5·s", mask="keep[b, j]")
+def rank_three_viewed_as_four_for_the_mask(q, k, v, keep):
+    b, n = keep.shape
+    logits = torch.bmm(flat(q) * 0.5, flat(k).transpose(1, 2)).view(b, HEADS, n, n)
+    logits = logits.masked_fill(~keep[:, None, None, :], -torch.inf)
+    weights = torch.softmax(logits.view(b * HEADS, n, n), -1)
+    return torch.bmm(weights, flat(v))
+
+
+@row({"alibi": torch.rand(HEADS)}, score="0.5·s + alibi[h]·float(j − i)")
+def baddbmm_with_alibi(q, k, v, alibi):
+    n = torch.arange(q.shape[1])
+    bias = alibi[:, None, None] * (n[None, :] - n[:, None])
+    bias = bias[None].expand(q.shape[0], -1, -1, -1).reshape(-1, q.shape[1], q.shape[1])
+    logits = torch.baddbmm(bias, flat(q), flat(k).transpose(1, 2), beta=1.0, alpha=0.5)
+    return torch.bmm(torch.softmax(logits, -1), flat(v))
+
+
+@row(score="0.5·s")
+def baddbmm_that_ignores_its_input(q, k, v):
+    empty = torch.empty(q.shape[0] * HEADS, q.shape[1], q.shape[1])
+    logits = torch.baddbmm(empty, flat(q), flat(k).transpose(1, 2), beta=0, alpha=0.5)
+    return torch.bmm(torch.softmax(logits, -1), flat(v))
+
+
+def split_heads(x, count=HEADS):
+    """``[B, N, H, D]``."""
+    return x.view(x.shape[0], x.shape[1], count, CHANNELS)
+
+
+@row(score="0.5·s")
+def einsum_heads_last(q, k, v):
+    logits = torch.einsum("bqhd,bkhd->bhqk", split_heads(q), split_heads(k)) * 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(logits, -1), split_heads(v)).flatten(2)
+
+
+@row(score="0.5·s")
+def einsum_other_letters(q, k, v):
+    logits = torch.einsum("xyza,xwza->xzyw", split_heads(q), split_heads(k)) * 0.5
+    return torch.einsum("xzyw,xwza->xyza", logits.softmax(3), split_heads(v))
+
+
+@row(score="0.5·s")
+def einsum_sequence_first(q, k, v):
+    query, key, value = (split_heads(x).permute(1, 0, 2, 3) for x in (q, k, v))
+    logits = torch.einsum("ibnd,jbnd->bnij", query, key) * 0.5
+    return torch.einsum("bnij,jbnd->ibnd", torch.softmax(logits, -1), value)
+
+
+@row(score="0.5·s")
+def einsum_keys_before_queries(q, k, v):
+    logits = torch.einsum("bkhd,bqhd->bkqh", split_heads(k), split_heads(q)) * 0.5
+    return torch.einsum("bkhd,bkqh->bqhd", split_heads(v), torch.softmax(logits, 1))
+
+
+@row(score="0.5·s")
+def einsum_channels_first(q, k, v):
+    query, key, value = (split_heads(x).permute(0, 2, 3, 1) for x in (q, k, v))
+    weights = torch.softmax(torch.einsum("bhct,bhcs->bhts", query, key) * 0.5, -1)
+    return torch.einsum("bhts,bhcs->bhct", weights, value)
+
+
+@row(score="0.5·s")
+def keys_times_queries(q, k, v):
+    logits = heads(k) @ heads(q).transpose(-1, -2) * 0.5
+    return merged(torch.softmax(logits, dim=-2).transpose(-1, -2) @ heads(v))
+
+
+@row(score="0.5·s")
+def values_on_the_left(q, k, v):
+    weights = torch.softmax(dot(heads(q), heads(k)) * 0.5, -1)
+    return heads(v).transpose(-1, -2) @ weights.transpose(-1, -2)
+
+
+@row(score="0.5·s")
+def output_permuted(q, k, v):
+    return (torch.softmax(dot(heads(q), heads(k)) * 0.5, -1) @ heads(v)).permute(2, 0, 1, 3).contiguous()
+
+
+@row(score="0.5·s")
+def unbatched(q, k, v):
+    query, key, value = (x[0].view(-1, HEADS, CHANNELS).transpose(0, 1) for x in (q, k, v))
+    return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
+
+
+@row(score="s / 4.898979485566356")
+def single_head(q, k, v):
+    return torch.softmax(q @ k.transpose(1, 2) / math.sqrt(WIDTH), -1) @ v
+
+
+@row(score="0.5·s")
+def matrices_of_rank_five(q, k, v):
+    query, key, value = (x.view(x.shape[0], x.shape[1], 2, 3, CHANNELS).permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
+
+
+# --- grouped heads ----------------------------------------------------------------------------------------------------
+
+
+def repeated(x, times):
+    """As transformers repeats key and value heads."""
+    b, g, n, d = x.shape
+    return x[:, :, None].expand(b, g, times, n, d).reshape(b, g * times, n, d)
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def grouped_expand_and_reshape(q, k_few, v_few):
+    key, value = (repeated(heads(x, GROUPS), 3) for x in (k_few, v_few))
+    return attend(dot(heads(q), key) * 0.5, value)
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def grouped_repeat_interleave(q, k_few, v_few):
+    key, value = (heads(x, GROUPS).repeat_interleave(3, dim=1) for x in (k_few, v_few))
+    return attend(dot(heads(q), key) * 0.5, value)
+
+
+@row(score="0.5·s", kv_head="h % 2")
+def grouped_tiled(q, k_few, v_few):
+    key, value = (heads(x, GROUPS).repeat(1, 3, 1, 1) for x in (k_few, v_few))
+    return attend(dot(heads(q), key) * 0.5, value)
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def grouped_by_broadcast_in_rank_five(q, k_few, v_few):
+    b, n, _ = q.shape
+    query = q.view(b, n, GROUPS, 3, CHANNELS).permute(0, 2, 3, 1, 4)
+    key, value = (heads(x, GROUPS).unsqueeze(2) for x in (k_few, v_few))
+    out = torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
+    return out.permute(0, 3, 1, 2, 4).reshape(b, n, -1)
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def grouped_einsum(q, k_few, v_few):
+    b, n, _ = q.shape
+    logits = torch.einsum("bqgrd,bkgd->bgrqk", q.view(b, n, GROUPS, 3, CHANNELS), split_heads(k_few, GROUPS)) * 0.5
+    out = torch.einsum("bgrqk,bkgd->bqgrd", torch.softmax(logits, -1), split_heads(v_few, GROUPS))
+    return out.reshape(b, n, -1)
+
+
+@row(score="0.5·s", kv_head="0")
+def one_key_head_by_broadcast(q, k_one, v_one):
+    return attend(dot(heads(q), k_one[:, None]) * 0.5, v_one[:, None])
+
+
+@row(score="0.5·s", kv_head="0")
+def one_key_head_einsum(q, k_one, v_one):
+    logits = torch.einsum("bqhd,bkd->bhqk", split_heads(q), k_one) * 0.5
+    return torch.einsum("bhqk,bkd->bqhd", torch.softmax(logits, -1), v_one)
+
+
+@row(score="0.5·s", kv_head="0")
+def one_key_head_as_longer_rows(q, k_one, v_one):
+    b, n, _ = q.shape
+    query = q.view(b, n * HEADS, CHANNELS)
+    weights = torch.softmax((query @ k_one.transpose(1, 2)).view(b, n, HEADS, n) * 0.5, -1)
+    return (weights.view(b, n * HEADS, n) @ v_one).view(b, n, -1)
+
+
+# --- where queries, keys and values come from -------------------------------------------------------------------------
+
+
+@row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s", block=("project",) * 3)
+def packed_chunk(x, packed):
+    query, key, value = (heads(part) for part in packed(x).chunk(3, dim=-1))
+    return attend(dot(query, key) * 0.5, value)
+
+
+@row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s")
+def packed_split(x, packed):
+    query, key, value = (heads(part) for part in packed(x).split(WIDTH, dim=2))
+    return attend(dot(query, key) * 0.5, value)
+
+
+@row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s")
+def packed_unbind(x, packed):
+    query, key, value = packed(x).view(x.shape[0], x.shape[1], 3, HEADS, CHANNELS).permute(2, 0, 3, 1, 4).unbind(0)
+    return attend(dot(query, key) * 0.5, value)
+
+
+@row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s")
+def packed_per_head(x, packed):
+    mixed = packed(x).view(x.shape[0], x.shape[1], HEADS, 3 * CHANNELS)
+    query, key, value = (part.transpose(1, 2) for part in mixed.chunk(3, dim=-1))
+    return attend(dot(query, key) * 0.5, value)
+
+
+@row({"packed": torch.nn.Linear(WIDTH, WIDTH + 2 * GROUPS * CHANNELS)}, score="0.5·s", kv_head="h // 3")
+def packed_grouped_slices(x, packed):
+    mixed = packed(x)
+    few = GROUPS * CHANNELS
+    key, value = heads(mixed[..., WIDTH : WIDTH + few], GROUPS), heads(mixed[..., WIDTH + few :], GROUPS)
+    return attend(dot(heads(mixed[..., :WIDTH]), repeated(key, 3)) * 0.5, repeated(value, 3))
+
+
+@row({"query": torch.nn.Linear(WIDTH, WIDTH), "norm": torch.nn.LayerNorm(CHANNELS)}, score="0.5·s", block=("project",))
+def norm_of_queries_and_keys(x, k, v, query, norm):
+    return attend(dot(norm(heads(query(x))), norm(heads(k))) * 0.5, heads(v))
+
+
+def rotated_halves(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"))
+def rotary_halves(q, k, v, frequency):
+    angle = (torch.arange(q.shape[1])[:, None] * frequency).repeat(1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    query, key = (heads(x) * cos + rotated_halves(heads(x)) * sin for x in (q, k))
+    return attend(dot(query, key) * 0.5, heads(v))
+
+
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"))
+def rotary_halves_of_position_ids(q, k, v, positions, frequency):
+    angle = positions[:, :, None].float() * frequency
+    angle = torch.cat([angle, angle], -1)[:, None]
+    query, key = (heads(x) * angle.cos() + rotated_halves(heads(x)) * angle.sin() for x in (q, k))
+    return attend(dot(query, key) * 0.5, heads(v))
+
+
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position interleaved", "position interleaved"))
+def rotary_interleaved(q, k, v, frequency):
+    angle = (torch.arange(q.shape[1])[:, None] * frequency).repeat_interleave(2, 1)
+
+    def rotate(x):
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return x * angle.cos() + turned * angle.sin()
+
+    return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
+
+
+@row(score="0.5·s")
+def cross_attention(q, memory):
+    return attend(dot(heads(q), heads(memory)) * 0.5, heads(memory))
+
+
+@row(score="0.5·s", mask="keep_memory[b, j]")
+def cross_attention_with_padding(q, memory, keep_memory):
+    logits = dot(heads(q), heads(memory)) * 0.5
+    return attend(logits.masked_fill(~keep_memory[:, None, None], -torch.inf), heads(memory))
+
+
+@row(score="0.5·s", mask="j ≤ i + J − I")
+def cache_concatenated(q, k, v, k_past, v_past):
+    key, value = torch.cat([heads(k_past), heads(k)], 2), torch.cat([heads(v_past), heads(v)], 2)
+    past = k_past.shape[1]
+    hidden = torch.arange(key.shape[2])[None] > torch.arange(q.shape[1])[:, None] + past
+    return attend((dot(heads(q), key) * 0.5).masked_fill(hidden, -torch.inf), value)
+
+
+@row(score="0.5·s")
+def one_token_decode(one, k_past, v_past):
+    return attend(dot(heads(one), heads(k_past)) * 0.5, heads(v_past))
+
+
+@row(score="0.5·s", mask="j < length[b]")
+def one_token_decode_of_static_cache(one, k_past, v_past, length):
+    visible = torch.arange(k_past.shape[1])[None] < length[:, None]
+    logits = (dot(heads(one), heads(k_past)) * 0.5).masked_fill(~visible[:, None, None], LOWEST)
+    return attend(logits, heads(v_past))
+
+
+@row(score="0.5·s")
+def one_query_without_its_axis(one, k_past, v_past):
+    query = one.view(-1, HEADS, CHANNELS)
+    weights = torch.softmax(torch.einsum("bhd,bkhd->bhk", query, split_heads(k_past)) * 0.5, -1)
+    return torch.einsum("bhk,bkhd->bhd", weights, split_heads(v_past))
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+@row({"slopes": torch.rand(HEADS)}, score="0.5·s − slopes[h]·float(abs(i − j))")
+def alibi_in_the_graph(q, k, v, slopes):
+    n = torch.arange(q.shape[1])
+    distance = (n[None] - n[:, None]).abs()
+    return attend(dot(heads(q), heads(k)) * 0.5 - slopes[:, None, None] * distance, heads(v))
+
+
+@row({"alibi": torch.randn(1, HEADS, 16, 16)}, score="0.5·s + alibi[0, h, i, j]")
+def alibi_as_sliced_buffer(q, k, v, alibi):
+    n = q.shape[1]
+    return attend(dot(heads(q), heads(k)) * 0.5 + alibi[:, :, :n, :n], heads(v))
+
+
+@row({"bias": torch.nn.Parameter(torch.randn(1, HEADS, QUERIES, QUERIES))}, score="0.5·s + bias[0, h, i, j]")
+def bias_parameter_of_fixed_size(q, k, v, bias):
+    return attend(dot(heads(q), heads(k)) * 0.5 + bias, heads(v))
+
+
+@row({"table": torch.nn.Embedding(32, HEADS)}, score="s + table.weight[min(31, abs(i − j)), h]")
+def distance_buckets_through_embedding(q, k, v, table):
+    n = torch.arange(q.shape[1])
+    buckets = (n[None] - n[:, None]).abs().clamp(max=31)
+    return attend(dot(heads(q), heads(k)) + table(buckets).permute(2, 0, 1)[None], heads(v))
+
+
+@row({"table": torch.randn(49, HEADS), "places": torch.randint(0, 49, (QUERIES, QUERIES))},
+     score="0.5·s + table[places[i, j], h]")
+def window_bias_table_as_swin_reads_it(q, k, v, table, places):
+    bias = table[places.view(-1)].view(QUERIES, QUERIES, -1).permute(2, 0, 1).contiguous()
+    return attend(dot(heads(q) * 0.5, heads(k)) + bias.unsqueeze(0), heads(v))
+
+
+@row({"first": torch.randn(HEADS, 16, 16), "second": torch.randn(16, 16)},
+     score="0.5·s + first[h, i, j] + second[i, j]")
+def two_biases(q, k, v, first, second):
+    n = q.shape[1]
+    return attend(dot(heads(q), heads(k)) * 0.5 + first[:, :n, :n] + second[:n, :n], heads(v))
+
+
+@row(score="0.5·(s + visible_scores[b, i, j])")
+def bias_inside_the_scale(q, k, v, visible):
+    return attend((dot(heads(q), heads(k)) + visible[:, None].float()) * 0.5, heads(v))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def causal_by_comparing_positions(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = dot(heads(q), heads(k)) * 0.5
+    return attend(torch.where(n[None] <= n[:, None], logits, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def causal_by_full_and_triu(q, k, v):
+    n = q.shape[1]
+    mask = torch.full((n, n), -torch.inf).triu(1)
+    return attend(dot(heads(q), heads(k)) * 0.5 + mask, heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def causal_by_tril_of_ones(q, k, v):
+    n = q.shape[1]
+    mask = torch.tril(torch.ones(n, n))
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(mask == 0, -torch.inf), heads(v))
+
+
+@row({"causal": CAUSAL}, score="0.5·s", mask="causal[i, j]")
+def causal_buffer_sliced(q, k, v, causal):
+    n = q.shape[1]
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~causal[:n, :n], -torch.inf), heads(v))
+
+
+@row({"causal": CAUSAL[None, None].float()}, score="0.5·s", mask="causal[0, 0, i, j] ≠ 0.0", fill="−10000.0")
+def causal_buffer_as_gpt2_wrote_it(q, k, v, causal):
+    n = q.shape[1]
+    logits = dot(heads(q), heads(k)) * 0.5
+    return attend(torch.where(causal[:, :, :n, :n] != 0, logits, torch.tensor(-1e4)), heads(v))
+
+
+@row({"causal": CAUSAL[None, None].float()}, score="0.5·s",
+     mask="causal[0, 0, i, j] ≠ 0.0", status="any")
+def causal_by_arithmetic_of_a_buffer(q, k, v, causal):
+    n = q.shape[1]
+    mask = causal[:, :, :n, :n]
+    return attend(dot(heads(q), heads(k)) * 0.5 * mask - 1e4 * (1 - mask), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i", fill="−3.4028234663852886e+38")
+def causal_with_lowest_number(q, k, v):
+    n = torch.arange(q.shape[1])
+    mask = torch.zeros(q.shape[1], q.shape[1]).masked_fill(n[None] > n[:, None], LOWEST)
+    return attend(dot(heads(q), heads(k)) * 0.5 + mask, heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i and i < j + 3")
+def sliding_window(q, k, v):
+    n = torch.arange(q.shape[1])
+    distance = n[:, None] - n[None]
+    mask = (distance >= 0) & (distance < 3)
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~mask, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i + 2 and i ≤ j + 2")
+def local_window_on_both_sides(q, k, v):
+    n = torch.arange(q.shape[1])
+    far = (n[:, None] - n[None]).abs() > 2
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(far, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i or j < 4")
+def prefix_of_fixed_length(q, k, v):
+    n = torch.arange(q.shape[1])
+    visible = (n[None] <= n[:, None]) | (n[None] < 4)
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i or j < length[b]")
+def prefix_of_given_length(q, k, v, length):
+    n = torch.arange(q.shape[1])
+    visible = (n[None] <= n[:, None])[None] | (n[None, None] < length[:, None, None])
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible[:, None], -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="documents[b, i] = documents[b, j]")
+def documents_apart(q, k, v, documents):
+    same = documents[:, :, None] == documents[:, None, :]
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~same[:, None], -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i and i // 3 = j // 3")
+def chunked(q, k, v):
+    n = torch.arange(q.shape[1])
+    visible = (n[:, None] // 3 == n[None] // 3) & (n[None] <= n[:, None])
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="padding[b, j] ≠ 0", fill="−10000.0")
+def bert_extended_mask(q, k, v, padding):
+    mask = (1.0 - padding[:, None, None, :].float()) * -10000.0
+    return attend(dot(heads(q), heads(k)) / 2 + mask, heads(v))
+
+
+@row(score="0.5·s", mask="padding[b, j] ≠ 0 and j ≤ i")
+def padding_and_causal_summed(q, k, v, padding):
+    n = q.shape[1]
+    causal = torch.full((n, n), -torch.inf).triu(1)
+    hidden = torch.zeros(padding.shape).masked_fill(padding == 0, -torch.inf)
+    return attend(dot(heads(q), heads(k)) * 0.5 + causal + hidden[:, None, None], heads(v))
+
+
+@row(score="0.5·s", mask="visible[b, i, j]")
+def given_mask(q, k, v, visible):
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(visible[:, None].logical_not(), -1e9), heads(v))
+
+
+@row(score="0.5·s", mask="keep[b, i] and keep[b, j]")
+def padding_of_queries_and_keys(q, k, v, keep):
+    pairs = keep[:, :, None] & keep[:, None, :]
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~pairs[:, None], -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="keep[b, j]", weight="where(keep[b, i], w, 0.0)")
+def weights_of_padded_queries_set_to_zero(q, k, v, keep):
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(~keep[:, None, None, :], LOWEST)
+    weights = torch.softmax(logits, -1).masked_fill(~keep[:, None, :, None], 0.0)
+    return merged(weights @ heads(v))
+
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+@row({"head_mask": torch.rand(HEADS)}, score="0.5·s", weight="w·head_mask[h]")
+def head_mask_on_weights(q, k, v, head_mask):
+    weights = torch.softmax(dot(heads(q), heads(k)) * 0.5, -1) * head_mask[None, :, None, None]
+    return merged(weights @ heads(v))
+
+
+@row(score="0.5·s", mask="visible[b, i, j]", weight="where(visible[b, i, j], w, 0.0)")
+def empty_rows_set_to_zero(q, k, v, visible):
+    visible = visible[:, None]
+    weights = torch.softmax((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), -1)
+    return merged(torch.where(visible, weights, 0.0) @ heads(v))
+
+
+@row(score="0.5·s", weight="w^3.0")
+def weights_cubed(q, k, v):
+    return merged(torch.softmax(dot(heads(q), heads(k)) * 0.5, -1) ** 3 @ heads(v))
+
+
+@row({"dropout": torch.nn.Dropout(0.1)}, score="0.5·s")
+def dropout_in_evaluation(q, k, v, dropout):
+    return merged(dropout(torch.softmax(dot(heads(q), heads(k)) * 0.5, -1)) @ heads(v))
+
+
+@row(score="0.5·s", status="observed", reason="the model returns it")
+def weights_returned(q, k, v):
+    weights = torch.softmax(dot(heads(q), heads(k)) * 0.5, -1)
+    return merged(weights @ heads(v)), weights
+
+
+@row(score="0.5·s", status="observed", reason="mean reads it")
+def weights_read_elsewhere(q, k, v):
+    weights = torch.softmax(dot(heads(q), heads(k)) * 0.5, -1)
+    return merged(weights @ heads(v)), weights.mean(1)
+
+
+# --- softmax written by hand ------------------------------------------------------------------------------------------
+
+
+@row(score="0.5·s")
+def softmax_by_hand(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def softmax_by_hand_without_maximum(q, k, v):
+    n = torch.arange(q.shape[1])
+    weights = (dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf).exp()
+    return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
+
+
+@row(score="0.5·s")
+def normalised_after_the_values(q, k, v):
+    weights = torch.exp(dot(heads(q), heads(k)) * 0.5)
+    return merged(weights @ heads(v) / weights.sum(-1, keepdim=True))
+
+
+@row(score="0.5·s")
+def exponential_of_log_softmax(q, k, v):
+    return merged(F.log_softmax(dot(heads(q), heads(k)) * 0.5, -1).exp() @ heads(v))
+
+
+# --- fused calls ------------------------------------------------------------------------------------------------------
+
+
+@row(score="0.5·s")
+def fused(q, k, v):
+    return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v)))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def fused_causal(q, k, v):
+    return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True))
+
+
+@row(score="0.25·s", mask="keep[b, j]")
+def fused_truth_mask_and_scale(q, k, v, keep):
+    return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), keep[:, None, None], scale=0.25))
+
+
+@row({"bias": torch.randn(HEADS, 16, 16)}, score="0.5·s + bias[h, i, j]")
+def fused_float_mask(q, k, v, bias):
+    n = q.shape[1]
+    return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), bias[None, :, :n, :n]))
+
+
+@row(score="0.5·s", kv_head="h // 3", mask="j ≤ i")
+def fused_grouped(q, k_few, v_few):
+    out = F.scaled_dot_product_attention(heads(q), heads(k_few, GROUPS), heads(v_few, GROUPS), is_causal=True,
+                                         enable_gqa=True)
+    return merged(out)
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def fused_after_repeat(q, k_few, v_few):
+    key, value = (repeated(heads(x, GROUPS), 3) for x in (k_few, v_few))
+    return merged(F.scaled_dot_product_attention(heads(q), key, value))
+
+
+@row(score="0.20412414523193154·s", mask="j ≤ i")
+def fused_of_rank_three(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@row(score="0.5·s")
+def fused_of_rank_three_batch_and_heads(q, k, v):
+    return F.scaled_dot_product_attention(flat(q), flat(k), flat(v))
+
+
+@row(score="0.5·s", kv_head="h // 3")
+def fused_of_rank_five(q, k_few, v_few):
+    b, n, _ = q.shape
+    query = q.view(b, n, GROUPS, 3, CHANNELS).permute(0, 2, 3, 1, 4)
+    key, value = (heads(x, GROUPS).unsqueeze(2).expand(-1, -1, 3, -1, -1) for x in (k_few, v_few))
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def fused_causal_of_a_cross_attention(q, memory):
+    return F.scaled_dot_product_attention(heads(q), heads(memory), heads(memory), is_causal=True)
+
+
+# --- modules of torch -------------------------------------------------------------------------------------------------
+
+
+def _multihead():
+    return torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+
+@row({"attention": _multihead()}, score="0.5·s")
+def module_without_weights(x, attention):
+    return attention(x, x, x, need_weights=False)[0]
+
+
+@row({"attention": _multihead()}, score="0.5·s", status="observed", reason="returns it")
+def module_with_weights(x, attention):
+    return attention(x, x, x)
+
+
+@row({"attention": _multihead()}, score="0.5·s", mask="keep[b, j]")
+def module_with_padding(x, keep, attention):
+    return attention(x, x, x, key_padding_mask=~keep, need_weights=False)[0]
+
+
+@row({"layer": torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)}, score="0.5·s")
+def module_encoder_layer(x, layer):
+    return layer(x)
+
+
+@row({"layer": torch.nn.TransformerDecoderLayer(WIDTH, HEADS, 8, batch_first=True)}, score="0.5·s", sites=2)
+def module_decoder_layer(x, memory, layer):
+    return layer(x, memory)
+
+
+@row(score="0.5·s", sites=3)
+def three_sites(x):
+    for _ in range(3):
+        x = x + attend(dot(heads(x), heads(x)) * 0.5, heads(x))
+    return x
