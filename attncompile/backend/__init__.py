@@ -67,7 +67,7 @@ def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], opti
         return module
     try:
         captured = capture_dynamo(module, example_inputs)
-        program = lift_graph(aten_graph(captured), "the compiled graph", captured.notes)
+        program = lift_graph(aten_graph(captured), "the compiled graph", captured.notes, blocks=False)
         if not program.sites:
             log.info("attncompile: no attention in this graph of %d nodes", len(module.graph.nodes))
             return module

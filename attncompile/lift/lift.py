@@ -11,17 +11,21 @@ from attncompile.lift.prove import Prover
 from attncompile.lift.sites import find_sites
 
 
-def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = ()) -> Program:
+def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *,
+               blocks: bool = True) -> Program:
     """State every attention site of a graph as a Spec.
 
     Args:
         graph: the native graph view.
         model: what to call it in reports.
         notes: what the reader should know about the capture.
+        blocks: whether to recognise projections and position maps around the sites, which only reports need.
 
     Returns:
         A program whose sites are proven (``lifted`` or ``observed``) or refused with a reason.
     """
     prover = Prover(graph, {})
     sites = tuple(prover.prove(site) for site in find_sites(graph))
-    return Program(model, graph, tuple(replace(site, block=attach_block(graph, site)) for site in sites), notes)
+    if blocks:
+        sites = tuple(replace(site, block=attach_block(graph, site)) for site in sites)
+    return Program(model, graph, sites, notes)
