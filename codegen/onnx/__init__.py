@@ -1,1 +1,1 @@
-"""ONNX: a Spec becomes ONNX Runtime operators or a plain decomposition, and the graph around it is tidied exactly."""
+"""ONNX: a Spec becomes ONNX Runtime operators or a decomposition, and the graph around it is tidied."""

@@ -1,9 +1,10 @@
 """One Attend as ONNX nodes: the plain decomposition, and the fused operators of ONNX Runtime.
 
-A builder trusts its capability row (:mod:`attncompile.codegen.onnx.capabilities`), which has said that the operator
-computes this Attend exactly. What the operators were measured to do with a row that sees no key (1.31, CPU):
-``Attention`` and ``GroupQueryAttention`` give zero where every logit is -inf or the lowest float, and otherwise the
-plain softmax; ``MultiHeadAttention`` always gives the plain softmax (NaN for -inf).
+A builder trusts its capability row (:mod:`attncompile.codegen.onnx.capabilities`), which has said that the
+operator computes this Attend exactly. What the operators were measured to do with a query that sees no key
+(1.31, CPU): ``Attention`` and ``GroupQueryAttention`` give zero where every logit is -inf or the lowest
+float, and otherwise the plain softmax; ``MultiHeadAttention`` always gives the plain softmax (NaN for
+-inf).
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from attncompile.codegen.onnx.expressions import Shared, Writer, reads_score
-from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, flat_groups, single_groups
+from attncompile.codegen.onnx.layouts import (
+    Groups,
+    Operand,
+    arrange,
+    flat_groups,
+    known_dimensions,
+    single_groups,
+    state_shape,
+)
 from attncompile.codegen.onnx.reading import (
     MASKED,
     additive_fill,
-    affine,
     causal_mask,
-    extents,
     fixed,
     group_size,
     may_be_infinite,
-    rows_never_empty,
+    scaled,
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.expr import TRUE, WEIGHT, Expr, Index, walk
 from attncompile.ir.ops import Attend, Types
+from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify
 
 Made = dict[str, Operand]
@@ -70,7 +78,9 @@ def writer_of(attend: Attend, place: Place) -> Writer:
     )
 
 
-def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]) -> ir.Value:
+def arranged(
+    writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]
+) -> ir.Value:
     """A tensor of the Spec in the layout ``wanted`` makes of its axis names."""
     kind = place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
@@ -79,6 +89,21 @@ def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[st
         number = fixed(axis.size)
         sizes[axis.name] = number if number is not None else _size_maker(writer, axis.size)
     return arrange(place.build, place.operands[name], wanted(axes), sizes)
+
+
+def result(place: Place, name: str, value: ir.Value, groups: Groups, *sources: str) -> Made:
+    """A result in the given layout, with what the sources tell of its shape written on it."""
+    kind = place.types[name]
+    wanted = {axis.name: axis.size for axis in kind.axes}
+    sizes = {axis: number for axis, size in wanted.items() if (number := fixed(size)) is not None}
+    known: dict[str, int | str | None] = dict(sizes)
+    for source in sources:
+        extents_of = {axis.name: axis.size for axis in place.types[source].axes}
+        for axis, size in known_dimensions([place.operands[source].behind_turn()], {}).items():
+            if axis in wanted and known.get(axis) is None and extents_of.get(axis) == wanted[axis]:
+                known[axis] = size
+    state_shape(value, groups, known, NUMPY_TYPES[kind.dtype])
+    return {name: Operand(value, groups)}
 
 
 def _size_maker(writer: Writer, size: Expr) -> Callable[[], ir.Value]:
@@ -131,7 +156,9 @@ def _expanded(writer: Writer, value: ir.Value, *parts: Expr | None) -> ir.Value:
     if {"i", "j"} <= axes:
         return value
     one = writer.build.constant([1, 1])
-    shape = writer.build("Concat", one, writer.size(writer.extents["i"]), writer.size(writer.extents["j"]), axis=0)
+    shape = writer.build(
+        "Concat", one, writer.size(writer.extents["i"]), writer.size(writer.extents["j"]), axis=0
+    )
     return writer.build("Expand", value, shape)
 
 
@@ -167,17 +194,21 @@ def decomposition(attend: Attend, place: Place) -> Made:
     key = arranged(writer, place, attend.key, single_groups)
     value = arranged(writer, place, attend.value, single_groups)
     shares = group_size(attend, place.types)
-    groups = fixed(extents(attend, place.types)["g"])
+    groups = fixed(place.types[attend.key].sizes[1])
     folded = shares is not None and shares > 1 and groups is not None
     if shares is None:
         heads = _kv_heads(attend, place)
         key, value = (build("Gather", side, build.constant(heads), axis=1) for side in (key, value))
     if folded:
         # query heads that share a KV head become more queries of that head: no key or value is copied
-        query = build("Reshape", query, build.constant([0, groups, -1, fixed(place.types[attend.query].sizes[3]) or 0]))
+        query = build(
+            "Reshape", query, build.constant([0, groups, -1, fixed(place.types[attend.query].sizes[3]) or 0])
+        )
     turned = build("Transpose", key, perm=[0, 1, 3, 2])
     raw = build("MatMul", query, turned)
-    logits = _logits(attend, place, writer, raw, (lambda x: _unfold(build, x, attend, place)) if folded else None)
+    logits = _logits(
+        attend, place, writer, raw, (lambda x: _unfold(build, x, attend, place)) if folded else None
+    )
     weights = _weights(attend, writer, logits)
     if folded:
         weights = build("Reshape", weights, build.constant([0, groups, -1, 0]))
@@ -186,7 +217,7 @@ def decomposition(attend: Attend, place: Place) -> Made:
         product = _unfold(build, product, attend, place)
     product = _without_empty_rows(attend, place, writer, logits, product)
     axes = tuple(axis.name for axis in place.types[attend.out].axes)
-    made = {attend.out: Operand(product, single_groups(axes))}
+    made = result(place, attend.out, product, single_groups(axes), attend.query)
     if attend.lse:
         sums = build("ReduceLogSumExp", logits, build.constant([3]), keepdims=0)
         made[attend.lse] = Operand(sums, single_groups(axes[:3]))
@@ -213,20 +244,22 @@ def _logits(
 ) -> ir.Value:
     """The normaliser's argument ``[b,h,i,j]``."""
     build, mask = place.build, simplify(attend.mask)
-    score, low = affine(simplify(attend.score)), additive_fill(attend)
+    score, low = scaled(attend), additive_fill(attend)
     if score is not None:
-        scaled = raw
+        product = raw
         if score.scale != 1.0:
             # next to the MatMul, where ONNX Runtime folds it into the product
-            scaled = build("Mul", raw, build.constant(score.scale, writer.dtype))
+            product = build("Mul", raw, build.constant(score.scale, writer.dtype))
         if unfold is not None:
-            scaled = unfold(scaled)
+            product = unfold(product)
         if low is not None and not reads_score(mask):
             fill = MASKED if math.isinf(low) and _zero_rows_follow(attend, place) else low
             added = additive_mask(writer, mask, fill, score.bias)
-            return scaled if added is None else build("Add", scaled, added)
-        logits = scaled if score.bias is None else build("Add", scaled, writer.write(score.bias))
-        writer = replace(writer, score=unfold(raw) if unfold is not None and reads_score(attend.fill) else raw)
+            return product if added is None else build("Add", product, added)
+        logits = product if score.bias is None else build("Add", product, writer.write(score.bias))
+        writer = replace(
+            writer, score=unfold(raw) if unfold is not None and reads_score(attend.fill) else raw
+        )
     else:
         writer = replace(writer, score=unfold(raw) if unfold is not None else raw)
         logits = writer.write(simplify(attend.score))
@@ -247,7 +280,7 @@ def _weights(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
 
 def _zero_rows_follow(attend: Attend, place: Place) -> bool:
     """Whether empty rows are made zero after the product, from the mask alone."""
-    score = affine(simplify(attend.score))
+    score = scaled(attend)
     return (
         attend.norm.kind == "softmax"
         and attend.norm.empty == "zero"
@@ -255,7 +288,7 @@ def _zero_rows_follow(attend: Attend, place: Place) -> bool:
         and score is not None
         and not may_be_infinite(score.bias)
         and "h" not in {n.name for n in _indices(attend.mask)}
-        and not rows_never_empty(attend, place.types)
+        and not never_empty(attend, place.types)
     )
 
 
@@ -273,7 +306,7 @@ def _without_empty_rows(
     if _zero_rows_follow(attend, place):
         seen = build("Unsqueeze", _rows(writer, simplify(attend.mask), seen=True), build.constant([1]))
         return build("Mul", product, seen)
-    if rows_never_empty(attend, place.types) and not may_be_infinite(simplify(attend.score)):
+    if never_empty(attend, place.types) and not may_be_infinite(simplify(attend.score)):
         return product
     largest = build("ReduceMax", logits, build.constant([3]), keepdims=1)
     empty = build("Equal", largest, build.constant(-math.inf, writer.dtype))
@@ -287,28 +320,30 @@ def attention(attend: Attend, place: Place) -> Made:
     """``Attention`` of opset 23."""
     writer, build = writer_of(attend, place), place.build
     names = (attend.query, attend.key, attend.value)
-    flat = all(place.operands[n].behind_turn().groups == flat_groups(_axes(place, n)) for n in names)
+    # one flat projection among them: what makes the others 4-D (rotary) can usually be done flat as well
+    flat = any(place.operands[n].behind_turn().groups == flat_groups(_axes(place, n)) for n in names)
     wanted = flat_groups if flat else single_groups
     parts = [arranged(writer, place, name, wanted) for name in names]
-    score, mask, low = affine(simplify(attend.score)), simplify(attend.mask), additive_fill(attend)
+    score, mask, low = scaled(attend), simplify(attend.mask), additive_fill(attend)
     assert score is not None and low is not None  # the capability row has looked
     if score.bias is None and mask != TRUE and math.isinf(low):
         extra: ir.Value | None = boolean_mask(writer, mask)
     else:
-        extra = additive_mask(writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True)
+        extra = additive_mask(
+            writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True
+        )
     attributes = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
     out = build("Attention", *parts, extra, scale=score.scale, **(attributes if flat else {}))
-    axes = _axes(place, attend.out)
-    return {attend.out: Operand(out, wanted(axes))}
+    return result(place, attend.out, out, wanted(_axes(place, attend.out)), attend.query)
 
 
 def multi_head_attention(attend: Attend, place: Place) -> Made:
-    """``com.microsoft.MultiHeadAttention``: without mask and bias its CPU kernel never stores the attention map."""
+    """``com.microsoft.MultiHeadAttention``; without a mask its CPU kernel never stores the attention map."""
     writer, build = writer_of(attend, place), place.build
     parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
-    score, mask, low = affine(simplify(attend.score)), simplify(attend.mask), additive_fill(attend)
+    score, mask, low = scaled(attend), simplify(attend.mask), additive_fill(attend)
     assert score is not None and low is not None
-    patched = mask != TRUE and attend.norm.empty == "zero" and not rows_never_empty(attend, place.types)
+    patched = mask != TRUE and attend.norm.empty == "zero" and not never_empty(attend, place.types)
     extra = additive_mask(writer, mask, MASKED if patched else low, score.bias, square=True)
     out = build(
         "MultiHeadAttention",
@@ -320,14 +355,18 @@ def multi_head_attention(attend: Attend, place: Place) -> Made:
     )
     if patched:
         out = build("Mul", out, _rows(writer, mask, seen=True))
-    return {attend.out: Operand(out, flat_groups(_axes(place, attend.out)))}
+    return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
 
 
 def group_query_attention(attend: Attend, place: Place) -> Made:
-    """``com.microsoft.GroupQueryAttention`` on a whole prompt: causal by itself, everything else as a bias."""
+    """``com.microsoft.GroupQueryAttention`` on a whole prompt: causal by itself, the rest as a bias."""
     writer, build = writer_of(attend, place), place.build
     parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
-    score, causal, low = affine(simplify(attend.score)), causal_mask(attend, place.types), additive_fill(attend)
+    score, causal, low = (
+        scaled(attend),
+        causal_mask(attend, place.types),
+        additive_fill(attend),
+    )
     assert score is not None and causal is not None and low is not None
     sizes = extents(attend, place.types)
     rest = simplify(causal.rest)
@@ -364,14 +403,18 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
         scale=score.scale,
         local_window_size=causal.window,
     )
-    if rest != TRUE and not math.isinf(low) and not rows_never_empty(attend, place.types):
+    if rest != TRUE and not math.isinf(low) and not never_empty(attend, place.types):
         # a finite fill: such a row weighs all keys alike, where the operator gives zero
-        out = build("Add", out, build("Mul", _rows(writer, simplify(attend.mask), seen=False), _mean(attend, place, parts[2])))
-    return {attend.out: Operand(out, flat_groups(_axes(place, attend.out)))}
+        out = build(
+            "Add",
+            out,
+            build("Mul", _rows(writer, simplify(attend.mask), seen=False), _mean(attend, place, parts[2])),
+        )
+    return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
 
 
 def _mean(attend: Attend, place: Place, value: ir.Value) -> ir.Value:
-    """Mean of the values over all keys, for each query head: ``[b, 1, h*e]`` from flat values ``[b, j, g*e]``."""
+    """Mean of the values over all keys, for each query head: ``[b, 1, h*e]`` from ``[b, j, g*e]``."""
     build, shares = place.build, group_size(attend, place.types) or 1
     mean = build("ReduceMean", value, build.constant([1]), keepdims=1)
     if shares == 1:

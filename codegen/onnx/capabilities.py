@@ -1,7 +1,8 @@
 """What each ONNX operator can express exactly: one row each.
 
-A row says why an operator cannot compute a Spec, in words for the person who asked for it. A row without an objection is
-a promise that the builder's nodes compute the Spec up to rounding; the tests hold every row to it on the table of Specs.
+A row says why an operator cannot compute a Spec, in words for the person who asked for it. A row without an
+objection is a promise that the builder's nodes compute the Spec up to rounding; the tests hold every row to
+it on the table of Specs.
 """
 
 from __future__ import annotations
@@ -20,21 +21,19 @@ from attncompile.codegen.onnx.attend import (
     multi_head_attention,
 )
 from attncompile.codegen.onnx.reading import (
-    ABSORBING,
     additive_fill,
-    affine,
     causal_mask,
-    extents,
     fixed,
     group_size,
     may_be_infinite,
-    rows_never_empty,
+    scaled,
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
 from attncompile.codegen.onnx.values import MICROSOFT
 from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
 from attncompile.ir.ops import Attend, Scan, Types
 from attncompile.ir.refusal import RefusalError
+from attncompile.ir.rows import ABSORBING, extents, never_empty
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 
@@ -51,7 +50,7 @@ class Capability:
         domain: ``""`` for the standard, ``com.microsoft`` for ONNX Runtime's own.
         providers: where it has a kernel, with the dtypes of that kernel.
         opset: lowest standard opset it needs.
-        onnxruntime: versions that it was checked with (the lowest that has it is given by its capability test at load).
+        onnxruntime: version that it was checked with.
         objection: why an operation is beyond it, given the provider, or ``None``.
         build: makes the nodes.
     """
@@ -91,7 +90,7 @@ def _fused(name: str, attend: Attend, types: Types) -> str | None:
         return f"{name} does not give the log-sum-exp"
     if simplify(attend.weight) != WEIGHT:
         return f"{name} cannot edit the weights ({attend.weight})"
-    if affine(simplify(attend.score)) is None:
+    if scaled(attend) is None:
         return f"{name} takes a constant scale and an additive bias, the score is {attend.score}"
     if additive_fill(attend) is None:
         return f"{name} masks by adding a number, the fill is {attend.fill}"
@@ -99,7 +98,7 @@ def _fused(name: str, attend: Attend, types: Types) -> str | None:
         return f"{name} needs fixed numbers of heads and channels"
     if types[attend.query].dtype != types[attend.value].dtype:
         return f"{name} needs one dtype for query, key and value"
-    mask, score = simplify(attend.mask), affine(simplify(attend.score))
+    mask, score = simplify(attend.mask), scaled(attend)
     tensor = mask != TRUE or (score is not None and score.bias is not None)
     if tensor and attend.norm.empty == "zero" and score is not None and may_be_infinite(score.bias):
         return f"{name}: the bias may hold -inf, and rows of nothing else must be zero"
@@ -111,7 +110,7 @@ def _reads_head(attend: Attend) -> bool:
 
 
 def _may_be_empty(attend: Attend, types: Types) -> bool:
-    return simplify(attend.mask) != TRUE and not rows_never_empty(attend, types)
+    return simplify(attend.mask) != TRUE and not never_empty(attend, types)
 
 
 def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
@@ -120,7 +119,7 @@ def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
         return reason
     if group_size(attend, types) is None:
         return f"Attention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
-    low, score = additive_fill(attend), affine(simplify(attend.score))
+    low, score = additive_fill(attend), scaled(attend)
     empty = _may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
     if empty and low is not None and math.isinf(low) and attend.norm.empty == "nan":
         return "Attention gives zero for a query that sees no key, here it is NaN"
@@ -134,7 +133,7 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
     if reason:
         return reason
     if group_size(attend, types) != 1:
-        return f"MultiHeadAttention has one KV head per query head, here query head h reads KV head {attend.kv_head}"
+        return f"MultiHeadAttention has one KV head per query head, here query head h reads {attend.kv_head}"
     if _may_be_empty(attend, types):
         if provider != "cpu":
             return "what MultiHeadAttention gives on CUDA for a query that sees no key has not been verified"
@@ -148,10 +147,15 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
     if reason:
         return reason
     if group_size(attend, types) is None:
-        return f"GroupQueryAttention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
+        return (
+            f"GroupQueryAttention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
+        )
     channels, values = fixed(types[attend.query].sizes[3]) or 0, fixed(types[attend.value].sizes[3])
     if channels % 8 or channels != values:
-        return f"GroupQueryAttention needs as many value as key channels, a multiple of 8; here {channels} and {values}"
+        return (
+            "GroupQueryAttention needs as many value as key channels, a multiple of 8; "
+            f"here {channels} and {values}"
+        )
     causal = causal_mask(attend, types)
     if causal is None:
         sizes = extents(attend, types)
@@ -159,8 +163,8 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
             "GroupQueryAttention on a prompt is causal on as many keys as queries; the mask is "
             f"{attend.mask} on {sizes['i']} queries and {sizes['j']} keys"
         )
-    low, score = additive_fill(attend), affine(simplify(attend.score))
-    if low is not None and low > -ABSORBING:
+    low, score = additive_fill(attend), scaled(attend)
+    if low is not None and low > ABSORBING:
         return f"GroupQueryAttention never visits masked keys, but a fill of {low:g} leaves them a weight"
     biased = causal.rest != TRUE or (score is not None and score.bias is not None)
     if biased and provider == "cuda":
@@ -171,20 +175,24 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
         if _reads_head(attend):
             return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
     if score is not None and may_be_infinite(score.bias):
-        return "GroupQueryAttention: the bias may hold -inf, and what a row of nothing else gives is not ours to say"
+        return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
     return None
 
 
 def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
     if scan.normalize:
         return "LinearAttention does not divide by the sum of the weights"
-    if any(fixed(types[side].sizes[axis]) is None for side in (scan.query, scan.key, scan.value) for axis in (1, 3)):
+    if any(
+        fixed(types[side].sizes[axis]) is None
+        for side in (scan.query, scan.key, scan.value)
+        for axis in (1, 3)
+    ):
         return "LinearAttention needs fixed numbers of heads and channels"
     heads, groups = fixed(types[scan.query].sizes[1]) or 0, fixed(types[scan.key].sizes[1]) or 0
     if heads != groups:
-        return f"LinearAttention keeps one state per KV head, but the decay is per query head ({heads} on {groups})"
+        return f"LinearAttention has a decay per KV head, here it is per query head ({heads} on {groups})"
     if simplify(scan.kv_head, {"h": types[scan.query].sizes[1]}) != Index("h"):
-        return f"LinearAttention pairs query and KV heads in order, here query head h reads KV head {scan.kv_head}"
+        return f"LinearAttention pairs query and KV heads in order, here query head h reads {scan.kv_head}"
     return None
 
 
@@ -192,31 +200,72 @@ def _never(_: object, __: Types, ___: Provider) -> str | None:
     return None
 
 
-VERSIONS = "1.31"
+CHECKED_WITH = "1.31"
+_SINGLE: tuple[str, ...] = ("float32",)
+_HALVES: tuple[str, ...] = ("float16", "bfloat16")
+_EVERYWHERE: dict[Provider, tuple[str, ...]] = {"cpu": FLOATS, "cuda": FLOATS}
 
 ATTEND_ROWS: tuple[Capability, ...] = (
     Capability(
-        "Attention", "", {"cpu": ("float32", "float16"), "cuda": ("float32", "float16", "bfloat16")}, 23, VERSIONS,
-        _attention, attention,
+        operator="Attention",
+        domain="",
+        providers={"cpu": ("float32", "float16"), "cuda": _SINGLE + _HALVES},
+        opset=23,
+        onnxruntime=CHECKED_WITH,
+        objection=_attention,
+        build=attention,
     ),
     Capability(
-        "MultiHeadAttention", MICROSOFT, {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}, 17,
-        VERSIONS, _multi_head, multi_head_attention,
+        operator="MultiHeadAttention",
+        domain=MICROSOFT,
+        providers={"cpu": _SINGLE, "cuda": _SINGLE + _HALVES},
+        opset=17,
+        onnxruntime=CHECKED_WITH,
+        objection=_multi_head,
+        build=multi_head_attention,
     ),
     Capability(
-        "GroupQueryAttention", MICROSOFT, {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}, 17,
-        VERSIONS, _group_query, group_query_attention,
+        operator="GroupQueryAttention",
+        domain=MICROSOFT,
+        providers={"cpu": ("float32", "float16"), "cuda": _HALVES},
+        opset=17,
+        onnxruntime=CHECKED_WITH,
+        objection=_group_query,
+        build=group_query_attention,
     ),
-    Capability("decomposition", "", {"cpu": FLOATS, "cuda": FLOATS}, 18, VERSIONS, _never, decomposition),
-)  # fmt: skip
+    Capability(
+        operator="decomposition",
+        domain="",
+        providers=_EVERYWHERE,
+        opset=18,
+        onnxruntime=CHECKED_WITH,
+        objection=_never,
+        build=decomposition,
+    ),
+)
 
 SCAN_ROWS: tuple[Capability, ...] = (
     Capability(
-        "LinearAttention", MICROSOFT, {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}, 17, VERSIONS,
-        _linear, linear_attention, Scan,
+        operator="LinearAttention",
+        domain=MICROSOFT,
+        providers={"cpu": _SINGLE, "cuda": _SINGLE + _HALVES},
+        opset=17,
+        onnxruntime=CHECKED_WITH,
+        objection=_linear,
+        build=linear_attention,
+        operation=Scan,
     ),
-    Capability("decomposition", "", {"cpu": FLOATS, "cuda": FLOATS}, 18, VERSIONS, _never, parallel_scan, Scan),
-)  # fmt: skip
+    Capability(
+        operator="decomposition",
+        domain="",
+        providers=_EVERYWHERE,
+        opset=18,
+        onnxruntime=CHECKED_WITH,
+        objection=_never,
+        build=parallel_scan,
+        operation=Scan,
+    ),
+)
 
 
 def rows_for(spec: Spec) -> tuple[Capability, ...]:

@@ -1,7 +1,8 @@
 """Index expressions as ONNX nodes.
 
-Every expression becomes a value that broadcasts over the axes of the site (``b h i j`` for an attention map), each
-subexpression once for the whole model: two sites with the same mask over the same tensors share its nodes.
+Every expression becomes a value that broadcasts over the axes of the site (``b h i j`` for an attention
+map), and each subexpression is written once for the whole model: sites with one mask over the same tensors
+share its nodes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ class Writer:
                 return ("size", known, factor) if known is not None else ("size of", value.name, axis, factor)
             case Load(name, indices, _):
                 extents = tuple(self.key(size) for size in self.types[name].sizes)
-                return ("load", self.operands[name].value.name, extents, tuple(self.key(index) for index in indices))
+                return (
+                    "load",
+                    self.operands[name].value.name,
+                    extents,
+                    tuple(self.key(index) for index in indices),
+                )
             case Apply(operator, arguments, _):
                 return (operator, self.dtype, tuple(self.key(argument) for argument in arguments))
             case Score():
@@ -94,7 +100,9 @@ class Writer:
         if isinstance(expr, Size):
             return self.once(("shape", self.key(expr)), lambda: self._read_size(expr.name))
         one = self.write(expr)
-        return self.once(("as [1]", self.key(expr)), lambda: self.build("Reshape", one, self.build.constant([1])))
+        return self.once(
+            ("as [1]", self.key(expr)), lambda: self.build("Reshape", one, self.build.constant([1]))
+        )
 
     def visible_axes(self, expr: Expr) -> frozenset[str]:
         """The index names that the expression's value depends on."""
@@ -111,7 +119,8 @@ class Writer:
         Raises:
             RefusalError: when no tensor has an axis from which the size can be told.
         """
-        for tensor, operand in self.operands.items():
+        # captured tensors first: reading an operand's size may keep a copy of it alive
+        for tensor, operand in sorted(self.operands.items(), key=lambda item: len(item[1].groups) > 2):
             sizes = {axis.name: axis.size for axis in self.types[tensor].axes}
             found = operand.behind_turn()
             for place, group in enumerate(found.groups):
@@ -186,7 +195,7 @@ class Writer:
             extent = simplify(extent)
             if isinstance(index, Index) and index.name in self.axes:
                 place = self.axes.index(index.name)
-                # an axis of size 1 is read at its one position whatever the index: an index out of range is clamped
+                # an axis of size 1 is read at its one position: an index out of range is clamped
                 if place in places.values() or (
                     extent != Const(1) and extent != simplify(self.extents[index.name])
                 ):

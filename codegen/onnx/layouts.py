@@ -1,7 +1,7 @@
-"""The two layouts of heads: ``[B, H, S, D]`` of a Spec and the flat ``[B, S, H*D]`` that projections and operators use.
+"""The layouts of heads: ``[B, H, S, D]`` of a Spec, the flat ``[B, S, H*D]`` of projections and operators.
 
-A projection makes the flat one, the graph turns it with ``Reshape`` and ``Transpose``, and a fused operator wants it
-flat again. Looking through the turn saves both copies.
+A projection makes the flat one, the graph turns it with ``Reshape`` and ``Transpose``, and a fused operator
+wants it flat again. Looking through the turn saves both copies.
 """
 
 from __future__ import annotations
@@ -42,14 +42,19 @@ def _order(value: ir.Value | None) -> tuple[ir.Node, tuple[int, ...]] | None:
 def heads_of(value: ir.Value) -> Heads | None:
     """The flat tensor behind a value of shape ``[B, H, S, D]`` that is a turned view of it."""
     turned = _order(value)
-    if turned is None or turned[1] != TURN:
+    if turned is None or turned[1] != TURN or turned[0].inputs[0] is None:
         return None
-    split = producer(turned[0].inputs[0], "Reshape")
+    return split_of(turned[0].inputs[0])
+
+
+def split_of(value: ir.Value) -> Heads | None:
+    """The flat tensor behind a value of shape ``[B, S, H, D]`` that only splits its last axis."""
+    split = producer(value, "Reshape")
     if split is None or split.inputs[0] is None:
         return None
-    flat, whole = split.inputs[0], split.outputs[0]
-    heads, channels, width = known_axis(whole, 2), known_axis(whole, 3), known_axis(flat, 2)
-    sizes, inner = dimensions(whole), dimensions(flat)
+    flat = split.inputs[0]
+    heads, channels, width = known_axis(value, 2), known_axis(value, 3), known_axis(flat, 2)
+    sizes, inner = dimensions(value), dimensions(flat)
     if heads is None or channels is None or sizes is None or inner is None or len(inner) != 3:
         return None
     # the last axis alone is split: widths agree, and the sequence axis is the same one
@@ -76,18 +81,23 @@ class Operand:
 
     Attributes:
         value: the graph's value.
-        groups: for each axis of ``value`` the Spec axes it is made of, outermost first; ``(("b",), ("i",), ("h", "d"))``
-            is a flat ``[B, I, H*D]``, an empty group an axis of size 1.
+        groups: for each axis of ``value`` the Spec axes it is made of, outermost first. The flat layout is
+            ``(("b",), ("i",), ("h", "d"))``; an empty group is an axis of size 1.
     """
 
     value: ir.Value
     groups: Groups
 
     def behind_turn(self) -> Operand:
-        """The flat tensor that this one is a turned view of, or this one."""
+        """The flat tensor that this one is a split or turned view of, or this one."""
         axes = tuple(group[0] for group in self.groups if len(group) == 1)
-        view = heads_of(self.value) if len(axes) == 4 == len(self.groups) else None
-        return self if view is None else Operand(view.flat, flat_groups(axes))
+        if not len(axes) == 4 == len(self.groups):
+            return self
+        view = heads_of(self.value)
+        if view is not None:
+            return Operand(view.flat, flat_groups(axes))
+        view = split_of(self.value)
+        return self if view is None else Operand(view.flat, ((axes[0],), (axes[1],), axes[2:]))
 
 
 def single_groups(axes: Iterable[str]) -> Groups:
@@ -109,24 +119,71 @@ def arrange(
     Args:
         extents: size of each Spec axis, a number or a maker of an int64 ``[1]`` value.
     """
-    operand = Operand(operand.value, operand.groups)
     if operand.groups == wanted:
         return operand.value
     behind = operand.behind_turn()
     if behind.groups == wanted:
         return behind.value
     value, groups = operand.value, operand.groups
+    known = _axis_dimensions(operand, extents)
     if any(len(group) != 1 for group in groups):
         singles = single_groups(axis for group in groups for axis in group)
         value, groups = _reshape(build, value, groups, singles, extents), singles
+        state_shape(value, groups, known, operand.value.dtype)
     order = tuple(axis for group in wanted for axis in group)
     current = tuple(group[0] for group in groups)
     if sorted(order) != sorted(current):
         raise ValueError(f"a tensor with axes {current} cannot be laid out as {wanted}")
     if order != current:
         value = build("Transpose", value, perm=[current.index(axis) for axis in order])
+        state_shape(value, single_groups(order), known, operand.value.dtype)
     groups = single_groups(order)
-    return value if groups == wanted else _reshape(build, value, groups, wanted, extents)
+    if groups == wanted:
+        return value
+    value = _reshape(build, value, groups, wanted, extents)
+    state_shape(value, wanted, known, operand.value.dtype)
+    return value
+
+
+def _axis_dimensions(
+    operand: Operand, extents: Mapping[str, int | Callable[[], ir.Value]]
+) -> dict[str, int | str | None]:
+    """What is known of each Spec axis: its fixed size, or the symbol of the native axis that it is."""
+    known: dict[str, int | str | None] = {
+        axis: size if isinstance(size, int) else None for axis, size in extents.items()
+    }
+    for group, size in zip(operand.groups, dimensions(operand.value) or (), strict=False):
+        if len(group) == 1 and known.get(group[0]) is None:
+            known[group[0]] = size
+    return known
+
+
+def state_shape(
+    value: ir.Value, groups: Groups, known: Mapping[str, int | str | None], dtype: ir.DataType | None
+) -> None:
+    """Write what is known of its shape on a value, for those who read the graph afterwards."""
+    sizes: list[int | str | None] = []
+    for group in groups:
+        parts = [known.get(axis) for axis in group]
+        numbers = [part for part in parts if isinstance(part, int)]
+        sizes.append(
+            math.prod(numbers) if len(numbers) == len(parts) else parts[0] if len(parts) == 1 else None
+        )
+    value.shape = ir.Shape(sizes)
+    if dtype is not None:
+        value.dtype = dtype
+
+
+def known_dimensions(
+    operands: Iterable[Operand], extents: Mapping[str, int | Callable[[], ir.Value]]
+) -> dict[str, int | str | None]:
+    """What the operands together tell of the Spec's axes."""
+    known: dict[str, int | str | None] = {}
+    for operand in operands:
+        for axis, size in _axis_dimensions(operand, extents).items():
+            if known.get(axis) is None:
+                known[axis] = size
+    return known
 
 
 def _reshape(
@@ -161,7 +218,7 @@ def _reshape(
 
 
 def drop_double_turns(model: ir.Model) -> int:
-    """Remove ``Reshape(Transpose(heads))`` where the heads are a turned view of the same flat tensor; how many."""
+    """Remove ``Reshape(Transpose(heads))`` where the heads are a turned view of that tensor; how many."""
     done = 0
     for node in list(model.graph):
         if node.domain or node.op_type != "Reshape":

@@ -1,15 +1,23 @@
 """Root-mean-square normalisation spelled out becomes ``RMSNormalization`` (opset 23).
 
-The region is ``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis, in any of the spellings of the square and of
-the reciprocal root, and with the weight on either side. The operator computes it in one pass (ONNX Runtime CPU: 1.5x
-with a small projection behind it). Exact up to rounding.
+The region is ``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis, in any of the spellings of the
+square and of the reciprocal root, and with the weight on either side. The operator computes it in one pass
+(ONNX Runtime CPU: 1.5x with a small projection behind it). Exact up to rounding.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from attncompile.codegen.onnx.values import Builder, constant, dimensions, number, producer, read_once, redirect
+from attncompile.codegen.onnx.values import (
+    Builder,
+    constant,
+    dimensions,
+    number,
+    producer,
+    read_once,
+    redirect,
+)
 
 OPSET = 23
 """The first opset that has RMSNormalization."""
@@ -73,7 +81,7 @@ def _normalised(value: ir.Value | None) -> tuple[ir.Value, float] | None:
 
 
 def fuse_root_mean_square(model: ir.Model) -> int:
-    """Rewrite the model's spelled-out normalisations in place; how many there were. Nothing below opset 23."""
+    """Rewrite the model's spelled-out normalisations in place; how many. Nothing below opset 23."""
     if model.opset_imports.get("", 0) < OPSET:
         return 0
     done = 0
@@ -86,7 +94,7 @@ def fuse_root_mean_square(model: ir.Model) -> int:
                 continue
             x, epsilon = found
             sizes, weights = dimensions(x), dimensions(weight)
-            # a weight per channel: rank 1 and as long as the last axis, so that nothing is broadcast into new axes
+            # a weight per channel, as long as the last axis: nothing is broadcast into new axes
             if not sizes or weights is None or len(weights) != 1 or weights[0] != sizes[-1]:
                 continue
             if not isinstance(sizes[-1], int) or x.dtype != weight.dtype or x.dtype != ir.DataType.FLOAT:

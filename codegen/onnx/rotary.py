@@ -1,10 +1,10 @@
 """Rotary position maps spelled out become ``com.microsoft.RotaryEmbedding``.
 
-The region is ``x * cos + rotate_half(x) * sin`` with ``rotate_half(x) = concat(-x[..., D/2:], x[..., :D/2])`` on ``x`` of
-shape ``[B, H, S, D]``, where ``cos`` and ``sin`` (``[1, S, D]``, same for all batches and heads) repeat their first half.
-That repetition is proven from the graph. Where ``x`` is a transposed view of ``[B, S, H*D]`` the operator reads that
-directly, so the transpose is done after it, where an attention operator can do without. Exact up to rounding; on ONNX
-Runtime's CPU four times as fast.
+The region is ``x * cos + rotate_half(x) * sin`` with ``rotate_half(x) = concat(-x[..., D/2:], x[...,
+:D/2])`` on ``x`` of shape ``[B, H, S, D]``, where ``cos`` and ``sin`` (``[1, S, D]``, the same for all
+batches and heads) repeat their first half. That repetition is proven from the graph. Where ``x`` is a
+transposed view of ``[B, S, H*D]`` the operator reads that directly, so the transpose is done after it,
+where an attention operator can do without. Exact up to rounding; on ONNX Runtime's CPU four times as fast.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import torch
 
-from attncompile.codegen.onnx.attend import Made, Place, arranged
+from attncompile.codegen.onnx.attend import Made, Place, arranged, result
 from attncompile.codegen.onnx.expressions import Writer
-from attncompile.codegen.onnx.layouts import Operand, flat_groups, single_groups
+from attncompile.codegen.onnx.layouts import flat_groups, single_groups
 from attncompile.codegen.onnx.reading import fixed
-from attncompile.codegen.onnx.values import MICROSOFT
+from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES
+from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Index
 from attncompile.ir.ops import Scan
 from attncompile.ir.refusal import Refusal, RefusalError
@@ -65,7 +67,7 @@ def linear_attention(scan: Scan, place: Place) -> Made:
         scale=scan.scale,
         update_rule="gated",
     )
-    return {scan.out: Operand(out, flat_groups(_names(place, scan.out)))}
+    return result(place, scan.out, out, flat_groups(_names(place, scan.out)), scan.query)
 
 
 def parallel_scan(scan: Scan, place: Place) -> Made:
@@ -81,8 +83,8 @@ def parallel_scan(scan: Scan, place: Place) -> Made:
         key, value = (build("Gather", side, order, axis=1) for side in (key, value))
     distance = Index("i") - Index("j")
     zero = build.constant(0.0, writer.dtype)
-    # the power is taken of a distance that is never negative: a small decay to a large negative power overflows
-    steps = build("Max", build("Cast", writer.write(distance), to=query_type(writer)), zero)
+    # the power of a distance that is never negative: a small decay to a large negative power overflows
+    steps = build("Max", build("Cast", writer.write(distance), to=int(NUMPY_TYPES[writer.dtype])), zero)
     decays = build("Pow", writer.write(scan.decay), steps)
     decays = build("Where", writer.write(Index("j") <= Index("i")), decays, zero)
     raw = build("MatMul", query, build("Transpose", key, perm=[0, 1, 3, 2]))
@@ -91,20 +93,9 @@ def parallel_scan(scan: Scan, place: Place) -> Made:
     if scan.normalize:
         total = build("Abs", build("ReduceSum", weights, build.constant([3]), keepdims=1))
         out = build("Div", out, build("Max", total, build.constant(1.0, writer.dtype)))
-    return {scan.out: Operand(out, single_groups(_names(place, scan.out)))}
-
-
-def query_type(writer: Writer) -> int:
-    """ONNX's number of the arithmetic's dtype."""
-    from attncompile.codegen.onnx.values import NUMPY_TYPES
-
-    return int(NUMPY_TYPES[writer.dtype])
+    return result(place, scan.out, out, single_groups(_names(place, scan.out)), scan.query)
 
 
 def _kv_heads(scan: Scan, heads: int) -> list[int]:
-    import torch
-
-    from attncompile.ir.evaluate import Environment, evaluate
-
     grid = {"h": torch.arange(heads)}
     return [int(number) for number in evaluate(scan.kv_head, Environment(grid)).expand(heads)]

@@ -10,6 +10,7 @@ from attncompile.codegen.onnx.attend import Made, Place, arranged
 from attncompile.codegen.onnx.expressions import Writer
 from attncompile.codegen.onnx.layouts import Operand, single_groups
 from attncompile.codegen.onnx.reading import fixed
+from attncompile.ir.expr import Const
 from attncompile.ir.ops import Cache, Operation, Position, Project, Quantize
 
 
@@ -28,8 +29,6 @@ def position(step: Position, place: Place) -> Made:
     build, kind = place.build, place.types[step.tensor]
     writer = _writer(place, step.tensor)
     # the tables run over the rotated channels only
-    from attncompile.ir.expr import Const
-
     writer.extents = {**writer.extents, "d": Const(step.channels)}
     x = arranged(writer, place, step.tensor, single_groups)
     channels = fixed(kind.sizes[3])
@@ -47,7 +46,9 @@ def position(step: Position, place: Place) -> Made:
         even, odd = build("Split", pairs, build.constant([1, 1]), outputs=2, axis=-1)
         turned = build("Concat", build("Neg", odd), even, axis=-1)
         heads = fixed(kind.sizes[1])
-        partner = build("Reshape", turned, build.constant([0, heads if heads is not None else 0, -1, step.channels]))
+        partner = build(
+            "Reshape", turned, build.constant([0, heads if heads is not None else 0, -1, step.channels])
+        )
     straight = build("Mul", x, writer.write(step.cos))
     out = build("Add", straight, build("Mul", partner, writer.write(step.sin)))
     if rest is not None:
@@ -59,7 +60,9 @@ def cache(step: Cache, place: Place) -> Made:
     """Past and new along the positions."""
     writer = _writer(place, step.new)
     past, new = (arranged(writer, place, name, single_groups) for name in (step.past, step.new))
-    return {step.out: Operand(place.build("Concat", past, new, axis=2), single_groups(_axes(place, step.out)))}
+    return {
+        step.out: Operand(place.build("Concat", past, new, axis=2), single_groups(_axes(place, step.out)))
+    }
 
 
 def project(step: Project, place: Place) -> Made:
@@ -107,5 +110,3 @@ STEPS: dict[type[Operation], Callable[..., Made]] = {
     Quantize: quantize,
 }
 """How each operation that is neither an Attend nor a Scan is written."""
-
-

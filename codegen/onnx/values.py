@@ -44,7 +44,9 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 def number(value: ir.Value | None) -> float | None:
     """A single known number, whatever its shape."""
-    known = constant(value) if value is None or value.const_value is None or value.const_value.size == 1 else None
+    known = (
+        constant(value) if value is None or value.const_value is None or value.const_value.size == 1 else None
+    )
     return float(known.reshape(())) if known is not None and known.size == 1 else None
 
 
@@ -54,7 +56,7 @@ def read_once(value: ir.Value) -> bool:
 
 
 def dimensions(value: ir.Value) -> tuple[int | str | None, ...] | None:
-    """The value's axes: a number, a symbol's text, or ``None`` where nothing is known; ``None`` without a rank."""
+    """The value's axes: a number, a symbol's text, or ``None`` if unknown; ``None`` without a rank."""
     if value.shape is None:
         return None
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
@@ -162,7 +164,11 @@ def split_terms(value: ir.Value, limit: int = 4) -> list[ir.Value]:
         for place, term in enumerate(terms):
             node = producer(term, "Add")
             if node is not None and len(terms) < limit and (term is value or read_once(term)):
-                terms = [*terms[:place], *(side for side in node.inputs if side is not None), *terms[place + 1 :]]
+                terms = [
+                    *terms[:place],
+                    *(side for side in node.inputs if side is not None),
+                    *terms[place + 1 :],
+                ]
                 break
         else:
             return list(terms)

@@ -1,4 +1,4 @@
-"""Every operator that says it can compute a Spec does, against the reference definition, in ONNX Runtime's CPU."""
+"""Every operator that says it can compute a Spec does, against the reference, in ONNX Runtime's CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
 from attncompile.ir.spec import Spec
 from tests.cases import BY_NAME, CASES, Case
 
-# What another order of float32 operations may add, over sums as long as the longest rows and channels of the table;
-# the error that plain float32 makes itself is measured beside it.
+# What another order of float32 operations may add, over sums as long as the longest rows and channels of the
+# table; the error that plain float32 makes itself is measured beside it.
 TOLERANCE = 301**0.5 * 16**0.5 * float(np.finfo(np.float32).eps)
 
 

@@ -1,0 +1,162 @@
+"""Measure ONNX Runtime's attention operators against the plain decomposition, and write the table that chooses.
+
+    python benchmarks/onnx_operators.py codegen/onnx/measured.tsv
+
+Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread; what counts
+is the processor time of the calling thread, which other programs on the machine do not lengthen much. A row is the
+median of the decomposition over the median of the operator. Operands are flat ``[B, S, H*D]``, as projections give them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from attncompile.codegen.onnx.capabilities import rows_for
+from attncompile.codegen.onnx.choose import mask_class
+from attncompile.codegen.onnx.emit import emit
+from attncompile.codegen.onnx.layouts import Operand, flat_groups, single_groups
+from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
+from attncompile.ir import Spec, parse_spec
+
+WARM_UP = 4
+"""Runs before timing: ONNX Runtime plans its memory anew in the second run of a shape."""
+
+SHAPES = (("q,k,v[B,12,I,32]", ""), ("q[B,9,I,64]  k,v[B,3,I,64]", "  kv_head h // 3\n"))
+MASKS = (
+    ("true", ""),
+    ("attention_mask[b, j] ≠ 0", "  given  attention_mask[B,I]:int64\n"),
+    ("j ≤ i", ""),
+    ("j ≤ i and attention_mask[b, j] ≠ 0", "  given  attention_mask[B,I]:int64\n"),
+)
+LENGTHS = (64, 128, 384, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    mask: str
+    grouped: bool
+    length: int
+    operator: str
+    speed: float
+
+
+def specs() -> list[Spec]:
+    """The Specs that are measured: as exported by Hugging Face's eager attention, so a masked logit is finite."""
+    found = []
+    for operands, heads in SHAPES:
+        for mask, given in MASKS:
+            fill = "" if mask == "true" else "  fill   −3.4028234663852886e+38\n"
+            found.append(
+                parse_spec(
+                    f"site   attend  {operands}  float32\n  score  0.125·s\n  mask   {mask}\n{fill}{heads}"
+                    f"  norm   softmax (float32)\n{given}"
+                )
+            )
+    return found
+
+
+def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
+    """One operator for the Spec, alone in a model."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1}, name="site")
+    operands = {}
+    for value in spec.inputs:
+        axes = tuple(axis.name for axis in value.type.axes)
+        groups = flat_groups(axes) if len(axes) == 4 else single_groups(axes)
+        known = ir.Value(
+            name=value.name,
+            type=ir.TensorType(NUMPY_TYPES[value.type.dtype]),
+            shape=ir.Shape([None] * len(groups)),
+        )
+        graph.inputs.append(known)
+        operands[value.name] = Operand(known, groups)
+    build = Builder(graph, "site")
+    row = next(row for row in rows_for(spec) if row.operator == operator)
+    axes = tuple(axis.name for axis in spec.types()["out"].axes)
+    made = emit(spec, operands, {"out": flat_groups(axes)}, row, build, {})
+    graph.extend(build.nodes)
+    graph.outputs.append(made["out"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    proto = ir.to_proto(ir.Model(graph, ir_version=10))
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def measure(spec: Spec, length: int) -> list[Row]:
+    """Every capable operator at one length."""
+    rng = np.random.default_rng(0)
+    feed = {}
+    for value in spec.inputs:
+        sizes = [getattr(size, "value", length) for size in value.type.sizes]
+        if value.name == "attention_mask":
+            feed[value.name] = np.ones((1, length), dtype=np.int64)
+        else:
+            feed[value.name] = rng.standard_normal((1, length, sizes[1] * sizes[3])).astype(np.float32)
+    names = [row.operator for row in rows_for(spec) if row.why_not(spec) is None]
+    sessions = {name: session(spec, name) for name in names}
+    for running in sessions.values():
+        for _ in range(WARM_UP):
+            running.run(None, feed)
+    rounds = max(5, min(60, 20_000 // length))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 else names[::-1]:
+            start = time.thread_time()
+            sessions[name].run(None, feed)
+            times[name].append(time.thread_time() - start)
+    plain = statistics.median(times["decomposition"])
+    grouped = spec.types()["q"].sizes[1] != spec.types()["k"].sizes[1]
+    return [
+        Row(mask_class(spec), grouped, length, name, plain / statistics.median(times[name]))
+        for name in names
+        if name != "decomposition"
+    ]
+
+
+def device() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [
+            line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+        ]
+        if lines:
+            return lines[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(target: Path) -> None:
+    """Measure everything and write the table."""
+    head = ("provider", "device", "onnxruntime", "date", "mask", "grouped", "length", "operator", "speed")
+    fixed = ("cpu", device(), onnxruntime.__version__, datetime.date.today().isoformat())
+    lines = [
+        "# written by benchmarks/onnx_operators.py: speed relative to the plain decomposition",
+        "\t".join(head),
+    ]
+    for spec in specs():
+        for length in LENGTHS:
+            for row in measure(spec, length):
+                cells = (*fixed, row.mask, "yes" if row.grouped else "no", row.length, row.operator)
+                lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))
+                print(lines[-1], flush=True)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python benchmarks/onnx_operators.py TABLE.tsv")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""The operator for a Spec on a provider: what can compute it, what was measured fastest, and why.
+
+The measurements are rows of ``measured.tsv`` (written by ``benchmarks/onnx_operators.py``): the speed of an operator
+relative to the plain decomposition of the same Spec, at one length, on one device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from attncompile.codegen.onnx.capabilities import Capability, Provider, rows_for
+from attncompile.codegen.onnx.reading import causal_mask, group_size, scaled
+from attncompile.ir.expr import TRUE
+from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.simplify import simplify
+from attncompile.ir.spec import Spec
+
+Prefer = Literal["fastest", "fused", "decomposed"]
+PREFERENCES: tuple[Prefer, ...] = ("fastest", "fused", "decomposed")
+LENGTHS = (128, 512, 2048)
+"""Lengths that a model is chosen for when nobody says."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        provider, device, onnxruntime, date: where, with what and when it was measured.
+        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, or ``causal+tensor``.
+        grouped: whether query heads share KV heads.
+        length: queries and keys.
+        operator: ONNX name.
+        speed: time of the decomposition over the time of the operator.
+    """
+
+    provider: Provider
+    device: str
+    onnxruntime: str
+    date: str
+    mask: str
+    grouped: bool
+    length: int
+    operator: str
+    speed: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The operator for a site.
+
+    Attributes:
+        row: the capability row to build with.
+        reason: why, in one sentence for the report.
+        refused: operators that cannot compute the Spec exactly, with the reason.
+    """
+
+    row: Capability
+    reason: str
+    refused: tuple[tuple[str, str], ...]
+
+
+@functools.cache
+def measurements() -> tuple[Measurement, ...]:
+    """The table that ships with the package."""
+    text = importlib.resources.files(__package__).joinpath("measured.tsv").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in text.splitlines() if line and not line.startswith("#")]
+    head, *rows = lines
+    found = []
+    for line in rows:
+        cell = dict(zip(head, line, strict=True))
+        provider: Provider = "cuda" if cell["provider"] == "cuda" else "cpu"
+        found.append(
+            Measurement(
+                provider,
+                cell["device"],
+                cell["onnxruntime"],
+                cell["date"],
+                cell["mask"],
+                cell["grouped"] == "yes",
+                int(cell["length"]),
+                cell["operator"],
+                float(cell["speed"]),
+            )
+        )
+    return tuple(found)
+
+
+def mask_class(spec: Spec) -> str:
+    """The column of the table that the Spec's Attend belongs to."""
+    attend = spec.attend()
+    if attend is None:
+        return "causal"  # a Scan
+    score = scaled(attend)
+    biased = score is None or score.bias is not None
+    causal = causal_mask(attend, spec.types())
+    if causal is not None:
+        return "causal" if causal.rest == TRUE and not biased else "causal+tensor"
+    return "none" if simplify(attend.mask) == TRUE and not biased else "tensor"
+
+
+def measured_speed(spec: Spec, operator: str, provider: Provider, length: int) -> float | None:
+    """Speed relative to the decomposition, interpolated over the logarithm of the length.
+
+    ``None`` where nothing of the kind was measured.
+    """
+    attend = spec.attend()
+    kind = mask_class(spec)
+    grouped = attend is not None and group_size(attend, spec.types()) != 1
+    rows = [r for r in measurements() if (r.provider, r.mask, r.operator) == (provider, kind, operator)]
+    rows = [r for r in rows if r.grouped == grouped] or rows
+    points = sorted({r.length: r.speed for r in rows}.items())
+    if not points:
+        return None
+    if length <= points[0][0]:
+        return points[0][1]
+    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+        if length <= high:
+            share = math.log(length / low) / math.log(high / low)
+            return before + share * (after - before)
+    return points[-1][1]
+
+
+def choose(
+    spec: Spec,
+    provider: Provider = "cpu",
+    prefer: Prefer = "fastest",
+    lengths: Sequence[int] = LENGTHS,
+    opset: int = 23,
+) -> Choice:
+    """The operator for the Spec's Attend or Scan.
+
+    Args:
+        spec: what to compute.
+        provider: ``cpu`` or ``cuda``.
+        prefer: ``fastest`` by measurement, the fastest ``fused`` operator, or the ``decomposed`` form.
+        lengths: lengths the model will be used with; each counts alike.
+        opset: the model's standard opset.
+
+    Raises:
+        RefusalError: for a Spec without an Attend or Scan.
+        ValueError: for an unknown preference or a length below 1.
+    """
+    if prefer not in PREFERENCES:
+        raise ValueError(f"unknown preference {prefer!r}; choose one of {', '.join(PREFERENCES)}")
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"the expected lengths must be at least 1, got {list(lengths)}")
+    rows = rows_for(spec)
+    if not rows:
+        raise RefusalError(Refusal("no-onnx-form", f"{spec.name} holds no single attention or scan"))
+    objections = {row.operator: row.why_not(spec, provider) or _too_old(row, opset) for row in rows}
+    refused = tuple((name, reason) for name, reason in objections.items() if reason is not None)
+    able = [row for row in rows if objections[row.operator] is None]
+    plain = next(row for row in able if row.operator == "decomposition")
+    fused = [row for row in able if row is not plain]
+    if prefer == "decomposed":
+        return Choice(plain, "the decomposition was asked for", refused)
+    if not fused:
+        return Choice(plain, "no fused operator computes this exactly: " + refused[0][1], refused)
+    speeds = {row.operator: _mean_speed(spec, row, provider, lengths) for row in fused}
+    known = [row for row in fused if speeds[row.operator] is not None]
+    if not known:
+        return Choice(
+            fused[0], f"{fused[0].operator} fits; its speed on {provider} was not measured", refused
+        )
+    best = max(known, key=lambda row: speeds[row.operator] or 0.0)
+    speed = speeds[best.operator] or 0.0
+    if prefer == "fastest" and speed <= 1.0:
+        return Choice(plain, f"{_compared(best, 1 / speed, 'slower', provider, lengths)}", refused)
+    word = "faster" if speed > 1.0 else "slower"
+    told = _compared(best, speed if speed > 1.0 else 1 / speed, word, provider, lengths)
+    return Choice(best, told if prefer == "fastest" else f"a fused operator was asked for; {told}", refused)
+
+
+def _too_old(row: Capability, opset: int) -> str | None:
+    return None if opset >= row.opset else f"{row.operator} needs opset {row.opset}, the model has {opset}"
+
+
+def _mean_speed(spec: Spec, row: Capability, provider: Provider, lengths: Sequence[int]) -> float | None:
+    """Geometric mean over the lengths."""
+    speeds = [measured_speed(spec, row.operator, provider, length) for length in lengths]
+    known = [speed for speed in speeds if speed is not None]
+    return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(speeds) else None
+
+
+def _compared(row: Capability, factor: float, word: str, provider: Provider, lengths: Sequence[int]) -> str:
+    where = next(m for m in measurements() if (m.provider, m.operator) == (provider, row.operator))
+    verb = "is" if word == "faster" else "would be"
+    at = ", ".join(map(str, lengths[:-1])) + (" and " if len(lengths) > 1 else "") + str(lengths[-1])
+    return (
+        f"{row.operator} {verb} {factor:.2f}x {word} than the decomposition at {at} tokens on {provider} "
+        f"(measured on {where.device}, ONNX Runtime {where.onnxruntime}, {where.date})"
+    )
