@@ -1,0 +1,131 @@
+"""What a conversion is tried on: fresh calls with padding at several lengths, and running text."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import InputError
+
+SHAPES = ((1, 9), (3, 33), (2, 70))
+"""Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
+
+TEXT_MODULES = ("pdb", "statistics", "argparse", "csv", "unittest", "heapq", "doctest", "subprocess", "ast", "random", "typing")
+"""Modules of the standard library whose documentation serves as running text: English that every machine has."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model.
+
+    Attributes:
+        args, kwargs: its arguments.
+        what: in a few words, for reports.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    what: str
+
+    def kept(self) -> torch.Tensor | None:
+        """Which positions are no padding: bool ``[batch, length]``, ``None`` without a padding mask."""
+        mask = self.kwargs.get("attention_mask")
+        if self.kwargs.get("decoder_input_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return None
+        return mask.bool()
+
+
+def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
+    """Calls at several batch sizes and lengths, the last row padded.
+
+    Args:
+        opened: the model.
+        seed_shift: added to the lengths, so that a later verification sees inputs that the conversion did not.
+
+    Raises:
+        InputError: when no inputs can be derived for the model.
+    """
+    made: list[Call] = []
+    for batch, length in SHAPES:
+        try:
+            args, kwargs = opened.example(batch, length + seed_shift)
+        except InputError:
+            if made or (batch, length) != SHAPES[0]:
+                continue  # a model with fewer positions, or fixed sizes
+            args, kwargs = opened.example()
+        made.append(Call(args, kwargs, f"batch {batch}, length {length + seed_shift}"))
+    return tuple(made)
+
+
+def running_text() -> str:
+    """Some thirty thousand characters of English prose and code."""
+    documents = (inspect.getdoc(importlib.import_module(name)) or "" for name in TEXT_MODULES)
+    return "\n\n".join(documents)
+
+
+def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
+    """A call on running text, without padding; ``None`` for a model without tokenizer or token inputs."""
+    if opened.tokenizer is None:
+        return None
+    try:
+        args, kwargs = opened.example(1, 9)
+    except InputError:
+        return None
+    if not isinstance(kwargs.get("input_ids"), torch.Tensor):
+        return None
+    positions = getattr(opened.config, "max_position_embeddings", length) or length
+    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
+    ids = torch.tensor([ids])
+    kwargs = {**kwargs, "input_ids": ids}
+    for name in ("attention_mask", "token_type_ids"):
+        if name in kwargs:
+            kwargs[name] = torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
+    return Call(args, kwargs, f"{ids.shape[1]} tokens of text")
+
+
+def named_outputs(result: Any) -> dict[str, torch.Tensor]:
+    """The float tensors among a model's results, by name or number; caches are left out."""
+    if isinstance(result, torch.Tensor):
+        return {"output": result}
+    pairs = result.items() if hasattr(result, "items") else enumerate(result if isinstance(result, tuple | list) else ())
+    return {
+        str(name): value for name, value in pairs if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+
+
+def without_padding(output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The part of an output that does not belong to padded positions: those ``[batch, length, …]`` at kept positions."""
+    if kept is None or output.dim() < 2 or output.shape[:2] != kept.shape:
+        return output
+    return output[kept]
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """``exp`` of the mean negative log-likelihood of each next token, from logits ``[1, length, vocabulary]``."""
+    losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:])
+    return math.exp(float(losses))
+
+
+def text_metrics(call: Call, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+                 ) -> Iterator[tuple[str, float, float | None]]:
+    """Name, value after and value before of what running text says about a change.
+
+    Perplexity for logits over tokens, and for every output the mean cosine similarity of its vectors.
+    """
+    for name, reference in before.items():
+        if name not in after:
+            continue
+        changed = after[name]
+        if name == "logits" and reference.dim() == 3:
+            ids = call.kwargs["input_ids"]
+            if reference.shape[1] == ids.shape[1] and reference.shape[2] > int(ids.max()):
+                yield "perplexity", perplexity(changed, ids), perplexity(reference, ids)
+        cosine = torch.nn.functional.cosine_similarity(reference.double(), changed.double(), dim=-1)
+        yield f"mean cosine similarity of {name}", float(cosine.mean()), None
