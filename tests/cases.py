@@ -1,8 +1,7 @@
 """One table of Specs that every room is tested on: simplifier, passes, PyTorch, Triton, ONNX, plan.
 
 The hard rows are here on purpose: lengths that divide nothing, rows without a visible key, fewer keys than
-queries, value channels that differ from key channels. A row's text is in canonical form, so it prints back as
-written.
+queries, value channels that differ from key channels. A row's text prints back as written.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attncompile.ir import Kind, Spec, parse_spec
+from attncompile.ir import Spec, parse_spec
 from attncompile.ir.ops import OPERATIONS
-from attncompile.ir.types import DTYPES, concrete, element_kind
+from attncompile.ir.sample import random_tensors
 
 FLOAT32_LOWEST = "−3.4028234663852886e+38"
 
@@ -48,40 +47,6 @@ class Case:
     def tensors(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Random inputs by name, see :func:`random_tensors`."""
         return random_tensors(self.spec, self.sizes, seed, dtype, self.ranges)
-
-
-def random_tensors(
-    spec: Spec,
-    sizes: Mapping[str, int],
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    ranges: Mapping[str, tuple[int, int]] | None = None,
-) -> dict[str, torch.Tensor]:
-    """One random tensor for each input of a Spec, by name.
-
-    Real tensors are standard normal. Truth values and integers are masks: 0 or 1, a quarter of them 0, unless
-    ``ranges`` gives ``low ≤ x < high`` for the name. Nothing keeps a row from losing all its keys.
-
-    Args:
-        spec: whose inputs are wanted.
-        sizes: a value for every symbolic size.
-        seed: of the random numbers.
-        dtype: float dtype of the real tensors; each one's own when ``None``.
-        ranges: integer ranges by tensor name.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, torch.Tensor] = {}
-    for value in spec.inputs:
-        shape = [concrete(size, sizes) for size in value.type.sizes]
-        if element_kind(value.type.dtype) is Kind.FLOAT:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-            made[value.name] = drawn.to(dtype or DTYPES[value.type.dtype])
-        elif ranges and value.name in ranges:
-            drawn = torch.randint(*ranges[value.name], shape, generator=generator)
-            made[value.name] = drawn.to(DTYPES[value.type.dtype])
-        else:
-            made[value.name] = (torch.rand(shape, generator=generator) < 0.75).to(DTYPES[value.type.dtype])
-    return made
 
 
 def _case(name: str, text: str, sizes: Mapping[str, int], note: str = "", *, empty_rows: bool = False,

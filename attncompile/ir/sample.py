@@ -1,0 +1,62 @@
+"""Random inputs of a Spec, on which two computations are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from attncompile.ir.expr import Size, symbols
+from attncompile.ir.operators import Kind
+from attncompile.ir.spec import Spec
+from attncompile.ir.types import DTYPES, concrete, element_kind
+
+
+def symbolic_sizes(spec: Spec) -> tuple[str, ...]:
+    """Names of the sizes in the types of a Spec's inputs, in the order they stand."""
+    found = [symbol.name for value in spec.inputs for size in value.type.sizes
+             for symbol in sorted(symbols(size), key=str) if isinstance(symbol, Size)]
+    return tuple(dict.fromkeys(found))
+
+
+def example_sizes(spec: Spec, length: int = 7) -> dict[str, int]:
+    """A value for every symbolic size: batch ``B`` is 2, the others are different lengths from ``length``
+    on.
+    """
+    others = [name for name in symbolic_sizes(spec) if name != "B"]
+    lengths = {name: length + 4 * number for number, name in enumerate(others)}
+    return {name: lengths.get(name, 2) for name in symbolic_sizes(spec)}
+
+
+def random_tensors(
+    spec: Spec,
+    sizes: Mapping[str, int],
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """One random tensor for each input of a Spec, by name.
+
+    Real tensors are standard normal. Truth values and integers are masks: 0 or 1, a quarter of them 0, unless
+    ``ranges`` gives ``low ≤ x < high`` for the name. Nothing keeps a row from losing all its keys.
+
+    Args:
+        spec: whose inputs are wanted.
+        sizes: a value for every symbolic size.
+        seed: of the random numbers.
+        dtype: float dtype of the real tensors; each one's own when ``None``.
+        ranges: integer ranges by tensor name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, torch.Tensor] = {}
+    for value in spec.inputs:
+        shape = [concrete(size, sizes) for size in value.type.sizes]
+        if element_kind(value.type.dtype) is Kind.FLOAT:
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            made[value.name] = drawn.to(dtype or DTYPES[value.type.dtype])
+        elif ranges and value.name in ranges:
+            drawn = torch.randint(*ranges[value.name], shape, generator=generator)
+            made[value.name] = drawn.to(DTYPES[value.type.dtype])
+        else:
+            made[value.name] = (torch.rand(shape, generator=generator) < 0.75).to(DTYPES[value.type.dtype])
+    return made

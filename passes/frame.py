@@ -1,0 +1,188 @@
+"""What a pass is, and what running passes gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from attncompile.ir import Spec
+from attncompile.ir.sample import example_sizes, random_tensors
+
+Contract = Literal["exact", "bounded", "calibrated"]
+Phase = Literal["prefill", "decode", "training"]
+
+
+class Options(BaseModel):
+    """Base of a pass' options. Every field has a description; a value of another type or out of range is
+    refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of one Spec.
+
+    Attributes:
+        name: how it is called, such as ``sparsify.window``.
+        summary: what it does, in one sentence.
+        contract: ``exact`` (the same function up to rounding), ``bounded`` (a proven bound on the error) or
+            ``calibrated`` (the error is measured).
+        phases: where the result may be used.
+        options: its options, a subclass of :class:`Options`.
+        why_not: why it does not apply to a Spec, in one sentence, or ``None`` where it does.
+        apply: the rewritten Spec, with the same inputs and outputs; called only where ``why_not`` gives
+            ``None``.
+        untrained: for a pass whose result has to be trained: what it does to a model that was not. It then
+            runs only when that is asked for.
+    """
+
+    name: str
+    summary: str
+    contract: Contract
+    phases: tuple[Phase, ...]
+    options: type[Options]
+    why_not: Callable[[Spec, Any], str | None]
+    apply: Callable[[Spec, Any], Spec]
+    untrained: str = ""
+
+
+@dataclass(frozen=True)
+class PassCall:
+    """A pass with its options; prints as :func:`attncompile.passes.parse_passes` reads it."""
+
+    rewrite: Pass
+    options: Options
+
+    def __str__(self) -> str:
+        given = self.options.model_dump(exclude_defaults=True)
+        arguments = ", ".join(f"{name}={_text(value)}" for name, value in given.items())
+        return f"{self.rewrite.name}({arguments})" if arguments else self.rewrite.name
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """That a pass was applied.
+
+    Attributes:
+        call: the pass with its options, as text.
+        contract: what the pass promises.
+        before, after: fingerprints of the Spec.
+    """
+
+    call: str
+    contract: Contract
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What running passes over one Spec gave.
+
+    Attributes:
+        spec: the Spec after all passes that apply.
+        stamps: the passes that were applied, in order.
+        refused: the others, each with its reason.
+    """
+
+    spec: Spec
+    stamps: tuple[Stamp, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """The calls that were applied, as text."""
+        return tuple(stamp.call for stamp in self.stamps)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some pass may have changed the function."""
+        return any(stamp.contract != "exact" for stamp in self.stamps)
+
+
+def run_passes(spec: Spec, calls: tuple[PassCall, ...], allow_untrained: bool = False) -> PassResult:
+    """Apply passes in order, each only where it can be.
+
+    After each one the Spec is verified, its inputs and outputs are compared with those before, and an
+    ``exact`` pass is evaluated in float64 against the Spec before.
+
+    Args:
+        spec: the Spec to rewrite.
+        calls: from :func:`attncompile.passes.parse_passes`.
+        allow_untrained: also run passes whose result needs training.
+
+    Raises:
+        ValueError: when a pass breaks its own contract; the message is for the pass' author.
+    """
+    stamps: list[Stamp] = []
+    refused: list[tuple[str, str]] = []
+    for call in calls:
+        reason = call.rewrite.why_not(spec, call.options)
+        if reason is None and call.rewrite.untrained and not allow_untrained:
+            reason = f"{call.rewrite.untrained}; it runs only when untrained results are allowed"
+        if reason is not None:
+            refused.append((str(call), reason))
+            continue
+        after = call.rewrite.apply(spec, call.options)
+        check_contract(call, spec, after)
+        stamps.append(Stamp(str(call), call.rewrite.contract, spec.fingerprint(), after.fingerprint()))
+        spec = after
+    return PassResult(spec, tuple(stamps), tuple(refused))
+
+
+def check_contract(call: PassCall, before: Spec, after: Spec) -> None:
+    """Check what a pass made of a Spec.
+
+    Raises:
+        ValueError: when the result does not verify, has other inputs or outputs, or an ``exact`` pass
+            computes something else (compared in float64 at small sizes, with torch's own tolerance for that
+            dtype).
+    """
+
+    def broken(what: str) -> ValueError:
+        return ValueError(f"pass developer: {call} {what}\nbefore:\n{before}\nafter:\n{after}")
+
+    try:
+        types = after.types()
+    except ValueError as error:
+        raise broken(f"made a Spec that does not verify: {error}") from None
+    if after.inputs != before.inputs or after.outputs != before.outputs:
+        raise broken("changed the inputs or outputs of the Spec")
+    known = before.types()
+    for name in before.outputs:
+        if types[name].sizes != known[name].sizes or types[name].dtype != known[name].dtype:
+            raise broken(f"changed the output {name} from {known[name]} to {types[name]}")
+    if call.rewrite.contract == "exact" and after.operations != before.operations:
+        tensors = random_tensors(before, example_sizes(before), seed=0, dtype=torch.float64)
+        expected, found = before.interpret(tensors), after.interpret(tensors)
+        for name, old, new in zip(before.outputs, expected, found, strict=True):
+            try:
+                torch.testing.assert_close(new, old, equal_nan=True)
+            except AssertionError as error:
+                raise broken(f"is declared exact, but the output {name} differs: {error}") from None
+
+
+def described(rewrite: Pass) -> tuple[tuple[str, str, str], ...]:
+    """The options of a pass for people: name, default and description."""
+    return tuple(
+        (name, "required" if field.is_required() else _text(field.default), field.description or "")
+        for name, field in rewrite.options.model_fields.items()
+    )
+
+
+def with_operation(spec: Spec, old: Any, *new: Any) -> Spec:
+    """The Spec with one operation replaced by others."""
+    place = spec.operations.index(old)
+    operations = (*spec.operations[:place], *new, *spec.operations[place + 1:])
+    return dataclasses.replace(spec, operations=operations)

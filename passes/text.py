@@ -1,0 +1,101 @@
+"""Passes as text: ``fuse, sparsify.window(size=1024, sinks=4)``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from attncompile.passes.frame import Pass, PassCall
+from attncompile.passes.registry import find_pass, nearest
+
+_CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w.\-]*)\s*(?:\((?P<arguments>[^()]*)\))?\s*(?P<after>,|$)")
+_ARGUMENT = re.compile(r"\s*(?P<key>[A-Za-z_]\w*)\s*=\s*(?P<value>[^,=]*[^,=\s])\s*")
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+
+# What pydantic calls a fault, and how it is said here; {0} is the limit.
+_FAULTS: dict[str, tuple[str, str]] = {
+    "greater_than_equal": ("must be at least {0}", "ge"),
+    "greater_than": ("must be more than {0}", "gt"),
+    "less_than_equal": ("must be at most {0}", "le"),
+    "less_than": ("must be less than {0}", "lt"),
+    "int_type": ("must be an integer", ""),
+    "int_from_float": ("must be an integer", ""),
+    "float_type": ("must be a number", ""),
+    "bool_type": ("must be true or false", ""),
+    "string_type": ("must be a word", ""),
+    "literal_error": ("must be one of {0}", "expected"),
+}
+
+
+def parse_passes(text: str) -> tuple[PassCall, ...]:
+    """Read a comma-separated list of passes with options.
+
+    Args:
+        text: such as ``"fuse,sparsify.window(size=1024,sinks=4)"``; empty for no pass.
+
+    Raises:
+        ValueError: in one sentence: an unknown pass or option (with the nearest known one), a value of the
+            wrong type or out of range, or what cannot be read and where.
+    """
+    calls: list[PassCall] = []
+    position = 0
+    while text[position:].strip():
+        match = _CALL.match(text, position)
+        if match is None:
+            raise ValueError(f"cannot read the passes {text!r} from column {position + 1} on: expected a "
+                             "name, then options in parentheses such as (size=1024), then a comma or the end")
+        calls.append(make_call(find_pass(match["name"]), _arguments(match["name"], match["arguments"] or "")))
+        position = match.end()
+        if match["after"] and not text[position:].strip():
+            raise ValueError(f"the passes {text!r} end with a comma")
+    return tuple(calls)
+
+
+def _arguments(name: str, text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in text.split(",") if text.strip() else ():
+        match = _ARGUMENT.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{name}: cannot read the option {part.strip()!r}; write it as name=value")
+        if match["key"] in found:
+            raise ValueError(f"{name}: the option {match['key']!r} is given twice")
+        found[match["key"]] = _value(match["value"])
+    return found
+
+
+def _value(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def make_call(rewrite: Pass, arguments: dict[str, Any]) -> PassCall:
+    """A pass with options from Python values.
+
+    Raises:
+        ValueError: in one sentence, for the first option that is unknown, missing, of the wrong type or out
+            of range.
+    """
+    known = list(rewrite.options.model_fields)
+    for key in arguments:
+        if key not in known:
+            there_are = f"its options are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{rewrite.name} has no option {key!r}{nearest(key, known)}; {there_are}")
+    try:
+        return PassCall(rewrite, rewrite.options.model_validate(arguments))
+    except ValidationError as error:
+        fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        raise ValueError(f"{rewrite.name} needs the option {key!r}: "
+                         f"{rewrite.options.model_fields[key].description}")
+    said, limit = _FAULTS.get(fault["type"], (fault["msg"], ""))
+    what = said.format(fault.get("ctx", {}).get(limit, ""))
+    raise ValueError(f"{rewrite.name}: {key} {what}, got {fault['input']!r}")

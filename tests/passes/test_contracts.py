@@ -1,0 +1,134 @@
+"""Every registered pass over the whole table of Specs: contracts hold, refusals give a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attncompile.ir import Spec, parse_spec, print_spec, simplify
+from attncompile.ir.expr import Const
+from attncompile.passes import Options, Pass, PassCall, all_passes, parse_passes, run_passes
+from tests.cases import BY_NAME, CASES, Case
+
+
+def call(text: str) -> PassCall:
+    (only,) = parse_passes(text)
+    return only
+
+
+@pytest.mark.parametrize("name", all_passes())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_pass_on_every_row(case: Case, name: str) -> None:
+    spec = case.spec
+    result = run_passes(spec, (call(name),), allow_untrained=True)
+    assert len(result.applied) + len(result.refused) == 1
+    if result.refused:
+        assert result.spec == spec
+        assert result.refused[0][0] == name and result.refused[0][1]
+        return
+    assert parse_spec(print_spec(result.spec)).fingerprint() == result.spec.fingerprint()
+    stamp = result.stamps[0]
+    assert (stamp.before, stamp.after) == (spec.fingerprint(), result.spec.fingerprint())
+    tensors = case.tensors(dtype=torch.float64)
+    for before, after in zip(spec.interpret(tensors), result.spec.interpret(tensors), strict=True):
+        assert after.shape == before.shape
+        if stamp.contract == "exact":
+            torch.testing.assert_close(after, before, equal_nan=True)
+
+
+# pass, row, what the reason says
+REFUSALS = (
+    ("sparsify.window", "scan", "exactly one attention"),
+    ("sparsify.window", "cross", "no position among its J keys"),
+    ("sparsify.window(size=40,sinks=0)", "window", "already hides every key"),
+    ("sparsify.window(size=4,sinks=2)", "window-symmetric", "already hides every key"),
+    ("quantize.int8", "scan", "exactly one attention"),
+    ("quantize.int8", "sigmoid", "normaliser is sigmoid"),
+    ("quantize.int8", "int8", "rounded already"),
+    ("quantize.int8", "softcap", "does not pass on"),
+    ("quantize.int8", "log-sum-exp", "log-sum-exp"),
+    ("quantize.int8", "empty-rows-constant", "not the fill"),
+    ("linearize.decay", "scan", "exactly one attention"),
+    ("linearize.decay", "relu", "normaliser is relu"),
+    ("linearize.decay", "cross", "I queries read J keys"),
+    ("linearize.decay", "causal-padding", "the mask is j ≤ i and attention_mask"),
+    ("linearize.decay", "learned-bias", "no bias"),
+    ("linearize.decay", "weight-edit", "no normalised weights"),
+)
+
+
+@pytest.mark.parametrize(("text", "row", "reason"), REFUSALS, ids=[f"{t}-{r}" for t, r, _ in REFUSALS])
+def test_refusals(text: str, row: str, reason: str) -> None:
+    spec = BY_NAME[row].spec
+    result = run_passes(spec, (call(text),), allow_untrained=True)
+    assert result.spec == spec and not result.applied
+    assert reason in result.refused[0][1]
+
+
+def test_fuse_refuses_a_spec_without_attention() -> None:
+    text = "p   position  q[B,4,I,16]  float32\n  cos    1.0\n  sin    0.0\n  channels 16"
+    result = run_passes(parse_spec(text), (call("fuse"),))
+    assert result.refused == (("fuse", "there is no attention operation in it"),)
+
+
+@pytest.mark.parametrize("row", ["softcap", "log-sum-exp", "empty-rows-constant"])
+def test_int8_without_smoothing_applies_where_smoothing_does_not(row: str) -> None:
+    assert run_passes(BY_NAME[row].spec, (call("quantize.int8(smooth=false)"),)).applied
+
+
+def test_smoothing_leaves_the_weights_alone() -> None:
+    """What the refusals protect: with smoothing alone, without rounding, nothing changes."""
+    case = BY_NAME["empty-rows-shifted"]
+    tensors = case.tensors(dtype=torch.float64)
+    smooth = {**tensors, "k": tensors["k"] - tensors["k"].mean(2, keepdim=True)}
+    torch.testing.assert_close(case.spec.interpret(smooth)[0], case.spec.interpret(tensors)[0])
+
+
+def test_an_untrained_scan_needs_permission() -> None:
+    spec = BY_NAME["causal"].spec
+    refused = run_passes(spec, parse_passes("linearize.decay"))
+    assert refused.spec == spec
+    assert "ruin" in refused.refused[0][1]
+    allowed = run_passes(spec, parse_passes("linearize.decay"), allow_untrained=True)
+    assert allowed.spec.scan() is not None and allowed.lossy
+
+
+def test_passes_run_in_order_and_each_sees_the_last_result() -> None:
+    calls = parse_passes("fuse,sparsify.window(size=3,sinks=1),quantize.int8")
+    result = run_passes(BY_NAME["causal"].spec, calls)
+    assert result.applied == ("fuse", "sparsify.window(size=3, sinks=1)", "quantize.int8")
+    attend = result.spec.attend()
+    assert attend is not None and attend.query == "q_int8"
+    assert str(attend.mask) == "j ≤ i and (j > i − 3 or j < 1)"
+    assert result.lossy
+    assert [s.after for s in result.stamps[:-1]] == [s.before for s in result.stamps[1:]]
+
+
+def _changed(spec: Spec, options: Options) -> Spec:
+    attend = spec.attend()
+    assert attend is not None
+    scaled = dataclasses.replace(attend, score=simplify(attend.score * 1.01))
+    return dataclasses.replace(spec, operations=(scaled,))
+
+
+def _unverified(spec: Spec, options: Options) -> Spec:
+    attend = spec.attend()
+    assert attend is not None
+    return dataclasses.replace(spec, operations=(dataclasses.replace(attend, mask=Const(1.0)),))
+
+
+def _other_outputs(spec: Spec, options: Options) -> Spec:
+    return dataclasses.replace(spec, outputs=("q",))
+
+
+@pytest.mark.parametrize(("apply", "contract", "message"), [
+    (_changed, "exact", "is declared exact, but the output out differs"),
+    (_unverified, "calibrated", "made a Spec that does not verify"),
+    (_other_outputs, "calibrated", "changed the inputs or outputs"),
+])
+def test_a_broken_contract_is_told_to_the_author(apply, contract, message) -> None:
+    broken = Pass("broken", "Break.", contract, ("prefill",), Options, lambda spec, options: None, apply)
+    with pytest.raises(ValueError, match=f"(?s)pass developer: broken {message}.*attend"):
+        run_passes(BY_NAME["causal"].spec, (PassCall(broken, Options()),))
