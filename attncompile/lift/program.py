@@ -118,3 +118,8 @@ class Program:
     def count(self, status: Status) -> int:
         """Number of sites of a status."""
         return sum(site.status == status for site in self.sites)
+
+    def __str__(self) -> str:
+        from attncompile.lift.render import render_program  # rendering reads programs, so it is imported late
+
+        return render_program(self)

@@ -1,0 +1,181 @@
+"""The Python API: `lift`, `compile`, `convert`, `verify`, `load`. Each says what it does in one call.
+
+Targets are given as a torch module with example arguments, or as what :func:`open_model` opens: a Hugging
+Face folder, an ``.onnx`` file, or ``file.py:function``, a function that returns ``(model, args, kwargs)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import onnx_ir
+import torch
+
+from attncompile.convert.artifact import Conversion, Progress, silent
+from attncompile.frontends.aten import aten_graph
+from attncompile.frontends.capture import capture_export
+from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
+from attncompile.frontends.errors import InputError
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.lift import Program, lift_graph
+
+Target = Literal["onnx", "torch"]
+Provider = Literal["cpu", "cuda"]
+Preference = Literal["fastest", "fused", "decomposed"]
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "to": ("onnx", "torch"),
+    "provider": ("cpu", "cuda"),
+    "prefer": ("fastest", "fused", "decomposed"),
+    "attn_implementation": ("sdpa", "eager"),
+}
+"""What the options that are words may be."""
+
+
+def lift(
+    model: torch.nn.Module | str | Path,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    attn_implementation: AttentionImplementation = "sdpa",
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+) -> Program:
+    """Find every attention site of a model and state what it computes.
+
+    Args:
+        model: a module, or what to open.
+        args, kwargs: example arguments of a module. Their batch and sequence axes become symbolic.
+        attn_implementation: which of its own implementations a Hugging Face folder is loaded with.
+        allow_pickle: read weights that only exist as pickle (as plain tensors).
+        progress: told each stage as it begins.
+
+    Returns:
+        A program, which prints like ``attncompile inspect``: its ``sites`` are lifted, observed or refused.
+
+    Raises:
+        InputError: when the target cannot be opened.
+        CaptureError: when torch.export can take no graph of it.
+    """
+    _check_choice("attn_implementation", attn_implementation)
+    if isinstance(model, torch.nn.Module):
+        return _lift_module(model, type(model).__name__, tuple(args), dict(kwargs or {}), (), progress)
+    if args or kwargs:
+        raise InputError("example arguments only go with a module", model, "leave them out")
+    progress("opening")
+    return lift_opened(
+        open_model(model, attn_implementation=attn_implementation, allow_pickle=allow_pickle),
+        progress=progress,
+    )
+
+
+def lift_opened(opened: OpenedModel, *, progress: Progress = silent) -> Program:
+    """Lift a model that is open already."""
+    if opened.kind == "onnx":
+        progress("finding attention")
+        return lift_graph(onnx_graph(onnx_ir.load(opened.path)), opened.name, opened.notes)
+    args, kwargs = opened.example() if opened.given is None else opened.given
+    return _lift_module(opened.model, opened.name, args, kwargs, opened.notes, progress)
+
+
+def _lift_module(
+    model: torch.nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> Program:
+    progress("capturing the graph")
+    captured = capture_export(model, args, kwargs)
+    progress("finding attention")
+    return lift_graph(aten_graph(captured), name, (*notes, *captured.notes))
+
+
+def compile(
+    model: torch.nn.Module | Callable[..., Any], *, dynamic: bool | None = None, **options: Any
+) -> Callable[..., Any]:
+    """``torch.compile`` with this back end: attention is rewritten, the rest goes to Inductor.
+
+    Args:
+        model: a module or function; the result is called like it.
+        dynamic: as in ``torch.compile``.
+        options: of the back end (``rest="inductor"|"eager"``, ``passes=…``), see
+            :class:`attncompile.backend.Options`.
+
+    Raises:
+        ValueError: for an unknown option or value, when the first call compiles.
+    """
+    from attncompile.backend import attncompile, read_options
+
+    read_options(options)  # now, so that a misspelt option is said here and not in the first call
+    return cast(
+        Callable[..., Any],
+        torch.compile(model, backend=attncompile, dynamic=dynamic, options=options or None),
+    )
+
+
+def convert(
+    target: str | Path,
+    out: str | Path,
+    *,
+    to: Target = "onnx",
+    provider: Provider = "cpu",
+    prefer: Preference = "fastest",
+    passes: str = "fuse",
+    allow_untrained: bool = False,
+    attn_implementation: AttentionImplementation | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Rewrite the attention of a model, check the result against the original, and write both to a folder.
+
+    Args:
+        target: what to open.
+        out: the folder to write: all of it, or nothing when something goes wrong.
+        to: ``onnx`` for ONNX Runtime, ``torch`` for a folder that :func:`load` opens.
+        provider: where it will run.
+        prefer: ``fastest`` takes a fused operator only where it wins on the provider; ``fused`` and
+            ``decomposed`` take them always or never.
+        passes: what to do at each site, such as ``"fuse,sparsify.window(size=1024,sinks=4)"``.
+        allow_untrained: allow passes that ruin a model that was not trained for them.
+        attn_implementation: which of its own implementations a Hugging Face folder is loaded with; None lets
+            the target choose.
+        allow_pickle: read weights that only exist as pickle (as plain tensors).
+        overwrite: replace an earlier conversion in ``out``.
+        progress: told each stage as it begins.
+
+    Raises:
+        InputError: when the target cannot be opened or ``out`` not be written.
+        ValueError: for an unknown word or pass.
+    """
+    _check_choice("to", to)
+    _check_choice("provider", provider)
+    _check_choice("prefer", prefer)
+    if attn_implementation is not None:
+        _check_choice("attn_implementation", attn_implementation)
+    settings: dict[str, Any] = {
+        "provider": provider,
+        "prefer": prefer,
+        "passes": passes,
+        "allow_untrained": allow_untrained,
+        "attn_implementation": attn_implementation,
+        "allow_pickle": allow_pickle,
+        "overwrite": overwrite,
+        "progress": progress,
+    }
+    if to == "onnx":
+        from attncompile.convert.onnx import convert_onnx
+
+        return convert_onnx(target, Path(out), **settings)
+    from attncompile.convert.torch import convert_torch
+
+    return convert_torch(target, Path(out), **settings)
+
+
+def _check_choice(name: str, value: str) -> None:
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name} is {value!r}; it may be {' or '.join(CHOICES[name])}")

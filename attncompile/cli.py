@@ -1,0 +1,409 @@
+"""The command line: inspect, convert, verify, passes, demo.
+
+Exit codes: 0 done; 1 a verification failed; 2 a wrong option or input; 3 no attention site was found; 70 a
+defect of ours; 130 interrupted. Whatever goes wrong is one sentence on stderr; ``--debug`` or
+``ATTNCOMPILE_DEBUG=1`` shows where it happened.
+
+Commands import what they need when they run: ``--help`` and ``--version`` answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_text
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from attncompile import __version__
+
+if TYPE_CHECKING:
+    from attncompile.convert.artifact import Progress
+    from attncompile.lift import Program, Site
+
+# Click's base of all errors about arguments. Some releases of typer bring a copy of click instead of
+# importing it, so it is taken from where both have it.
+Misuse = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+DONE, FAILED, MISUSED, NOTHING_FOUND, DEFECT, INTERRUPTED = 0, 1, 2, 3, 70, 130
+
+app = typer.Typer(
+    help="A compiler for attention: find it in a model, state it, rewrite it, check it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a Hugging Face folder, an .onnx file, or file.py:function")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show where an error happened")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = given or ["--help"]
+    debug = "--debug" in given or os.environ.get("ATTNCOMPILE_DEBUG") == "1"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks ≤ still gets an answer
+    try:
+        with _quiet(debug), _terminable():
+            code = app(args=given, prog_name="attncompile", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else DONE
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and not isinstance(error, Misuse):
+            traceback.print_exc()
+        code, sentence = explain(error)
+        print(f"error: {sentence}" if sentence else "", file=sys.stderr)
+        return code
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"attncompile {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def attncompile(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """A compiler for attention: find it in a model, state it, rewrite it, check it."""
+
+
+@app.command()
+def inspect(
+    model: Model,
+    seq: Annotated[int, typer.Option(min=1, help="length that densities and pictures are stated for")] = 2048,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write every site as JSON; - for standard output")
+    ] = None,
+    attn: Annotated[
+        Literal["sdpa", "eager"],
+        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
+    ] = "sdpa",
+    every: Annotated[
+        bool, typer.Option("--all", help="print each site, also when it is like another")
+    ] = False,
+    block: Annotated[bool, typer.Option("--block", help="print the operations around each site")] = False,
+    picture: Annotated[bool, typer.Option("--picture", help="draw the masks")] = False,
+    allow_pickle: AllowPickle = False,
+    debug: Debug = False,
+) -> int:
+    """Print every attention site of a model: what it computes, or why it was refused."""
+    from attncompile.api import lift
+    from attncompile.lift.render import render_program
+
+    with _progress() as progress:
+        program = lift(model, attn_implementation=attn, allow_pickle=allow_pickle, progress=progress)
+    if json is not None:
+        _write_json(json, program_data(program, seq))
+    if json != "-":
+        _show(render_program(program, seq, every=every, block=block, picture=picture))
+    if not program.sites:
+        print(f"error: {nothing_found(program)}", file=sys.stderr)
+        return NOTHING_FOUND
+    return DONE
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the folder to write")],
+    target: Annotated[
+        Literal["onnx", "torch"], typer.Option(help="ONNX Runtime, or a folder for attncompile.load")
+    ] = "onnx",
+    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="where it will run")] = "cpu",
+    prefer: Annotated[
+        Literal["fastest", "fused", "decomposed"],
+        typer.Option(help="take fused operators where they win, always, or never"),
+    ] = "fastest",
+    passes: Annotated[
+        str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')
+    ] = "fuse",
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
+    ] = False,
+    attn: Annotated[
+        Literal["sdpa", "eager"] | None,
+        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")
+    ] = False,
+    allow_pickle: AllowPickle = False,
+    debug: Debug = False,
+) -> int:
+    """Rewrite the attention of a model, check it against the original, and write the result to a folder."""
+    from attncompile import api
+
+    with _progress() as progress:
+        made = api.convert(
+            model,
+            out,
+            to=target,
+            provider=provider,
+            prefer=prefer,
+            passes=passes,
+            allow_untrained=allow_untrained,
+            attn_implementation=attn,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(str(made))
+    return DONE if made.report.sites else _warn_nothing_found(model)
+
+
+@app.command()
+def passes(debug: Debug = False) -> int:
+    """List the registered passes with their contracts and options."""
+    from attncompile.passes import all_passes
+
+    _show("\n\n".join(pass_text(rewrite) for rewrite in all_passes().values()))
+    return DONE
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+def program_data(program: Program, seq: int) -> dict[str, Any]:
+    """What ``inspect --json`` writes: every site, Specs in the form that parses back."""
+    return {
+        "schema": 1,
+        "model": program.model,
+        "sites": [_site_data(site, seq) for site in program.sites],
+        "summary": {
+            "sites": len(program.sites),
+            "lifted": program.count("lifted"),
+            "observed": program.count("observed"),
+            "refused": program.count("refused"),
+        },
+    }
+
+
+def _site_data(site: Site, seq: int) -> dict[str, Any]:
+    from attncompile.ir import print_spec
+    from attncompile.lift.render import site_density
+
+    density = site_density(site.spec, seq) if site.spec else None
+    return {
+        "name": site.name,
+        "status": site.status,
+        "spec": print_spec(site.spec) if site.spec else None,
+        "reason": site.refusal.reason if site.refusal else None,
+        "hint": site.refusal.hint if site.refusal else None,
+        "source": site.source,
+        "density": density.share if density else None,
+    }
+
+
+def nothing_found(program: Program) -> str:
+    """The loud message for a model without a site."""
+    return (
+        f"NO ATTENTION SITE FOUND in {program.model}: among its {len(program.graph.nodes)} steps there is no "
+        "attention call, and no normaliser between two products of activations; if the model has attention, "
+        "please report it"
+    )
+
+
+def _warn_nothing_found(model: str) -> int:
+    print(f"error: NO ATTENTION SITE FOUND in {model}: nothing was rewritten", file=sys.stderr)
+    return NOTHING_FOUND
+
+
+def pass_text(rewrite: Any) -> str:
+    """A pass with its contract and options, as ``attncompile passes`` prints it."""
+    from attncompile.passes import described
+
+    lines = [
+        f"{rewrite.name}   {rewrite.contract}   {', '.join(rewrite.phases)}",
+        f"  {rewrite.summary}",
+    ]
+    if rewrite.untrained:
+        lines.append(f"  needs --allow-untrained: {rewrite.untrained}")
+    lines += [f"  {name} = {default}   {text}" for name, default, text in described(rewrite)]
+    return "\n".join(lines)
+
+
+def _write_json(file: str, data: dict[str, Any]) -> None:
+    from attncompile.frontends.errors import InputError
+
+    text = json_text.dumps(data, ensure_ascii=False, indent=2) + "\n"
+    if file == "-":
+        print(text, end="")
+        return
+    path = Path(file).expanduser()
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise InputError(f"cannot be written ({error.strerror})", path, "choose another FILE") from error
+
+
+def _show(text: str) -> None:
+    """Print text; on a terminal names and statuses are coloured."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.highlighter import RegexHighlighter
+    from rich.theme import Theme
+
+    class Sites(RegexHighlighter):
+        base_style = "site."
+        highlights = (
+            r"(?m)^(?P<name>\S+)(?=   )",
+            r"(?m)^  (?P<key>[a-z_]+) ",
+            r"(?P<lifted>\blifted\b)|(?P<observed>\bobserved\b)|(?P<refused>\brefused\b)",
+            r"(?P<density>density .*)$",
+            r"(?m)^  (?P<source>source .*)$",
+        )
+
+    styles = {"name": "bold", "key": "cyan", "lifted": "green", "observed": "yellow", "refused": "red"}
+    styles |= {"density": "magenta", "source": "dim"}
+    theme = Theme({f"site.{part}": style for part, style in styles.items()})
+    Console(theme=theme, highlighter=Sites()).print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on stderr where that is a terminal; otherwise silence."""
+    from attncompile.convert.artifact import silent
+
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        yield lambda stage: bars.update(task, description=stage)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's, PyTorch's (CPU and GPU) and ONNX Runtime's ways of saying that memory ran out."""
+    said = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(part in said for part in ("can't allocate memory", "failed to allocate memory", "bad_alloc"))
+    )
+
+
+def _interrupted(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt | typer.Abort)
+
+
+def _misused(error: BaseException) -> bool:
+    return isinstance(error, Misuse)
+
+
+def _from_the_system(error: BaseException) -> bool:
+    return isinstance(error, OSError)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether a ValueError was raised by this package, for the user to read, not somewhere underneath."""
+    if not isinstance(error, ValueError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+# What is foreseen: how to recognise it, the exit code, and what to say.
+_FORESEEN: tuple[tuple[Callable[[Any], bool], int, Callable[[Any], str]], ...] = (
+    (_interrupted, INTERRUPTED, lambda error: "interrupted; nothing half-written was left behind"),
+    (
+        _out_of_memory,
+        MISUSED,
+        lambda error: "out of memory; use a smaller model or a machine with more memory, nothing was written",
+    ),
+    (_misused, MISUSED, lambda error: error.format_message().replace("Value error, ", "")),
+    (
+        _from_the_system,
+        MISUSED,
+        lambda error: f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+    ),
+    (_ours, MISUSED, str),
+)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error and one sentence about it."""
+    for recognised, code, said in _FORESEEN:
+        if recognised(error):
+            return code, _first_line(said(error))
+    return DEFECT, (
+        f"unexpected {type(error).__name__}: {_first_line(str(error))}; this is a defect of attncompile: "
+        "please report it with what --debug prints"
+    )
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no more is known")
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Without warnings and log lines of the libraries underneath, unless a defect is being looked for."""
+    if debug:
+        yield
+        return
+    import logging
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A termination signal ends the work as an exception does, so that it cleans up behind itself."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,355 @@
+"""The report of a conversion: what was done at each site and why, as data, as text and as one page."""
+
+from __future__ import annotations
+
+import html
+import os
+import platform
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from attncompile.frontends.errors import InputError
+from attncompile.ir import parse_spec
+from attncompile.ir.blocks import block_map
+from attncompile.ir.intervals import Visibility
+from attncompile.ir.types import concrete
+from attncompile.lift.render import map_sizes
+
+SCHEMA = 1
+PICTURE_LENGTH = 1024
+"""Positions of the mask pictures; sizes that the Spec fixes stay as they are."""
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PassOutcome(_Data):
+    """One pass at one site: applied, or refused with a reason."""
+
+    name: str
+    applied: bool
+    reason: str = ""
+
+
+class SiteReport(_Data):
+    """What became of one site.
+
+    Attributes:
+        name: path of the site in the model.
+        status: ``lifted``, ``observed`` or ``refused``.
+        spec: what it computed before, printed; empty for a refused site.
+        spec_after: what it computes now, printed; empty where the original was kept.
+        passes: every pass that was asked for, in order.
+        operator: what computes it now, such as ``Attention-23``; empty where the original was kept.
+        why: why this operator, and why not the others.
+        max_error: largest absolute difference of the site's output from the original on real inputs; None
+            when it was not measured.
+        relative_error: the same over the largest absolute value of the original.
+        source: source line in the model.
+        reason, hint: why it was refused or only observed, and what would help.
+    """
+
+    name: str
+    status: Literal["lifted", "observed", "refused"]
+    spec: str = ""
+    spec_after: str = ""
+    passes: tuple[PassOutcome, ...] = ()
+    operator: str = ""
+    why: str = ""
+    max_error: float | None = None
+    relative_error: float | None = None
+    source: str = ""
+    reason: str = ""
+    hint: str = ""
+
+
+class Measurement(_Data):
+    """One number of the whole model, before and after: an error, a perplexity, a size, a latency.
+
+    Attributes:
+        name: what is measured, such as ``latency 16×128``.
+        unit: of both numbers; empty for a plain number.
+        before: of the original; None where only the change has a meaning (an error).
+        after: of the result.
+        note: how it was measured.
+    """
+
+    name: str
+    after: float
+    before: float | None = None
+    unit: str = ""
+    note: str = ""
+
+
+def machine() -> str:
+    """Processor, cores and system in a few words: latencies mean nothing without it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores, {platform.system()} {platform.machine()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or "unknown processor"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in a conversion, by distribution; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("attncompile", "torch", "triton", "transformers", "onnx", "onnxruntime", "onnxscript"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Report(_Data):
+    """The whole conversion.
+
+    Attributes:
+        model: what was converted.
+        target: ``onnx`` or ``torch``; provider: ``cpu`` or ``cuda``.
+        passes: what was asked for, as it was written.
+        sites: in graph order.
+        measurements: end to end, before and after.
+        machine: where latencies were measured.
+        versions: of the tools that took part.
+        notes: what the reader should know.
+    """
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    model: str
+    target: str
+    provider: str = ""
+    passes: str = "fuse"
+    sites: tuple[SiteReport, ...]
+    measurements: tuple[Measurement, ...] = ()
+    machine: str = Field(default_factory=machine)
+    versions: dict[str, str] = Field(default_factory=versions)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The report as JSON; `read_report` gives it back."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def to_text(self) -> str:
+        """A few lines for the terminal: operators, refusals and measurements."""
+        return "\n".join(_text_lines(self))
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_html(self) -> str:
+        """One page without scripts or outside resources; mask pictures are inline SVG."""
+        return _page(self)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write ``report.json`` and ``report.html``."""
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
+
+
+def read_report(file: Path) -> Report:
+    """Read ``report.json`` back. Raises InputError when it is none."""
+    try:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise InputError(reason, file, "give the folder of a conversion") from error
+    except ValueError as error:
+        raise InputError("not a report of a conversion", file, "convert the model again") from error
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def _text_lines(report: Report) -> list[str]:
+    lines = []
+    kept = [site for site in report.sites if not site.operator]
+    by_operator: dict[tuple[str, str], int] = {}
+    for site in report.sites:
+        if site.operator:
+            by_operator[site.operator, site.why] = by_operator.get((site.operator, site.why), 0) + 1
+    for (operator, why), count in by_operator.items():
+        lines.append(f"{_count(count, 'site')} as {operator}" + (f": {why}" if why else ""))
+    reasons: dict[str, int] = {}
+    for site in kept:
+        said = [site.reason, *(p.reason for p in site.passes if not p.applied)]
+        text = "; ".join(part for part in said if part) or "no operator was faster"
+        reasons[text] = reasons.get(text, 0) + 1
+    lines += [f"{_count(count, 'site')} kept as it was: {text}" for text, count in reasons.items()]
+    errors = [site.max_error for site in report.sites if site.max_error is not None]
+    if errors:
+        lines.append(f"largest error at a site {max(errors):.2g}")
+    lines += [_measurement_text(row) for row in report.measurements]
+    return lines + [f"note: {note}" for note in report.notes]
+
+
+def _measurement_text(row: Measurement) -> str:
+    if row.before is None:
+        return f"{row.name} {_number(row.after, row.unit)}"
+    change = f" ({row.before / row.after:.2f} times less)" if row.after and row.before > row.after else ""
+    return f"{row.name} {_number(row.before, row.unit)} → {_number(row.after, row.unit)}{change}"
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.4g}{' ' if unit else ''}{unit}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; }
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+pre { background: #f5f5f2; padding: .7rem; overflow-x: auto; border-radius: 4px; }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.site { border-top: 1px solid #ddd; padding: .8rem 0; }
+.site { display: grid; grid-template-columns: 1fr auto; gap: 1rem; }
+.status { border-radius: 3px; padding: 0 .4rem; color: #fff; font-size: .85rem; }
+.lifted { background: #2f7d4f; } .observed { background: #a06a00; } .refused { background: #b03030; }
+.quiet { color: #666; }
+figure { margin: 0; text-align: center; } figcaption { color: #666; font-size: .8rem; }
+"""
+
+_SHADES = {Visibility.ALL: "#2f6f9f", Visibility.MIXED: "#a9c8de"}
+
+
+def _page(report: Report) -> str:
+    say = html.escape
+    head = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(report.model)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{say(report.model)} → {say(report.target)}"
+        f"{' on ' + say(report.provider) if report.provider else ''}</h1>\n"
+    )
+    counts = ", ".join(
+        f"{sum(site.status == status for site in report.sites)} {status}"
+        for status in ("lifted", "observed", "refused")
+    )
+    total = _count(len(report.sites), "attention site")
+    summary = f"<p>{total}: {counts}. Passes: <code>{say(report.passes)}</code>.</p>\n"
+    parts = [head, summary, _measurement_table(report), "<h2>Sites</h2>\n"]
+    parts += [_site_block(names, site) for names, site in _alike(report.sites)]
+    if report.notes:
+        items = "".join(f"<li>{say(note)}</li>" for note in report.notes)
+        parts.append(f"<h2>Notes</h2><ul>{items}</ul>\n")
+    tools = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    parts.append(
+        f'<p class="quiet">Measured on {say(report.machine)}; latencies hold for this machine only. '
+        f"{say(tools)}.</p>\n</body></html>\n"
+    )
+    return "".join(parts)
+
+
+def _measurement_table(report: Report) -> str:
+    if not report.measurements:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(row.name)}</td>"
+        f'<td class="number">{"" if row.before is None else html.escape(_number(row.before, row.unit))}</td>'
+        f'<td class="number">{html.escape(_number(row.after, row.unit))}</td>'
+        f'<td class="quiet">{html.escape(row.note)}</td></tr>'
+        for row in report.measurements
+    )
+    heads = "<tr><th></th><th>before</th><th>after</th><th></th></tr>"
+    return f"<h2>End to end</h2><table>{heads}{rows}</table>\n"
+
+
+def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
+    """Sites that differ by name and measured error alone, the largest error shown for all of them."""
+    groups: dict[str, list[SiteReport]] = {}
+    for site in sites:
+        plain = site.model_copy(
+            update={
+                "name": "",
+                "max_error": None,
+                "relative_error": None,
+                "spec": site.spec.partition("   ")[2],
+                "spec_after": site.spec_after.partition("   ")[2],
+            }
+        )
+        groups.setdefault(plain.model_dump_json(), []).append(site)
+    return [
+        ([site.name for site in group], max(group, key=lambda site: site.max_error or 0.0))
+        for group in groups.values()
+    ]
+
+
+def _site_block(names: list[str], site: SiteReport) -> str:
+    say = html.escape
+    title = say(names[0]) if len(names) == 1 else f"{say(names[0])} … {say(names[-1])} ({len(names)} sites)"
+    lines = [
+        f'<p><strong>{title}</strong> <span class="status {site.status}">{site.status}</span><br>'
+        f'<span class="quiet">{say(site.source)}</span></p>'
+    ]
+    if site.spec:
+        lines.append(f"<pre>{say(site.spec)}</pre>")
+    if site.spec_after and site.spec_after != site.spec:
+        lines.append(f"<p>became</p><pre>{say(site.spec_after)}</pre>")
+    if site.reason:
+        lines.append(f"<p>{say(site.reason)}{'; ' + say(site.hint) if site.hint else ''}</p>")
+    if site.operator:
+        because = f": {say(site.why)}" if site.why else ""
+        lines.append(f"<p>Computed by <strong>{say(site.operator)}</strong>{because}</p>")
+    for outcome in site.passes:
+        said = "applied" if outcome.applied else "refused"
+        because = f", {say(outcome.reason)}" if outcome.reason else ""
+        lines.append(f"<p>{say(outcome.name)}: {said}{because}</p>")
+    if site.max_error is not None:
+        relative = f", {site.relative_error:.2g} relative" if site.relative_error is not None else ""
+        lines.append(f"<p>Measured error {site.max_error:.2g}{relative}</p>")
+    drawn = "".join(_figure(text) for text in dict.fromkeys((site.spec, site.spec_after)) if text)
+    return f'<section class="site"><div>{"".join(lines)}</div><div>{drawn}</div></section>\n'
+
+
+def _figure(spec_text: str, columns: int = 32) -> str:
+    """The mask of a printed Spec as inline SVG: dark where all is visible, light where part is."""
+    spec = parse_spec(spec_text)
+    attend = spec.attend()
+    if attend is None:
+        return ""
+    sizes = map_sizes(spec, PICTURE_LENGTH)
+    types = spec.types()
+    queries, keys = (concrete(types[name].sizes[2], sizes) for name in (attend.query, attend.key))
+    block = max(1, -(-max(queries, keys) // columns))
+    tiles = block_map(attend.mask, queries, keys, block_query=block, block_key=block).visibility
+    side = 4
+    height, width = tiles.shape[0] * side, tiles.shape[1] * side
+    drawn = "".join(_runs(tiles, side))
+    return (
+        f'<figure><svg width="{width}" height="{height}" role="img" aria-label="visible keys per query">'
+        f'<rect width="{width}" height="{height}" fill="#f2f2ee"/>{drawn}</svg>'
+        f"<figcaption>{queries} queries × {keys} keys</figcaption></figure>"
+    )
+
+
+def _runs(tiles: np.ndarray, side: int) -> list[str]:
+    """One rectangle for each run of equal tiles in a row."""
+    drawn = []
+    for row, values in enumerate(tiles):
+        edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+        for start, end in pairwise(edges):
+            shade = _SHADES.get(Visibility(int(values[start])))
+            if shade:
+                drawn.append(
+                    f'<rect x="{start * side}" y="{row * side}" width="{(end - start) * side}" '
+                    f'height="{side}" fill="{shade}"/>'
+                )
+    return drawn
