@@ -49,8 +49,8 @@ class Compiled:
     Attributes:
         kernel, target: what was compiled, and for what.
         shared: bytes of shared memory of a program.
-        registers: registers of a thread, where the assembler tells.
-        spills: bytes that a thread spills, where the assembler tells.
+        registers: registers of a thread, where the binary tells.
+        spills: bytes of stack of a thread, where the binary tells: registers that did not fit are kept there.
         texts: intermediate forms and the binary, by extension (``ttir``, ``ptx``, ``cubin``, ``amdgcn``, …).
     """
 
@@ -113,7 +113,7 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     built = triton.compile(
         ASTSource(function, ordered, constexprs=constants, attrs=attributes),
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": tile.warps, "num_stages": stages},
+        options={"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True},
     )
     registers, spills = _resources(built.asm, target)
     return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
@@ -131,23 +131,20 @@ def _resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, in
         found = re.search(r"\.vgpr_count:\s+(\d+)", texts.get("amdgcn", ""))
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", texts.get("amdgcn", ""))
         return (int(found[1]) if found else None), (4 * int(spilled[1]) if spilled else None)
-    assembler = _assembler()
-    if assembler is None or "ptx" not in texts:
+    tool = _cuobjdump()
+    if tool is None or "cubin" not in texts:
         return None, None
-    arch = f"sm_{target.arch}" + ("a" if target.arch == 90 else "")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(texts["ptx"], encoding="utf-8")
-        said = subprocess.run([assembler, "-v", f"--gpu-name={arch}", "-o", str(path.with_suffix(".cubin")), str(path)],
-                              capture_output=True, text=True, check=False)
-    registers = re.search(r"Used (\d+) registers", said.stderr)
-    spills = re.search(r"(\d+) bytes spill stores", said.stderr)
-    return (int(registers[1]) if registers else None), (int(spills[1]) if spills else None)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(texts["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def _assembler() -> str | None:
-    """The ``ptxas`` that comes with Triton, or one on the path."""
+def _cuobjdump() -> str | None:
+    """The ``cuobjdump`` that comes with Triton, or one on the path."""
     import triton
 
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    return str(bundled) if bundled.is_file() else shutil.which("ptxas")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.is_file() else shutil.which("cuobjdump")

@@ -319,7 +319,7 @@ def _dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         query_in, key_in, value, *(("query_scale", "key_scale") if parts.quantized else ()), "out",
         *(("lse",) if skeleton.lse else ()), *(binding.tensors[n] for n in captured), f"*{query_in}.stride()",
         f"*{key_in}.stride()", f"*{value}.stride()", "*out.stride()", *(f"*{binding.tensors[n]}.stride()" for n in captured),
-        *(values[n] for n in skeleton.integers()), "BLOCK_I=queries", "BLOCK_J=keys", "num_warps=warps", "num_stages=stages"]
+        *(values[n] for n in skeleton.integers()), "BLOCK_I=queries", "BLOCK_J=keys", "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"]
     grid = f"triton.cdiv({queries}, queries) * {batch} * {heads}"
     body = [
         *_expectations(spec, binding, query),
@@ -391,7 +391,7 @@ def _scan_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     arguments = [*operands, "out", *(binding.tensors[n] for n in captured), *(f"*{n}.stride()" for n in operands),
                  "*out.stride()", *(f"*{binding.tensors[n]}.stride()" for n in captured),
                  *(values[n] for n in skeleton.integers()), "CHUNK=chunk", "BLOCK_E=features", "PRECISION=precision",
-                 "num_warps=warps", "num_stages=stages"]
+                 "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"]
     body = [
         *_expectations(spec, binding, first),
         f"out = torch.empty(({batch}, {length}, {heads}, {skeleton.features}), dtype={first}.dtype, "

@@ -23,10 +23,10 @@ _DENSE: tuple[tuple[int, int, Tile], ...] = (  # head channels up to, bytes of a
     (32, 2, Tile(128, 128, 4, 3)),
     (64, 2, Tile(128, 64, 4, 3)),
     (128, 2, Tile(128, 64, 8, 3)),
-    (256, 2, Tile(64, 32, 4, 3)),
+    (256, 2, Tile(64, 32, 8, 3)),
     (32, 4, Tile(64, 32, 4, 2)),
     (64, 4, Tile(32, 32, 4, 2)),
-    (128, 4, Tile(32, 32, 4, 2)),
+    (128, 4, Tile(32, 32, 8, 2)),
     (256, 4, Tile(16, 16, 4, 2)),
 )
 _SCAN: tuple[tuple[int, int, Tile], ...] = (  # queries is the chunk, keys the value channels of a program

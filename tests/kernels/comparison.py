@@ -1,0 +1,130 @@
+"""Comparing a kernel with its Spec: poisoned memory, and a tolerance that is derived.
+
+The yardstick is the Spec's reference in float64 on the very inputs of the kernel. A kernel may be as far from it as the
+plain computation in the kernel's dtype is, plus the rounding of its own sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from attncompile.codegen.triton.structure import logits
+from attncompile.ir import Spec
+from attncompile.ir.evaluate import evaluate
+from attncompile.ir.expr import TRUE
+from attncompile.ir.types import bind_sizes
+from tests.cases import Case
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Largest absolute error of one output, and what is allowed."""
+
+    output: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # NaN fails
+
+
+def spread(tensor: torch.Tensor, axis_gap: int) -> torch.Tensor:
+    """The same values with gaps between elements of the last axis (``axis_gap`` > 1) or between rows, full of poison."""
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        return tensor
+    poison: Any = math.nan if tensor.is_floating_point() else True if tensor.dtype == torch.bool else 77
+    *leading, last = tensor.shape
+    room = torch.full([*leading, last * axis_gap + 3], poison, dtype=tensor.dtype, device=tensor.device)
+    view = room[..., 1 : 1 + last * axis_gap : axis_gap]
+    return view.copy_(tensor)
+
+
+def poisoned_inputs(spec: Spec, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Non-contiguous inputs in order; every other one also transposed in memory, as models store ``[b,i,h,d]``."""
+    made = []
+    for number, value in enumerate(spec.inputs):
+        tensor = tensors[value.name]
+        if tensor.dim() == 4 and number % 2 == 0:
+            made.append(spread(tensor.transpose(1, 2).contiguous(), 1 + number % 4 // 2).transpose(1, 2))
+        else:
+            made.append(spread(tensor, 1 + number % 2))
+    return made
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` gives NaN (integers: 77), so that what a kernel fails to write shows."""
+    plain = torch.empty
+
+    def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = plain(*arguments, **options)
+        return made.fill_(math.nan if made.is_floating_point() else 77)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+
+
+def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Rows ``[b,h,i]`` of a softmax with at least one visible key; ``None`` where every row is to be compared."""
+    attend = spec.attend()
+    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 or logits(attend)[1] == TRUE:
+        return None
+    sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
+    environment = attend.environment(tensors, sizes, torch.float64)
+    query, key = tensors[attend.query], tensors[attend.key]
+    shape = (*query.shape[:3], key.shape[2])
+    return evaluate(attend.mask, environment).expand(shape).any(-1)
+
+
+def compare(case: Case, run: Callable[..., Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Outcome]:
+    """Run a kernel on a row's inputs, with poison around them, and measure each output.
+
+    Rows without a visible key must be zeros (a log-sum-exp: −∞).
+    """
+    spec = case.spec
+    tensors = {name: tensor.to(device) for name, tensor in case.tensors(seed, dtype).items()}
+    with poisoned_memory():
+        got = run(*poisoned_inputs(spec, tensors))
+    outputs = (got,) if isinstance(got, torch.Tensor) else got
+    exact = spec.interpret(tensors, torch.float64)
+    plain = spec.interpret(tensors, dtype)
+    shown = rows_with_keys(spec, tensors)
+    made = []
+    for name, output, best, eager in zip(spec.outputs, outputs, exact, plain, strict=True):
+        assert output.shape == best.shape, f"{name} is {tuple(output.shape)}, should be {tuple(best.shape)}"
+        best, eager = best.clone(), eager.double()
+        if shown is not None:
+            empty = ~shown.reshape(*shown.shape, *[1] * (best.dim() - 3)).expand_as(best)
+            best[empty] = 0.0 if best.dim() == 4 else -math.inf
+            eager = torch.where(empty, best, eager)
+        made.append(Outcome(name, distance(output, best), distance(eager, best) + slack(case, dtype, output.dtype, best)))
+    return made
+
+
+def distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest absolute difference; equal infinities are no distance, a NaN is NaN."""
+    left = left.double()
+    return float(torch.where(left == right, 0.0, (left - right).abs()).max()) if left.numel() else 0.0
+
+
+def slack(case: Case, dtype: torch.dtype, stored: torch.dtype, best: torch.Tensor) -> float:
+    """Rounding that the kernel's own order of summation, and storing the result, may add: √terms · eps · size."""
+    spec = case.spec
+    sizes = case.sizes
+    terms = max([sizes.get("J", 1), sizes.get("I", 1), *(_constant_channels(spec))])
+    finite = best[best.isfinite()]
+    size = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    return math.sqrt(terms) * max(torch.finfo(dtype).eps, torch.finfo(stored).eps) * size
+
+
+def _constant_channels(spec: Spec) -> list[int]:
+    return [int(str(value.type.sizes[-1])) for value in spec.inputs
+            if value.type.sizes and str(value.type.sizes[-1]).isdigit()]

@@ -1,0 +1,87 @@
+"""A process in which Triton interprets kernels on the CPU, asked for one row at a time.
+
+Triton decides when it is imported whether kernels are compiled or interpreted, so the interpreter needs a process of
+its own. ``python -m tests.kernels.interpreter`` reads one JSON request a line and answers each with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.kernels.cases import ALL_BY_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def small_tile(longest: int) -> int:
+    """A block size that cuts a map into a few blocks: the interpreter needs milliseconds for every one of them."""
+    return 16 if longest < 60 else 32
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Generate, load, run and compare one row."""
+    import torch
+
+    from attncompile.codegen.triton import generate
+    from attncompile.codegen.triton.cache import load_module
+    from tests.kernels.comparison import compare
+
+    case = ALL_BY_NAME[request["case"]]
+    dtype = getattr(torch, request["dtype"])
+    module = load_module(generate(case.spec))
+    usual = dict(module.TILES)
+    if request["small"]:
+        side = small_tile(max(case.sizes.values()))
+        module.TILES[dtype] = (side, side, 4, 1)
+    try:
+        outcomes = compare(case, module.attend, dtype)
+    finally:
+        module.TILES.update(usual)
+    return {"outcomes": [[o.output, o.error, o.limit, o.passed] for o in outcomes]}
+
+
+class Interpreter:
+    """The process, from the side of the tests."""
+
+    def __init__(self, cache: Path) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "ATTNCOMPILE_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen([sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT, env=environment,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send one request; the answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, f"the interpreter process ended with code {self._process.wait()}"
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    sys.stdout = sys.stderr  # nothing else may write into the answers
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except Exception:
+            reply = {"failure": traceback.format_exc()}
+        out.write(json.dumps(reply) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()

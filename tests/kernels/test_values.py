@@ -1,0 +1,43 @@
+"""Kernels against the reference in float64: on the CPU in Triton's interpreter, on a GPU compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attncompile.codegen.triton import generate, load
+from attncompile.codegen.triton.structure import why_not_spec
+from tests.cases import Case
+from tests.kernels.cases import ALL_CASES
+from tests.kernels.comparison import compare
+from tests.kernels.interpreter import Interpreter
+
+LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+USUAL_TILES = ("full", "causal-long", "channels-72-40", "grouped-everything", "scan")
+
+
+def check(answer: dict[str, object]) -> None:
+    assert "failure" not in answer, answer["failure"]
+    outcomes = answer["outcomes"]
+    assert isinstance(outcomes, list) and outcomes
+    for output, error, limit, passed in outcomes:
+        assert passed, f"{output} is off by {error:.3g}, allowed is {limit:.3g}"
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_float32_in_many_small_blocks(case: Case, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=case.name, dtype="float32", small=True))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))  # the interpreter cannot multiply bfloat16
+@pytest.mark.parametrize("name", USUAL_TILES)
+def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=name, dtype=dtype, small=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    for outcome in compare(case, load(generate(case.spec)), dtype, "cuda"):
+        assert outcome.passed, f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
