@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
 
-from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
+from attncompile.frontends.graph import Graph, GraphInput, Info, Linear, NativeNode, Node, Opaque, RefusedAttention
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
 from attncompile.frontends.onnx_rows import (
     EVERY_OUTPUT,
@@ -27,6 +27,7 @@ from attncompile.frontends.onnx_rows import (
 )
 from attncompile.frontends.onnx_sizes import (
     DTYPE_NAMES,
+    LONGEST,
     Inference,
     Known,
     SizeNames,
@@ -97,6 +98,7 @@ class _View:
     natives: dict[str, NativeNode] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
     scopes: dict[str, str] = field(default_factory=dict)
+    linears: dict[str, Linear] = field(default_factory=dict)
 
     def build(self) -> None:
         graph = self.model.graph
@@ -142,7 +144,7 @@ class _View:
         for position, output in enumerate(node.outputs):
             if output.name:
                 self._state(Builder(node, output.name, position, self._opset(node), self.infos, self.known,
-                                    self.constants, self.sizes), output, tuple(names))
+                                    self.constants, self.sizes, self.linears), output, tuple(names))
 
     def _opset(self, node: ir.Node) -> int:
         versions = self.model.opset_imports
@@ -192,9 +194,11 @@ class _View:
         if not b.made or b.made[-1].output != last:
             last = b.same(last)
         self.infos[b.output] = self.infos.pop(last)
-        b.made[-1] = dataclasses.replace(b.made[-1], output=b.output)
+        made = b.made[-1] = dataclasses.replace(b.made[-1], output=b.output)
+        if isinstance(made, Linear):
+            self.linears[b.output] = made
         self.nodes += b.made
-        self.owner.update({made.output: b.node.name or "" for made in b.made})
+        self.owner.update({part.output: b.node.name or "" for part in b.made})
 
     def _opaque(self, b: Builder, output: ir.Value, node: Node) -> None:
         for made in b.made:
@@ -224,10 +228,24 @@ class _View:
         return _common_path(near), ""
 
     def graph(self) -> Graph:
-        """The finished view."""
-        model_nodes = list(self.model.graph)
-        signature = {node.name or "": _signature(node) for node in model_nodes}
-        native_inputs = {node.name or "": tuple(reads(node)) for node in model_nodes}
+        """The finished view.
+
+        A native node may have several values, so signatures and reads are listed per value; a value that is computed
+        from sizes alone reads nothing.
+        """
+        signature: dict[str, str] = {}
+        native_inputs: dict[str, tuple[str, ...]] = {}
+        for name, given in self.inputs.items():
+            if given.value is not None and given.value.numel() <= LONGEST:
+                signature[name] = f"{self.infos[name].dtype} {given.value.tolist()}"
+        for node in self.model.graph:
+            for position, output in enumerate(node.outputs):
+                name = output.name or ""
+                if name in self.inputs:
+                    continue
+                known = self.known.get(name)
+                signature[name] = f"{_signature(node)} {position}" if known is None else str(known)
+                native_inputs[name] = tuple(reads(node)) if known is None else ()
         outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
         evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
         return Graph(self.infos, tuple(self.nodes), self.inputs, outputs, self.natives, self.owner, evaluator,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -64,6 +64,7 @@ class Builder:
         infos: shape and dtype of every value so far; known: elements of small values so far.
         constants: values made of constants alone.
         sizes: the model's symbolic sizes.
+        linears: products with a constant matrix so far, by the value they make.
     """
 
     node: ir.Node
@@ -74,6 +75,7 @@ class Builder:
     known: Mapping[str, Known]
     constants: frozenset[str] | set[str]
     sizes: SizeNames
+    linears: Mapping[str, Linear] = field(default_factory=dict)
     made: list[Node] = field(default_factory=list)
 
     def input(self, number: int) -> str | None:
@@ -225,6 +227,18 @@ def _real(operator: str) -> Row:
         return b.pointwise(operator, *b.tensors())
 
     return row
+
+
+def _add(b: Builder) -> str:
+    """A sum; of a product with a matrix and a constant vector it is that product with its bias."""
+    for product_with, bias in (b.tensors(), b.tensors()[::-1]):
+        linear = b.linears.get(product_with)
+        if linear is not None and linear.bias is None and bias in b.constants and (
+            b.shape(bias) == b.shape(product_with)[-1:]
+        ):
+            return b.emit(lambda name, of=linear, add=bias: replace(of, output=name, bias=add),  # type: ignore[misc]
+                          b.shape(product_with), b.dtype(product_with))
+    return b.pointwise("add", *b.tensors())
 
 
 def _subtract(b: Builder) -> str:
@@ -820,7 +834,7 @@ def _refused(reason: str) -> Row:
     return row
 
 
-_POINTWISE = {"Add": "add", "Mul": "mul", "Sum": "add", "Min": "min", "Max": "max", "Abs": "abs"}
+_POINTWISE = {"Mul": "mul", "Sum": "add", "Min": "min", "Max": "max", "Abs": "abs"}
 _REAL = {"Exp": "exp", "Log": "log", "Tanh": "tanh", "Sigmoid": "sigmoid", "Erf": "erf", "Sqrt": "sqrt", "Sin": "sin",
          "Cos": "cos", "Floor": "floor", "Ceil": "ceil", "Round": "round"}
 _TRUTH = {"Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and",
@@ -830,7 +844,7 @@ ROWS: dict[str, Row] = {
     **{name: _plain(operator) for name, operator in _POINTWISE.items()},
     **{name: _real(operator) for name, operator in _REAL.items()},
     **{name: _plain(operator, "bool") for name, operator in _TRUTH.items()},
-    "Sub": _subtract, "Div": _divide, "Mod": _modulo, "Neg": _negate, "Reciprocal": _reciprocal, "Pow": _power,
+    "Add": _add, "Sub": _subtract, "Div": _divide, "Mod": _modulo, "Neg": _negate, "Reciprocal": _reciprocal, "Pow": _power,
     "Clip": _clip, "Relu": _relu, "Mean": _mean, "Where": _where, "IsNaN": _is_nan, "IsInf": _is_infinite,
     "Cast": _cast, "CastLike": _cast_like, "Identity": _identity, "Dropout": _dropout, "Transpose": _transpose,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Expand": _expand,
