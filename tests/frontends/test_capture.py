@@ -426,8 +426,16 @@ def test_inductor_takes_a_captured_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("folder", ["minilm_folder", "whisper_folder", "smollm2_folder"])
+@pytest.mark.parametrize(
+    ("folder", "attention"),
+    [
+        ("minilm_folder", "sdpa"),
+        ("minilm_folder", "eager"),
+        ("whisper_folder", "sdpa"),
+        ("whisper_folder", "eager"),
+        ("smollm2_folder", "eager"),
+    ],
+)
 def test_real_checkpoints(folder: str, attention: Any, request: pytest.FixtureRequest) -> None:
     opened = open_model(request.getfixturevalue(folder), attn_implementation=attention)
     args, kwargs = opened.example(2, 41)
