@@ -6,9 +6,9 @@
     attncompile.convert("path/to/checkpoint", "out")
     attncompile.verify("out")
 
-Nothing heavy is imported before a name is used. Three of the functions share their names with the packages that
-do the work (`attncompile.lift`, `attncompile.convert`, `attncompile.verify`): each name is the package, and
-calling it calls the function of `attncompile.api`.
+Nothing heavy is imported before a name is used. Three of the functions share their names with the packages
+that do the work (`attncompile.lift`, `attncompile.convert`, `attncompile.verify`): each name is the package,
+and calling it calls the function of `attncompile.api`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import onnx_ir
 import torch
@@ -106,15 +106,12 @@ def compile(
             :class:`attncompile.backend.Options`.
 
     Raises:
-        ValueError: for an unknown option or value, when the first call compiles.
+        ValueError: for an unknown option or value.
     """
     from attncompile.backend import attncompile, read_options
 
     read_options(options)  # now, so that a misspelt option is said here and not in the first call
-    return cast(
-        Callable[..., Any],
-        torch.compile(model, backend=attncompile, dynamic=dynamic, options=options or None),
-    )
+    return torch.compile(model, backend=attncompile, dynamic=dynamic, options=options or None)
 
 
 def convert(

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet(debug), _terminable():
             code = app(args=given, prog_name="attncompile", standalone_mode=False)
             sys.stdout.flush()
+            if code == INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+                raise KeyboardInterrupt
             return code if isinstance(code, int) else DONE
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
