@@ -115,7 +115,7 @@ CASES: tuple[Case, ...] = (
     _case("documents", """
         attend  q,k,v[B,4,I,16]  float32
         score  0.25·s
-        mask   j ≤ i and document[b, i] = document[b, j]
+        mask   j ≤ i and document[b, j] = document[b, i]
         norm   softmax (float32)
         given  document[B,I]:int64
         """, SELF, document=(0, 3)),
@@ -133,7 +133,7 @@ CASES: tuple[Case, ...] = (
         norm   softmax (float32)
         given  table[4,9]:float32
         """, SELF, "relative positions, clipped"),
-    _case("alibi", f"{HEAD}\nscore  0.25·s − (i − j)·exp2(−2.0·(h + 1))\nmask   j ≤ i\n{SOFTMAX}", SELF),
+    _case("alibi", f"{HEAD}\nscore  0.25·s + exp2(−2·h − 2)·(j − i)\nmask   j ≤ i\n{SOFTMAX}", SELF),
     _case("softcap", f"{HEAD}\nscore  30.0·tanh(0.0083·s)\nmask   j ≤ i\n{SOFTMAX}", SELF),
     _case("temperature", """
         attend  q,k,v[B,4,I,16]  float32
@@ -242,7 +242,7 @@ CASES: tuple[Case, ...] = (
         """, {"B": 2, "I": 3, "P": 8}),
     _case("scan", """
         scan  q,k,v[B,4,I,16]  float32
-        decay  −exp2(−h − 5.0) + 1.0
+        decay  −exp2(−h − 5) + 1.0
         scale  0.25
         """, {"B": 2, "I": 150}),
     _case("scan-grouped", """

@@ -10,18 +10,60 @@ the evaluator is given. A load outside its tensor reads the nearest element inst
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from attncompile.ir.operators import OPERATORS, Kind
 
 Number = bool | int | float
+Order = tuple[Any, ...]
+"""A sortable description of an expression: rank of its class, name, number, then those of its children."""
 
 
 class Expr:
-    """Base of the expression nodes; carries the arithmetic notation (``i - j``, ``~mask``, ``x & y``)."""
+    """Base of the expression nodes; carries the arithmetic notation (``i - j``, ``~mask``, ``x & y``).
 
-    __slots__ = ()
+    Nodes are compared by structure. Hash and order are computed once per node and kept, so that dictionaries of
+    expressions and sorted sums cost the same for deep trees as for leaves.
+    """
+
+    __slots__ = ("_hash", "_order")
+    _hash: int
+    _order: Order
+    __match_args__: ClassVar[tuple[str, ...]] = ()
+    rank: ClassVar[int] = 0
+
+    def _identity(self) -> tuple[Any, ...]:
+        """What tells this node from others of its class."""
+        return tuple(getattr(self, name) for name in type(self).__match_args__)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other) or hash(self) != hash(other):
+            return False
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash((self.rank, self._identity())))
+            return self._hash
+
+    @property
+    def order(self) -> Order:
+        """Key of a total order in which equal expressions are equal: simple before compound, then by name."""
+        try:
+            return self._order
+        except AttributeError:
+            object.__setattr__(self, "_order", self._make_order())
+            return self._order
+
+    def _make_order(self) -> Order:
+        return self.rank, getattr(self, "name", ""), 0, ()
 
     @property
     def kind(self) -> Kind:
@@ -89,14 +131,29 @@ class Expr:
         return apply("not", self)
 
     def __str__(self) -> str:
-        from attncompile.ir.text import print_expr  # the printer reads the tree, so it cannot be imported above
+        from attncompile.ir.text import (
+            print_expr,  # the printer reads the tree, so it cannot be imported above
+        )
 
         return print_expr(self)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_RESERVED = frozenset({"s", "w", "true", "false", "inf", "nan", "and", "or", "not"})
+
+
+def _check_name(name: str, what: str, right_case: bool) -> None:
+    if not _NAME.fullmatch(name) or name in _RESERVED or not right_case:
+        first = "an upper-case" if what == "a size" else "a lower-case"
+        raise ValueError(
+            f"{name!r} cannot name {what}: it takes letters, digits and _, {first} letter first, and none "
+            f"of the words {', '.join(sorted(_RESERVED))}"
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Const(Expr):
-    """A literal. Equality tells ``1`` (an integer) from ``1.0`` (a real number) and from ``true``."""
+    """A literal. Equality tells ``1`` (an integer) from ``1.0`` (a real number) and from ``true``, and 0.0 from −0.0."""
 
     value: Number
 
@@ -106,66 +163,86 @@ class Const(Expr):
             return Kind.BOOL
         return Kind.INT if isinstance(self.value, int) else Kind.FLOAT
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Const) or type(self.value) is not type(other.value):
-            return False
-        both_nan = self.value != self.value and other.value != other.value
-        return both_nan or self.value == other.value
+    def _identity(self) -> tuple[Any, ...]:
+        # the text of a float tells the zeros apart and makes NaN equal to itself
+        return type(self.value).__name__, repr(self.value) if isinstance(self.value, float) else self.value
 
-    def __hash__(self) -> int:
-        return hash((type(self.value), self.value if self.value == self.value else "nan"))
+    def _make_order(self) -> Order:
+        number = 0 if self.value != self.value else self.value
+        return self.rank, *self._identity()[:1], number, (repr(self.value),)
 
     def __repr__(self) -> str:
         return f"Const({self.value!r})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Index(Expr):
-    """A position along a named axis, an integer from 0 to the axis' size; its name starts in lower case."""
+    """A position along a named axis: an integer from 0 to below the axis' size. Its name starts in lower case.
+
+    Raises:
+        ValueError: for a name that would not read back as an index.
+    """
 
     name: str
+    rank: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "an index", not self.name[:1].isupper())
 
     @property
     def kind(self) -> Kind:
         return Kind.INT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Size(Expr):
-    """A symbolic axis size, an integer of at least 1; its name starts in upper case."""
+    """A symbolic size, an integer of at least 0 (a cache may be empty). Its name starts in upper case.
+
+    Raises:
+        ValueError: for a name that would not read back as a size.
+    """
 
     name: str
+    rank: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "a size", self.name[:1].isupper())
 
     @property
     def kind(self) -> Kind:
         return Kind.INT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Score(Expr):
     """The raw score ``s[b, h, i, j]``: the inner product of query and key, before any scaling."""
 
+    rank: ClassVar[int] = 3
+
     @property
     def kind(self) -> Kind:
         return Kind.FLOAT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Weight(Expr):
     """The normalised weight ``w[b, h, i, j]``, for edits between normaliser and value product."""
 
+    rank: ClassVar[int] = 4
+
     @property
     def kind(self) -> Kind:
         return Kind.FLOAT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Load(Expr):
     """``tensor[e0, e1, ...]``: one element of a captured tensor; an index out of range is clamped into it."""
 
     tensor: str
     indices: tuple[Expr, ...]
     element: Kind
+    rank: ClassVar[int] = 5
 
     @property
     def kind(self) -> Kind:
@@ -178,14 +255,18 @@ class Load(Expr):
     def with_children(self, children: tuple[Expr, ...]) -> Expr:
         return Load(self.tensor, children, self.element)
 
+    def _make_order(self) -> Order:
+        return self.rank, self.tensor, 0, tuple(index.order for index in self.indices), self.element.value
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Apply(Expr):
     """A pointwise operator on subexpressions; build it with :func:`apply`, which checks the types."""
 
     operator: str
     arguments: tuple[Expr, ...]
     result: Kind
+    rank: ClassVar[int] = 6
 
     @property
     def kind(self) -> Kind:
@@ -197,6 +278,9 @@ class Apply(Expr):
 
     def with_children(self, children: tuple[Expr, ...]) -> Expr:
         return apply(self.operator, *children)
+
+    def _make_order(self) -> Order:
+        return self.rank, self.operator, 0, tuple(argument.order for argument in self.arguments)
 
 
 TRUE, FALSE = Const(True), Const(False)
@@ -213,6 +297,8 @@ def lift_number(value: Expr | Number) -> Expr:
 def apply(operator: str, *arguments: Expr | Number) -> Expr:
     """The operator on the arguments, typed; associative operators are flattened, nothing else is rewritten.
 
+    An integer sum inside a real one stays a node of its own: it is exact, and its terms need not be.
+
     Raises:
         ValueError: for an unknown operator, a wrong number of arguments, or arguments of kinds it does not take.
     """
@@ -220,21 +306,28 @@ def apply(operator: str, *arguments: Expr | Number) -> Expr:
     if row is None:
         raise ValueError(f"unknown operator {operator!r}; the known ones are {', '.join(sorted(OPERATORS))}")
     children = tuple(lift_number(argument) for argument in arguments)
-    if row.arity is None:
-        children = tuple(
-            grandchild
-            for child in children
-            for grandchild in (child.children if isinstance(child, Apply) and child.operator == operator else (child,))
-        )
-        if len(children) == 1:
-            return children[0]
     if not children or (row.arity is not None and len(children) != row.arity):
-        raise ValueError(f"operator {operator!r} takes {row.arity or 'two or more'} arguments, got {len(children)}")
+        count = (
+            "one or more arguments" if row.arity is None else f"{row.arity} argument{'s' * (row.arity > 1)}"
+        )
+        raise ValueError(f"operator {operator!r} takes {count}, got {len(children)}")
     kind = row.result([child.kind for child in children])
     if kind is None:
         kinds = ", ".join(f"{child} : {child.kind}" for child in children)
         raise ValueError(f"operator {operator!r} does not take arguments of these kinds: {kinds}")
+    if row.arity is None:
+        children = tuple(_flattened(operator, kind, children))
+        if len(children) == 1:
+            return children[0]
     return Apply(operator, children, kind)
+
+
+def _flattened(operator: str, kind: Kind, children: Iterable[Expr]) -> Iterator[Expr]:
+    for child in children:
+        if isinstance(child, Apply) and child.operator == operator and child.result is kind:
+            yield from child.arguments
+        else:
+            yield child
 
 
 def where(condition: Expr, then: Expr | Number, otherwise: Expr | Number) -> Expr:
@@ -271,10 +364,7 @@ def rewrite(expr: Expr, visit: Callable[[Expr], Expr | None]) -> Expr:
 def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
     """Replace whole subexpressions (usually symbols) by others, everywhere at once."""
 
-    def visit(node: Expr) -> Expr | None:
-        return values.get(node)
-
-    return rewrite(expr, visit)
+    return rewrite(expr, values.get)
 
 
 def symbols(expr: Expr) -> frozenset[Expr]:

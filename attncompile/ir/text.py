@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from attncompile.ir.expr import (
     SCORE,
@@ -20,6 +21,7 @@ from attncompile.ir.expr import (
     Expr,
     Index,
     Load,
+    Number,
     Score,
     Size,
     Weight,
@@ -29,14 +31,18 @@ from attncompile.ir.operators import OPERATORS, Kind
 
 ATOM, PRODUCT, SUM = 10, 6, 5
 
+Parsed = TypeVar("Parsed")
 
-def _number(value: bool | int | float, digits: int | None) -> str:
+
+def _number(value: Number, digits: int | None) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         if math.isnan(value):
             return "nan"
-        text = "inf" if math.isinf(value) else repr(abs(value)) if digits is None else f"{abs(value):.{digits}g}"
+        text = (
+            "inf" if math.isinf(value) else repr(abs(value)) if digits is None else f"{abs(value):.{digits}g}"
+        )
         return ("−" if math.copysign(1.0, value) < 0 else "") + text
     return ("−" if value < 0 else "") + str(abs(value))
 
@@ -58,6 +64,11 @@ def _print(expr: Expr, digits: int | None) -> tuple[str, int]:
         text, precedence = _print(child, digits)
         return text if precedence >= at_least else f"({text})"
 
+    def first(child: Expr, at_least: int) -> str:
+        # an integer sum or product inside a real one keeps its parentheses: they are two operations
+        same = isinstance(child, Apply) and isinstance(expr, Apply) and child.operator == expr.operator
+        return wrapped(child, at_least + (same and child.kind is not expr.kind))
+
     match expr:
         case Const(value):
             return _number(value, digits), ATOM
@@ -70,14 +81,15 @@ def _print(expr: Expr, digits: int | None) -> tuple[str, int]:
         case Load(tensor, indices):
             return f"{tensor}[{', '.join(print_expr(index, digits) for index in indices)}]", ATOM
         case Apply("add", arguments):
-            text = wrapped(arguments[0], SUM)
+            text = first(arguments[0], SUM)
             for argument in arguments[1:]:
                 term = wrapped(argument, SUM + 1)
                 text += f" − {term[1:]}" if term.startswith("−") else f" + {term}"
             return text, SUM
-        case Apply("mul", (Const(-1), *rest)) if rest and not any(isinstance(r, Const) for r in rest[:1]):
-            first = wrapped(rest[0], PRODUCT if len(rest) == 1 else PRODUCT + 1)
-            return "−" + "·".join([first, *(wrapped(r, PRODUCT + 1) for r in rest[1:])]), PRODUCT
+        case Apply("mul", (Const(int(-1)), *rest)) if not isinstance(rest[0], Const):
+            return "−" + "·".join(
+                [first(rest[0], PRODUCT), *(wrapped(r, PRODUCT + 1) for r in rest[1:])]
+            ), PRODUCT
         case Apply("not", (argument,)):
             return f"not {wrapped(argument, OPERATORS['not'].precedence)}", OPERATORS["not"].precedence
         case Apply(operator, arguments):
@@ -85,142 +97,197 @@ def _print(expr: Expr, digits: int | None) -> tuple[str, int]:
             if not row.symbol:
                 return f"{operator}({', '.join(print_expr(a, digits) for a in arguments)})", ATOM
             symbol = row.symbol if row.symbol in ("·", "^") else f" {row.symbol} "
-            first_at_least = row.precedence + (row.precedence == OPERATORS["lt"].precedence or operator == "pow")
-            parts = [wrapped(arguments[0], first_at_least), *(wrapped(a, row.precedence + 1) for a in arguments[1:])]
-            if parts[0].startswith("−") and operator in ("div", "floordiv", "mod"):
-                parts[0] = f"({parts[0]})"  # a leading minus binds the whole product
-            return symbol.join(parts), row.precedence
+            repeats = operator == "pow" or row.precedence == OPERATORS["lt"].precedence
+            head = first(arguments[0], row.precedence + repeats)
+            if head.startswith("−") and operator in ("div", "floordiv", "mod", "pow"):
+                head = f"({head})"  # a leading minus binds the whole product
+            return symbol.join(
+                [head, *(wrapped(a, row.precedence + 1) for a in arguments[1:])]
+            ), row.precedence
     raise ValueError(f"cannot print {expr!r}")
 
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?)"
+    r"(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?)"
     r"|(?P<name>[A-Za-z_][\w.]*)"
-    r"|(?P<symbol>//|<=|>=|!=|==|[-+−*·/%^()\[\],<>≤≥=≠]))"
+    r"|(?P<symbol>//|<=|>=|!=|==|[-+−*·/%^()\[\],<>≤≥=≠])"
+    r"|(?P<space>\s+)"
 )
 _SPELLINGS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "*": "·", "-": "−"}
 _BY_SYMBOL = {row.symbol: row.name for row in OPERATORS.values() if row.symbol}
 _CONSTANTS = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
+_WORDS = ("and", "or", "not")
 
 
-@dataclass
-class _Parser:
+@dataclass(frozen=True)
+class _Token:
+    kind: str
     text: str
-    tensors: Mapping[str, Kind]
-    position: int = 0
+    column: int
 
-    def fail(self, what: str) -> ValueError:
-        return ValueError(f"{what} at column {self.position + 1} of {self.text!r}")
+    def __str__(self) -> str:
+        return repr(self.text) if self.text else "the end"
 
-    def peek(self) -> tuple[str, str]:
-        match = _TOKEN.match(self.text, self.position)
+
+def _tokens(text: str) -> list[_Token]:
+    found: list[_Token] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
         if match is None:
-            if self.text[self.position :].strip():
-                raise self.fail(f"cannot read {self.text[self.position :].strip()[0]!r}")
-            return "end", ""
-        kind = match.lastgroup or ""
-        token = match.group(kind)
-        return kind, _SPELLINGS.get(token, token)
+            raise _failure(f"cannot read {text[position]!r}", text, position)
+        kind, token = match.lastgroup or "", match.group()
+        if kind != "space":
+            kind = "symbol" if token in _WORDS else kind
+            found.append(_Token(kind, _SPELLINGS.get(token, token), position))
+        position = match.end()
+    return [*found, _Token("end", "", len(text))]
 
-    def take(self) -> tuple[str, str]:
-        token = self.peek()
-        match = _TOKEN.match(self.text, self.position)
-        self.position = match.end() if match else len(self.text)
+
+def _failure(what: str, text: str, column: int) -> ValueError:
+    return ValueError(f"{what} at column {column + 1} of {text!r}")
+
+
+class _Parser:
+    """Recursive descent, one method per precedence."""
+
+    def __init__(self, text: str, tensors: Mapping[str, Kind]) -> None:
+        self.text, self.tensors = text, tensors
+        self.tokens = _tokens(text)
+        self.position = 0
+
+    @property
+    def next(self) -> _Token:
+        return self.tokens[self.position]
+
+    def fail(self, what: str, token: _Token) -> ValueError:
+        return _failure(what, self.text, token.column)
+
+    def take(self) -> _Token:
+        token = self.next
+        self.position += token.kind != "end"
         return token
 
-    def accept(self, *symbols: str) -> str | None:
-        _, token = self.peek()
-        if token in symbols:
-            self.take()
-            return token
-        return None
+    def accept(self, *symbols: str) -> _Token | None:
+        return self.take() if self.next.kind == "symbol" and self.next.text in symbols else None
 
     def expect(self, symbol: str) -> None:
         if self.accept(symbol) is None:
-            raise self.fail(f"expected {symbol!r}, found {self.peek()[1] or 'the end'!r}")
+            raise self.fail(f"expected {symbol!r}, found {self.next}", self.next)
 
-    def chain(self, operator: str, word: str, operand: str) -> Expr:
-        parts = [getattr(self, operand)()]
-        while self.accept(word):
-            parts.append(getattr(self, operand)())
-        return apply(operator, *parts) if len(parts) > 1 else parts[0]
+    def typed(self, at: _Token, operator: str, *arguments: Expr | Number) -> Expr:
+        try:
+            return apply(operator, *arguments)
+        except ValueError as error:
+            raise self.fail(str(error), at) from None
+
+    def chain(self, operator: str, operand: Callable[[], Expr]) -> Expr:
+        parts, at = [operand()], self.next
+        while self.accept(operator):
+            parts.append(operand())
+        return self.typed(at, operator, *parts) if len(parts) > 1 else parts[0]
 
     def disjunction(self) -> Expr:
-        return self.chain("or", "or", "conjunction")
+        return self.chain("or", self.conjunction)
 
     def conjunction(self) -> Expr:
-        return self.chain("and", "and", "negation")
+        return self.chain("and", self.negation)
 
     def negation(self) -> Expr:
-        if self.accept("not"):
-            return apply("not", self.negation())
-        return self.comparison()
+        at = self.accept("not")
+        return self.typed(at, "not", self.negation()) if at else self.comparison()
 
     def comparison(self) -> Expr:
         left = self.sum()
-        symbol = self.accept("<", "≤", ">", "≥", "=", "≠")
-        return apply(_BY_SYMBOL[symbol], left, self.sum()) if symbol else left
+        at = self.accept("<", "≤", ">", "≥", "=", "≠")
+        return self.typed(at, _BY_SYMBOL[at.text], left, self.sum()) if at else left
 
     def sum(self) -> Expr:
-        terms = [self.product()]
-        while symbol := self.accept("+", "−"):
+        terms, first = [self.product()], self.next
+        while at := self.accept("+", "−"):
             term = self.product()
-            terms.append(_negated(term) if symbol == "−" else term)
-        return apply("add", *terms) if len(terms) > 1 else terms[0]
+            terms.append(self.negated(term, at) if at.text == "−" else term)
+        return self.typed(first, "add", *terms) if len(terms) > 1 else terms[0]
 
     def product(self) -> Expr:
-        negative = bool(self.accept("−"))
-        result = self.power()
-        while symbol := self.accept("·", "/", "//", "%"):
-            result = apply(_BY_SYMBOL[symbol], result, self.power())
-        return _negated(result) if negative else result
+        minus = self.accept("−")
+        factors, first = [self.power()], self.next
+        while at := self.accept("·", "/", "//", "%"):
+            factor = self.power()
+            if at.text == "·":
+                factors.append(factor)
+            else:
+                left = self.typed(first, "mul", *factors) if len(factors) > 1 else factors[0]
+                factors = [self.typed(at, _BY_SYMBOL[at.text], left, factor)]
+        result = self.typed(first, "mul", *factors) if len(factors) > 1 else factors[0]
+        return self.negated(result, minus) if minus else result
 
     def power(self) -> Expr:
-        base = self.factor()
-        return apply("pow", base, self.factor()) if self.accept("^") else base
+        if minus := self.accept("−"):
+            return self.negated(self.power(), minus)
+        base = self.atom()
+        at = self.accept("^")
+        return self.typed(at, "pow", base, self.exponent()) if at else base
 
-    def factor(self) -> Expr:
-        kind, token = self.take()
-        if token == "−":
-            return _negated(self.factor())
-        if token == "(":
+    def exponent(self) -> Expr:
+        minus = self.accept("−")
+        return self.negated(self.exponent(), minus) if minus else self.atom()
+
+    def atom(self) -> Expr:
+        token = self.take()
+        if token.text == "(":
             inner = self.disjunction()
             self.expect(")")
             return inner
-        if kind == "number":
-            return Const(float(token) if any(c in token for c in ".eE") else int(token))
-        if kind != "name":
-            raise self.fail(f"expected a value, found {token or 'the end'!r}")
-        if token in _CONSTANTS:
-            return Const(_CONSTANTS[token])
+        if token.kind == "number":
+            return Const(float(token.text) if any(c in token.text for c in ".eE") else int(token.text))
+        if token.kind != "name":
+            raise self.fail(f"expected a value, found {token}", token)
+        if token.text in _CONSTANTS:
+            return Const(_CONSTANTS[token.text])
         if self.accept("["):
-            indices = self.arguments("]")
-            if token not in self.tensors:
-                raise self.fail(f"unknown tensor {token!r}; the known ones are {sorted(self.tensors)}")
-            return Load(token, indices, self.tensors[token])
+            if token.text not in self.tensors:
+                raise self.fail(f"unknown tensor {token}; the known ones are {sorted(self.tensors)}", token)
+            return Load(token.text, self.arguments("]"), self.tensors[token.text])
         if self.accept("("):
-            return apply(token, *self.arguments(")"))
-        if token in ("s", "w"):
-            return SCORE if token == "s" else WEIGHT
-        return Size(token) if token[0].isupper() else Index(token)
+            return self.typed(token, token.text, *self.arguments(")"))
+        if token.text in ("s", "w"):
+            return SCORE if token.text == "s" else WEIGHT
+        try:
+            return Size(token.text) if token.text[0].isupper() else Index(token.text)
+        except ValueError as error:
+            raise self.fail(str(error), token) from None
 
     def arguments(self, closing: str) -> tuple[Expr, ...]:
         if self.accept(closing):
             return ()
+        parts = self.items()
+        self.expect(closing)
+        return parts
+
+    def items(self) -> tuple[Expr, ...]:
         parts = [self.disjunction()]
         while self.accept(","):
             parts.append(self.disjunction())
-        self.expect(closing)
         return tuple(parts)
 
+    def negated(self, term: Expr, at: _Token) -> Expr:
+        match term:
+            case Const(value) if not isinstance(value, bool):
+                return Const(-value)
+            case Apply("mul", (Const(value), *rest)):
+                return self.typed(at, "mul", -value, *rest)
+        return self.typed(at, "mul", -1, term)
 
-def _negated(term: Expr) -> Expr:
-    match term:
-        case Const(value) if not isinstance(value, bool):
-            return Const(-value)
-        case Apply("mul", (Const(value), *rest)) if not isinstance(value, bool):
-            return apply("mul", -value, *rest)
-    return apply("mul", -1.0 if term.kind is Kind.FLOAT else -1, term)  # as the simplifier writes it
+    def whole(self, rule: Callable[[], Parsed]) -> Parsed:
+        """What the rule reads, which must be all of the text."""
+        try:
+            result = rule()
+        except RecursionError:
+            raise self.fail("nested too deeply", self.next) from None
+        if self.next.kind != "end":
+            raise self.fail(f"unexpected {self.next}", self.next)
+        return result
 
 
 def parse_expr(text: str, tensors: Mapping[str, Kind] | None = None) -> Expr:
@@ -234,7 +301,14 @@ def parse_expr(text: str, tensors: Mapping[str, Kind] | None = None) -> Expr:
         ValueError: with the column, for text that is no expression or does not type-check.
     """
     parser = _Parser(text, tensors or {})
-    expr = parser.disjunction()
-    if parser.peek()[0] != "end":
-        raise parser.fail(f"unexpected {parser.peek()[1]!r}")
-    return expr
+    return parser.whole(parser.disjunction)
+
+
+def parse_exprs(text: str, tensors: Mapping[str, Kind] | None = None) -> tuple[Expr, ...]:
+    """Read expressions separated by commas; none from an empty text.
+
+    Raises:
+        ValueError: as :func:`parse_expr`.
+    """
+    parser = _Parser(text, tensors or {})
+    return parser.whole(parser.items) if text.strip() else ()
