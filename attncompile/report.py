@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import platform
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,14 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from attncompile.frontends.errors import InputError
-from attncompile.ir import parse_spec
+from attncompile.ir import parse_spec, print_spec
 from attncompile.ir.blocks import block_map
 from attncompile.ir.intervals import Visibility
 from attncompile.ir.types import concrete
+from attncompile.lift.program import Program, Site
 from attncompile.lift.render import map_sizes
+from attncompile.plan.schema import Plan
+from attncompile.verify.certificate import Certificate, read_record, tool_versions, write_record
 
 SCHEMA = 1
 PICTURE_LENGTH = 1024
@@ -26,7 +28,7 @@ PICTURE_LENGTH = 1024
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")
 
 
 class PassOutcome(_Data):
@@ -48,9 +50,11 @@ class SiteReport(_Data):
         passes: every pass that was asked for, in order.
         operator: what computes it now, such as ``Attention-23``; empty where the original was kept.
         why: why this operator, and why not the others.
-        max_error: largest absolute difference of the site's output from the original on real inputs; None
-            when it was not measured.
-        relative_error: the same over the largest absolute value of the original.
+        max_error: largest absolute error of what computes it now against its Spec in float64, over the inputs
+            of the certificate; None where the original was kept.
+        relative_error: the same as a share of the largest output.
+        change: relative distance of the output from the original's, where a lossy pass changed the function;
+            None where none did. Measured on `change_inputs`.
         source: source line in the model.
         reason, hint: why it was refused or only observed, and what would help.
     """
@@ -64,6 +68,8 @@ class SiteReport(_Data):
     why: str = ""
     max_error: float | None = None
     relative_error: float | None = None
+    change: float | None = None
+    change_inputs: str = ""
     source: str = ""
     reason: str = ""
     hint: str = ""
@@ -102,17 +108,6 @@ def _processor() -> str:
     return named or platform.processor() or "unknown processor"
 
 
-def versions() -> dict[str, str]:
-    """Versions of what takes part in a conversion, by distribution; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for name in ("attncompile", "torch", "triton", "transformers", "onnx", "onnxruntime", "onnxscript"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 class Report(_Data):
     """The whole conversion.
 
@@ -135,12 +130,8 @@ class Report(_Data):
     sites: tuple[SiteReport, ...]
     measurements: tuple[Measurement, ...] = ()
     machine: str = Field(default_factory=machine)
-    versions: dict[str, str] = Field(default_factory=versions)
+    versions: dict[str, str] = Field(default_factory=tool_versions)
     notes: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        """The report as JSON; `read_report` gives it back."""
-        return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
     def to_text(self) -> str:
         """A few lines for the terminal: operators, refusals and measurements."""
@@ -154,21 +145,84 @@ class Report(_Data):
         return _page(self)
 
 
+def report_of(
+    program: Program,
+    plan: Plan,
+    certificate: Certificate,
+    *,
+    changes: Mapping[str, float] | None = None,
+    change_inputs: str = "",
+    measurements: Sequence[Measurement] = (),
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report of a conversion, put together from what its stages left.
+
+    Args:
+        program: the lifted model.
+        plan: what was chosen for each site.
+        certificate: the comparisons; its end-to-end numbers come before ``measurements``.
+        changes: by site name, how far lossy passes moved its output; measured on ``change_inputs``.
+        measurements: further numbers, such as sizes and latencies.
+        notes: besides those of the program.
+    """
+    numbers = [
+        Measurement(name=entry.metric, before=entry.before, after=entry.after, note=entry.inputs)
+        for entry in certificate.end_to_end
+    ]
+    return Report(
+        model=program.model,
+        target=plan.target,
+        provider=plan.provider,
+        passes=plan.passes,
+        sites=tuple(
+            _site_report(site, plan, certificate, (changes or {}).get(site.name), change_inputs)
+            for site in program.sites
+        ),
+        measurements=(*numbers, *measurements),
+        versions=certificate.versions,
+        notes=(*program.notes, *notes),
+    )
+
+
+def _site_report(
+    site: Site, plan: Plan, certificate: Certificate, change: float | None, change_inputs: str
+) -> SiteReport:
+    planned = next((entry for entry in plan.sites if entry.site == site.name), None)
+    checked = next((entry for entry in certificate.sites if entry.site == site.name), None)
+    cases = checked.cases if checked else ()
+    outcomes = [PassOutcome(name=call, applied=True) for call in (planned.applied if planned else ())]
+    outcomes += [
+        PassOutcome(name=entry.call, applied=False, reason=entry.reason)
+        for entry in (planned.refused if planned else ())
+    ]
+    replaced = planned is not None and planned.operator != "original"
+    return SiteReport(
+        name=site.name,
+        status=site.status,
+        spec=print_spec(site.spec) if site.spec else "",
+        spec_after=planned.after if planned and replaced else "",
+        passes=tuple(outcomes),
+        operator=planned.operator if planned and replaced else "",
+        why=planned.reason if planned else "",
+        max_error=max((case.max_abs for case in cases), default=None),
+        relative_error=max((case.max_rel for case in cases), default=None),
+        change=change,
+        change_inputs=change_inputs if change is not None else "",
+        source=site.source,
+        reason=site.refusal.reason if site.refusal else "",
+        hint=site.refusal.hint if site.refusal else "",
+    )
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.json`` and ``report.html``."""
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    write_record(report, folder / "report.json")
     (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
 
 
 def read_report(file: Path) -> Report:
-    """Read ``report.json`` back. Raises InputError when it is none."""
-    try:
-        return Report.model_validate_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise InputError(reason, file, "give the folder of a conversion") from error
-    except ValueError as error:
-        raise InputError("not a report of a conversion", file, "convert the model again") from error
+    """Read ``report.json`` back. Raises ValueError, in one sentence, when it is none."""
+    return read_record(Report, file, "report")
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -185,13 +239,23 @@ def _text_lines(report: Report) -> list[str]:
         lines.append(f"{_count(count, 'site')} as {operator}" + (f": {why}" if why else ""))
     reasons: dict[str, int] = {}
     for site in kept:
-        said = [site.reason, *(p.reason for p in site.passes if not p.applied)]
-        text = "; ".join(part for part in said if part) or "no operator was faster"
+        text = site.reason or site.why or "; ".join(p.reason for p in site.passes if not p.applied)
         reasons[text] = reasons.get(text, 0) + 1
     lines += [f"{_count(count, 'site')} kept as it was: {text}" for text, count in reasons.items()]
+    refused = [(p.name, p.reason) for site in report.sites for p in site.passes if not p.applied]
+    lines += [
+        f"{name} refused at {_count(refused.count((name, why)), 'site')}: {why}"
+        for name, why in dict.fromkeys(refused)
+    ]
     errors = [site.max_error for site in report.sites if site.max_error is not None]
     if errors:
-        lines.append(f"largest error at a site {max(errors):.2g}")
+        lines.append(f"largest error of a site against its Spec {max(errors):.2g}")
+    changes = [site for site in report.sites if site.change is not None]
+    if changes:
+        worst = max(changes, key=lambda site: site.change or 0.0)
+        lines.append(
+            f"largest change of a site's output {worst.change:.2g} ({worst.name}, {worst.change_inputs})"
+        )
     lines += [_measurement_text(row) for row in report.measurements]
     return lines + [f"note: {note}" for note in report.notes]
 
@@ -273,7 +337,7 @@ def _measurement_table(report: Report) -> str:
 
 
 def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
-    """Sites that differ by name and measured error alone, the largest error shown for all of them."""
+    """Sites that differ by name and measured numbers alone, each with the one of largest error."""
     groups: dict[str, list[SiteReport]] = {}
     for site in sites:
         plain = site.model_copy(
@@ -281,13 +345,17 @@ def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
                 "name": "",
                 "max_error": None,
                 "relative_error": None,
-                "spec": site.spec.partition("   ")[2],
-                "spec_after": site.spec_after.partition("   ")[2],
+                "change": None,
+                "spec": site.spec.replace(site.name, "", 1),
+                "spec_after": site.spec_after.replace(site.name, "", 1),
             }
         )
         groups.setdefault(plain.model_dump_json(), []).append(site)
     return [
-        ([site.name for site in group], max(group, key=lambda site: site.max_error or 0.0))
+        (
+            [site.name for site in group],
+            max(group, key=lambda site: (site.change or 0.0, site.max_error or 0.0)),
+        )
         for group in groups.values()
     ]
 
@@ -314,7 +382,10 @@ def _site_block(names: list[str], site: SiteReport) -> str:
         lines.append(f"<p>{say(outcome.name)}: {said}{because}</p>")
     if site.max_error is not None:
         relative = f", {site.relative_error:.2g} relative" if site.relative_error is not None else ""
-        lines.append(f"<p>Measured error {site.max_error:.2g}{relative}</p>")
+        lines.append(f"<p>Error against its Spec {site.max_error:.2g}{relative}</p>")
+    if site.change is not None:
+        on = f" on {say(site.change_inputs)}" if site.change_inputs else ""
+        lines.append(f"<p>Output changed by {site.change:.2g}{on}</p>")
     drawn = "".join(_figure(text) for text in dict.fromkeys((site.spec, site.spec_after)) if text)
     return f'<section class="site"><div>{"".join(lines)}</div><div>{drawn}</div></section>\n'
 
