@@ -41,10 +41,6 @@ class DeviceFunction:
         body = indented([*self.lines, f"return {self.value}"], 4)
         return f'@triton.jit\n{head}\n    """{self.docstring}"""\n{body}'
 
-    def call(self) -> str:
-        """The call, with the kernel's names."""
-        return f"{self.name}({', '.join(self.parameters)})"
-
 
 @dataclass(frozen=True)
 class KeyRuns:
@@ -180,6 +176,9 @@ class DenseForward:
             "lanes = tl.arange(0, BLOCK_J)",
             f"channels = tl.arange(0, {self.padded(self.channels)})",
             f"features = tl.arange(0, {self.padded(self.features)})",
+            *(f"real_{axis} = ({axis} < {extent})[None, :]"
+              for axis, extent in (("channels", self.channels), ("features", self.features))
+              if self.padded(extent) != extent),
         ]
 
     def _query(self) -> list[str]:
@@ -212,7 +211,7 @@ class DenseForward:
         extent = self.channels if axis == "channels" else self.features
         if self.padded(extent) == extent:
             return condition
-        bound = f"({axis} < {extent})[None, :]"
+        bound = f"real_{axis}"
         return f"{condition} & {bound}" if condition else bound
 
     def _load(self, tensor: str, axis: str, masked: bool) -> str:
@@ -235,11 +234,11 @@ class DenseForward:
         else:
             lines.append('s = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")')
         if self.score:
-            lines += signature("logits = score", self.score.parameters, "").splitlines()
+            lines += signature("logits = score", self.score.parameters, "", inside=8).splitlines()
         logits = "logits" if self.score else "s"
         if masked:
             if self.visible:
-                lines += signature("shown = visible", self.visible.parameters, "").splitlines()
+                lines += signature("shown = visible", self.visible.parameters, "", inside=8).splitlines()
             shown = f"shown & (keys < {keys})[None, :]" if self.visible else f"(keys < {keys})[None, :]"
             lines.append(f'logits = tl.where({shown}, {logits}, float("-inf"))')
         elif not self.score:
@@ -249,19 +248,20 @@ class DenseForward:
 
     def _join(self) -> list[str]:
         if self.softmax:
-            arguments = ["accumulator", "peak", "total", "logits"]
-            if self.edit:
-                arguments.append(self.edit.call())
-            name = self.device_functions()[0]
-            arguments += ["value_tile", repr(self.scale * LOG2E)]
-            return [f"accumulator, peak, total = {name}({', '.join(arguments)})"]
+            arguments = ["accumulator", "peak", "total", "logits", *(["factor"] if self.edit else []), "value_tile",
+                         repr(self.scale * LOG2E)]
+            call = signature(f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8)
+            return [*self._factor(), *call.splitlines()]
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
         weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
         if self.edit:
-            weights = f"{weights} * {self.edit.call()}"
-        return [f"weights = {weights}",
+            weights = f"{weights} * factor"
+        return [*self._factor(), f"weights = {weights}",
                 "accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, "
                 'input_precision="ieee")']
+
+    def _factor(self) -> list[str]:
+        return signature("factor = edit", self.edit.parameters, "", inside=8).splitlines() if self.edit else []
 
     def _loops(self) -> list[list[str]]:
         keys = self.lengths[2]

@@ -67,5 +67,6 @@ def update_edited(accumulator, peak, total, logits, factor, value_tile, SCALE: t
     rescale = tl.exp2(peak - shift)
     total = total * rescale + tl.sum(weights, 1)
     accumulator = accumulator * rescale[:, None]
-    accumulator = tl.dot((weights * factor).to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
+    edited = (weights * factor).to(value_tile.dtype)
+    accumulator = tl.dot(edited, value_tile, accumulator, input_precision="ieee")
     return accumulator, new_peak, total

@@ -18,7 +18,7 @@ import torch
 
 from attncompile.ir import Attend, Quantize, Spec, parse_spec, print_spec
 from attncompile.ir.expr import Apply, Const, Expr, Size, apply
-from attncompile.ir.types import DTYPES
+from attncompile.ir.types import DTYPES, bind_sizes
 
 Implementation = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 """Takes a Spec's inputs in order, returns its outputs."""
@@ -72,34 +72,33 @@ def _resolved(text: str, device_type: str) -> Implementation:
     return implementation(text)
 
 
-@functools.lru_cache(maxsize=1024)
-def _canonical(spec: Spec) -> tuple[str, tuple[int, ...]]:
-    """A Spec's text, and for each input of the parsed text its position among the Spec's inputs."""
+def bind(spec: Spec) -> Implementation:
+    """A function of a Spec's inputs, in the order of ``spec.inputs``, that computes it through the operator.
+
+    It returns the outputs in order, a single tensor when there is one. Tracing sees the operator alone.
+    """
     text = print_spec(spec)
     names = [value.name for value in spec.inputs]
-    return text, tuple(names.index(value.name) for value in parsed(text).inputs)
+    order = tuple(names.index(value.name) for value in parsed(text).inputs)  # reading back may reorder the inputs
+    takes = f"{spec.name} takes {len(names)} tensors ({', '.join(names)})"
+
+    def run_bound(*tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if len(tensors) != len(order):
+            raise ValueError(f"{takes}, got {len(tensors)}")
+        outputs = torch.ops.attncompile.run(text, [tensors[position] for position in order])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return run_bound
 
 
 def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Compute a Spec through the operator.
-
-    Args:
-        spec: what to compute.
-        tensors: its inputs, in the order of ``spec.inputs``.
-
-    Returns:
-        The outputs in order; a single tensor when there is one.
+    """Compute a Spec once through the operator, see :func:`bind`.
 
     Raises:
         ValueError: for a wrong number of tensors, or tensors that do not fit the Spec.
         RuntimeError: when nothing computes Specs on the device.
     """
-    if len(tensors) != len(spec.inputs):
-        raise ValueError(f"{spec.name} takes {len(spec.inputs)} tensors "
-                         f"({', '.join(v.name for v in spec.inputs)}), got {len(tensors)}")
-    text, order = _canonical(spec)
-    outputs = torch.ops.attncompile.run(text, [tensors[position] for position in order])
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return bind(spec)(*tensors)
 
 
 @torch.library.custom_op("attncompile::run", mutates_args=())
@@ -172,21 +171,24 @@ def run_backward(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[
     original = parsed(spec)
     smooth = _differentiable(original)
     dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-    with torch.enable_grad():
-        known = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
-        named = {value.name: tensor for value, tensor in zip(original.inputs, known, strict=True)}
-        outputs = smooth.interpret(named, dtype)
-        real = [t for t in known if t.is_floating_point()]
-        shown = _rows_with_keys(smooth, named, dtype)
-        weights = []
-        for output, gradient in zip(outputs, gradients, strict=True):
-            gradient = gradient.to(output.dtype)
-            if shown is not None:
-                gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
-            weights.append(gradient)
-        found = iter(torch.autograd.grad(outputs, real, weights, allow_unused=True, materialize_grads=True))
-    return [next(found).to(t.dtype, memory_format=torch.contiguous_format).contiguous() if t.is_floating_point()
-            else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+    named = {value.name: tensor for value, tensor in zip(original.inputs, inputs, strict=True)}
+    real = [name for name, tensor in named.items() if tensor.is_floating_point()]
+
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return smooth.interpret({**named, **dict(zip(real, tensors, strict=True))}, dtype)
+
+    # below the operator there is no autograd, but its functional form works there
+    outputs, pull = torch.func.vjp(forward, *(named[name].to(dtype) for name in real))
+    shown = _rows_with_keys(smooth, named, dtype)
+    given = []
+    for output, gradient in zip(outputs, gradients, strict=True):
+        gradient = gradient.to(output.dtype)
+        if shown is not None:
+            gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
+        given.append(gradient)
+    found = dict(zip(real, pull(tuple(given)), strict=True))
+    return [found[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format) if name in found
+            else torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in named.items()]
 
 
 @run_backward.register_fake
@@ -217,11 +219,8 @@ def _rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.d
     attend = spec.attend()
     if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1:
         return None
-    from attncompile.ir.types import bind_sizes
-
-    with torch.no_grad():
-        sizes = bind_sizes({v.name: v.type for v in spec.inputs}, tensors)
-        return (attend.logits(tensors, sizes, dtype) > LOWEST).any(-1)
+    sizes = bind_sizes({v.name: v.type for v in spec.inputs}, tensors)
+    return (attend.logits(tensors, sizes, dtype) > LOWEST).any(-1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output: Any) -> None:

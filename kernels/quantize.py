@@ -11,7 +11,7 @@ def quantize_blocks(
     tensor, mean, whole, scale, stride_b, stride_h, stride_i, stride_d, H, I,
     BLOCK: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
 ):
-    """One program: one block of positions of one head; ``whole`` is [B,H,I,D], ``scale`` [B,H,cdiv(I,BLOCK)]."""
+    """One program: one block of positions of one head; whole is [B,H,I,D], scale [B,H,cdiv(I,BLOCK)]."""
     blocks = tl.cdiv(I, BLOCK)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks

@@ -95,7 +95,7 @@ class ScanForward:
             f"b = tl.program_id(0) // {self.heads}",
             f"h = tl.program_id(0) % {self.heads}",
             f"g = {self.kv_head}",
-            f"log_decay = tl.log2({self.decay.call()})",
+            f"log_decay = tl.log2({self.decay.name}({', '.join(self.decay.parameters)}))",
             "lanes = tl.arange(0, CHUNK)",
             f"channels = tl.arange(0, {padded})",
             "features = part * BLOCK_E + tl.arange(0, BLOCK_E)",
@@ -118,12 +118,12 @@ class ScanForward:
             f"    read = inside & (channels < {self.channels})[None, :]",
             f"    shown = inside & (features < {self.features})[None, :]",
             "    positions = tl.cast(rows, tl.int64)[:, None]",
-            "    query_tile = tl.load(query + positions * query_stride_i + channels[None, :] * query_stride_d, "
-            "mask=read, other=0)",
-            "    key_tile = tl.load(key + positions * key_stride_i + channels[None, :] * key_stride_d, "
-            "mask=read, other=0)",
-            "    value_tile = tl.load(value + positions * value_stride_i + features[None, :] * value_stride_e, "
-            "mask=shown, other=0)",
+            "    query_offsets = positions * query_stride_i + channels[None, :] * query_stride_d",
+            "    key_offsets = positions * key_stride_i + channels[None, :] * key_stride_d",
+            "    value_offsets = positions * value_stride_i + features[None, :] * value_stride_e",
+            "    query_tile = tl.load(query + query_offsets, mask=read, other=0)",
+            "    key_tile = tl.load(key + key_offsets, mask=read, other=0)",
+            "    value_tile = tl.load(value + value_offsets, mask=shown, other=0)",
             "    query_features = tl.where(read, feature_map(query_tile.to(tl.float32)), 0.0)",
             "    key_features = tl.where(read, feature_map(key_tile.to(tl.float32)), 0.0)",
             f"    weights = tl.dot(query_features, tl.trans(key_features), {dot}) * between",

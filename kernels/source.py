@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-WIDTH = 110
+WIDTH = 120
+"""Longest line of generated code."""
 
 
 @functools.cache
@@ -40,13 +41,16 @@ def wrap(items: Iterable[str], indent: int, width: int = WIDTH) -> str:
     return "\n".join(" " * indent + line.rstrip(",").replace("\0", " ") + "," for line in lines)
 
 
-def signature(head: str, items: Iterable[str], tail: str, indent: int = 0) -> str:
-    """``head(items)tail`` on one line if it fits, else with the items on lines of their own."""
+def signature(head: str, items: Iterable[str], tail: str, indent: int = 0, inside: int = 0) -> str:
+    """``head(items)tail`` on one line if it fits, else with the items on lines of their own.
+
+    ``indent`` is written, ``inside`` is how much the caller will indent the lines further.
+    """
     items = list(items)
     flat = " " * indent + f"{head}({', '.join(items)}){tail}"
-    if len(flat) <= WIDTH:
+    if len(flat) <= WIDTH - inside:
         return flat
-    return f"{' ' * indent}{head}(\n{wrap(items, indent + 4)}\n{' ' * indent}){tail}"
+    return f"{' ' * indent}{head}(\n{wrap(items, indent + 4, WIDTH - inside)}\n{' ' * indent}){tail}"
 
 
 def indented(lines: Iterable[str], indent: int) -> str:

@@ -23,6 +23,7 @@ LONGEST_INDEX = 24
 """The same for an index of a load."""
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_SYMBOLS = {"add": " + ", "mul": " * ", "and": " & ", "or": " | "}
 _DEVICE_FUNCTIONS = ("tanh", "round_half_even", "floor_divide", "floor_modulo")
 
 
@@ -120,7 +121,7 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
 
     def load(node: Load) -> str:
         pointer = scope.tensors[node.tensor]
-        address = pointer
+        address = pointer  # grows by one axis a line
         axes = scope.types[node.tensor].axes
         for position, (index, axis) in enumerate(zip(node.indices, axes, strict=True)):
             if index == Const(0):
@@ -132,12 +133,26 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
                 text = f"tl.minimum({text}, {_bare(go(simplifier(axis.size - 1)))})"
             if len(text) > LONGEST_INDEX:
                 text = bind(text, "index")
-            address += f" + tl.cast({text}, tl.int64) * {stride_name(pointer, position)}"
+            step = f" + tl.cast({text}, tl.int64) * {stride_name(pointer, position)}"
+            if len(address) + len(step) > LONGEST and address != pointer:
+                address = bind(address, f"{pointer}_at")
+            address += step
+        if len(address) > LONGEST:
+            address = bind(address, f"{pointer}_at")
         dtype = scope.types[node.tensor].dtype
         read = f"tl.load({address})"
         if node.element is Kind.FLOAT:
             return f"{read}.to(tl.float32)"
         return f"{read}.to(tl.int32)" if dtype in ("int8", "uint8") else read
+
+    def written_in_lines(operator: str, texts: list[str]) -> str:
+        """A sum or product of many terms: so many a line, the line before as its first term."""
+        group: list[str] = []
+        for text in texts:
+            if len(group) > 1 and sum(len(t) + 3 for t in (*group, text)) > LONGEST:
+                group = [bind(_written(operator, group), "part")]
+            group.append(text)
+        return _written(operator, group) if len(group) > 1 else group[0]
 
     def _text(node: Expr) -> str:
         match node:
@@ -162,6 +177,8 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
                     nonnegative(a - least) for a, least in zip(arguments, (0, 1), strict=True)
                 ):
                     return f"({texts[0]} {'//' if operator == 'floordiv' else '%'} {texts[1]})"
+                if operator in _SYMBOLS:
+                    return written_in_lines(operator, texts)
                 return _written(operator, texts)
         raise ValueError(f"cannot write {node!r} in Triton")
 
@@ -183,7 +200,7 @@ def _written(operator: str, texts: list[str]) -> str:
         return form.format(*texts)
     if operator == "add":
         return f"({texts[0]}{''.join(_term(t) for t in texts[1:])})"
-    symbol = {"mul": " * ", "and": " & ", "or": " | "}.get(operator)
+    symbol = _SYMBOLS.get(operator)
     if symbol:
         return f"({symbol.join(texts)})"
     text = texts[0]

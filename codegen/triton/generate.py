@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from attncompile.kernels.source import WIDTH, device_function, indented, signatu
 _LOCALS = (
     "query", "key", "value", "out", "lse", "query_scale", "key_scale", "program", "blocks", "block", "b", "h", "g", "i",
     "j", "s", "w", "d", "row_first", "row_last", "rows", "lanes", "channels", "features", "query_offsets",
-    "query_tile", "key_offsets", "value_offsets", "accumulator", "peak", "total", "start", "keys", "key_tile",
+    "query_tile", "key_offsets", "value_offsets", "accumulator", "real_channels", "real_features", "inside", "offset", "shown", "peak", "total", "start", "keys", "key_tile",
     "value_tile", "products", "logits", "weights", "factor", "key_heads", "number", "before", "after", "full_start",
     "full_stop", "main_start", "main_stop", "first_start", "first_stop", "first_count", "key_first", "key_last",
     "BLOCK_I", "BLOCK_J", "BLOCK_E", "CHUNK", "PRECISION", "part", "tile", "stages", "warps", "largest",
@@ -222,7 +223,8 @@ def _function(name: str, expr: Expr, scope: Scope, extra: tuple[str, ...] = (), 
     strides = [stride_name(scope.tensors[t], axis) for t in tensors for axis in range(len(scope.types[t].axes))
                if _mentions(printed, stride_name(scope.tensors[t], axis))]
     leading = [*extra, *(["s"] if SCORE in found and "s" not in extra else [])]
-    return DeviceFunction(name, _quoted(str(expr)), (*leading, *indices, *used_sizes, *pointers, *strides), printed.lines,
+    documentation = "\n    ".join(textwrap.wrap(_quoted(str(expr)), WIDTH - 12, break_on_hyphens=False))
+    return DeviceFunction(name, documentation, (*leading, *indices, *used_sizes, *pointers, *strides), printed.lines,
                           value.format(printed.value))
 
 
@@ -330,7 +332,7 @@ def _dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         "if out.numel() == 0:", f"    return {_returned(spec, attend.out, attend.lse)}",
         *launch,
         f"with torch.cuda.device_of({query}):",
-        *signature(f"attend_forward[({grid},)]", arguments, "", 4).splitlines(),
+        *signature(f"attend_forward[({grid},)]", arguments, "", 4, inside=4).splitlines(),
         f"return {_returned(spec, attend.out, attend.lse)}",
     ]
     inputs = [binding.tensors[v.name] for v in spec.inputs]
@@ -404,7 +406,7 @@ def _scan_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         f'precision = "ieee" if {first}.dtype == torch.float32 or torch.version.hip else "tf32"',
         f"with torch.cuda.device_of({first}):",
         *signature(f"scan_forward[({batch} * {heads}, triton.cdiv({skeleton.features}, features))]", arguments, "",
-                   4).splitlines(),
+                   4, inside=4).splitlines(),
         "return out",
     ]
     inputs = [binding.tensors[v.name] for v in spec.inputs]

@@ -65,9 +65,7 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
         said = "a scan over chunks; the state stays on chip"
     if gives_zeros(spec):
         said += "; rows without any visible key give zeros, where the original gives their mean or NaN"
-    run = functools.partial(operators.run, spec)
-    if torch.device(device).type == "cpu":
-        run = load(module)
+    run = load(module) if torch.device(device).type == "cpu" else operators.bind(spec)
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 

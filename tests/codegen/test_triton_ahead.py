@@ -1,0 +1,65 @@
+"""Kernels compile for GPUs that are not there, without spilling registers where speed matters."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from attncompile.codegen.triton import generate
+from attncompile.codegen.triton.ahead import TARGETS, Target, compile_ahead
+from attncompile.codegen.triton.structure import why_not_spec
+from attncompile.ir import parse_spec
+from tests.cases import Case
+from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
+
+LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
+                                reason="TRITON_INTERPRET replaces the compiler")
+
+# one row for each shape of kernel, compiled in every run; the whole table is marked slow
+SHAPES = ("full", "causal", "sink-window", "three-ranges", "grouped-everything", "bias-heads", "sigmoid-padding",
+          "head-mask", "softcap", "operators", "int8", "scan-decays")
+SM90 = next(target for target in TARGETS if target.arch == 90)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_compiles_for_sm_90(name: str) -> None:
+    for kernel in compile_ahead(generate(ALL_BY_NAME[name].spec), SM90, "bfloat16"):
+        assert kernel.texts["cubin"]
+        assert kernel.spills in (0, None)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t is not SM90], ids=str)
+def test_compiles_for_other_gpus(target: Target) -> None:
+    for name in ("grouped-everything", "int8", "scan-decays"):
+        for kernel in compile_ahead(generate(ALL_BY_NAME[name].spec), target, "float16"):
+            assert kernel.texts["cubin" if target.backend == "cuda" else "hsaco"]
+            assert kernel.shared <= (65536 if target.backend == "hip" else 163840)
+
+
+@pytest.mark.parametrize("channels", (64, 128))
+@pytest.mark.parametrize("mask", ("true", "j ≤ i", "j ≤ i and (j > i − 1024 or j < 4)"))
+def test_no_spills_at_common_head_sizes(channels: int, mask: str) -> None:
+    spec = parse_spec(f"x   attend  q,k,v[B,16,I,{channels}]  bfloat16\n  score  0.125·s\n  mask   {mask}\n"
+                      "  norm   softmax (float32)\n  lse    lse\n  gives  out, lse")
+    (kernel,) = compile_ahead(generate(spec), SM90, "bfloat16")
+    assert kernel.spills in (0, None)
+    assert kernel.shared <= 227 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_the_whole_table_compiles(case: Case, dtype: str, target: Target) -> None:
+    for kernel in compile_ahead(generate(case.spec), target, dtype):
+        assert kernel.texts["cubin" if target.backend == "cuda" else "hsaco"]
