@@ -28,7 +28,7 @@ def test_read_and_printed(text: str, calls: list[str]) -> None:
     ("fus", r"unknown pass 'fus' \(did you mean 'fuse'\?\); the passes are fuse, sparsify.window"),
     ("sparsify.windows", r"unknown pass 'sparsify.windows' \(did you mean 'sparsify.window'\?\)"),
     ("zzz", r"unknown pass 'zzz'; the passes are"),
-    ("sparsify.window(sise=3)", r"has no option 'sise' \(did you mean 'size'\?\); its options are size, sinks"),
+    ("sparsify.window(sise=3)", r"no option 'sise' \(did you mean 'size'\?\); its options are size, sinks"),
     ("fuse(x=1)", "fuse has no option 'x'; it has none"),
     ("sparsify.window(size=abc)", "sparsify.window: size must be an integer, got 'abc'"),
     ("sparsify.window(size=1.5)", "sparsify.window: size must be an integer, got 1.5"),

@@ -1,0 +1,141 @@
+"""A site's replacement against its Spec, on fresh random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from attncompile.ir import Attend, Kind, Scan, Spec
+from attncompile.ir.sample import example_sizes, random_tensors
+from attncompile.ir.types import NAMES, element_kind
+from attncompile.verify.certificate import SiteCase, SiteCertificate
+from attncompile.verify.compare import compare
+from attncompile.verify.tolerance import derive_tolerance
+
+Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+Masks = Literal["ones", "random", "empty"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How inputs are drawn.
+
+    Attributes:
+        length: the shortest axis length; batch is 2, other lengths are a little longer, so that ``I ≠ J``.
+        masks: captured integers and truth values: all ``ones``, ``random`` 0 and 1, or random with the first
+            batch row ``empty``, so that no key of it is visible.
+        seed: of the random numbers.
+    """
+
+    length: int
+    masks: Masks
+    seed: int
+
+
+# One position, lengths that divide nothing, several blocks of a kernel; padding of every kind.
+DRAWS = (
+    Draw(1, "ones", 0),
+    Draw(7, "random", 1),
+    Draw(33, "ones", 2),
+    Draw(70, "random", 3),
+    Draw(150, "empty", 4),
+)
+
+
+def draw_tensors(
+    spec: Spec, sizes: Mapping[str, int], draw: Draw, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The inputs of one draw, by name."""
+    tensors = random_tensors(spec, sizes, draw.seed, dtype)
+    for value in spec.captured():
+        if element_kind(value.type.dtype) is not Kind.FLOAT:
+            if draw.masks == "ones":
+                tensors[value.name] = torch.ones_like(tensors[value.name])
+            elif draw.masks == "empty" and tensors[value.name].dim():
+                tensors[value.name][0] = 0
+    return tensors
+
+
+def longest_sum(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Number of terms in the longest sum: keys, or channels where there are more."""
+    attention = [operation for operation in spec.operations if isinstance(operation, Attend | Scan)]
+    named = {name for operation in attention for name in (operation.query, operation.key)}
+    extents = [extent for name in named if name in tensors for extent in tensors[name].shape[2:]]
+    return max(extents, default=max((tensor.numel() for tensor in tensors.values()), default=1))
+
+
+def check_site(
+    name: str,
+    spec: Spec,
+    run: Run,
+    *,
+    operator: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    original: Spec | None = None,
+    draws: Sequence[Draw] = DRAWS,
+    sizes: Mapping[str, int] | None = None,
+) -> SiteCertificate:
+    """Run a lowering on random inputs and compare it with the Spec in float64.
+
+    Args:
+        name: the site.
+        spec: what the lowering is to compute.
+        run: the lowering; takes the tensors in the order of ``spec.inputs``.
+        operator: what computes it, for the record.
+        dtype: dtype of the real inputs.
+        device: where it runs.
+        original: the Spec before lossy passes; its distance is recorded too, and is not judged.
+        draws: how the inputs are drawn.
+        sizes: symbolic sizes that are not free, such as a length that a model fixes.
+
+    Returns:
+        The site's entry of the certificate; ``passed`` says whether every draw was within its tolerance.
+    """
+    return SiteCertificate(
+        site=name,
+        spec=str(spec),
+        fingerprint=spec.fingerprint(),
+        status="checked",
+        operator=operator,
+        cases=tuple(_check(spec, run, dtype, device, original, draw, sizes or {}) for draw in draws),
+    )
+
+
+def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str, original: Spec | None,
+           draw: Draw, fixed: Mapping[str, int]) -> SiteCase:
+    sizes = {**example_sizes(spec, draw.length), **fixed}
+    tensors = draw_tensors(spec, sizes, draw, dtype)
+    result = run(*(tensors[value.name].to(device) for value in spec.inputs))
+    candidates = result if isinstance(result, tuple) else (result,)
+    plain_dtype = torch.float32 if dtype is torch.float64 else dtype
+    references, eager = spec.interpret(tensors, torch.float64), spec.interpret(tensors, plain_dtype)
+    length = longest_sum(spec, tensors)
+    found = [compare(made, reference) for made, reference in zip(candidates, references, strict=True)]
+    bounds = [derive_tolerance(reference, plain.to(plain_dtype), length, dtype).bound
+              for reference, plain in zip(references, eager, strict=True)]
+    # the output that comes nearest to its bound, or is furthest beyond it
+    worst = max(range(len(found)), key=lambda n: (found[n].misplaced, found[n].max_abs - bounds[n]))
+    change = None
+    if original is not None:
+        before = original.interpret(tensors, torch.float64)
+        change = max(compare(after, wanted).max_rel for after, wanted in zip(references, before, strict=True))
+    return SiteCase(
+        seed=draw.seed, masks=draw.masks, sizes=dict(sizes), dtype=NAMES[dtype],
+        max_abs=found[worst].max_abs, max_rel=found[worst].max_rel, misplaced=found[worst].misplaced,
+        tolerance=bounds[worst], change=change,
+        passed=all(one.within(bound) for one, bound in zip(found, bounds, strict=True)),
+    )
+
+
+def refused_site(name: str, reason: str, spec: Spec | None = None) -> SiteCertificate:
+    """The entry of a site that was left as it was."""
+    text, fingerprint = (str(spec), spec.fingerprint()) if spec else ("", "")
+    return SiteCertificate(site=name, spec=text, fingerprint=fingerprint, status="unchanged",
+                           operator="original", reason=reason)
+
+
+__all__ = ["DRAWS", "Draw", "check_site", "draw_tensors", "longest_sum", "refused_site"]

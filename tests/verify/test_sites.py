@@ -1,0 +1,89 @@
+"""A lowering against its Spec: right ones pass, wrong ones do not."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from attncompile.ir import Spec, parse_spec
+from attncompile.passes import parse_passes, run_passes
+from attncompile.verify import check_site, refused_site
+from tests.cases import BY_NAME
+
+
+def interpreted(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    named = {value.name: tensor for value, tensor in zip(spec.inputs, tensors, strict=True)}
+    found = spec.interpret(named, tensors[0].dtype)
+    return found if len(found) > 1 else found[0]
+
+
+@pytest.mark.parametrize("row", [
+    "causal-padding", "empty-rows-nan", "cross", "gqa", "log-sum-exp", "int8", "scan", "learned-bias", "cache",
+])
+def test_the_definition_passes(row: str) -> None:
+    spec = BY_NAME[row].spec
+    entry = check_site(row, spec, functools.partial(interpreted, spec), operator="definition")
+    assert entry.passed and len(entry.cases) == 5
+    assert {case.masks for case in entry.cases} == {"ones", "random", "empty"}
+
+
+# row, what is computed instead
+CANARIES = (
+    ("causal-padding", ("j ≤ i", "j ≤ i + 1")),
+    ("causal-padding", ("attention_mask[b, j] ≠ 0", "attention_mask[b, i] ≠ 0")),
+    ("causal-last-rows", ("j ≤ i + J − I", "j ≤ i")),
+    ("window", ("j > i − 4", "j ≥ i − 4")),
+    ("gqa", ("h // 3", "h % 2")),
+    ("full", ("0.25·s", "0.251·s")),
+    ("empty-rows-nan", ("softmax (float32)", "softmax (float32), empty rows zero")),
+    ("empty-rows-lowest", ("fill   −3.4028234663852886e+38", "fill   −inf")),
+    ("scan", ("+ 1.0", "+ 0.99")),
+    ("scan", ("scale  0.25", "scale  0.26")),
+)
+
+
+@pytest.mark.parametrize(("row", "change"), CANARIES, ids=[f"{row}-{new}" for row, (_, new) in CANARIES])
+def test_canary_another_computation_fails(row: str, change: tuple[str, str]) -> None:
+    spec = BY_NAME[row].spec
+    old, new = change
+    text = BY_NAME[row].text
+    assert old in text
+    wrong = parse_spec(text.replace(old, new))
+    assert not check_site(row, spec, functools.partial(interpreted, wrong), operator="wrong").passed
+
+
+def test_canary_a_single_nan_fails() -> None:
+    spec = BY_NAME["causal"].spec
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        out = interpreted(spec, *tensors)
+        assert isinstance(out, torch.Tensor)
+        out[0, 0, 0, 0] = torch.nan
+        return out
+
+    entry = check_site("causal", spec, run, operator="nan")
+    assert not entry.passed and all(case.misplaced == 1 for case in entry.cases)
+
+
+def test_the_change_by_lossy_passes_is_recorded() -> None:
+    original = BY_NAME["causal"].spec
+    changed = run_passes(original, parse_passes("sparsify.window(size=16, sinks=0)")).spec
+    entry = check_site("causal", changed, functools.partial(interpreted, changed), operator="definition",
+                       original=original)
+    changes = [case.change for case in entry.cases]
+    assert entry.passed
+    assert changes[0] == 0.0 and changes[-1] is not None and changes[-1] > 0.01  # length 1; length 150
+
+
+def test_every_float_dtype() -> None:
+    spec = BY_NAME["causal"].spec
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        run = functools.partial(interpreted, spec)
+        assert check_site("causal", spec, run, operator="definition", dtype=dtype).passed
+
+
+def test_a_refused_site() -> None:
+    entry = refused_site("layers.0", "its weights are returned")
+    assert entry.passed and entry.status == "unchanged" and entry.reason
