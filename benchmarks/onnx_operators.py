@@ -1,10 +1,11 @@
-"""Measure ONNX Runtime's attention operators against the plain decomposition, and write the table that chooses.
+"""Measure ONNX Runtime's attention operators against the plain decomposition; write the table that chooses.
 
     python benchmarks/onnx_operators.py codegen/onnx/measured.tsv
 
-Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread; what counts
-is the processor time of the calling thread, which other programs on the machine do not lengthen much. A row is the
-median of the decomposition over the median of the operator. Operands are flat ``[B, S, H*D]``, as projections give them.
+Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread;
+what counts is the processor time of the calling thread, which other programs on the machine do not lengthen
+much. A row is the median of the decomposition over the median of the operator. Operands are flat ``[B, S,
+H*D]``, as projections give them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Row:
 
 
 def specs() -> list[Spec]:
-    """The Specs that are measured: as exported by Hugging Face's eager attention, so a masked logit is finite."""
+    """The Specs that are measured: as Hugging Face's eager attention has them, masked logits finite."""
     found = []
     for operands, heads in SHAPES:
         for mask, given in MASKS:

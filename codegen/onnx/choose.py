@@ -1,20 +1,22 @@
 """The operator for a Spec on a provider: what can compute it, what was measured fastest, and why.
 
-The measurements are rows of ``measured.tsv`` (written by ``benchmarks/onnx_operators.py``): the speed of an operator
-relative to the plain decomposition of the same Spec, at one length, on one device.
+The measurements are rows of ``measured.tsv`` (written by ``benchmarks/onnx_operators.py``): the speed of an
+operator relative to the plain decomposition of the same Spec, at one length, on one device.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from attncompile.codegen.onnx.capabilities import Capability, Provider, rows_for
-from attncompile.codegen.onnx.reading import causal_mask, group_size, scaled
+from attncompile.codegen.onnx.dispatch import by_length
+from attncompile.codegen.onnx.reading import causal_mask, fixed, group_size, scaled
 from attncompile.ir.expr import TRUE
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
@@ -24,6 +26,9 @@ Prefer = Literal["fastest", "fused", "decomposed"]
 PREFERENCES: tuple[Prefer, ...] = ("fastest", "fused", "decomposed")
 LENGTHS = (128, 512, 2048)
 """Lengths that a model is chosen for when nobody says."""
+
+WORTH_BRANCHING = 1.03
+"""How much faster two operators switched at run time must be than the better one alone."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def measured_speed(spec: Spec, operator: str, provider: Provider, length: int) -
         return None
     if length <= points[0][0]:
         return points[0][1]
-    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+    for (low, before), (high, after) in itertools.pairwise(points):
         if length <= high:
             share = math.log(length / low) / math.log(high / low)
             return before + share * (after - before)
@@ -162,7 +167,8 @@ def choose(
         return Choice(plain, "the decomposition was asked for", refused)
     if not fused:
         return Choice(plain, "no fused operator computes this exactly: " + refused[0][1], refused)
-    speeds = {row.operator: _mean_speed(spec, row, provider, lengths) for row in fused}
+    lengths = _fixed_lengths(spec) or tuple(sorted(lengths))
+    speeds = {row.operator: _mean_speed(spec, row.operator, provider, lengths) for row in fused}
     known = [row for row in fused if speeds[row.operator] is not None]
     if not known:
         return Choice(
@@ -170,6 +176,9 @@ def choose(
         )
     best = max(known, key=lambda row: speeds[row.operator] or 0.0)
     speed = speeds[best.operator] or 0.0
+    pair = _pair(spec, known, provider, lengths)
+    if pair is not None and pair[1] > max(speed, 1.0) * WORTH_BRANCHING:
+        best, speed = pair
     if prefer == "fastest" and speed <= 1.0:
         return Choice(plain, f"{_compared(best, 1 / speed, 'slower', provider, lengths)}", refused)
     word = "faster" if speed > 1.0 else "slower"
@@ -177,19 +186,55 @@ def choose(
     return Choice(best, told if prefer == "fastest" else f"a fused operator was asked for; {told}", refused)
 
 
+def _fixed_lengths(spec: Spec) -> tuple[int, ...]:
+    """The length of the Spec's map when it is a number (the larger one, of queries and keys)."""
+    attend = spec.attend()
+    if attend is None:
+        return ()
+    types = spec.types()
+    sizes = [fixed(types[side].sizes[2]) for side in (attend.query, attend.key)]
+    numbers = [size for size in sizes if size is not None]
+    return (max(numbers),) if len(numbers) == len(sizes) else ()
+
+
+def _pair(
+    spec: Spec, rows: Sequence[Capability], provider: Provider, lengths: Sequence[int]
+) -> tuple[Capability, float] | None:
+    """Two operators switched by length, and their mean speed, where different ones win at the ends."""
+    if spec.attend() is None or len(lengths) < 2 or len(rows) < 2:
+        return None
+
+    def best_at(length: int) -> Capability:
+        return max(rows, key=lambda row: measured_speed(spec, row.operator, provider, length) or 0.0)
+
+    short, long = best_at(lengths[0]), best_at(lengths[-1])
+    if short is long:
+        return None
+    low, high = lengths[0], lengths[-1]
+    while high - low > 64:
+        middle = (low + high) // 2
+        faster = [measured_speed(spec, row.operator, provider, middle) or 0.0 for row in (short, long)]
+        low, high = (low, middle) if faster[1] > faster[0] else (middle, high)
+    speeds = [
+        measured_speed(spec, (short if length <= low else long).operator, provider, length) or 0.0
+        for length in lengths
+    ]
+    return by_length(short, long, low), math.exp(math.fsum(map(math.log, speeds)) / len(speeds))
+
+
 def _too_old(row: Capability, opset: int) -> str | None:
     return None if opset >= row.opset else f"{row.operator} needs opset {row.opset}, the model has {opset}"
 
 
-def _mean_speed(spec: Spec, row: Capability, provider: Provider, lengths: Sequence[int]) -> float | None:
+def _mean_speed(spec: Spec, operator: str, provider: Provider, lengths: Sequence[int]) -> float | None:
     """Geometric mean over the lengths."""
-    speeds = [measured_speed(spec, row.operator, provider, length) for length in lengths]
+    speeds = [measured_speed(spec, operator, provider, length) for length in lengths]
     known = [speed for speed in speeds if speed is not None]
     return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(speeds) else None
 
 
 def _compared(row: Capability, factor: float, word: str, provider: Provider, lengths: Sequence[int]) -> str:
-    where = next(m for m in measurements() if (m.provider, m.operator) == (provider, row.operator))
+    where = next(m for m in measurements() if m.provider == provider and m.operator in row.operator)
     verb = "is" if word == "faster" else "would be"
     at = ", ".join(map(str, lengths[:-1])) + (" and " if len(lengths) > 1 else "") + str(lengths[-1])
     return (

@@ -11,7 +11,7 @@ from attncompile.codegen.onnx.values import constant
 
 
 def projections(model: ir.Model) -> list[str]:
-    """Names of the nodes that multiply with fixed weights: ``MatMul`` and ``Gemm`` whose second operand is known.
+    """Names of the ``MatMul`` and ``Gemm`` nodes whose second operand is a fixed weight.
 
     Products of attention (query with key, weights with value) have none and are left out.
     """
@@ -28,8 +28,8 @@ def projections(model: ir.Model) -> list[str]:
 def quantize_projections(source: Path, target: Path, *, per_channel: bool = True) -> int:
     """Write a model whose projections multiply INT8 weights with dynamically quantised states.
 
-    Weights are rounded symmetrically, with one scale per output channel (or per tensor); states as UINT8 with one scale
-    and zero point per call. Lossy: compare before use.
+    Weights are rounded symmetrically, with one scale per output channel (or per tensor); states as UINT8 with
+    one scale and zero point per call. Lossy: compare before use.
 
     Args:
         source: the float model; weights may lie beside it.

@@ -41,8 +41,8 @@ class Tidied:
 def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
     """Bring the model to at least this standard opset; whether it is there now.
 
-    The converter leaves the model at its old opset when it cannot convert a node; then the operators that need the
-    newer one are not used.
+    The converter leaves the model at its old opset when it cannot convert a node; then the operators that
+    need the newer one are not used.
     """
     if model.opset_imports.get("", 0) >= opset:
         return True
@@ -53,8 +53,8 @@ def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
 def tidy(model: ir.Model, provider: Provider = "cpu") -> Tidied:
     """Rewrite the model in place, after its attention sites have been replaced; exact up to rounding.
 
-    Merging the projections of query, key and value into one is not among them: on ONNX Runtime's CPU the copies of
-    the split cost more than the larger product saves (0.75 to 1.02x).
+    Merging the projections of query, key and value into one is not among them: on ONNX Runtime's CPU the
+    copies of the split cost more than the larger product saves (0.75 to 1.02x).
     """
     passes.RemoveUnusedNodesPass()(model)
     normalisations = fuse_root_mean_square(model)

@@ -1,0 +1,104 @@
+"""The operator for a site: by measurement, by wish, and two of them switched by length."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from attncompile.codegen.onnx.capabilities import ATTEND_ROWS
+from attncompile.codegen.onnx.choose import choose, measured_speed, measurements
+from attncompile.codegen.onnx.dispatch import by_length
+from attncompile.ir import parse_spec
+from tests.cases import BY_NAME
+from tests.codegen.test_onnx_operators import assert_agrees
+
+PROMPT = parse_spec("""site   attend  q[B,9,I,64]  k,v[B,3,I,64]  float32
+  score  0.125·s
+  mask   j ≤ i and attention_mask[b, j] ≠ 0
+  fill   −3.4028234663852886e+38
+  kv_head h // 3
+  norm   softmax (float32)
+  given  attention_mask[B,I]:int64""")
+
+
+def row(operator: str):
+    return next(row for row in ATTEND_ROWS if row.operator == operator)
+
+
+@pytest.mark.parametrize("name", ["causal-padding", "empty-rows-lowest", "gqa", "window", "sink-window"])
+@pytest.mark.parametrize("limit", [4, 100], ids=["long branch", "short branch"])
+@pytest.mark.parametrize("flat", [False, True], ids=["heads", "flat"])
+def test_both_branches_compute_the_spec(name: str, limit: int, flat: bool) -> None:
+    assert_agrees(BY_NAME[name], by_length(row("Attention"), row("GroupQueryAttention"), limit), flat=flat)
+
+
+def test_fastest_never_takes_what_was_measured_slower() -> None:
+    for name in ("full", "causal", "padding", "causal-padding", "gqa"):
+        spec = BY_NAME[name].spec
+        for length in (64, 384, 2048):
+            choice = choose(spec, lengths=[length])
+            if choice.row.operator != "decomposition":
+                speed = measured_speed(spec, choice.row.operator, "cpu", length)
+                assert speed is not None and speed > 1.0
+                assert "faster" in choice.reason
+
+
+def test_reason_names_device_version_and_date() -> None:
+    reason = choose(BY_NAME["causal"].spec).reason
+    measured = measurements()[0]
+    assert all(part in reason for part in (measured.device, measured.onnxruntime, measured.date))
+
+
+def test_wishes_are_followed() -> None:
+    spec = BY_NAME["causal-padding"].spec
+    assert choose(spec, prefer="decomposed").row.operator == "decomposition"
+    assert choose(spec, prefer="fused").row.operator != "decomposition"
+
+
+def test_impossible_wish_is_explained() -> None:
+    choice = choose(BY_NAME["softcap"].spec, prefer="fused")
+    assert choice.row.operator == "decomposition"
+    assert "constant scale" in choice.reason
+    assert {name for name, _ in choice.refused} == {
+        "Attention",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+    }
+
+
+def test_short_and_long_prompts_get_their_own_operator() -> None:
+    operator = choose(PROMPT, lengths=[128, 2048]).row.operator
+    assert operator.startswith("Attention up to ") and operator.endswith("GroupQueryAttention")
+
+
+def test_fixed_length_overrides_the_expected_ones() -> None:
+    fixed = parse_spec(str(PROMPT).replace("I,64", "128,64").replace("[B,I]", "[B,128]"))
+    assert choose(fixed, lengths=[2048]).reason.count("128 tokens") == 1
+
+
+def test_old_opset_rules_out_the_newer_operator() -> None:
+    choice = choose(BY_NAME["causal"].spec, opset=20)
+    assert choice.row.operator != "Attention"
+    assert any("opset 23" in reason for name, reason in choice.refused if name == "Attention")
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [({"prefer": "quickest"}, "quickest"), ({"lengths": []}, "at least 1"), ({"lengths": [0]}, "at least 1")],
+)
+def test_bad_wishes_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(BY_NAME["causal"].spec, **arguments)
+
+
+def test_a_wrong_builder_is_noticed() -> None:
+    """The comparison that all operator tests rest on does fail."""
+    wrong = dataclasses.replace(
+        row("decomposition"),
+        build=lambda attend, place: row("Attention").build(
+            dataclasses.replace(attend, mask=BY_NAME["full"].spec.attend().mask), place
+        ),
+    )
+    with pytest.raises(AssertionError):
+        assert_agrees(BY_NAME["causal"], wrong, flat=False)
