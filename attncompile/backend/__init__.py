@@ -19,6 +19,7 @@ from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_dynamo
 from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.torch_internals import inductor, mode_options
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import parse_passes
 
@@ -51,11 +52,7 @@ def _compile_rest(module: torch.fx.GraphModule, example_inputs: Sequence[Any], o
                   ) -> Callable[..., Any]:
     if options.rest == "eager":
         return module.forward
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = list_mode_options(mode) if mode and mode != "default" else None
-    return compile_fx(module, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+    return inductor(module, example_inputs, mode_options(mode))  # type: ignore[no-any-return]
 
 
 def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, calls: Any
@@ -76,7 +73,7 @@ def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], opti
                   "inference")
             return module
         kind = device or "cpu"
-        decisions = decide(program, calls, lambda spec: choose_lowering(spec, kind, options.kernels),
+        decisions = decide(program, calls, lambda spec: choose_lowering(spec, kind),
                            allow_untrained=options.allow_untrained)
         _report(program, decisions, options)
         if not any(decision.lowering for decision in decisions):

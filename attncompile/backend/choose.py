@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from attncompile.codegen import pytorch, triton
 from attncompile.codegen.lowering import Lowering
-from attncompile.ir import Spec
+from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
 from attncompile.ir.expr import TRUE, Index, loads
 
 SUPPORTED = ("cpu", "cuda")
 
 
-def choose_lowering(spec: Spec, device: str, kernels: Path | None = None) -> Lowering:
+def choose_lowering(spec: Spec, device: str) -> Lowering:
     """The target that is expected to be fastest among those that compute the Spec.
 
     On a CPU that is a PyTorch operator. On CUDA, a map that is dense or plainly causal goes to SDPA, whose cuDNN and
@@ -42,10 +40,4 @@ def _fast_in_sdpa(spec: Spec) -> bool:
     bounds = key_bounds(attend.mask)
     types = spec.types()
     square = types[attend.query].sizes[2] == types[attend.key].sizes[2]
-    return square and not bounds.rest and not bounds.lower and bounds.upper == (_next(),)
-
-
-def _next() -> object:
-    from attncompile.ir import simplify
-
-    return simplify(Index("i") + 1)
+    return square and not bounds.rest and not bounds.lower and bounds.upper == (simplify(Index("i") + 1),)

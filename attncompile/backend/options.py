@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +17,6 @@ class Options(BaseModel):
     rest: Literal["inductor", "eager"] = Field("inductor", description="what compiles everything but attention")
     passes: str = Field("fuse", description="passes to run on every site, such as 'fuse,sparsify.window(size=1024)'")
     allow_untrained: bool = Field(False, description="allow passes that need training to keep the model's quality")
-    kernels: Path | None = Field(None, description="folder with generated kernels to run instead of generating them")
     verbose: bool = Field(False, description="print one line per site")
 
 

@@ -169,6 +169,20 @@ def capture_export(
     )
 
 
+def exported_program(
+    model: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """The exported program of `capture_export` as torch's own ONNX exporter takes it, and the notes.
+
+    Raises CaptureError when the model cannot be exported.
+    """
+    args, kwargs = tuple(args), dict(kwargs or {})
+    notes: list[str] = []
+    with _evaluating(model):
+        program = _export(model, args, kwargs, dynamic_axes_of(args, kwargs), notes)
+    return program, tuple(dict.fromkeys(notes))
+
+
 def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
     """Names for the axes that should vary: ``{axis: name}`` for each tensor, in the order of the arguments.
 

@@ -236,3 +236,13 @@ def inductor(
 
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=options)
     return compiled
+
+
+def mode_options(mode: str | None) -> dict[str, Any] | None:
+    """Inductor's settings for a mode of torch.compile such as ``reduce-overhead``; None for the default mode."""
+    if mode in (None, "default"):
+        return None
+    from torch._inductor import list_mode_options
+
+    options: dict[str, Any] = list_mode_options(mode)
+    return options
