@@ -1,0 +1,83 @@
+"""A PyTorch model as an ONNX model, through torch's own exporter, with the names people expect."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir
+import torch
+
+from attncompile.frontends.capture import dynamic_axes_of, exported_program
+from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.torch_internals import flatten, leaf_paths
+
+
+def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
+    """The model as torch exports it, with dynamic batch and sequence axes, and what there is to say about it.
+
+    Raises:
+        CaptureError: when torch cannot export it.
+    """
+    args, kwargs = opened.example()
+    program, notes = exported_program(opened.model, args, kwargs)
+    with torch.no_grad(), _quiet():
+        result = opened.model(*args, **kwargs)
+        paths, leaves = leaf_paths(result), flatten(result)[0]
+        names = [path or f"output_{n}" for n, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+                 if isinstance(leaf, torch.Tensor)]
+        try:
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        except Exception as error:
+            raise CaptureError("torch.onnx", opened.name, str(error).splitlines()[0],
+                               "convert it with --target torch instead") from error
+    assert exported is not None
+    model = exported.model
+    for value, name in zip(model.graph.outputs, names, strict=False):
+        value.name = name
+    axes = dynamic_axes_of(args, kwargs)
+    _name_axes(model, axes)
+    return model, notes
+
+
+def _name_axes(model: onnx_ir.Model, axes: tuple[dict[int, str], ...]) -> None:
+    """Call symbolic sizes by what they are (``batch``, ``length``) instead of ``s53``."""
+    names: dict[str, str] = {}
+    for value, named in zip(model.graph.inputs, axes, strict=False):
+        for axis, name in named.items():
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value and size.value not in names:
+                taken = name in names.values()
+                names[str(size.value)] = f"{name}_{size.value}" if taken else name
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([
+                pattern.sub(lambda m: names[m[1]], str(size.value)) if isinstance(size, onnx_ir.SymbolicDim) and size.value
+                else size for size in value.shape
+            ])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress and its warnings about packages that it does not need here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+__all__ = ["export_onnx"]
