@@ -164,6 +164,9 @@ class _View:
                 return Known(0, (product(shape),))
             return known_shape(shape, b.attribute("start", 0), b.attribute("end"))
         given = [self.known.get(value.name or "") if value is not None else None for value in b.node.inputs]
+        if operator == "CastLike":
+            like = self.infos.get(b.input(1) or "")
+            return given[0].cast(like.dtype) if given[0] is not None and like is not None else None
         attributes = {key: attribute.value for key, attribute in b.node.attributes.items()}
         found = known_value(operator, given, attributes)
         if found is None or not all(isinstance(item, Expr) for item in found.items):

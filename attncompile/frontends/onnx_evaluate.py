@@ -217,7 +217,11 @@ class _Part:
         if not outputs:
             return {name: given[name] for name in self.wanted}
         proto = _model(model, nodes, given, outputs)
-        results = dict(zip(outputs, ReferenceEvaluator(proto, new_ops=_better(model.opset_imports.get("", 1))).run(None, given), strict=True))
+        evaluator = ReferenceEvaluator(proto, new_ops=_better(model.opset_imports.get("", 1)))
+        try:
+            results = dict(zip(outputs, evaluator.run(None, given), strict=True))
+        except Exception as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
+            raise ValueError(f"ONNX's reference cannot compute {', '.join(outputs)}: {error}") from error
         return {name: _wide(np.asarray(results.get(name, given.get(name)))) for name in self.wanted}
 
     def run_native(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

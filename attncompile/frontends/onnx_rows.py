@@ -33,11 +33,12 @@ from attncompile.frontends.onnx_sizes import (
     SizeNames,
     broadcast_shapes,
     known_tensor,
+    nonnegative,
     product,
     quotient,
     slice_range,
 )
-from attncompile.ir import Expr, Index, Kind, simplify
+from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 from attncompile.ir.types import element_kind
 
@@ -479,6 +480,34 @@ def _concatenate(b: Builder) -> str:
     return b.emit(lambda name: Concatenate(name, tuple(parts), axis), tuple(target), b.dtype(parts[0]))
 
 
+def _pad(b: Builder) -> str:
+    """Padding with a constant, axis by axis."""
+    value = b.tensor()
+    shape = list(b.shape(value))
+    amounts = [Const(n) for n in b.attribute("pads")] if b.opset < 11 else list(b.elements(1))
+    axes = b.integers(3) if b.opset >= 18 and b.input(3) is not None else tuple(range(len(shape)))
+    filler: Expr = b.number(b.attribute("value", 0.0), value)
+    if b.opset >= 11 and b.input(2) is not None:
+        filler = b.scalar(2)
+    if any(amount != ZERO for amount in amounts) and b.attribute("mode", "constant") != "constant":
+        raise Unstated
+    for axis, before, after in zip(axes, amounts[: len(axes)], amounts[len(axes) :], strict=True):
+        axis = axis_of(axis, len(shape))
+        parts = [value]
+        for place, amount in ((0, before), (1, after)):
+            if amount == ZERO:
+                continue
+            if not nonnegative(amount):
+                raise Unstated  # a negative amount cuts
+            edge = (*shape[:axis], amount, *shape[axis + 1 :])
+            parts.insert(place * len(parts), b.emit(lambda name: Fill(name, filler), edge, b.dtype(value)))
+        if len(parts) > 1:
+            shape[axis] = simplify(shape[axis] + before + after)
+            value = b.emit(lambda name, joined=tuple(parts), along=axis: Concatenate(name, joined, along),  # type: ignore[misc]
+                           tuple(shape), b.dtype(value))
+    return value
+
+
 # Gathers
 
 
@@ -566,7 +595,7 @@ def _constant_of_shape(b: Builder) -> str:
 def _triangle(b: Builder) -> str:
     source = b.tensor()
     shape = b.shape(source)
-    diagonal = b.scalar(1) if b.input(1) is not None else ZERO
+    diagonal = b.tensor(1) if b.input(1) is not None else ZERO
     rows, columns = b.index_along(len(shape) - 2, shape), b.index_along(len(shape) - 1, shape)
     edge = b.pointwise("add", rows, diagonal)
     kept = b.pointwise("ge" if b.attribute("upper", 1) else "le", columns, edge, dtype="bool")
@@ -741,7 +770,8 @@ def _heads(b: Builder, tensor: str, heads: int | None) -> _Heads:
 
 
 def _fused(b: Builder, query: str, key: str, value: str, heads: tuple[int | None, int | None], *, mask: str | None,
-           causal: Expr | None, scale: float | None, mask_fill: float, softcap: float, empty: str, dtype: str) -> str:
+           causal: Expr | None, scale: float | None, mask_fill: float, softcap: float, empty: str, dtype: str,
+           reads: tuple[str, ...] = ()) -> str:
     """Attention over operands in either layout, query heads sharing KV heads in blocks."""
     q, k, v = _heads(b, query, heads[0]), _heads(b, key, heads[1]), _heads(b, value, heads[1])
     kv_head: Expr = Index("h")
@@ -773,7 +803,7 @@ def _fused(b: Builder, query: str, key: str, value: str, heads: tuple[int | None
         movement.broadcast(b.shape(mask), full) if mask is not None else None, causal,
         scale if scale else 1.0 / math.sqrt(q.channels), (*full, Const(q.channels), Const(v.channels)),
         ("b", "i", "he") if flat else ("b", "h", "i", "e"), dtype, empty,  # type: ignore[arg-type]
-        mask_fill, softcap,
+        mask_fill, softcap, reads,
     ), shape, b.dtype(query))
 
 
@@ -783,21 +813,31 @@ def _head_of(kv_head: Expr, head: Expr) -> Expr:
 
 def _attention(b: Builder) -> str:
     """``Attention`` of opset 23 and later, as its reference states it: soft cap before mask, empty rows give zero."""
-    _refuse_inputs(b, {4: "a past key", 5: "a past value", 6: "the number of valid keys per row"})
+    _refuse_inputs(b, {4: "a past key", 5: "a past value"})
     _refuse_other_outputs(b)
-    visible: list[Expr] = [Index("j") <= Index("i")] if b.attribute("is_causal", 0) else []
+    position: Expr = Index("i")
+    visible: list[Expr] = []
+    valid = b.tensor(6) if b.input(6) is not None else None
+    if valid is not None:
+        # the queries are the last of the valid keys of their row
+        count = Load(valid, (Index("b"),), Kind.INT)
+        position = position + count - b.shape(b.tensor(0))[-2]
+        visible.append(Index("j") < count)
+    if b.attribute("is_causal", 0):
+        visible.append(Index("j") <= position)
     before, after = b.attribute("left_window_size", -1), b.attribute("right_window_size", -1)
     if before >= 0:
-        visible.append(Index("i") - Index("j") <= before)
+        visible.append(position - Index("j") <= before)
     if after >= 0:
-        visible.append(Index("j") - Index("i") <= after)
+        visible.append(Index("j") - position <= after)
     precision = b.attribute("softmax_precision")
     dtype = b.dtype(b.tensor()) if precision is None else DTYPE_NAMES.get(ir.DataType(precision), "float32")
     return _fused(b, b.tensor(0), b.tensor(1), b.tensor(2),
                   (b.attribute("q_num_heads"), b.attribute("kv_num_heads")),
                   mask=b.tensor(3) if b.input(3) is not None else None,
                   causal=simplify(apply("and", *visible)) if visible else None, scale=b.attribute("scale"),
-                  mask_fill=-math.inf, softcap=float(b.attribute("softcap", 0.0)), empty="zero", dtype=dtype)
+                  mask_fill=-math.inf, softcap=float(b.attribute("softcap", 0.0)), empty="zero", dtype=dtype,
+                  reads=(valid,) if valid is not None else ())
 
 
 def _multi_head_attention(b: Builder) -> str:
@@ -848,7 +888,7 @@ ROWS: dict[str, Row] = {
     "Clip": _clip, "Relu": _relu, "Mean": _mean, "Where": _where, "IsNaN": _is_nan, "IsInf": _is_infinite,
     "Cast": _cast, "CastLike": _cast_like, "Identity": _identity, "Dropout": _dropout, "Transpose": _transpose,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Expand": _expand,
-    "Tile": _tile, "Slice": _slice, "Split": _split, "Concat": _concatenate, "Gather": _gather,
+    "Tile": _tile, "Slice": _slice, "Split": _split, "Concat": _concatenate, "Pad": _pad, "Gather": _gather,
     "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range, "ConstantOfShape": _constant_of_shape,
     "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax, "Attention": _attention,
 }
@@ -948,12 +988,15 @@ def opaque_info(b: Builder) -> tuple[Indices, str]:
 
 def fills(b: Builder, known: Known) -> str:
     """A small tensor whose elements are known: constants and sizes."""
-    made: Sequence[str] = [
-        b.emit(lambda name, item=item: Fill(name, item), known.shape if not known.rank else (ONE,), known.dtype)  # type: ignore[misc]
-        for item in known.items
-    ]
-    if len(made) == 1:
-        return made[0]
-    if not made:
-        return b.emit(lambda name: Fill(name, ZERO), (ZERO,), known.dtype)
-    return b.emit(lambda name: Concatenate(name, tuple(made), 0), known.shape, known.dtype)
+    items = known.items
+    numbers = known.integers()
+    if len(set(items)) <= 1:
+        return b.emit(lambda name: Fill(name, items[0] if items else ZERO), known.shape, known.dtype)
+    if numbers is not None:
+        step = numbers[1] - numbers[0]
+        if all(number == numbers[0] + step * place for place, number in enumerate(numbers)):
+            return b.emit(lambda name: Iota(name, Const(numbers[0]), Const(step)), known.shape, known.dtype)
+    parts = tuple(
+        b.emit(lambda name, item=item: Fill(name, item), (ONE,), known.dtype) for item in items  # type: ignore[misc]
+    )
+    return b.emit(lambda name: Concatenate(name, parts, 0), known.shape, known.dtype)

@@ -56,6 +56,10 @@ class Known:
         """Its shape."""
         return (Const(len(self.items)),) if self.rank else ()
 
+    def cast(self, dtype: str) -> Known:
+        """The elements in another dtype."""
+        return Known(self.rank, tuple(as_kind(item, element_kind(dtype)) for item in self.items), dtype)
+
     def integers(self) -> tuple[int, ...] | None:
         """The elements as numbers, or ``None`` when one is symbolic or no integer."""
         found = [item.value for item in self.items if isinstance(item, Const) and item.kind is Kind.INT]
@@ -403,10 +407,13 @@ def _reduced(operator: str, start: Expr | None) -> Rule:
 
 
 def _cast(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    data, dtype = inputs[0], DTYPE_NAMES.get(ir.DataType(attributes.get("to", 0)))
-    if data is None or dtype is None:
-        return None
-    return Known(data.rank, tuple(as_kind(item, element_kind(dtype)) for item in data.items), dtype)
+    target = attributes.get("to")
+    dtype = DTYPE_NAMES.get(ir.DataType(target)) if isinstance(target, int) else None
+    return inputs[0].cast(dtype) if inputs[0] is not None and dtype is not None else None
+
+
+def _modulo(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
+    return None if attributes.get("fmod", 0) else elementwise("mod")(inputs, attributes)
 
 
 def as_kind(item: Expr, kind: Kind) -> Expr:
@@ -424,10 +431,10 @@ RULES: dict[str, Rule] = {
         "Floor": "floor", "Ceil": "ceil", "Pow": "pow", "Where": "where", "Sum": "add"}.items()},
     **{name: elementwise(operator, True) for name, operator in {
         "Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and",
-        "Or": "or", "Not": "not"}.items()},
+        "Or": "or", "Xor": "ne", "Not": "not"}.items()},
     "Gather": _gather, "Concat": _concatenate, "Slice": _slice, "Unsqueeze": _rank_changed(1),
     "Squeeze": _rank_changed(0), "Reshape": _rank_changed(None), "Identity": _same, "Cast": _cast,
-    "ConstantOfShape": _filled, "Expand": _expanded, "Range": _range, "ReduceProd": _reduced("mul", ONE),
+    "ConstantOfShape": _filled, "Expand": _expanded, "Range": _range, "Mod": _modulo, "ReduceProd": _reduced("mul", ONE),
     "ReduceSum": _reduced("add", ZERO), "ReduceMax": _reduced("max", None), "ReduceMin": _reduced("min", None),
 }
 """ONNX operator to the elements of its result; subtraction, negation and shapes are in :func:`known_value`."""
@@ -478,6 +485,8 @@ class Inference:
 
     def of(self, value: ir.Value) -> tuple[Indices | None, str | None]:
         """Shape and dtype of a value, each ``None`` where unknown."""
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return None, None  # sequences and optional values have a shape of their elements, not of themselves
         dtype = DTYPE_NAMES.get(value.dtype) if value.dtype is not None else None
         if value.shape is not None and dtype is not None:
             return tuple(self._declared(d, value.name or "", n) for n, d in enumerate(value.shape)), dtype
