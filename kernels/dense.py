@@ -118,13 +118,23 @@ class DenseForward:
     def pointers(self) -> tuple[str, ...]:
         """Pointer arguments in order."""
         scales = ("query_scale", "key_scale") if self.quantized else ()
-        return ("query", "key", "value", *scales, "out", *(("lse",) if self.lse else ()),
-                *(name for name, _ in self.captured))
+        return (
+            "query",
+            "key",
+            "value",
+            *scales,
+            "out",
+            *(("lse",) if self.lse else ()),
+            *(name for name, _ in self.captured),
+        )
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
-        operands = [f"{name}_stride_{axis}" for name, axes in
-                    (("query", "bhid"), ("key", "bgjd"), ("value", "bgje"), ("out", "bhie")) for axis in axes]
+        operands = [
+            f"{name}_stride_{axis}"
+            for name, axes in (("query", "bhid"), ("key", "bgjd"), ("value", "bgje"), ("out", "bhie"))
+            for axis in axes
+        ]
         captured = [f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)]
         return (*operands, *captured)
 
@@ -150,13 +160,22 @@ class DenseForward:
         return "\n\n\n".join([*own, *spec, self._kernel()])
 
     def _kernel(self) -> str:
-        parameters = [*self.pointers(), *self.strides(), *self.integers(),
-                      *(f"{name}: tl.constexpr" for name in self.constants())]
+        parameters = [
+            *self.pointers(),
+            *self.strides(),
+            *self.integers(),
+            *(f"{name}: tl.constexpr" for name in self.constants()),
+        ]
         blocks = [self._setup(), self._query(), *self._loops(), self._store()]
         body = "\n\n".join(indented(block, 4) for block in blocks)
-        return "\n".join([
-            "@triton.jit", signature("def attend_forward", parameters, ":"),
-            '    """One program: BLOCK_I queries of one head over all the keys that they may see."""', body])
+        return "\n".join(
+            [
+                "@triton.jit",
+                signature("def attend_forward", parameters, ":"),
+                '    """One program: BLOCK_I queries of one head over all the keys that they may see."""',
+                body,
+            ]
+        )
 
     def _setup(self) -> list[str]:
         heads, queries, _ = self.lengths
@@ -165,7 +184,8 @@ class DenseForward:
             "program = tl.program_id(0)",
             f"blocks = tl.cdiv({queries}, BLOCK_I)",
             f"block = blocks - 1 - {block}  # the last queries have the most keys: they start first"
-            if self.latest_first else f"block = {block}",
+            if self.latest_first
+            else f"block = {block}",
             f"b = program // blocks // {heads}",
             f"h = program // blocks % {heads}",
             f"g = {self.kv_head}",
@@ -176,9 +196,11 @@ class DenseForward:
             "lanes = tl.arange(0, BLOCK_J)",
             f"channels = tl.arange(0, {self.padded(self.channels)})",
             f"features = tl.arange(0, {self.padded(self.features)})",
-            *(f"real_{axis} = ({axis} < {extent})[None, :]"
-              for axis, extent in (("channels", self.channels), ("features", self.features))
-              if self.padded(extent) != extent),
+            *(
+                f"real_{axis} = ({axis} < {extent})[None, :]"
+                for axis, extent in (("channels", self.channels), ("features", self.features))
+                if self.padded(extent) != extent
+            ),
         ]
 
     def _query(self) -> list[str]:
@@ -204,7 +226,10 @@ class DenseForward:
             ]
         lines.append(f"accumulator = tl.zeros([BLOCK_I, {self.padded(self.features)}], tl.float32)")
         if self.softmax:
-            lines += ['peak = tl.full([BLOCK_I], float("-inf"), tl.float32)', "total = tl.zeros([BLOCK_I], tl.float32)"]
+            lines += [
+                'peak = tl.full([BLOCK_I], float("-inf"), tl.float32)',
+                "total = tl.zeros([BLOCK_I], tl.float32)",
+            ]
         return lines
 
     def _inside(self, condition: str, axis: str) -> str:
@@ -222,15 +247,19 @@ class DenseForward:
     def _step(self, masked: bool) -> list[str]:
         keys = self.lengths[2]
         clamp = self.clamped and masked
-        lines = ["keys = start + lanes",
-                 f"j = tl.minimum(keys, {keys} - 1)[None, :]" if clamp else "j = keys[None, :]",
-                 *([f"inside = (keys < {keys})[:, None]"] if masked else []),
-                 "offset = tl.cast(start, tl.int64)",
-                 f"key_tile = {self._load('key', 'channels', masked)}"]
+        lines = [
+            "keys = start + lanes",
+            f"j = tl.minimum(keys, {keys} - 1)[None, :]" if clamp else "j = keys[None, :]",
+            *([f"inside = (keys < {keys})[:, None]"] if masked else []),
+            "offset = tl.cast(start, tl.int64)",
+            f"key_tile = {self._load('key', 'channels', masked)}",
+        ]
         if self.quantized:
-            lines += ["products = tl.dot(query_tile, tl.trans(key_tile), out_dtype=tl.int32)",
-                      f"key_scales = tl.load(key_scale + tl.minimum(keys, {keys} - 1) // {self.quantized[1]})",
-                      "s = products.to(tl.float32) * (query_scales[:, None] * key_scales[None, :])"]
+            lines += [
+                "products = tl.dot(query_tile, tl.trans(key_tile), out_dtype=tl.int32)",
+                f"key_scales = tl.load(key_scale + tl.minimum(keys, {keys} - 1) // {self.quantized[1]})",
+                "s = products.to(tl.float32) * (query_scales[:, None] * key_scales[None, :])",
+            ]
         else:
             lines.append('s = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")')
         if self.score:
@@ -248,46 +277,85 @@ class DenseForward:
 
     def _join(self) -> list[str]:
         if self.softmax:
-            arguments = ["accumulator", "peak", "total", "logits", *(["factor"] if self.edit else []), "value_tile",
-                         repr(self.scale * LOG2E)]
-            call = signature(f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8)
+            arguments = [
+                "accumulator",
+                "peak",
+                "total",
+                "logits",
+                *(["factor"] if self.edit else []),
+                "value_tile",
+                repr(self.scale * LOG2E),
+            ]
+            call = signature(
+                f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8
+            )
             return [*self._factor(), *call.splitlines()]
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
         weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
         if self.edit:
             weights = f"{weights} * factor"
-        return [*self._factor(), f"weights = {weights}",
-                "accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, "
-                'input_precision="ieee")']
+        return [
+            *self._factor(),
+            f"weights = {weights}",
+            "accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, "
+            'input_precision="ieee")',
+        ]
 
     def _factor(self) -> list[str]:
-        return signature("factor = edit", self.edit.parameters, "", inside=8).splitlines() if self.edit else []
+        return (
+            signature("factor = edit", self.edit.parameters, "", inside=8).splitlines() if self.edit else []
+        )
 
     def _loops(self) -> list[list[str]]:
         keys = self.lengths[2]
         runs = self.runs
-        full = ["# Every query of the block sees every one of these keys.",
-                "for start in range(full_start, full_stop, BLOCK_J):", *_deeper(self._step(False))]
+        full = [
+            "# Every query of the block sees every one of these keys.",
+            "for start in range(full_start, full_stop, BLOCK_J):",
+            *_deeper(self._step(False)),
+        ]
         if runs.everything:
-            return [["full_start = 0", f"full_stop = {keys} // BLOCK_J * BLOCK_J"], full,
-                    ["# The rest of the keys does not fill a block.",
-                     f"for start in range(full_stop, {keys}, BLOCK_J):", *_deeper(self._step(True))]]
+            return [
+                ["full_start = 0", f"full_stop = {keys} // BLOCK_J * BLOCK_J"],
+                full,
+                [
+                    "# The rest of the keys does not fill a block.",
+                    f"for start in range(full_stop, {keys}, BLOCK_J):",
+                    *_deeper(self._step(True)),
+                ],
+            ]
         limits = [*runs.lines]
         if runs.full and runs.first is None and runs.main[0] == runs.full[0] == "0":
-            return [[*limits, "full_start = 0",
-                     f"full_stop = tl.maximum({runs.full[1]}, 0) // BLOCK_J * BLOCK_J",
-                     f"main_stop = {runs.main[1]}"], full,
-                    ["# Blocks on the edge of the mask.",
-                     *_guarded("for start in range(full_stop, main_stop, BLOCK_J):", runs.test, self._step(True))]]
+            return [
+                [
+                    *limits,
+                    "full_start = 0",
+                    f"full_stop = tl.maximum({runs.full[1]}, 0) // BLOCK_J * BLOCK_J",
+                    f"main_stop = {runs.main[1]}",
+                ],
+                full,
+                [
+                    "# Blocks on the edge of the mask.",
+                    *_guarded(
+                        "for start in range(full_stop, main_stop, BLOCK_J):", runs.test, self._step(True)
+                    ),
+                ],
+            ]
         if runs.full:
-            limits.append("# Keys from main_start to main_stop are visited, without a mask from full_start to full_stop.")
-        limits += [f"main_start = {_aligned(runs.main[0])}",
-                   f"main_stop = tl.maximum({runs.main[1]}, main_start)"]
+            limits.append(
+                "# Keys from main_start to main_stop are visited, without a mask from full_start to full_stop."
+            )
+        limits += [
+            f"main_start = {_aligned(runs.main[0])}",
+            f"main_stop = tl.maximum({runs.main[1]}, main_start)",
+        ]
         if runs.first:
-            limits += ["# A range before it, as far as it does not reach into it.",
-                       f"first_start = {_aligned(runs.first[0])}",
-                       f"first_stop = tl.minimum(tl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
-                       "first_count = tl.maximum(first_stop - first_start, 0) // BLOCK_J"]
+            limits += [
+                "# A range before it, as far as it does not reach into it.",
+                f"first_start = {_aligned(runs.first[0])}",
+                f"first_stop = tl.minimum(tl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
+                "first_count = tl.maximum(first_stop - first_start, 0) // BLOCK_J",
+            ]
         if runs.full:
             limits += [
                 f"full_start = tl.cdiv(tl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
@@ -306,14 +374,18 @@ class DenseForward:
     def _edges(self) -> list[str]:
         runs = self.runs
         if not runs.first and not runs.full:
-            return _guarded("for start in range(main_start, main_stop, BLOCK_J):", runs.test, self._step(True))
+            return _guarded(
+                "for start in range(main_start, main_stop, BLOCK_J):", runs.test, self._step(True)
+            )
         counts = ["first_count"] if runs.first else []
         counts += ["before", "after"] if runs.full else ["tl.cdiv(main_stop - main_start, BLOCK_J)"]
         origin = "first_start" if runs.first else "main_start"
         where = [f"start = {origin} + number * BLOCK_J"]
         if runs.first:
-            where.append("start += tl.where(number >= first_count, "
-                         "main_start - first_start - first_count * BLOCK_J, 0)")
+            where.append(
+                "start += tl.where(number >= first_count, "
+                "main_start - first_start - first_count * BLOCK_J, 0)"
+            )
         if runs.full:
             passed = "first_count + before" if runs.first else "before"
             where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
@@ -324,14 +396,20 @@ class DenseForward:
         queries = self.lengths[1]
         lines = []
         if self.softmax:
-            lines += ["# A row that saw no key gives zeros.",
-                      "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]"]
-        lines += ["out_offsets = tl.cast(rows, tl.int64)[:, None] * out_stride_i + features[None, :] * out_stride_e",
-                  "tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), "
-                  f"mask={self._inside(f'(rows < {queries})[:, None]', 'features')})"]
+            lines += [
+                "# A row that saw no key gives zeros.",
+                "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]",
+            ]
+        lines += [
+            "out_offsets = tl.cast(rows, tl.int64)[:, None] * out_stride_i + features[None, :] * out_stride_e",
+            "tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), "
+            f"mask={self._inside(f'(rows < {queries})[:, None]', 'features')})",
+        ]
         if self.lse:
-            lines += [f"lse += tl.cast(program // blocks, tl.int64) * {queries}",
-                      f"tl.store(lse + rows, (peak + tl.log2(total)) * {1 / LOG2E!r}, mask=rows < {queries})"]
+            lines += [
+                f"lse += tl.cast(program // blocks, tl.int64) * {queries}",
+                f"tl.store(lse + rows, (peak + tl.log2(total)) * {1 / LOG2E!r}, mask=rows < {queries})",
+            ]
         return lines
 
 

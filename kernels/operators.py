@@ -68,7 +68,8 @@ def _resolved(text: str, device_type: str) -> Implementation:
     if implementation is None:
         raise RuntimeError(
             f"nothing computes Specs on {device_type}; registered are {sorted(_implementations) or 'none'}. Import "
-            f"attncompile.codegen.triton for GPUs, or call attncompile.kernels.operators.use_reference({device_type!r})")
+            f"attncompile.codegen.triton for GPUs, or call attncompile.kernels.operators.use_reference({device_type!r})"
+        )
     return implementation(text)
 
 
@@ -79,7 +80,9 @@ def bind(spec: Spec) -> Implementation:
     """
     text = print_spec(spec)
     names = [value.name for value in spec.inputs]
-    order = tuple(names.index(value.name) for value in parsed(text).inputs)  # reading back may reorder the inputs
+    order = tuple(
+        names.index(value.name) for value in parsed(text).inputs
+    )  # reading back may reorder the inputs
     takes = f"{spec.name} takes {len(names)} tensors ({', '.join(names)})"
 
     def run_bound(*tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -161,12 +164,16 @@ def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
 @run_operator.register_fake
 def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     device = inputs[0].device
-    return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-            for like in _empty_outputs(parsed(spec), inputs)]
+    return [
+        torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        for like in _empty_outputs(parsed(spec), inputs)
+    ]
 
 
 @torch.library.custom_op("attncompile::run_backward", mutates_args=())
-def run_backward(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def run_backward(
+    spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Gradients of a Spec's real inputs (others: zeros), by recomputation through its reference."""
     original = parsed(spec)
     smooth = _differentiable(original)
@@ -187,8 +194,12 @@ def run_backward(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[
             gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
         given.append(gradient)
     found = dict(zip(real, pull(tuple(given)), strict=True))
-    return [found[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format) if name in found
-            else torch.zeros_like(tensor, memory_format=torch.contiguous_format) for name, tensor in named.items()]
+    return [
+        found[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format)
+        if name in found
+        else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        for name, tensor in named.items()
+    ]
 
 
 @run_backward.register_fake
@@ -204,8 +215,10 @@ def _differentiable(spec: Spec) -> Spec:
         if isinstance(operation, Quantize):
             continue
         changes: dict[str, Any] = {
-            f.name: passed[getattr(operation, f.name)] for f in dataclasses.fields(operation)
-            if f.metadata.get("role") == "operand" and getattr(operation, f.name) in passed}
+            f.name: passed[getattr(operation, f.name)]
+            for f in dataclasses.fields(operation)
+            if f.metadata.get("role") == "operand" and getattr(operation, f.name) in passed
+        }
         if isinstance(operation, Attend):
             changes["score"] = apply("max", operation.score, LOWEST)
             if operation.fill == Const(-math.inf):
@@ -233,8 +246,10 @@ def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output:
 def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
     inputs = ctx.saved_tensors
     device = inputs[0].device
-    given = [torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-             for gradient, (shape, _, dtype) in zip(gradients, ctx.shapes, strict=True)]
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
+        for gradient, (shape, _, dtype) in zip(gradients, ctx.shapes, strict=True)
+    ]
     found = torch.ops.attncompile.run_backward(ctx.spec, given, list(inputs))
     return None, [g if t.is_floating_point() else None for g, t in zip(found, inputs, strict=True)]
 

@@ -4,7 +4,8 @@ One program walks over the positions of one head in chunks and carries the state
 the sum over keys is a masked product of queries and keys; what came before the chunk enters through the state:
 
 ``out_i = scale · (Σ_{j ≤ i, same chunk} decay^(i−j) (φ(q_i)·φ(k_j)) v_j + decay^(i−c+1) φ(q_i)ᵀ S)``, ``c`` the chunk's
-first position, and ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``.
+first position, and ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``. The state is kept in float32; products take
+their factors in the dtype of the inputs.
 
 Follows: RetNet's chunkwise form (arXiv:2307.08621).
 """
@@ -62,8 +63,11 @@ class ScanForward:
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
-        operands = [f"{name}_stride_{axis}" for name, axes in
-                    (("query", "bhid"), ("key", "bgid"), ("value", "bgie"), ("out", "bhie")) for axis in axes]
+        operands = [
+            f"{name}_stride_{axis}"
+            for name, axes in (("query", "bhid"), ("key", "bgid"), ("value", "bgie"), ("out", "bhie"))
+            for axis in axes
+        ]
         return (*operands, *(f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)))
 
     def integers(self) -> tuple[str, ...]:
@@ -72,24 +76,34 @@ class ScanForward:
 
     def constants(self) -> tuple[str, ...]:
         """Compile-time arguments in order."""
-        return ("CHUNK", "BLOCK_E", "PRECISION")
+        return ("CHUNK", "BLOCK_E")
 
     def source(self) -> str:
         """The functions and the kernel as text."""
-        parameters = [*self.pointers(), *self.strides(), *self.integers(),
-                      *(f"{name}: tl.constexpr" for name in self.constants())]
-        kernel = "\n".join([
-            "@triton.jit", signature("def scan_forward", parameters, ":"),
-            '    """One program: BLOCK_E value channels of one head, chunk after chunk."""',
-            indented(self._body(), 4)])
-        feature = ('@triton.jit\ndef feature_map(x):\n    """The feature map '
-                   f'{self.feature}, on float32."""\n    return {FEATURES[self.feature]}')
+        parameters = [
+            *self.pointers(),
+            *self.strides(),
+            *self.integers(),
+            *(f"{name}: tl.constexpr" for name in self.constants()),
+        ]
+        kernel = "\n".join(
+            [
+                "@triton.jit",
+                signature("def scan_forward", parameters, ":"),
+                '    """One program: BLOCK_E value channels of one head, chunk after chunk."""',
+                indented(self._body(), 4),
+            ]
+        )
+        feature = (
+            '@triton.jit\ndef feature_map(x):\n    """The feature map '
+            f'{self.feature}, on float32."""\n    return {FEATURES[self.feature]}'
+        )
         return "\n\n\n".join([self.decay.source(), feature, kernel])
 
     def _body(self) -> list[str]:
         length, padded = self.length, self.padded_channels()
         normal = self.normalize
-        dot = "input_precision=PRECISION"
+        dot = 'input_precision="ieee"'
         return [
             "part = tl.program_id(1)",
             f"b = tl.program_id(0) // {self.heads}",
@@ -124,20 +138,24 @@ class ScanForward:
             "    query_tile = tl.load(query + query_offsets, mask=read, other=0)",
             "    key_tile = tl.load(key + key_offsets, mask=read, other=0)",
             "    value_tile = tl.load(value + value_offsets, mask=shown, other=0)",
+            "    dtype = value_tile.dtype",
             "    query_features = tl.where(read, feature_map(query_tile.to(tl.float32)), 0.0)",
             "    key_features = tl.where(read, feature_map(key_tile.to(tl.float32)), 0.0)",
-            f"    weights = tl.dot(query_features, tl.trans(key_features), {dot}) * between",
-            "    values = value_tile.to(tl.float32)",
+            f"    weights = tl.dot(query_features.to(dtype), tl.trans(key_features.to(dtype)), {dot}) * between",
             "    decayed_query = query_features * since[:, None]",
-            f"    result = tl.dot(weights, values, {dot})",
-            f"    result = tl.dot(decayed_query, state, result, {dot}) * {self.scale!r}",
-            *([
-                "    norm = tl.sum(weights, 1) + tl.sum(decayed_query * key_sum[None, :], 1)",
-                f"    result = result / tl.maximum(tl.abs(norm * {self.scale!r}), 1.0)[:, None]",
-                "    key_sum = key_sum * whole_chunk + tl.sum(key_features * until[:, None], 0)",
-            ] if normal else []),
+            f"    result = tl.dot(weights.to(dtype), value_tile, {dot})",
+            f"    result = tl.dot(decayed_query.to(dtype), state.to(dtype), result, {dot}) * {self.scale!r}",
+            *(
+                [
+                    "    norm = tl.sum(weights, 1) + tl.sum(decayed_query * key_sum[None, :], 1)",
+                    f"    result = result / tl.maximum(tl.abs(norm * {self.scale!r}), 1.0)[:, None]",
+                    "    key_sum = key_sum * whole_chunk + tl.sum(key_features * until[:, None], 0)",
+                ]
+                if normal
+                else []
+            ),
             "    written = positions * out_stride_i + features[None, :] * out_stride_e",
             "    tl.store(out + written, result.to(out.dtype.element_ty), mask=shown)",
-            "    decayed_key = tl.trans(key_features * until[:, None])",
-            f"    state = tl.dot(decayed_key, values, state * whole_chunk, {dot})",
+            "    decayed_key = tl.trans((key_features * until[:, None]).to(dtype))",
+            f"    state = tl.dot(decayed_key, value_tile, state * whole_chunk, {dot})",
         ]

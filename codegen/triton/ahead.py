@@ -15,8 +15,16 @@ from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.generate import GeneratedModule, Kernel
 
 ELEMENTS = {
-    "float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3": "fp8e4nv",
-    "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8", "bool": "i1",
+    "float64": "fp64",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3": "fp8e4nv",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "i1",
 }
 """Triton's names of element types."""
 
@@ -105,7 +113,7 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     signature.update(dict.fromkeys(kernel.integers, "i32"))
     for name, value in kernel.constants[dtype].items():
         signature[name] = "constexpr"
-        constants[name] = "ieee" if name == "PRECISION" and target.backend == "hip" else value
+        constants[name] = value
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     tile = kernel.tiles[dtype]
@@ -137,7 +145,9 @@ def _resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, in
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(texts["cubin"])
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=False
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     return (int(found[1]), int(found[2])) if found else (None, None)
 

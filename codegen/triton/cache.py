@@ -26,7 +26,11 @@ def cache_folder() -> Path:
     cannot be made, or others may write to it, a new temporary folder serves this process.
     """
     chosen = os.environ.get("ATTNCOMPILE_CACHE")
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attncompile"
+    base = (
+        Path(chosen)
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attncompile"
+    )
     folder = base / "triton"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

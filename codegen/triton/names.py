@@ -6,11 +6,33 @@ import keyword
 import re
 from collections.abc import Iterable
 
-MODULE_NAMES = frozenset({
-    "tl", "triton", "torch", "math", "range", "float", "attend", "attend_forward", "quantize_blocks", "scan_forward",
-    "score", "visible", "edit", "decay_factor", "update", "feature_map", "expect", "tanh", "floor_divide",
-    "floor_modulo", "round_half_even", "TILES", "LOG2E",
-})
+MODULE_NAMES = frozenset(
+    {
+        "tl",
+        "triton",
+        "torch",
+        "math",
+        "range",
+        "float",
+        "attend",
+        "attend_forward",
+        "quantize_blocks",
+        "scan_forward",
+        "score",
+        "visible",
+        "edit",
+        "decay_factor",
+        "update",
+        "feature_map",
+        "expect",
+        "tanh",
+        "floor_divide",
+        "floor_modulo",
+        "round_half_even",
+        "TILES",
+        "LOG2E",
+    }
+)
 """Names that the module itself uses."""
 
 

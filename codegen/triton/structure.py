@@ -51,14 +51,18 @@ def operations_reason(spec: Spec) -> str | None:
     if names == ["quantize", "quantize", "attend"] and attend is not None:
         rounded = [op.out for op in spec.operations[:2]]  # type: ignore[attr-defined]
         if sorted(rounded) != sorted((attend.query, attend.key)):
-            return (f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} are "
-                    f"rounded, and {attend.query} and {attend.key} are multiplied")
+            return (
+                f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} are "
+                f"rounded, and {attend.query} and {attend.key} are multiplied"
+            )
         read = {op.tensor for op in spec.operations[:2]}  # type: ignore[attr-defined]
         if not read <= {value.name for value in spec.inputs}:
             return "the int8 kernel rounds inputs of the Spec, not results of other operations"
         return None
-    return (f"there is a kernel for one attend, one attend with query and key quantized, and one scan; this Spec is "
-            f"{', '.join(names)}")
+    return (
+        f"there is a kernel for one attend, one attend with query and key quantized, and one scan; this Spec is "
+        f"{', '.join(names)}"
+    )
 
 
 def why_not_spec(spec: Spec) -> str | None:
@@ -87,8 +91,10 @@ def why_not_spec(spec: Spec) -> str | None:
     expressions: tuple[Expr, ...] = operation.expressions()
     if attend is not None:
         if weight_factor(attend.weight) is None:
-            return (f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight only up to "
-                    "a factor until the last key")
+            return (
+                f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight only up to "
+                "a factor until the last key"
+            )
         expressions = (*logits(attend)[:2], attend.kv_head)
     for expr in (*expressions, *(size for value in spec.inputs for size in value.type.sizes)):
         reason = refusal(simplify(expr))
@@ -166,7 +172,9 @@ def dense(spec: Spec) -> Dense:
     edit = None if attend.weight == WEIGHT else weight_factor(attend.weight)
     rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
     pair = (rounded[attend.query], rounded[attend.key]) if rounded else None
-    return Dense(attend, scale, score, mask, edit, types[attend.query], types[attend.key], types[attend.value], pair)
+    return Dense(
+        attend, scale, score, mask, edit, types[attend.query], types[attend.key], types[attend.value], pair
+    )
 
 
 def scan(spec: Spec) -> Scan:
@@ -185,5 +193,15 @@ def gives_zeros(spec: Spec) -> bool:
     return logits(attend)[1] != TRUE and (finite or attend.norm.empty == "nan")
 
 
-__all__ = ["SCORE", "Dense", "dense", "gives_zeros", "logits", "negligible", "operations_reason", "scan",
-           "weight_factor", "why_not_spec"]
+__all__ = [
+    "SCORE",
+    "Dense",
+    "dense",
+    "gives_zeros",
+    "logits",
+    "negligible",
+    "operations_reason",
+    "scan",
+    "weight_factor",
+    "why_not_spec",
+]

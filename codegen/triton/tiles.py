@@ -20,7 +20,6 @@ class Tile:
 
 
 _DENSE: tuple[tuple[int, int, Tile], ...] = (  # head channels up to, bytes of an element
-    (32, 2, Tile(128, 128, 4, 3)),
     (64, 2, Tile(128, 64, 4, 3)),
     (128, 2, Tile(128, 64, 8, 3)),
     (256, 2, Tile(64, 32, 8, 3)),
@@ -31,26 +30,28 @@ _DENSE: tuple[tuple[int, int, Tile], ...] = (  # head channels up to, bytes of a
 )
 _SCAN: tuple[tuple[int, int, Tile], ...] = (  # queries is the chunk, keys the value channels of a program
     (64, 2, Tile(64, 64, 4, 2)),
-    (128, 2, Tile(64, 32, 4, 2)),
-    (256, 2, Tile(32, 32, 4, 1)),
-    (64, 4, Tile(32, 32, 4, 1)),
-    (128, 4, Tile(32, 32, 4, 1)),
-    (256, 4, Tile(16, 16, 4, 1)),
+    (128, 2, Tile(64, 32, 8, 2)),
+    (256, 2, Tile(32, 32, 8, 1)),
+    (64, 4, Tile(32, 16, 8, 1)),
+    (128, 4, Tile(16, 16, 8, 1)),
+    (256, 4, Tile(16, 16, 8, 1)),
 )
 
 LARGEST_HEAD = 256
 
 
-def dense_tile(channels: int, element: int, most_keys: int | None = None) -> Tile:
+def dense_tile(channels: int, element: int, *, most_keys: int | None = None, heavy: bool = False) -> Tile:
     """The tile of the dense kernel.
 
     Args:
         channels: the larger of key and value channels, padded to a power of two.
         element: bytes of an element of the values.
         most_keys: upper limit of the keys per block, a power of two.
+        heavy: whether score or mask need many registers: more warps then share a tile.
     """
     tile = _find(_DENSE, channels, element)
-    return tile if most_keys is None else Tile(tile.queries, min(tile.keys, most_keys), tile.warps, tile.stages)
+    warps = 8 if heavy and tile.queries * tile.keys >= 64 * 64 else tile.warps
+    return Tile(tile.queries, min(tile.keys, most_keys or tile.keys), warps, tile.stages)
 
 
 def scan_tile(channels: int, element: int) -> Tile:
@@ -62,4 +63,6 @@ def _find(table: tuple[tuple[int, int, Tile], ...], channels: int, element: int)
     for largest, size, tile in table:
         if channels <= largest and element == size:
             return tile
-    raise ValueError(f"no tile for {channels} channels of {element} bytes; the largest head has {LARGEST_HEAD}")
+    raise ValueError(
+        f"no tile for {channels} channels of {element} bytes; the largest head has {LARGEST_HEAD}"
+    )

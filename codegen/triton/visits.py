@@ -126,8 +126,10 @@ def _limits(mask: Expr, key_length: Expr) -> _Limits:
     full_starts: list[Expr] = [Const(0)]
     full_stops: list[Expr] = [key_length]
     known = not found.rest
-    for limits, widest, narrowest, upper in ((found.lower, starts, full_starts, False),
-                                             (found.upper, stops, full_stops, True)):
+    for limits, widest, narrowest, upper in (
+        (found.lower, starts, full_starts, False),
+        (found.upper, stops, full_stops, True),
+    ):
         for limit in limits:
             wide, narrow = extreme(limit, upper, ROWS), extreme(limit, not upper, ROWS)
             if wide is not None:
@@ -169,14 +171,20 @@ def visits(mask: Expr, query_length: Expr, key_length: Expr) -> Visits:
         first_stop = apply("min", outer.stop, one.stop)
         start = apply("max", outer.start, other.start)
         # where the first range reaches into the second, the second takes over, and must not end earlier
-        stop = outer.stop if other.stop == key_length else apply("max", apply("min", outer.stop, other.stop), first_stop)
+        stop = (
+            outer.stop
+            if other.stop == key_length
+            else apply("max", apply("min", outer.stop, other.stop), first_stop)
+        )
         first = KeyRange(tidy(first_start), tidy(first_stop))
         if first.start == tidy(start):
             first = None
         if other.full is not None and not rest:
             inner = _limits(apply("and", *(p for p in _without(mask, pair))), key_length).full
             if inner is not None:
-                full = KeyRange(apply("max", inner.start, other.full.start), apply("min", inner.stop, other.full.stop))
+                full = KeyRange(
+                    apply("max", inner.start, other.full.start), apply("min", inner.stop, other.full.stop)
+                )
     elif rest:
         full = None
     main = KeyRange(tidy(start), tidy(stop))
@@ -207,5 +215,16 @@ def reads_tensors(mask: Expr) -> bool:
     return any(isinstance(node, Load) for node in walk(mask))
 
 
-__all__ = ["FALSE", "KEY_FIRST", "KEY_LAST", "ROW_FIRST", "ROW_LAST", "KeyRange", "Visits", "extreme", "possible",
-           "reads_tensors", "visits"]
+__all__ = [
+    "FALSE",
+    "KEY_FIRST",
+    "KEY_LAST",
+    "ROW_FIRST",
+    "ROW_LAST",
+    "KeyRange",
+    "Visits",
+    "extreme",
+    "possible",
+    "reads_tensors",
+    "visits",
+]

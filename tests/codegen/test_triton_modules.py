@@ -51,7 +51,7 @@ def test_no_name_of_a_model_reaches_the_code_unchecked() -> None:
     assert names.fresh("lambda") == "t_lambda"
     assert names.fresh("0x") == "t_0x"
     assert names.fresh("tl") == "tl_2"
-    assert names.fresh("ключ\"); import os").isidentifier()
+    assert names.fresh('ключ"); import os').isidentifier()
     assert names.fresh("") == "tensor"
 
 
@@ -70,10 +70,20 @@ def test_every_operator_has_a_form(row: object) -> None:
     assert row.triton  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("weight, factor", (
-    ("w", "1.0"), ("2.0·w", "2.0"), ("w·head_mask[h]", "head_mask[h]"), ("where(h < 2, w, 0.0)", "where(h < 2, 1.0, 0.0)"),
-    ("w + 0.5·w·head_mask[h]", None), ("w·w", None), ("where(w > 0.1, w, 0.0)", None), ("w + 1.0", None), ("w / 4.0", "0.25"),
-))
+@pytest.mark.parametrize(
+    "weight, factor",
+    (
+        ("w", "1.0"),
+        ("2.0·w", "2.0"),
+        ("w·head_mask[h]", "head_mask[h]"),
+        ("where(h < 2, w, 0.0)", "where(h < 2, 1.0, 0.0)"),
+        ("w + 0.5·w·head_mask[h]", None),
+        ("w·w", None),
+        ("where(w > 0.1, w, 0.0)", None),
+        ("w + 1.0", None),
+        ("w / 4.0", "0.25"),
+    ),
+)
 def test_weight_edits_that_are_factors(weight: str, factor: str | None) -> None:
     tensors = {"head_mask": Kind.FLOAT}
     found = weight_factor(parse_expr(weight, tensors))
@@ -99,22 +109,47 @@ def test_shared_rows_without_a_kernel(name: str, said: str) -> None:
         generate(spec)
 
 
-@pytest.mark.parametrize("text, said", (
-    ("attend  q,k,v[B,4,I,512]  float32\n  score  s\n  mask   true\n  norm   softmax (float32)", "1 to 256"),
-    ("attend  q,k,v[B,4,I,D]  float32\n  score  s\n  mask   true\n  norm   softmax (float32)", "constant number"),
-    ("attend  q,k,v[B,4,I,16]  float64\n  score  s\n  mask   true\n  norm   softmax (float64)", "float64"),
-    ("attend  q,k,v[B,4,I,16]  float32\n  score  s^(2.5)\n  mask   true\n  norm   softmax (float32)", "positive"),
-    ("attend  q,k,v[B,4,I,16]  float32\n  score  s\n  mask   j < X\n  norm   softmax (float32)", "size X"),
-))
+@pytest.mark.parametrize(
+    "text, said",
+    (
+        (
+            "attend  q,k,v[B,4,I,512]  float32\n  score  s\n  mask   true\n  norm   softmax (float32)",
+            "1 to 256",
+        ),
+        (
+            "attend  q,k,v[B,4,I,D]  float32\n  score  s\n  mask   true\n  norm   softmax (float32)",
+            "constant number",
+        ),
+        (
+            "attend  q,k,v[B,4,I,16]  float64\n  score  s\n  mask   true\n  norm   softmax (float64)",
+            "float64",
+        ),
+        (
+            "attend  q,k,v[B,4,I,16]  float32\n  score  s^(2.5)\n  mask   true\n  norm   softmax (float32)",
+            "positive",
+        ),
+        (
+            "attend  q,k,v[B,4,I,16]  float32\n  score  s\n  mask   j < X\n  norm   softmax (float32)",
+            "size X",
+        ),
+    ),
+)
 def test_refusals_name_the_cause(text: str, said: str) -> None:
     reason = why_not_spec(parse_spec(f"x   {text}"))
     assert reason is not None and said in reason
 
 
-@pytest.mark.parametrize("name, zeros", (
-    ("empty-rows-nan", True), ("empty-rows-lowest", True), ("causal-padding", False), ("full", False), ("sigmoid", False),
-    ("fill-counts", False),
-))
+@pytest.mark.parametrize(
+    "name, zeros",
+    (
+        ("empty-rows-nan", True),
+        ("empty-rows-lowest", True),
+        ("causal-padding", False),
+        ("full", False),
+        ("sigmoid", False),
+        ("fill-counts", False),
+    ),
+)
 def test_where_empty_rows_differ_is_known(name: str, zeros: bool) -> None:
     assert gives_zeros(ALL_BY_NAME[name].spec) == zeros
 

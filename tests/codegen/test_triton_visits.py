@@ -11,10 +11,26 @@ from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Expr
 
 MASKS = (
-    "true", "j ≤ i", "j < i", "j ≤ i + J − I", "j > i − 5 and j ≤ i", "j ≥ i + 3", "j ≤ i − 7", "j ≤ i or j < 5",
-    "j ≤ i and (j > i − 5 or j < 3)", "j ≤ i + 9 and (j > i + 6 or j < 20)", "j > 12 or j ≤ i", "i = j",
-    "j ≤ i and (j > i − 4 or j ≤ i − 9)", "j < 3 or j > i or j = 7", "i // 4 = j // 4", "2·j ≤ i", "(i + j) % 3 = 0",
-    "j ≤ min(i, 9) and j ≥ max(2, i − 6)", "j ≤ where(i < 6, 8, i)", "not (j > i) and j ≥ 4·(i // 4)",
+    "true",
+    "j ≤ i",
+    "j < i",
+    "j ≤ i + J − I",
+    "j > i − 5 and j ≤ i",
+    "j ≥ i + 3",
+    "j ≤ i − 7",
+    "j ≤ i or j < 5",
+    "j ≤ i and (j > i − 5 or j < 3)",
+    "j ≤ i + 9 and (j > i + 6 or j < 20)",
+    "j > 12 or j ≤ i",
+    "i = j",
+    "j ≤ i and (j > i − 4 or j ≤ i − 9)",
+    "j < 3 or j > i or j = 7",
+    "i // 4 = j // 4",
+    "2·j ≤ i",
+    "(i + j) % 3 = 0",
+    "j ≤ min(i, 9) and j ≥ max(2, i − 6)",
+    "j ≤ where(i < 6, 8, i)",
+    "not (j > i) and j ≥ 4·(i // 4)",
     "j < 4·h + 3 and j > i − 5·(b + 1)",
 )
 SIZES = ((17, 17), (13, 29), (23, 9), (1, 20))
@@ -33,7 +49,9 @@ def test_ranges_hold_what_is_visible(text: str, lengths: tuple[int, int]) -> Non
     found = visits(mask, Size("I"), Size("J"))
     grid = {"i": torch.arange(queries)[:, None], "j": torch.arange(keys)[None, :]}
     for b, h in ((0, 0), (1, 2)):
-        environment = Environment({**grid, "b": torch.tensor(b), "h": torch.tensor(h)}, {"I": queries, "J": keys})
+        environment = Environment(
+            {**grid, "b": torch.tensor(b), "h": torch.tensor(h)}, {"I": queries, "J": keys}
+        )
         visible = evaluate(mask, environment).expand(queries, keys)
         for first in range(0, queries, 4):
             last = min(first + 4, queries) - 1
@@ -58,9 +76,14 @@ def test_ranges_hold_what_is_visible(text: str, lengths: tuple[int, int]) -> Non
                 assert seen or not needed & set(range(block, block + 4))
 
 
-@pytest.mark.parametrize("mask, skipped", (
-    ("j ≤ i", "upper"), ("j > i − 8 and j ≤ i", "both"), ("j ≤ i and (j > i − 8 or j < 2)", "between"),
-))
+@pytest.mark.parametrize(
+    "mask, skipped",
+    (
+        ("j ≤ i", "upper"),
+        ("j > i − 8 and j ≤ i", "both"),
+        ("j ≤ i and (j > i − 8 or j < 2)", "between"),
+    ),
+)
 def test_far_keys_are_not_visited(mask: str, skipped: str) -> None:
     found = visits(simplify(parse_expr(mask)), Size("I"), Size("I"))
     names = {"row_first": 64, "row_last": 67, "b": 0, "h": 0, "size_i": 128, "size_j": 128}
@@ -84,5 +107,7 @@ def test_unknown_parts_of_a_mask_are_possible() -> None:
     from attncompile.ir import Index, Kind
 
     mask = parse_expr("m[b, j] and j ≤ i", {"m": Kind.BOOL})
-    scalar = possible(mask, {"i": (Index("row_first"), Index("row_last")), "j": (Index("key_first"), Index("key_last"))})
+    scalar = possible(
+        mask, {"i": (Index("row_first"), Index("row_last")), "j": (Index("key_first"), Index("key_last"))}
+    )
     assert str(simplify(scalar)) == str(simplify(parse_expr("key_first ≤ row_last")))

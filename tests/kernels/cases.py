@@ -9,55 +9,92 @@ from tests.cases import CASES, Case
 SOFTMAX = "norm   softmax (float32)"
 
 
-def _row(name: str, text: str, sizes: dict[str, int], note: str = "", *, empty_rows: bool = False,
-         **ranges: tuple[int, int]) -> Case:
+def _row(
+    name: str,
+    text: str,
+    sizes: dict[str, int],
+    note: str = "",
+    *,
+    empty_rows: bool = False,
+    **ranges: tuple[int, int],
+) -> Case:
     head, _, rest = textwrap.dedent(text).strip().partition("\n")
     return Case(name, f"{name}   {head}\n" + textwrap.indent(rest, "  "), sizes, note, ranges, empty_rows)
 
 
 def _masked(name: str, mask: str, sizes: dict[str, int], note: str = "", *, empty_rows: bool = False) -> Case:
-    return _row(name, f"attend  q[B,2,I,16]  k,v[B,2,J,16]  float32\nscore  0.25·s\nmask   {mask}\n{SOFTMAX}",
-                sizes, note, empty_rows=empty_rows)
+    return _row(
+        name,
+        f"attend  q[B,2,I,16]  k,v[B,2,J,16]  float32\nscore  0.25·s\nmask   {mask}\n{SOFTMAX}",
+        sizes,
+        note,
+        empty_rows=empty_rows,
+    )
 
 
 def _channels(query: int, value: int) -> Case:
-    return _row(f"channels-{query}-{value}", f"""
+    return _row(
+        f"channels-{query}-{value}",
+        f"""
         attend  q[B,3,I,{query}]  k[B,3,J,{query}]  v[B,3,J,{value}]  float32
         score  0.11·s
         mask   j ≤ i + 3
         {SOFTMAX}
-        """, {"B": 1, "I": 37, "J": 45})
+        """,
+        {"B": 1, "I": 37, "J": 45},
+    )
 
 
 LONG = {"B": 1, "I": 150, "J": 150}
 RECTANGLE = {"B": 1, "I": 50, "J": 170}
 
 KERNEL_CASES: tuple[Case, ...] = (
-    *(_channels(query, value) for query, value in ((72, 40), (80, 80), (96, 96), (112, 64), (256, 256), (24, 1), (3, 7))),
+    *(
+        _channels(query, value)
+        for query, value in ((72, 40), (80, 80), (96, 96), (112, 64), (256, 256), (24, 1), (3, 7))
+    ),
     _masked("five-keys", "true", {"B": 2, "I": 3, "J": 5}),
     _masked("one-query", "j ≤ i + J − I", {"B": 2, "I": 1, "J": 77}, "decode"),
     _masked("one-key", "true", {"B": 1, "I": 40, "J": 1}),
     _masked("window-rectangle", "j ≤ i + J − I and j > i + J − I − 40", RECTANGLE),
-    _masked("window-ahead", "j ≥ i + 20 and j < i + 60", {"B": 1, "I": 70, "J": 100}, "late rows are empty",
-            empty_rows=True),
+    _masked(
+        "window-ahead",
+        "j ≥ i + 20 and j < i + 60",
+        {"B": 1, "I": 70, "J": 100},
+        "late rows are empty",
+        empty_rows=True,
+    ),
     _masked("late-start", "j ≤ i − 5", LONG, "early rows are empty", empty_rows=True),
     _masked("sink-window-rectangle", "j ≤ i + 90 and (j > i + 60 or j < 20)", RECTANGLE),
     _masked("sinks-touch-window", "j ≤ i and (j > i − 64 or j < 33)", LONG, "ranges that part as rows go on"),
     _masked("late-range", "j > 120 or j ≤ i", LONG, "the fixed range lies behind the moving one"),
     _masked("two-windows", "j ≤ i and (j > i − 20 or j ≤ i − 90)", LONG, "both ranges move"),
-    _masked("three-ranges", "j ≤ i and (j < 4 or j > i − 20 or j % 32 = 0)", LONG, "no closed form: a test per block"),
-    _masked("neighbourhood", "i // 8 ≤ j // 8 + 1 and j // 8 ≤ i // 8 + 1", LONG, "blocks of an image's rows"),
+    _masked(
+        "three-ranges",
+        "j ≤ i and (j < 4 or j > i − 20 or j % 32 = 0)",
+        LONG,
+        "no closed form: a test per block",
+    ),
+    _masked(
+        "neighbourhood", "i // 8 ≤ j // 8 + 1 and j // 8 ≤ i // 8 + 1", LONG, "blocks of an image's rows"
+    ),
     _masked("blockwise", "i // 32 = j // 32", LONG, "block diagonal"),
     _masked("dilated-window", "j ≤ i and j > i − 60 and (i − j) % 7 = 0", LONG),
     _masked("head-window", "j ≤ i and j > i − 16·(h + 1)", LONG, "a window for each head"),
-    _row("bias-heads", """
+    _row(
+        "bias-heads",
+        """
         attend  q[B,4,I,16]  k,v[B,4,J,16]  float32
         score  0.25·s + bias[0, h, i, j]
         mask   true
         norm   softmax (float32)
         given  bias[1,4,I,J]:float32
-        """, {"B": 2, "I": 21, "J": 35}),
-    _row("grouped-everything", """
+        """,
+        {"B": 2, "I": 21, "J": 35},
+    ),
+    _row(
+        "grouped-everything",
+        """
         attend  q[B,6,I,16]  k,v[B,2,J,16]  float32
         score  20.0·tanh(0.0125·s)
         mask   j ≤ i + J − I and j > i + J − I − 60 and attention_mask[b, j] ≠ 0
@@ -66,75 +103,127 @@ KERNEL_CASES: tuple[Case, ...] = (
         lse    lse
         given  attention_mask[B,J]:int64
         gives  out, lse
-        """, {"B": 2, "I": 33, "J": 150}),
-    _row("far-loads", """
+        """,
+        {"B": 2, "I": 33, "J": 150},
+    ),
+    _row(
+        "far-loads",
+        """
         attend  q[B,2,I,16]  k,v[B,2,J,16]  float32
         score  0.25·s + bias[b, i + 5, j − 3]
         mask   true
         norm   softmax (float32)
         given  bias[B,I,J]:float32
-        """, {"B": 2, "I": 21, "J": 35}, "indices past both ends are clamped"),
-    _row("negative-floor", """
+        """,
+        {"B": 2, "I": 21, "J": 35},
+        "indices past both ends are clamped",
+    ),
+    _row(
+        "negative-floor",
+        """
         attend  q,k,v[B,2,I,16]  float32
         score  0.25·s + table[(j − i) // 4 % 5] + 0.1·float((j − i) // 4)
         mask   true
         norm   softmax (float32)
         given  table[5]:float32
-        """, {"B": 1, "I": 29}, "integer division rounds down"),
-    _row("operators", """
+        """,
+        {"B": 1, "I": 29},
+        "integer division rounds down",
+    ),
+    _row(
+        "operators",
+        """
         attend  q,k,v[B,2,I,16]  float32
         score  0.25·s + round(0.3·(i − j)) + floor(0.7·h) + ceil(0.3·j) − abs(i − j) + sqrt(j + 1) + rsqrt(i + 1) + sin(i) + cos(j) + erf(0.1·s) + log(j + 1) + log2(j + 2) + exp(−j) + sigmoid(s) + 2.0^(−j) + float(int(0.4·j)) + max(0.1·s, 0.0) + where(not (i = j or j ≠ 3), 1.0, 0.5)
         mask   true
         norm   softmax (float32)
-        """, {"B": 1, "I": 19}, "every operator"),
-    _row("score-free", """
+        """,
+        {"B": 1, "I": 19},
+        "every operator",
+    ),
+    _row(
+        "score-free",
+        """
         attend  q,k,v[B,2,I,16]  float32
         score  −0.1·float(abs(i − j))
         mask   j ≤ i
         norm   softmax (float32)
-        """, {"B": 1, "I": 40}, "weights from positions alone"),
-    _row("negative-scale", """
+        """,
+        {"B": 1, "I": 40},
+        "weights from positions alone",
+    ),
+    _row(
+        "negative-scale",
+        """
         attend  q,k,v[B,2,I,16]  float32
         score  −0.25·s
         mask   j ≤ i
         norm   softmax (float32)
-        """, {"B": 1, "I": 40}),
-    _row("fill-counts", """
+        """,
+        {"B": 1, "I": 40},
+    ),
+    _row(
+        "fill-counts",
+        """
         attend  q,k,v[B,2,I,16]  float32
         score  0.25·s
         mask   j ≤ i
         fill   −1.0
         norm   softmax (float32)
-        """, {"B": 1, "I": 40}, "a masked key still has weight"),
-    _row("sigmoid-padding", """
+        """,
+        {"B": 1, "I": 40},
+        "a masked key still has weight",
+    ),
+    _row(
+        "sigmoid-padding",
+        """
         attend  q[B,2,I,16]  k,v[B,2,J,16]  float32
         score  0.25·s − 1.0
         mask   visible[b, j]
         norm   sigmoid (float32)
         given  visible[B,J]:bool
-        """, {"B": 2, "I": 21, "J": 35}),
-    _row("heads-pruned", """
+        """,
+        {"B": 2, "I": 21, "J": 35},
+    ),
+    _row(
+        "heads-pruned",
+        """
         attend  q,k,v[B,4,I,16]  float32
         score  0.25·s
         mask   j ≤ i
         weight where(h < 2, w, 0.5·w)
         norm   softmax (float32)
-        """, {"B": 1, "I": 40}),
-    _row("lengths", """
+        """,
+        {"B": 1, "I": 40},
+    ),
+    _row(
+        "lengths",
+        """
         attend  q[B,2,I,16]  k,v[B,2,J,16]  float32
         score  0.25·s
         mask   j < lengths[b]
         norm   softmax (float32), empty rows zero
         given  lengths[B]:int32
-        """, {"B": 4, "I": 21, "J": 75}, "keys per batch row", lengths=(1, 76)),
-    _row("awkward-names", """
+        """,
+        {"B": 4, "I": 21, "J": 75},
+        "keys per batch row",
+        lengths=(1, 76),
+    ),
+    _row(
+        "awkward-names",
+        """
         attend  value,out.0[B,2,I,16]  tl[B,2,I,16]  float32
         score  0.25·s + lambda[b, j]
         mask   j ≤ i
         norm   softmax (float32)
         given  lambda[B,I]:float32
-        """, {"B": 2, "I": 20}, "names that Python and the kernel have other uses for"),
-    _row("int8-grouped", """
+        """,
+        {"B": 2, "I": 20},
+        "names that Python and the kernel have other uses for",
+    ),
+    _row(
+        "int8-grouped",
+        """
         quantize  q[B,4,I,72]  float32
         block  32
         out    q8
@@ -147,14 +236,21 @@ KERNEL_CASES: tuple[Case, ...] = (
         mask   j ≤ i + 40
         kv_head h // 2
         norm   softmax (float32)
-        """, {"B": 1, "I": 70, "J": 110}, "scale blocks that are no tiles"),
-    _row("scan-decays", """
+        """,
+        {"B": 1, "I": 70, "J": 110},
+        "scale blocks that are no tiles",
+    ),
+    _row(
+        "scan-decays",
+        """
         scan  q,k[B,2,I,72]  v[B,2,I,40]  float32
         decay  sigmoid(decays[h])
         scale  0.2
         feature relu
         given  decays[2]:float32
-        """, {"B": 1, "I": 90}),
+        """,
+        {"B": 1, "I": 90},
+    ),
 )
 
 ALL_CASES: tuple[Case, ...] = (*CASES, *KERNEL_CASES)

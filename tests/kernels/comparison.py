@@ -75,7 +75,12 @@ def poisoned_memory() -> Iterator[None]:
 def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Rows ``[b,h,i]`` of a softmax with at least one visible key; ``None`` where every row is to be compared."""
     attend = spec.attend()
-    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 or logits(attend)[1] == TRUE:
+    if (
+        attend is None
+        or attend.norm.kind != "softmax"
+        or len(spec.operations) > 1
+        or logits(attend)[1] == TRUE
+    ):
         return None
     sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
     environment = attend.environment(tensors, sizes, torch.float64)
@@ -84,7 +89,9 @@ def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor
     return evaluate(attend.mask, environment).expand(shape).any(-1)
 
 
-def compare(case: Case, run: Callable[..., Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Outcome]:
+def compare(
+    case: Case, run: Callable[..., Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> list[Outcome]:
     """Run a kernel on a row's inputs, with poison around them, and measure each output.
 
     Rows without a visible key must be zeros (a log-sum-exp: −∞).
@@ -105,7 +112,11 @@ def compare(case: Case, run: Callable[..., Any], dtype: torch.dtype, device: str
             empty = ~shown.reshape(*shown.shape, *[1] * (best.dim() - 3)).expand_as(best)
             best[empty] = 0.0 if best.dim() == 4 else -math.inf
             eager = torch.where(empty, best, eager)
-        made.append(Outcome(name, distance(output, best), distance(eager, best) + slack(case, dtype, output.dtype, best)))
+        made.append(
+            Outcome(
+                name, distance(output, best), distance(eager, best) + slack(case, dtype, output.dtype, best)
+            )
+        )
     return made
 
 
@@ -126,5 +137,8 @@ def slack(case: Case, dtype: torch.dtype, stored: torch.dtype, best: torch.Tenso
 
 
 def _constant_channels(spec: Spec) -> list[int]:
-    return [int(str(value.type.sizes[-1])) for value in spec.inputs
-            if value.type.sizes and str(value.type.sizes[-1]).isdigit()]
+    return [
+        int(str(value.type.sizes[-1]))
+        for value in spec.inputs
+        if value.type.sizes and str(value.type.sizes[-1]).isdigit()
+    ]

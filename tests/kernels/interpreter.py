@@ -50,9 +50,20 @@ class Interpreter:
     """The process, from the side of the tests."""
 
     def __init__(self, cache: Path) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "ATTNCOMPILE_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen([sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT, env=environment,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "ATTNCOMPILE_CACHE": str(cache),
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.interpreter"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send one request; the answer."""

@@ -10,7 +10,17 @@ import torch
 from attncompile.kernels import operators
 from tests.cases import BY_NAME, CASES, Case
 
-GRADIENTS = ("causal", "gqa", "additive-bias", "head-mask", "sigmoid", "log-sum-exp", "scan", "value-channels", "softcap")
+GRADIENTS = (
+    "causal",
+    "gqa",
+    "additive-bias",
+    "head-mask",
+    "sigmoid",
+    "log-sum-exp",
+    "scan",
+    "value-channels",
+    "softcap",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +38,11 @@ def inputs(case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_fake_results_are_like_real_ones(case: Case) -> None:
-    torch.library.opcheck(torch.ops.attncompile.run.default, (str(case.spec), inputs(case)),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.attncompile.run.default,
+        (str(case.spec), inputs(case)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

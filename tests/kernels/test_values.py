@@ -40,4 +40,6 @@ def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
 def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     for outcome in compare(case, load(generate(case.spec)), dtype, "cuda"):
-        assert outcome.passed, f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
+        assert outcome.passed, (
+            f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
+        )
