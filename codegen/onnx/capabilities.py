@@ -26,6 +26,7 @@ from attncompile.codegen.onnx.reading import (
     fixed,
     group_size,
     may_be_infinite,
+    may_swallow,
     scaled,
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
@@ -102,6 +103,8 @@ def _fused(name: str, attend: Attend, types: Types) -> str | None:
     tensor = mask != TRUE or (score is not None and score.bias is not None)
     if tensor and attend.norm.empty == "zero" and score is not None and may_be_infinite(score.bias):
         return f"{name}: the bias may hold -inf, and rows of nothing else must be zero"
+    if score is not None and may_swallow(score.bias):
+        return f"{name}: the bias may swallow every score of a row, whose weights are then not those of the original"
     return None
 
 
