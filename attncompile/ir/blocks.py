@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from attncompile.ir.evaluate import Environment, evaluate
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, conjuncts, symbols, walk
+from attncompile.ir.expr import Apply, Expr, Index, Load, conjunction, conjuncts, symbols, walk
 from attncompile.ir.intervals import Interval, Visibility, classify
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import simplify
 
-KEY, QUERY = Index("j"), Index("i")
+KEY = Index("j")
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,90 @@ def block_map(
     given = {"I": Interval(query_length, query_length), "J": Interval(key_length, key_length), **(ranges or {})}
     box = {**given, "i": Interval(query_low[:, None], query_high[:, None]),
            "j": Interval(key_low[None, :], key_high[None, :])}
-    visibility = np.broadcast_to(classify(simplify(mask), box), (len(query_low), len(key_low)))
-    return BlockMap(np.ascontiguousarray(visibility), block_query, block_key, query_length, key_length)
+    mask = simplify(mask)
+    visibility = np.array(np.broadcast_to(classify(mask, box), (len(query_low), len(key_low))))
+    rows, columns = np.nonzero(visibility == Visibility.MIXED)
+    tiles = _Boxes(np.arange(len(rows)), query_low[rows], query_high[rows], key_low[columns], key_high[columns])
+    visibility[rows, columns] = _resolve(mask, tiles, given)
+    return BlockMap(visibility, block_query, block_key, query_length, key_length)
+
+
+_PROBES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.38, 0.62), (0.76, 0.24), (0.15, 0.85), (0.53, 0.47),
+           (0.91, 0.09), (0.29, 0.71), (0.67, 0.33))
+"""Where a tile is looked at first: fractions of its query and key range."""
+_MOST_BOXES = 1 << 18
+"""Boxes in hand beyond which undecided tiles stay mixed."""
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Boxes of positions, first and last, each part of a tile."""
+
+    tile: np.ndarray[Any, Any]
+    query_low: np.ndarray[Any, Any]
+    query_high: np.ndarray[Any, Any]
+    key_low: np.ndarray[Any, Any]
+    key_high: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.tile)
+
+    def __getitem__(self, which: np.ndarray[Any, Any]) -> _Boxes:
+        return _Boxes(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    @property
+    def are_points(self) -> np.ndarray[Any, Any]:
+        return (self.query_low == self.query_high) & (self.key_low == self.key_high)
+
+    def classified(self, mask: Expr, given: Mapping[str, Interval]) -> np.ndarray[Any, Any]:
+        queries, keys = Interval(self.query_low, self.query_high), Interval(self.key_low, self.key_high)
+        return np.broadcast_to(classify(mask, {**given, "i": queries, "j": keys}), len(self))
+
+    def point(self, query: float, key: float) -> _Boxes:
+        """The position at these fractions of each box."""
+        i = np.round(self.query_low + query * (self.query_high - self.query_low))
+        j = np.round(self.key_low + key * (self.key_high - self.key_low))
+        return _Boxes(self.tile, i, i, j, j)
+
+    def halves(self) -> _Boxes:
+        """Each box cut in two across its longer side."""
+        tall = self.query_high - self.query_low >= self.key_high - self.key_low
+        middle_query = np.floor((self.query_low + self.query_high) / 2)
+        middle_key = np.floor((self.key_low + self.key_high) / 2)
+        first = (self.tile, self.query_low, np.where(tall, middle_query, self.query_high),
+                 self.key_low, np.where(tall, self.key_high, middle_key))
+        second = (self.tile, np.where(tall, middle_query + 1, self.query_low), self.query_high,
+                  np.where(tall, self.key_low, middle_key + 1), self.key_high)
+        return _Boxes(*(np.concatenate(sides) for sides in zip(first, second, strict=True)))
+
+
+def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """Visibility of tiles that their own bounds leave undecided.
+
+    A tile is mixed once a position of it is found that is not visible and one that is not hidden; otherwise it is cut
+    into boxes until each is decided. A position that stays undecided (its mask loads a tensor) counts as both.
+    """
+    not_hidden, not_visible = np.zeros(len(tiles), dtype=bool), np.zeros(len(tiles), dtype=bool)
+
+    def note(boxes: _Boxes, found: np.ndarray[Any, Any]) -> None:
+        points = boxes.are_points
+        not_hidden[boxes.tile[(found == Visibility.ALL) | (points & (found == Visibility.MIXED))]] = True
+        not_visible[boxes.tile[(found == Visibility.NONE) | (points & (found == Visibility.MIXED))]] = True
+
+    for query, key in _PROBES:
+        points = tiles[~(not_hidden & not_visible)].point(query, key)
+        if len(points):
+            note(points, points.classified(mask, given))
+    boxes = tiles[~(not_hidden & not_visible)]
+    while len(boxes) and 2 * len(boxes) <= _MOST_BOXES:
+        boxes = boxes.halves()
+        found = boxes.classified(mask, given)
+        note(boxes, found)
+        boxes = boxes[(found == Visibility.MIXED) & ~boxes.are_points]
+        boxes = boxes[~(not_hidden & not_visible)[boxes.tile]]
+    not_hidden[boxes.tile] = not_visible[boxes.tile] = True
+    visible, hidden = not_hidden & ~not_visible, not_visible & ~not_hidden
+    return np.where(visible, Visibility.ALL, np.where(hidden, Visibility.NONE, Visibility.MIXED)).astype(np.int8)
 
 
 def density(
@@ -104,7 +185,7 @@ def density(
         node.tensor in known for node in walk(p) if isinstance(node, Load))]
     if not parts:
         return 1.0
-    whole = reduce(lambda left, right: left & right, parts)
+    whole = conjunction(parts)
     ranges = {name: Interval(value, value) for name, value in (sizes or {}).items()}
     names = {s.name for s in symbols(whole) if isinstance(s, Index)} - {"i", "j"}
     ranges |= {name: Interval(0, 0) for name in names}
@@ -154,46 +235,26 @@ def key_bounds(mask: Expr) -> KeyBounds:
     rest: list[Expr] = []
     for part in conjuncts(simplify(mask)):
         match part:
-            case Apply("lt" | "le" | "gt" | "ge" as operator, (Index("j"), limit)) if (
-                limit.kind is Kind.INT and KEY not in symbols(limit)
-                and not any(isinstance(node, Load) for node in walk(limit))
-            ):
-                if operator == "lt":
-                    upper.append(limit)
-                elif operator == "le":
-                    upper.append(simplify(limit + 1))
-                elif operator == "ge":
-                    lower.append(limit)
-                else:
-                    lower.append(simplify(limit + 1))
-            case Apply("eq", (Index("j"), limit)) if limit.kind is Kind.INT and KEY not in symbols(limit) and not any(
-                isinstance(node, Load) for node in walk(limit)
-            ):
-                lower.append(limit)
-                upper.append(simplify(limit + 1))
+            case Apply("lt" | "le" | "gt" | "ge" | "eq" as operator, (Index("j"), limit)) if _is_limit(limit):
+                if operator in ("ge", "gt", "eq"):
+                    lower.append(simplify(limit + 1) if operator == "gt" else limit)
+                if operator in ("lt", "le", "eq"):
+                    upper.append(limit if operator == "lt" else simplify(limit + 1))
             case _:
                 rest.append(part)
     return KeyBounds(tuple(lower), tuple(upper), tuple(rest))
 
 
+def _is_limit(expr: Expr) -> bool:
+    return expr.kind is Kind.INT and not any(node == KEY or isinstance(node, Load) for node in walk(expr))
+
+
 def picture(mask: Expr, query_length: int, key_length: int, *, columns: int = 32) -> str:
-    """A small picture of the mask in half blocks: full where all is visible, light where part is, blank where none is."""
+    """A small picture of the mask: full blocks where all is visible, light where part is, blank where none is.
+
+    A character stands for twice as many queries as keys, as characters are twice as high as wide.
+    """
     block = max(1, math.ceil(max(query_length, key_length) / columns))
     tiles = block_map(mask, query_length, key_length, block_query=2 * block, block_key=block).visibility
     return "\n".join("".join(" ░█"[tile] for tile in row) for row in tiles)
 
-
-def sliding_window(size: int, sinks: int = 0) -> Expr:
-    """Visible keys of a causal sliding window: ``i - size < j ≤ i``, and the first ``sinks`` keys.
-
-    Args:
-        size: keys kept per query, the query's own position included (at least 1).
-        sinks: leading positions that stay visible to every later query.
-
-    Raises:
-        ValueError: for a size below 1 or a negative number of sinks.
-    """
-    if size < 1 or sinks < 0:
-        raise ValueError(f"a window needs size ≥ 1 and sinks ≥ 0, got size={size}, sinks={sinks}")
-    inside = KEY > QUERY - size
-    return simplify(inside | (KEY < Const(sinks))) if sinks else simplify(inside)

@@ -244,6 +244,12 @@ class Load(Expr):
     element: Kind
     rank: ClassVar[int] = 5
 
+    def __post_init__(self) -> None:
+        hash(self)  # the children's are known: no recursion later
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.tensor, self.indices, self.element
+
     @property
     def kind(self) -> Kind:
         return self.element
@@ -267,6 +273,12 @@ class Apply(Expr):
     arguments: tuple[Expr, ...]
     result: Kind
     rank: ClassVar[int] = 6
+
+    def __post_init__(self) -> None:
+        hash(self)  # the children's are known: no recursion later
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.operator, self.arguments, self.result
 
     @property
     def kind(self) -> Kind:

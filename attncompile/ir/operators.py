@@ -91,16 +91,16 @@ def _sound(low: Any, high: Any) -> Bounds:
 
 
 def _add_bounds(*args: Bounds) -> Bounds:
-    low, high = args[0]
-    for other_low, other_high in args[1:]:
-        low, high = low + other_low, high + other_high
+    with np.errstate(invalid="ignore"):
+        low, high = (functools.reduce(np.add, sides) for sides in zip(*args, strict=True))
     return _sound(low, high)
 
 
 def _mul_bounds(*args: Bounds) -> Bounds:
     low, high = args[0]
     for other_low, other_high in args[1:]:
-        products = [np.multiply(x, y) for x in (low, high) for y in (other_low, other_high)]
+        with np.errstate(invalid="ignore"):
+            products = [np.multiply(x, y) for x in (low, high) for y in (other_low, other_high)]
         # 0 * inf: the factor 0 is exact, the infinite side stands for arbitrarily large finite values
         products = [np.where(np.isnan(p), 0.0, p) for p in products]
         low, high = functools.reduce(np.minimum, products), functools.reduce(np.maximum, products)
@@ -134,7 +134,8 @@ def _mod_bounds(x: Bounds, y: Bounds) -> Bounds:
         high = np.where(one_period, x[1] - first * safe, np.maximum(np.asarray(y[1], dtype=float) - 1, 0.0))
     negative = np.asarray(y[0]) <= 0
     low = np.where(negative, np.minimum(np.asarray(y[0], dtype=float), 0.0), low)
-    return _sound(low, high)
+    positive = (np.asarray(x[0]) >= 0) & ~negative
+    return _sound(low, np.where(positive, np.minimum(high, x[1]), high))
 
 
 def _rising(function: Callable[[Any], Any]) -> Callable[[Bounds], Bounds]:
@@ -164,9 +165,10 @@ def _abs_bounds(x: Bounds) -> Bounds:
 
 
 def _pow_bounds(x: Bounds, y: Bounds) -> Bounds:
+    # of a positive base it is monotone in each argument; other bases give nothing
     positive = np.asarray(x[0]) > 0
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        powers = [np.power(np.maximum(a, 1e-300), b) for a in x for b in y]
+        powers = [np.power(np.where(positive, a, 1.0), b) for a in x for b in y]
     low, high = functools.reduce(np.minimum, powers), functools.reduce(np.maximum, powers)
     return np.where(positive, low, -math.inf), np.where(positive, high, math.inf)
 

@@ -84,16 +84,23 @@ class Simplifier:
 
     def __call__(self, expr: Expr) -> Expr:
         """The canonical form."""
-        known = self._known.get(expr)
-        if known is not None:
-            return known
-        children = tuple(self(child) for child in expr.children)
+        known, waiting = self._known, [expr]
+        while waiting:
+            node = waiting[-1]
+            missing = [child for child in node.children if child not in known] if node not in known else []
+            waiting.extend(missing)
+            if not missing:
+                waiting.pop()
+                if node not in known:
+                    known[node] = self._settled(node)
+        return known[expr]
+
+    def _settled(self, expr: Expr) -> Expr:
+        children = tuple(self._known[child] for child in expr.children)
         node = expr if children == expr.children else expr.with_children(children)
         result = self._law(node)
         # a law builds new nodes from canonical children; once more reaches the fixed point
-        if result != node:
-            result = self(result)
-        self._known[expr] = result
+        result = node if result == node else self(result)
         self._known[result] = result
         return result
 
@@ -611,6 +618,12 @@ def _compare_integers(simplifier: Simplifier, operator: str, left: Expr, right: 
         return FALSE
     lead = min(slack, key=_lead_key)
     rest = {mono: value for mono, value in slack.items() if mono != lead}
+    match lead:
+        case (Apply("floordiv", (dividend, by)),) if abs(slack[lead]) == 1 and single(polynomial(by)):
+            # x // k <= r is x < k·(r + 1), x // k >= -r is x >= -k·r
+            if slack[lead] < 0:
+                return dividend < by * from_polynomial(plus(rest, constant(1)))
+            return dividend >= by * from_polynomial(negated(rest))
     head, number = from_polynomial({lead: abs(slack[lead])}), rest.get((), 0)
     if slack[lead] < 0:  # head <= rest
         if number == -1 or not any(rest):
