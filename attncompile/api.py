@@ -20,16 +20,20 @@ from attncompile.frontends.checkpoint import AttentionImplementation, OpenedMode
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.lift import Program, lift_graph
+from attncompile.plan import Plan, load_plan
+from attncompile.verify import Certificate, load_certificate
 
 Target = Literal["onnx", "torch"]
 Provider = Literal["cpu", "cuda"]
 Preference = Literal["fastest", "fused", "decomposed"]
+Rest = Literal["eager", "inductor"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "to": ("onnx", "torch"),
     "provider": ("cpu", "cuda"),
     "prefer": ("fastest", "fused", "decomposed"),
     "attn_implementation": ("sdpa", "eager"),
+    "rest": ("eager", "inductor"),
 }
 """What the options that are words may be."""
 
@@ -171,6 +175,64 @@ def convert(
     from attncompile.convert.torch import convert_torch
 
     return convert_torch(target, Path(out), **settings)
+
+
+FRESH = 5
+"""Added to the lengths of the inputs that a conversion was checked on, so that a verification sees others."""
+
+
+def verify(folder: str | Path) -> Certificate:
+    """Compute the certificate of a conversion again, on inputs that the conversion did not see.
+
+    Raises:
+        InputError: when the folder is no conversion, or its plan does not belong to its certificate.
+        ValueError: when its plan or certificate is damaged.
+    """
+    folder, plan = _conversion(folder)
+    stored = load_certificate(folder / "certificate.json")
+    if stored.plan != plan.digest():
+        raise InputError(
+            "plan.json is not the one that certificate.json was made for", folder, "convert again"
+        )
+    if plan.target == "onnx":
+        from attncompile.convert.onnx import verify_onnx
+
+        return verify_onnx(folder, plan, FRESH)
+    from attncompile.convert.torch import verify_torch
+
+    return verify_torch(folder, plan, FRESH)
+
+
+def load(folder: str | Path, *, rest: Rest = "eager", device: str | None = None) -> torch.nn.Module:
+    """Open a conversion to ``torch`` as a module that runs.
+
+    Args:
+        folder: what :func:`convert` wrote.
+        rest: what compiles everything but attention, ``eager`` or ``inductor``.
+        device: where to put it; the CPU unless given.
+
+    Raises:
+        InputError: when the folder is no such conversion.
+        ValueError: when its plan is damaged, or for an unknown word.
+    """
+    _check_choice("rest", rest)
+    folder, plan = _conversion(folder)
+    if plan.target == "onnx":
+        raise InputError(
+            "this conversion is for ONNX Runtime",
+            folder,
+            "open its model.onnx with onnxruntime.InferenceSession",
+        )
+    from attncompile.convert.torch import load_torch
+
+    return load_torch(folder, plan, rest=rest, device=device)
+
+
+def _conversion(folder: str | Path) -> tuple[Path, Plan]:
+    folder = Path(folder).expanduser()
+    if not (folder / "plan.json").is_file():
+        raise InputError("no plan.json in it", folder, "give a folder that attncompile convert wrote")
+    return folder, load_plan(folder / "plan.json")
 
 
 def _check_choice(name: str, value: str) -> None:

@@ -179,6 +179,35 @@ def convert(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote")],
+    debug: Debug = False,
+) -> int:
+    """Compute the certificate of a conversion again on fresh inputs; exit 1 when it fails."""
+    from attncompile import api
+    from attncompile.report import certificate_text
+
+    with _progress() as progress:
+        progress("verifying")
+        certificate = api.verify(folder)
+    _show(certificate_text(certificate))
+    return DONE if certificate.passed else FAILED
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")] = Path("attncompile-demo"),
+    debug: Debug = False,
+) -> int:
+    """Take all-MiniLM-L6-v2 through every stage: inspect, convert, verify, embed, compare."""
+    from attncompile.demo import run_demo
+
+    with _progress() as progress:
+        verified = run_demo(out, progress, _show)
+    return DONE if verified else FAILED
+
+
+@app.command()
 def passes(debug: Debug = False) -> int:
     """List the registered passes with their contracts and options."""
     from attncompile.passes import all_passes

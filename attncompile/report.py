@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,14 +12,18 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from attncompile.ir import parse_spec, print_spec
+from attncompile.ir import parse_spec
 from attncompile.ir.blocks import block_map
 from attncompile.ir.intervals import Visibility
 from attncompile.ir.types import concrete
-from attncompile.lift.program import Program, Site
 from attncompile.lift.render import map_sizes
-from attncompile.plan.schema import Plan
-from attncompile.verify.certificate import Certificate, read_record, tool_versions, write_record
+from attncompile.verify.certificate import (
+    Certificate,
+    SiteCertificate,
+    read_record,
+    tool_versions,
+    write_record,
+)
 
 SCHEMA = 1
 PICTURE_LENGTH = 1024
@@ -145,75 +148,6 @@ class Report(_Data):
         return _page(self)
 
 
-def report_of(
-    program: Program,
-    plan: Plan,
-    certificate: Certificate,
-    *,
-    changes: Mapping[str, float] | None = None,
-    change_inputs: str = "",
-    measurements: Sequence[Measurement] = (),
-    notes: Sequence[str] = (),
-) -> Report:
-    """The report of a conversion, put together from what its stages left.
-
-    Args:
-        program: the lifted model.
-        plan: what was chosen for each site.
-        certificate: the comparisons; its end-to-end numbers come before ``measurements``.
-        changes: by site name, how far lossy passes moved its output; measured on ``change_inputs``.
-        measurements: further numbers, such as sizes and latencies.
-        notes: besides those of the program.
-    """
-    numbers = [
-        Measurement(name=entry.metric, before=entry.before, after=entry.after, note=entry.inputs)
-        for entry in certificate.end_to_end
-    ]
-    return Report(
-        model=program.model,
-        target=plan.target,
-        provider=plan.provider,
-        passes=plan.passes,
-        sites=tuple(
-            _site_report(site, plan, certificate, (changes or {}).get(site.name), change_inputs)
-            for site in program.sites
-        ),
-        measurements=(*numbers, *measurements),
-        versions=certificate.versions,
-        notes=(*program.notes, *notes),
-    )
-
-
-def _site_report(
-    site: Site, plan: Plan, certificate: Certificate, change: float | None, change_inputs: str
-) -> SiteReport:
-    planned = next((entry for entry in plan.sites if entry.site == site.name), None)
-    checked = next((entry for entry in certificate.sites if entry.site == site.name), None)
-    cases = checked.cases if checked else ()
-    outcomes = [PassOutcome(name=call, applied=True) for call in (planned.applied if planned else ())]
-    outcomes += [
-        PassOutcome(name=entry.call, applied=False, reason=entry.reason)
-        for entry in (planned.refused if planned else ())
-    ]
-    replaced = planned is not None and planned.operator != "original"
-    return SiteReport(
-        name=site.name,
-        status=site.status,
-        spec=print_spec(site.spec) if site.spec else "",
-        spec_after=planned.after if planned and replaced else "",
-        passes=tuple(outcomes),
-        operator=planned.operator if planned and replaced else "",
-        why=planned.reason if planned else "",
-        max_error=max((case.max_abs for case in cases), default=None),
-        relative_error=max((case.max_rel for case in cases), default=None),
-        change=change,
-        change_inputs=change_inputs if change is not None else "",
-        source=site.source,
-        reason=site.refusal.reason if site.refusal else "",
-        hint=site.refusal.hint if site.refusal else "",
-    )
-
-
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.json`` and ``report.html``."""
     write_record(report, folder / "report.json")
@@ -273,6 +207,30 @@ def _number(value: float, unit: str) -> str:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """A certificate as a few lines: operators with their largest error, the whole model, and the verdict."""
+    lines = []
+    by_operator: dict[str, list[SiteCertificate]] = {}
+    for site in certificate.sites:
+        by_operator.setdefault(site.operator if site.status == "checked" else "", []).append(site)
+    for operator, sites in by_operator.items():
+        cases = [case for site in sites for case in site.cases]
+        if not operator:
+            lines.append(f"{_count(len(sites), 'site')} unchanged: {sites[0].reason}")
+            continue
+        worst = max(cases, key=lambda case: case.max_abs / case.tolerance if case.tolerance else case.max_abs)
+        lines.append(
+            f"{_count(len(sites), 'site')} as {operator}: error at most {worst.max_abs:.2g} where "
+            f"{worst.tolerance:.2g} is allowed, in {_count(len(cases), 'case')}"
+        )
+    for entry in certificate.end_to_end:
+        before = f"{entry.before:.4g} → " if entry.before is not None else ""
+        allowed = f", {entry.tolerance:.2g} is allowed" if entry.tolerance is not None else ""
+        lines.append(f"{entry.metric}, {entry.inputs}: {before}{entry.after:.3g}{allowed}")
+    lines += [f"FAILED: {failure}" for failure in certificate.failures()]
+    return "\n".join([*lines, "verified" if certificate.passed else "NOT VERIFIED"])
 
 
 # --- the page -----------------------------------------------------------------------------------------------

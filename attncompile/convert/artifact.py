@@ -73,7 +73,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
             yield scratch
-            scratch.chmod(0o755)  # mkdtemp makes it for its owner alone
+            _make_readable(scratch)
             _take_place(scratch, out)
         except OSError as error:
             raise _explained(error, out) from error
@@ -129,6 +129,12 @@ def _take_place(scratch: Path, out: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give everybody the right to read: mkdtemp, safetensors and others write for the owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -25,11 +25,13 @@ def test_the_folder_appears_whole_and_readable(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     with new_folder(out) as folder:
         (folder / "plan.json").write_text("new")
+        (folder / "plan.json").chmod(0o600)
         assert not out.exists()
         assert folder.parent == out.parent
     assert names(out) == ["plan.json"]
     assert names(out.parent) == ["b"]
     assert out.stat().st_mode & 0o777 == 0o755
+    assert (out / "plan.json").stat().st_mode & 0o777 == 0o644
 
 
 ENDS = (ValueError("x"), KeyboardInterrupt(), SystemExit(143), MemoryError())

@@ -1,4 +1,4 @@
-"""The report: put together from a program, its plan and its certificate; as JSON, text and one page."""
+"""The report: as JSON, as text, and as one page that stands alone; and a certificate as text."""
 
 from __future__ import annotations
 
@@ -7,111 +7,66 @@ from pathlib import Path
 
 import pytest
 
-from attncompile.ir import Refusal, Spec, parse_spec, print_spec
-from attncompile.lift import Program, Site
-from attncompile.plan import Plan, Refused, SitePlan
-from attncompile.report import Measurement, Report, read_report, report_of, write_report
+from attncompile.ir import print_spec
+from attncompile.report import (
+    Measurement,
+    PassOutcome,
+    Report,
+    SiteReport,
+    certificate_text,
+    read_report,
+    write_report,
+)
 from attncompile.verify import Certificate, SiteCase, SiteCertificate, measured
 from tests.cases import CASES
 
 SPECS = {case.name: case.spec for case in CASES}
 
 
-def renamed(spec: Spec, name: str) -> Spec:
-    return parse_spec(print_spec(spec).replace(spec.name, name, 1))
-
-
-def window(name: str) -> Spec:
-    return renamed(SPECS["window"], name)
-
-
-def causal(name: str) -> Spec:
-    return renamed(SPECS["causal"], name)
-
-
-def case(error: float) -> SiteCase:
-    return SiteCase(
-        seed=0,
-        masks="ones",
-        sizes={"B": 2},
-        dtype="float32",
-        max_abs=error,
-        max_rel=error,
-        misplaced=0,
-        tolerance=1.0,
-        passed=True,
-    )
+def text(case: str, name: str) -> str:
+    """The printed Spec of a row of the table, under another name."""
+    return print_spec(SPECS[case]).replace(case, name, 1)
 
 
 @pytest.fixture
 def report() -> Report:
     """Two sites that got a window, one that a pass refused, one that was not lifted."""
-    sites = [Site(f"layer.{n}", "lifted", causal(f"layer.{n}"), source="model.py:3  a @ b") for n in range(3)]
-    refusal = Refusal("wrong-axis", "it runs over <queries>", hint="transpose it")
-    program = Program("tiny", None, (*sites, Site("layer.3", "refused", refusal=refusal)), ("a note",))
-    plans = [
-        SitePlan(
-            site=f"layer.{n}",
-            fingerprint=causal("x").fingerprint(),
-            before=print_spec(causal(f"layer.{n}")),
-            after=print_spec(window(f"layer.{n}")),
+    windowed = [
+        SiteReport(
+            name=f"layer.{n}",
+            status="lifted",
+            spec=text("causal", f"layer.{n}"),
+            spec_after=text("window", f"layer.{n}"),
+            passes=(PassOutcome(name="sparsify.window(size=4)", applied=True),),
             operator="Attention-23",
-            reason="1.3 times faster",
-            applied=("sparsify.window(size=4)",),
+            why="1.3 times faster",
+            max_error=1e-6 * (n + 1),
+            relative_error=1e-6,
+            change=0.02 * (n + 1),
+            change_inputs="512 tokens",
+            source="model.py:3  a @ b",
         )
         for n in range(2)
     ]
-    kept = SitePlan(
-        site="layer.2",
-        fingerprint=causal("x").fingerprint(),
-        before=print_spec(causal("layer.2")),
-        after="",
-        operator="original",
-        reason="nothing was faster",
-        refused=(Refused(call="quantize.int8", reason="its scores are biased"),),
+    kept = SiteReport(
+        name="layer.2",
+        status="lifted",
+        spec=text("causal", "layer.2"),
+        passes=(PassOutcome(name="quantize.int8", applied=False, reason="its scores are biased"),),
+        why="nothing was faster",
     )
-    plan = Plan(model="tiny", target="onnx", provider="cpu", passes="fuse", sites=(*plans, kept))
-    certificate = Certificate(
-        model="tiny",
-        target="onnx",
-        plan=plan.digest(),
-        sites=tuple(
-            SiteCertificate(
-                site=f"layer.{n}",
-                spec=print_spec(window(f"layer.{n}")),
-                fingerprint=window("x").fingerprint(),
-                status="checked",
-                operator="Attention-23",
-                cases=(case(1e-6 * (n + 1)), case(1e-9)),
-            )
-            for n in range(2)
-        ),
-        end_to_end=(measured("max_abs logits", None, 2e-6, "3 calls", 1e-4),),
+    refused = SiteReport(
+        name="layer.3", status="refused", reason="it runs over <queries>", hint="transpose it"
     )
     latency = Measurement(name="latency 1×128", before=20.0, after=10.0, unit="ms", note="median of 9")
-    return report_of(
-        program,
-        plan,
-        certificate,
-        changes={"layer.0": 0.02},
-        change_inputs="512 tokens",
-        measurements=[latency],
+    return Report(
+        model="tiny",
+        target="onnx",
+        provider="cpu",
+        sites=(*windowed, kept, refused),
+        measurements=(latency,),
+        notes=("a note",),
     )
-
-
-def test_sites_carry_what_was_done_and_measured(report: Report) -> None:
-    first, second, kept, refused = report.sites
-    assert parse_spec(first.spec) == causal("layer.0")
-    assert parse_spec(first.spec_after) == window("layer.0")
-    assert (first.operator, first.why) == ("Attention-23", "1.3 times faster")
-    assert (first.max_error, second.max_error) == (1e-6, 2e-6)
-    assert (first.change, first.change_inputs, second.change) == (0.02, "512 tokens", None)
-    assert (kept.operator, kept.why, kept.max_error) == ("", "nothing was faster", None)
-    assert [(outcome.name, outcome.applied, outcome.reason) for outcome in kept.passes] == [
-        ("quantize.int8", False, "its scores are biased")
-    ]
-    assert (refused.spec, refused.reason, refused.hint) == ("", "it runs over <queries>", "transpose it")
-    assert [row.name for row in report.measurements] == ["max_abs logits", "latency 1×128"]
 
 
 def test_json_reads_back(report: Report, tmp_path: Path) -> None:
@@ -128,7 +83,7 @@ def test_text_says_operators_refusals_and_numbers(report: Report) -> None:
     assert "1 site kept as it was: nothing was faster" in lines
     assert "1 site kept as it was: it runs over <queries>" in lines
     assert "quantize.int8 refused at 1 site: its scores are biased" in lines
-    assert "largest change of a site's output 0.02 (layer.0, 512 tokens)" in lines
+    assert "largest change of a site's output 0.04 (layer.1, 512 tokens)" in lines
     assert "latency 1×128 20 ms → 10 ms (2.00 times less)" in lines
 
 
@@ -156,12 +111,55 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_draws_the_masks(report: Report) -> None:
     page = Page()
-    text = report.to_html()
-    page.feed(text)
+    shown = report.to_html()
+    page.feed(shown)
     assert page.open == []
     assert page.fetched == []
     assert "script" not in page.tags
-    assert "<queries>" not in text
-    assert "&lt;queries&gt;" in text
+    assert "<queries>" not in shown
+    assert "&lt;queries&gt;" in shown
     assert page.tags.count("svg") >= 2
     assert "rect" in page.tags
+
+
+def certificate(error: float) -> Certificate:
+    case = SiteCase(
+        seed=0,
+        masks="ones",
+        sizes={"B": 2},
+        dtype="float32",
+        max_abs=error,
+        max_rel=error,
+        misplaced=0,
+        tolerance=1e-5,
+        passed=error <= 1e-5,
+    )
+    spec = SPECS["causal"]
+    checked = SiteCertificate(
+        site="causal",
+        spec=print_spec(spec),
+        fingerprint=spec.fingerprint(),
+        status="checked",
+        operator="Attention-23",
+        cases=(case,),
+    )
+    unchanged = SiteCertificate(
+        site="other", spec="", fingerprint="", status="unchanged", operator="original", reason="not lifted"
+    )
+    numbers = (measured("largest difference of logits", None, 2e-6, "batch 1, length 9", 1e-4),)
+    return Certificate(model="tiny", target="onnx", plan="0", sites=(checked, unchanged), end_to_end=numbers)
+
+
+def test_a_certificate_is_told_in_lines() -> None:
+    assert certificate_text(certificate(1e-6)).splitlines() == [
+        "1 site as Attention-23: error at most 1e-06 where 1e-05 is allowed, in 1 case",
+        "1 site unchanged: not lifted",
+        "largest difference of logits, batch 1, length 9: 2e-06, 0.0001 is allowed",
+        "verified",
+    ]
+
+
+def test_a_failed_certificate_says_what_failed() -> None:
+    *_, failure, verdict = certificate_text(certificate(1e-3)).splitlines()
+    assert failure.startswith("FAILED: causal (Attention-23)")
+    assert verdict == "NOT VERIFIED"
