@@ -192,6 +192,9 @@ def _rewrite(model: onnx_ir.Model, name: str, requested: Sequence[PassCall], pro
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
         try:
             choice = choose(result.spec, provider, prefer, opset=model.opset_imports.get("", 0))  # type: ignore[arg-type]
+            if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
+                outcomes.append(Outcome(site, None, "original", f"already plain operators, which win here: {choice.reason}"))
+                continue
             (binding,) = site.region.outputs
             assert binding.layout is not None
             old = values[binding.value]
