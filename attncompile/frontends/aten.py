@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -30,12 +30,14 @@ from attncompile.frontends.graph import (
     Node,
     Opaque,
     Pointwise,
+    Reduce,
     Select,
     Softmax,
 )
+from attncompile.frontends.memory import BETWEEN, EARLY, Versions, memory_versions, written_arguments
 from attncompile.frontends.torch_internals import is_symbolic, size_hint
 from attncompile.ir import Expr, Size, simplify
-from attncompile.ir.expr import ONE, ZERO, Const, Index, apply
+from attncompile.ir.expr import ONE, ZERO, Const, Index, apply, substitute
 from attncompile.ir.types import NAMES, concrete
 
 
@@ -71,10 +73,26 @@ class _Builder:
 
     infos: dict[str, Info]
     node: torch.fx.Node
+    versions: Versions
+    equal: dict[Expr, Expr]
     made: list[Node] = field(default_factory=list)
 
     def name(self) -> str:
         return f"{self.node.name}#{len(self.made)}"
+
+    def value(self, node: torch.fx.Node, reader: torch.fx.Node | None = None) -> str:
+        """The value that a node stands for when the reader (this node by default) reads it."""
+        return self.versions.reads[(reader or self.node).name].get(node.name, node.name)
+
+    def equate(self, one: Expr, other: Expr) -> None:
+        """Note that two sizes must agree, or the operation would fail."""
+        if one != other and (isinstance(one, Size) or isinstance(other, Size)):
+            symbol, stays = (other, one) if isinstance(other, Size) else (one, other)
+            self.equal.setdefault(symbol, stays)
+
+    def size(self, size: int | torch.SymInt) -> Expr:
+        """A torch size as an expression, one symbol for sizes that must agree."""
+        return _unified(size_expr(size), self.equal)
 
     def emit(self, node: Node, info: Info) -> str:
         self.made.append(node)
@@ -95,7 +113,7 @@ class _Builder:
         """A tensor argument by name, a number or symbol as a constant expression."""
         if isinstance(argument, torch.fx.Node):
             value = argument.meta.get("val")
-            return argument.name if isinstance(value, torch.Tensor) else self.number(argument)
+            return self.value(argument) if isinstance(value, torch.Tensor) else self.number(argument)
         return self.number(argument)
 
     def number(self, argument: Any) -> Expr:
@@ -105,7 +123,7 @@ class _Builder:
         if is_symbolic(argument):
             if not isinstance(argument, torch.SymInt):
                 raise _Unstated
-            return size_expr(argument)
+            return self.size(argument)
         if isinstance(argument, bool | int | float):
             return Const(argument)
         raise _Unstated
@@ -128,6 +146,10 @@ class _Builder:
         """The position along one axis of a shape, as an integer tensor of that shape."""
         iota = self.emit(Iota(self.name(), ZERO, ONE), Info((shape[axis],), "int64"))
         return self.move(iota, lambda indices: (indices[axis],), "iota", shape)
+
+
+def _unified(size: Expr, equal: Mapping[Expr, Expr]) -> Expr:
+    return simplify(substitute(size, dict(equal))) if equal else size
 
 
 class _Unstated(Exception):
@@ -266,10 +288,7 @@ def _fill(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
         value = b.number(args[0])
     else:
         value = Const(1 if "ones" in name else 0)
-    if isinstance(value, Const):
-        kind = {"bool": bool}.get(b.out.dtype, int if b.out.dtype.startswith(("int", "uint")) else float)
-        value = Const(kind(value.value))
-    return b.emit(Fill(b.name(), value), b.out)
+    return b.emit(Fill(b.name(), _as_dtype(value, b.out.dtype)), b.out)
 
 
 def _arange(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -430,10 +449,16 @@ def _part(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     if not isinstance(whole, torch.fx.Node):
         raise _Unstated
     kind = str(whole.target)
-    source = b.tensor(whole.args[0])
+    if not isinstance(whole.args[0], torch.fx.Node):
+        raise _Unstated
+    source = b.value(whole.args[0], whole)
     shape = b.shape(source)
     rank = len(shape)
     parts = whole.meta["val"]
+    if kind.startswith("aten.max.dim") and number == 0:
+        axis = _axis(int(whole.args[1]), rank)
+        keeps = bool(whole.args[2]) if len(whole.args) > 2 else False
+        return b.emit(Reduce(b.name(), source, "max", (axis,), keeps), b.out)
     if "unbind" in kind:
         axis = _axis(whole.args[1] if len(whole.args) > 1 else 0, rank)
         return b.move(source, movement.select(axis, Const(number)), "select", b.out.shape)
@@ -442,7 +467,7 @@ def _part(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     axis = _axis(whole.args[2] if len(whole.args) > 2 else whole.kwargs.get("dim", 0), rank)
     start: Expr = ZERO
     for part in parts[:number]:
-        start = simplify(start + size_expr(part.shape[axis]))
+        start = simplify(start + b.size(part.shape[axis]))
     return b.move(source, movement.slices(axis, start, 1), "slice", b.out.shape)
 
 
@@ -563,6 +588,50 @@ def _softmax(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return b.emit(Softmax(b.name(), b.tensor(args[0]), _axis(args[1], len(b.out.shape))), b.out)
 
 
+def _log_softmax(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    weights = b.emit(Softmax(b.name(), b.tensor(args[0]), _axis(args[1], len(b.out.shape))), b.out)
+    return b.pointwise("log", weights)
+
+
+def _reduce(kind: Literal["sum", "max"]) -> Row:
+    def row(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+        source = b.tensor(args[0])
+        rank = len(b.shape(source))
+        asked = args[1] if len(args) > 1 else kwargs.get("dim")
+        if b.out.dtype == "bool" or (kind == "sum" and not b.info(source).dtype.startswith(("float", "bfloat"))):
+            raise _Unstated
+        axes = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
+        keeps = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+        return b.emit(Reduce(b.name(), source, kind, tuple(sorted(_axis(a, rank) for a in axes)), keeps), b.out)
+
+    return row
+
+
+def _relu(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    zero = Const(0.0) if b.out.dtype.startswith(("float", "bfloat")) else ZERO
+    return b.pointwise("max", b.tensor(args[0]), zero)
+
+
+def _replaced(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``x.copy_(y)`` and ``x.fill_(c)``: what ``x`` held is of no interest."""
+    value = b.operand(args[1])
+    if isinstance(value, Expr):
+        return b.emit(Fill(b.name(), _as_dtype(value, b.out.dtype)), b.out)
+    if b.info(value).dtype != b.out.dtype:
+        value = b.emit(Cast(b.name(), value, b.out.dtype), Info(b.shape(value), b.out.dtype))
+    return b.move(value, movement.broadcast(b.shape(value), b.out.shape), "copy", b.out.shape)
+
+
+def _as_dtype(value: Expr, dtype: str) -> Expr:
+    if not isinstance(value, Const):
+        return value
+    return Const({"bool": bool}.get(dtype, int if dtype.startswith(("int", "uint")) else float)(value.value))
+
+
+def _zeroed(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    return b.emit(Fill(b.name(), _as_dtype(ZERO, b.out.dtype)), b.out)
+
+
 def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -570,36 +639,62 @@ def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) ->
     if given.get("dropout_p", 0.0):
         raise _Unstated
     shapes = [b.shape(t) for t in (query, key, value)]
-    if any(len(shape) != 4 for shape in shapes):
+    rank = len(shapes[0])
+    if rank < 3 or any(len(shape) != rank for shape in shapes) or (rank != 4 and given.get("enable_gqa")):
         raise _Unstated
-    heads, groups = shapes[0][1], shapes[1][1]
-    repeat = simplify(heads // groups) if given.get("enable_gqa") else None
-
-    def kv(shape: Indices) -> Callable[[Indices], Indices]:
-        def index_map(indices: Indices) -> Indices:
-            batch = ZERO if shape[0] == ONE and shapes[0][0] != ONE else indices[0]
-            head = apply("floordiv", indices[1], repeat) if repeat else ZERO if shape[1] == ONE != heads else indices[1]
-            return (batch, head, *indices[2:])
-
-        return index_map
-
-    mask = b.tensor(given["attn_mask"]) if given.get("attn_mask") is not None else None
-    channels = shapes[0][3]
-    scale = given.get("scale")
+    b.equate(shapes[0][-1], shapes[1][-1])
+    b.equate(shapes[1][-2], shapes[2][-2])
+    channels, scale = shapes[0][-1], given.get("scale")
     if scale is None:
         if not isinstance(channels, Const):
             raise _Unstated
         scale = 1.0 / math.sqrt(channels.value)
-    full = (shapes[0][0], heads, shapes[0][2], shapes[1][2])
+    # all axes before the last two are batch-like: the first is b, the others together are h
+    outer = broadcast_shapes([shape[:-2] for shape in shapes]) if not given.get("enable_gqa") else shapes[0][:-2]
+    batch, inner = (outer[0], outer[1:])
+    repeat = simplify(outer[1] // shapes[1][1]) if given.get("enable_gqa") else None
+    heads: Expr = ONE
+    for size in inner:
+        heads = simplify(heads * size)
+
+    def element(shape: Indices) -> Callable[[Indices], Indices]:
+        grouped = repeat is not None and shape is not shapes[0]
+
+        def index_map(indices: Indices) -> Indices:
+            head = apply("floordiv", indices[1], repeat) if grouped and repeat is not None else indices[1]
+            place = [indices[0], *_unravelled(head, inner)]
+            return (*(ZERO if size == ONE != outer[n] and not grouped else at
+                      for n, (size, at) in enumerate(zip(shape[:-2], place, strict=True))), *indices[2:])
+
+        return index_map
+
+    mask = b.tensor(given["attn_mask"]) if given.get("attn_mask") is not None else None
+    full = (*outer, shapes[0][-2], shapes[1][-2])
+
+    def mask_element(indices: Indices) -> Indices:
+        assert mask is not None
+        return movement.broadcast(b.shape(mask), full)((indices[0], *_unravelled(indices[1], inner), *indices[2:]))
+
+    output = (Index("b"), *_unravelled(Index("h"), inner), Index("i"), Index("e"))
     return b.emit(
         FusedAttention(
-            b.name(), query, key, value, movement.identity, kv(shapes[1]), kv(shapes[2]), mask,
-            movement.broadcast(b.shape(mask), full) if mask else None,
+            b.name(), query, key, value, element(shapes[0]), element(shapes[1]), element(shapes[2]), mask,
+            mask_element if mask else None,
             Index("j") <= Index("i") if given.get("is_causal") else None, float(scale),
-            (*full, channels, shapes[2][3]), ("b", "h", "i", "e"), b.out.dtype,
+            (batch, heads, shapes[0][-2], shapes[1][-2], channels, shapes[2][-1]), (), b.out.dtype,
+            output_indices=output,
         ),
         b.out,
     )
+
+
+def _unravelled(position: Expr, sizes: Indices) -> list[Expr]:
+    """The indices of a row-major position on axes of these sizes."""
+    found: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        found.append(simplify(apply("mod", position, size)))
+        position = simplify(apply("floordiv", position, size))
+    return [position, *reversed(found)] if sizes else []
 
 
 _POINTWISE = {
@@ -632,7 +727,8 @@ ROWS: dict[str, Row] = {
     "repeat_interleave": _repeat_interleave, "cat": _concatenate, "concat": _concatenate, "stack": _stack,
     "getitem": _part, "index": _index, "embedding": _embedding, "index_select": _index_select, "gather": _gather,
     "matmul": _matmul, "bmm": _matmul, "mm": _matmul, "baddbmm": _baddbmm, "einsum": _einsum, "linear": _linear,
-    "addmm": _addmm, "softmax": _softmax, "_softmax": _softmax, "scaled_dot_product_attention": _scaled_dot_product,
+    "sum": _reduce("sum"), "amax": _reduce("max"), "relu": _relu, "copy": _replaced, "fill": _replaced, "zero": _zeroed,
+    "log_softmax": _log_softmax, "addmm": _addmm, "softmax": _softmax, "_softmax": _softmax, "scaled_dot_product_attention": _scaled_dot_product,
 }
 """ATen operation (without overload) to the statement of what it does."""
 
@@ -645,12 +741,24 @@ def _operation(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _info(value: torch.Tensor) -> Info:
-    return Info(tuple(size_expr(size) for size in value.shape), NAMES.get(value.dtype, "float32"))
+def _info(value: torch.Tensor, equal: Mapping[Expr, Expr]) -> Info:
+    return Info(tuple(_unified(size_expr(size), equal) for size in value.shape), NAMES.get(value.dtype, "float32"))
 
 
 def aten_graph(captured: Captured) -> Graph:
     """The Graph view of a captured model."""
+    equal: dict[Expr, Expr] = {}
+    while True:
+        known = len(equal)
+        graph = _read(captured, equal)
+        if len(equal) == known:
+            return graph
+        # an operation needs two sizes to be equal: read everything again with one symbol for both
+
+
+def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
+    assumed = dict(equal)
+    versions = memory_versions(captured.graph_module.graph)
     infos: dict[str, Info] = {}
     nodes: list[Node] = []
     inputs: dict[str, GraphInput] = {}
@@ -662,7 +770,10 @@ def aten_graph(captured: Captured) -> Graph:
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            infos[node.name] = _info(value)
+            infos[node.name] = _info(value, assumed)
+            if node.name in versions.changed:
+                infos[node.name + EARLY] = infos[node.name + BETWEEN] = infos[node.name]
+                owner[node.name + EARLY] = owner[node.name + BETWEEN] = node.name
             for size in value.shape:
                 _note_hints(size, hints)
         elif isinstance(value, torch.SymInt):
@@ -678,19 +789,32 @@ def aten_graph(captured: Captured) -> Graph:
             )
         elif node.op == "output":
             leaves = torch.utils._pytree.tree_leaves(node.args)
-            outputs = tuple(leaf.name for leaf in leaves if isinstance(leaf, torch.fx.Node))
+            reads = versions.reads[node.name]
+            outputs = tuple(reads[leaf.name] for leaf in leaves if isinstance(leaf, torch.fx.Node))
         elif node.op == "call_function" and isinstance(value, torch.Tensor):
             source = source_line(node)
             natives[node.name] = NativeNode(node.name, _operation(node.target), module_path(node),
                                             str(source) if source else "", module_type(node))
-            stated = _state(node, infos)
+            stated = _state(_Builder(infos, node, versions, equal))
+            if node.name in versions.changed:
+                stated[-1] = replace(stated[-1], output=node.name + EARLY)
             nodes += stated
             owner.update({made.output: node.name for made in stated})
+        nodes += _changed_by(node, versions)
     display = {name[0].upper() + name[1:]: shown for name, shown in captured.size_names.items()}
     signature = {n.name: _signature(n) for n in captured.graph_module.graph.nodes if n.op == "call_function"}
-    reads = {n.name: tuple(i.name for i in n.all_input_nodes) for n in captured.graph_module.graph.nodes}
-    return Graph(infos, tuple(nodes), inputs, outputs, natives, owner, _Evaluator(captured.graph_module, inputs), hints,
-                 signature, reads, display)
+    read = {name: tuple(found.values()) for name, found in versions.reads.items()}
+    evaluator = _Evaluator(captured.graph_module, inputs, versions, assumed)
+    return Graph(infos, tuple(nodes), inputs, outputs, natives, owner, evaluator, hints, signature, read, display,
+                 versions.overwritten)
+
+
+def _changed_by(node: torch.fx.Node, versions: Versions) -> list[Node]:
+    """The values that this operation is the last to change through another view; what they hold is not stated."""
+    return [
+        Opaque(name + suffix, (name + EARLY, *writers), "memory changed in place")
+        for name, writers in versions.changed.items() if writers[-1] == node.name for suffix in (BETWEEN, "")
+    ]
 
 
 def _note_hints(size: Any, hints: dict[str, int]) -> None:
@@ -709,31 +833,25 @@ def _signature(node: torch.fx.Node) -> str:
     return f"{node.target} {args}"
 
 
-def _state(node: torch.fx.Node, infos: dict[str, Info]) -> list[Node]:
+def _state(builder: _Builder) -> list[Node]:
     """The statement of one native node; the last one's output carries the native name."""
+    node, infos = builder.node, builder.infos
     out = infos[node.name]
-    builder = _Builder(infos, node)
-    row = ROWS.get(_operation(node.target))
+    name = _operation(node.target)
+    row = ROWS.get(name.removesuffix("_") if written_arguments(node) else name)
     if row is not None:
         try:
             last = row(builder, list(node.args), dict(node.kwargs))
             if builder.made and builder.made[-1].output == last:
-                made = builder.made[-1]
-                builder.made[-1] = _renamed(made, node.name)
+                builder.made[-1] = replace(builder.made[-1], output=node.name)
                 infos.pop(last, None)
                 infos[node.name] = out
                 return builder.made
         except (_Unstated, ValueError, KeyError):
             pass
     infos[node.name] = out
-    reads = tuple(dict.fromkeys(n.name for n in node.all_input_nodes))
-    return [Opaque(node.name, reads, _operation(node.target))]
-
-
-def _renamed(node: Node, name: str) -> Node:
-    import dataclasses
-
-    return dataclasses.replace(node, output=name)
+    reads = tuple(builder.versions.reads[node.name].values())
+    return [Opaque(node.name, tuple(dict.fromkeys(r for r in reads if r in infos)), name)]
 
 
 @dataclass(frozen=True)
@@ -742,10 +860,12 @@ class _Evaluator:
 
     module: torch.fx.GraphModule
     inputs: Mapping[str, GraphInput]
+    versions: Versions
+    equal: Mapping[Expr, Expr]
 
     def __call__(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
                  ) -> dict[str, torch.Tensor]:
-        by_name = {node.name: node for node in self.module.graph.nodes}
+        nodes = {node.name: node for node in self.module.graph.nodes}
         known: dict[str, Any] = dict(feeds)
         needed: set[str] = set()
         stack = list(wanted)
@@ -753,29 +873,46 @@ class _Evaluator:
             name = stack.pop()
             if name in needed or name in known:
                 continue
-            node = by_name[name]
+            if name.endswith(BETWEEN) or name in self.versions.changed:
+                raise ValueError(f"the region reads {name.removesuffix(BETWEEN)!r}, whose memory was changed in place")
+            node = nodes[name.removesuffix(EARLY)]
             if isinstance(node.meta.get("val"), int | float | bool) or is_symbolic(node.meta.get("val")):
-                known[name] = _concrete_number(node.meta["val"], sizes)
+                known[name] = self._number(node.meta["val"], sizes)
                 continue
             if node.op in ("placeholder", "get_attr"):
-                given = self.inputs.get(name)
+                given = self.inputs.get(node.name)
                 if given is None or given.value is None:
                     raise ValueError(f"the region reads {given.name if given else name!r}, which the Spec does not")
                 known[name] = _wide(given.value)
                 continue
             needed.add(name)
-            stack += [n.name for n in node.all_input_nodes]
+            stack += self.versions.reads[node.name].values()
         with torch.no_grad():
             for node in self.module.graph.nodes:
-                if node.name in needed:
-                    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n.name])
-                    args, kwargs = torch.utils._pytree.tree_map(_widened_argument, (args, kwargs))
-                    known[node.name] = node.target(*args, **kwargs)
+                for name in (node.name, node.name + EARLY):
+                    if name in needed:
+                        known[name] = self._run(node, known)
         return {name: known[name] for name in wanted}
 
+    def _run(self, node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
+        reads, written = self.versions.reads[node.name], written_arguments(node)
 
-def _concrete_number(value: Any, sizes: Mapping[str, int]) -> Any:
-    return concrete(size_expr(value), sizes) if isinstance(value, torch.SymInt) else value
+        def given(argument: torch.fx.Node) -> Any:
+            value = known[reads[argument.name]]
+            return value.clone() if argument in written else value  # every version of a value stays as it was
+
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given)
+        args, kwargs = torch.utils._pytree.tree_map(_widened_argument, (args, kwargs))
+        return torch.utils._pytree.tree_map(_widened, node.target(*args, **kwargs))
+
+    def _number(self, value: Any, sizes: Mapping[str, int]) -> Any:
+        return concrete(_unified(size_expr(value), self.equal), sizes) if isinstance(value, torch.SymInt) else value
+
+
+def _widened(value: Any) -> Any:
+    """A tensor that was made in the default dtype, such as ``empty``, in float64."""
+    wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+    return value.double() if wide else value
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

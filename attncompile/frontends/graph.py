@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from attncompile.ir import Expr
+from attncompile.ir.simplify import Simplifier
 
 Indices = tuple[Expr, ...]
 IndexMap = Callable[[Indices], Indices]
+Extents = tuple[tuple[str, Expr], ...]
 Role = Literal["parameter", "buffer", "constant", "user"]
 
 
@@ -183,6 +185,20 @@ class Linear(Node):
 
 
 @dataclass(frozen=True)
+class Reduce(Node):
+    """The ``sum`` or ``max`` of a value over some of its axes, which keep size 1 or vanish."""
+
+    source: str
+    operator: Literal["sum", "max"]
+    axes: tuple[int, ...]
+    keeps_axes: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
 class Softmax(Node):
     """Softmax over ``axis``, computed in the output's dtype."""
 
@@ -211,6 +227,8 @@ class FusedAttention(Node):
         mask_fill: logit of a position that a boolean mask hides.
         dtype: dtype of the normaliser.
         softcap: ``cap · tanh(score / cap)`` applied to the scaled score, 0 for none.
+        reads: further inputs.
+        output_indices: the native output's element at ``(b, h, i, e)``, where the order of its axes does not say it.
     """
 
     query: str
@@ -230,6 +248,7 @@ class FusedAttention(Node):
     mask_fill: float = float("-inf")
     softcap: float = 0.0
     reads: tuple[str, ...] = ()
+    output_indices: Indices | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -262,6 +281,10 @@ class NativeNode:
     module_type: str = ""
 
 
+def _sorted(extents: Mapping[str, Expr]) -> Extents:
+    return tuple(sorted(extents.items(), key=lambda entry: entry[0]))
+
+
 Evaluator = Callable[[Sequence[str], Mapping[str, torch.Tensor], Mapping[str, int]], dict[str, torch.Tensor]]
 
 
@@ -280,6 +303,7 @@ class Graph:
             fed values, using nothing else but constants. Raises ``ValueError`` when it would need another input.
         size_hints: symbolic sizes in the example inputs; sizes with one hint are given one value in a proof.
         signature: per native node, text of its operation and attributes (without the names of its inputs).
+        overwritten: native values that an in-place operation changes later, so that nothing else may read them.
     """
 
     infos: Mapping[str, Info]
@@ -293,6 +317,7 @@ class Graph:
     signature: Mapping[str, str] = field(default_factory=dict)
     native_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     display_sizes: Mapping[str, str] = field(default_factory=dict)
+    overwritten: frozenset[str] = frozenset()
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:
@@ -308,30 +333,66 @@ class Graph:
                 found.setdefault(name, []).append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
+    @cached_property
+    def varying(self) -> frozenset[str]:
+        """The values that depend on what the user gives; the others are made of parameters and constants alone."""
+        found = {name for name, given in self.inputs.items() if given.role == "user"}
+        for node in self.nodes:
+            if any(name in found for name in node.inputs):
+                found.add(node.output)
+        return frozenset(found)
+
     def is_native(self, value: str) -> bool:
         """Whether the value exists in the native graph (and not only between the parts of one native node)."""
         return "#" not in value
 
-    def descendants(self, value: str) -> frozenset[str]:
-        """All values that depend on a value, itself included."""
+    def is_readable(self, value: str) -> bool:
+        """Whether a native value holds what its equations say at any later time, too: nothing overwrites it."""
+        return self.is_native(value) and value not in self.overwritten
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """The place of each node in the execution order, by its output."""
+        return {node.output: number for number, node in enumerate(self.nodes)}
+
+    @cached_property
+    def _simplifiers(self) -> dict[Extents, Simplifier]:
+        return {}
+
+    @cached_property
+    def _elements(self) -> dict[Extents, dict[tuple[str, Indices], Expr]]:
+        return {}
+
+    def simplifier(self, extents: Mapping[str, Expr]) -> Simplifier:
+        """The simplifier under these sizes; sites of one shape share it and what it has worked out."""
+        key = _sorted(extents)
+        return self._simplifiers.setdefault(key, Simplifier(dict(key)))
+
+    def elements(self, extents: Mapping[str, Expr]) -> dict[tuple[str, Indices], Expr]:
+        """Where an interpreter keeps the elements that it has stated under these sizes, for others to use."""
+        return self._elements.setdefault(_sorted(extents), {})
+
+    def descendants(self, value: str, until: str | None = None) -> frozenset[str]:
+        """All values that depend on a value, itself included; only those made no later than ``until``."""
+        last = len(self.nodes) if until is None else self.position[until]
         found, stack = {value}, [value]
         while stack:
             for user in self.users.get(stack.pop(), ()):
-                if user.output not in found:
+                if user.output not in found and self.position[user.output] <= last:
                     found.add(user.output)
                     stack.append(user.output)
         return frozenset(found)
 
-    def ancestors(self, values: Iterable[str], stop: frozenset[str] = frozenset()) -> frozenset[str]:
-        """All values that some values depend on, themselves included, not looking behind ``stop``."""
+    def ancestors(self, values: Iterable[str], within: frozenset[str] | None = None) -> frozenset[str]:
+        """All values that some values depend on, themselves included; only those reached ``within`` a set."""
         found = set(values)
         stack = list(found)
         while stack:
             name = stack.pop()
-            if name in stop or name not in self.producer:
+            if name not in self.producer:
                 continue
             for read in self.producer[name].inputs:
-                if read not in found:
+                if read not in found and (within is None or read in within):
                     found.add(read)
                     stack.append(read)
         return frozenset(found)

@@ -60,8 +60,11 @@ class Interpreter:
     simplifier: Simplifier = field(init=False)
 
     def __post_init__(self) -> None:
-        self.simplifier = Simplifier(self.extents)
+        self.simplifier = self.graph.simplifier(self.extents)
         self._known: dict[tuple[str, Indices], Expr] = {}
+        # what no stop lies behind is the same for every site of this shape: the layers of a model share their masks
+        shares = all(stop in self.dependent for stop in self.stops)
+        self._shared = self.graph.elements(self.extents) if shares else self._known
 
     def at(self, value: str, indices: Indices) -> Expr:
         """The element of a value.
@@ -70,10 +73,11 @@ class Interpreter:
             RefusalError: when a dependent value is made by something that is not pointwise.
         """
         indices = tuple(self.simplifier(index) for index in indices)
+        known = self._known if value in self.dependent or value in self.stops else self._shared
         key = (value, indices)
-        if key not in self._known:
-            self._known[key] = self._at(value, indices)
-        return self._known[key]
+        if key not in known:
+            known[key] = self._at(value, indices)
+        return known[key]
 
     def _at(self, value: str, indices: Indices) -> Expr:
         if value in self.stops:
@@ -89,15 +93,19 @@ class Interpreter:
         try:
             found = self.simplifier(self._stated(node, indices))
         except RefusalError:
-            if not self.graph.is_native(value):
+            if not self.graph.is_readable(value):
                 raise
             return self._load(value, indices)
-        if self.graph.is_native(value) and sum(1 for _ in walk(found)) > LARGEST:
+        if self.graph.is_readable(value) and sum(1 for _ in walk(found)) > LARGEST:
             return self._load(value, indices)
         return found
 
     def _load(self, value: str, indices: Indices) -> Expr:
         info = self.graph.infos[value]
+        if not self.graph.is_readable(value):
+            native = self.graph.describe(value)
+            raise RefusalError(Refusal("overwritten", f"{native.name} is read before something changes it in place",
+                                       native.name, native.source, "write the change as a new tensor"))
         given = self.graph.inputs.get(value)
         kind = element_kind(info.dtype)
         if given is not None and given.value is not None and given.value.numel() == 1:

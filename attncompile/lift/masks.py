@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from attncompile.ir import Expr, simplify
@@ -18,6 +19,7 @@ def _hides(value: Expr) -> bool:
     return isinstance(value, Const) and not isinstance(value.value, bool) and value.value <= HIDDEN
 
 
+@functools.lru_cache(maxsize=256)  # the layers of a model share their masks
 def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
     """Write logits as ``where(mask, score, fill)``, exactly.
 

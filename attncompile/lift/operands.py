@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attncompile.frontends.graph import Cast, Contract, Graph, Indices, Move, Pointwise
-from attncompile.ir import Expr, simplify
-from attncompile.ir.expr import ONE, ZERO, Apply, Const, Index, apply, substitute, symbols, walk
-from attncompile.ir.simplify import Simplifier, polynomial
+from attncompile.ir import Expr, Index, Kind, Load, simplify
+from attncompile.ir.expr import ONE, ZERO, Apply, Const, Score, Weight, apply, substitute, symbols, walk
 from attncompile.ir.types import element_kind
 from attncompile.lift.interpret import Interpreter
 from attncompile.lift.program import Layout
@@ -58,7 +59,7 @@ def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed
     indices = tuple(interpreter.simplifier(index) for index in indices)
     scale: Expr = factor
     while True:
-        if graph.is_native(value) and value not in interpreter.dependent:
+        if graph.is_readable(value) and value not in interpreter.dependent:
             found.append(Operand(value, indices, interpreter.simplifier(scale)))
         node = graph.producer.get(value)
         if isinstance(node, Move):
@@ -103,59 +104,59 @@ def _followed_factor(interpreter: Interpreter, node: Pointwise, indices: Indices
     return None
 
 
-def layout_of(indices: Indices, shape: Indices, axes: dict[str, tuple[Expr, Expr]], extents: dict[str, Expr]) -> Layout | None:
+def layout_of(graph: Graph, indices: Indices, shape: Indices, axes: dict[str, tuple[Expr, Expr]]) -> Layout | None:
     """The layout of a tensor whose element at ``indices`` is the Spec element at the axis symbols.
 
     Args:
+        graph: whose simplifiers are used.
         indices: one expression per native axis.
         shape: native shape.
         axes: Spec axis name to (the expression that runs over it, its size).
-        extents: sizes of the index symbols.
 
     Returns:
         The layout, or ``None`` when the tensor holds other elements too, repeats elements, or is a slice: its linear
         position must be exactly the row-major position over some order of the axes.
     """
-    placeholder = {name: Index(f"axis_{name}") for name in axes}
-    # replace the symbols by axis placeholders, so that a compound axis (h // 3) is an atom
-    compound = {symbol: placeholder[name] for name, (symbol, _) in axes.items()}
-    replaced = [_replace(index, compound) for index in indices]
-    names = {symbol: name for name, symbol in placeholder.items()}
-    groups: list[tuple[str, ...]] = []
+    # an axis symbol may be compound (h // 3): a name of its own makes it an atom
+    placeholder: dict[str, Expr] = {name: Index(f"axis_{name}") for name in axes}
+    named = {symbol: name for name, symbol in placeholder.items()}
+    replaced = [_replace(index, {symbol: placeholder[name] for name, (symbol, _) in axes.items()}) for index in indices]
+    sizes = {name: size for name, (_, size) in axes.items()}
+    groups: list[list[str]] = []
     used: list[str] = []
     for index in replaced:
-        if index.kind.value != "int":
+        found = dict.fromkeys(node for node in walk(index) if isinstance(node, Index | Load | Score | Weight))
+        if index.kind is not Kind.INT or any(node not in named for node in found):
             return None
-        terms = polynomial(index)
-        here: list[tuple[int, str]] = []
-        for mono, value in terms.items():
-            atoms = [node for atom in mono for node in walk(atom) if isinstance(node, Index)]
-            if any(atom not in names for atom in atoms) or len(atoms) > 1 or (not atoms):
-                return None
-            size = sum(2 if isinstance(a, Index) else 5 for a in mono) + (abs(value) > 1)
-            here.append((-abs(value) - 10**6 * (len(mono) - 1) + 0 * size, names[atoms[0]]))
-        ordered = [name for _, name in sorted(here)]
-        fresh = [name for name in dict.fromkeys(ordered) if name not in used]
+        fresh = [named[node] for node in found if named[node] not in used]
         used += fresh
-        groups.append(tuple(fresh))
-    missing = [name for name, (_, size) in axes.items() if name not in used and size != ONE]
-    if [m for m in missing if m not in ("b", "h", "g")]:
+        groups.append(fresh)
+    if any(size != ONE for name, size in sizes.items() if name not in used and name not in _SHARED):
         return None
-    sizes = {name: size for name, (_, size) in axes.items()}
-    extent_of = {f"axis_{name}": size for name, size in sizes.items()}
-    simplifier = Simplifier(extent_of)
-    native: Expr = ZERO
-    for index, size in zip(replaced, shape, strict=True):
-        native = apply("add", apply("mul", native, size), index)
-    wanted: Expr = ZERO
-    total: Expr = ONE
-    for name in used:
-        wanted = apply("add", apply("mul", wanted, sizes[name]), placeholder[name])
-        total = apply("mul", total, sizes[name])
-    whole = apply("mul", *shape, ONE) if shape else ONE
-    if simplifier(native) != simplifier(wanted) or simplify(whole) != simplify(total):
+    simplifier = graph.simplifier({f"axis_{name}": size for name, size in sizes.items()})
+    position, total = _linear(replaced, list(shape))
+    count = apply("mul", *(sizes[name] for name in used), ONE)
+    if simplifier(total) != simplifier(count):
         return None
-    return Layout(tuple(groups))
+    position = simplifier(position)
+    for orders in itertools.product(*(itertools.permutations(group) for group in groups)):
+        order = [name for group in orders for name in group]
+        if simplifier(_linear([placeholder[n] for n in order], [sizes[n] for n in order])[0]) == position:
+            return Layout(tuple(orders))
+    return None
+
+
+_SHARED = ("b", "h", "g")
+"""Axes that an operand may lack: every batch or head then reads the same elements."""
+
+
+def _linear(indices: Sequence[Expr], sizes: Sequence[Expr]) -> tuple[Expr, Expr]:
+    """The row-major position of an element, and the number of elements."""
+    position, count = ZERO, ONE
+    for index, size in zip(indices, sizes, strict=True):
+        position = apply("add", apply("mul", position, size), index)
+        count = apply("mul", count, size)
+    return position, count
 
 
 def _replace(index: Expr, values: dict[Expr, Expr]) -> Expr:

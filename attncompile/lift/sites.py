@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from attncompile.frontends.graph import (
-    Cast,
-    Concatenate,
-    Contract,
-    FusedAttention,
-    Graph,
-    Indices,
-    Move,
-    Node,
-    Pointwise,
-    RefusedAttention,
-    Select,
-    Softmax,
-)
+from attncompile.frontends.graph import Contract, FusedAttention, Graph, Indices, Reduce, RefusedAttention
 from attncompile.ir import (
     Attend,
     Axis,
@@ -38,13 +26,23 @@ from attncompile.ir import (
     simplify,
 )
 from attncompile.ir.expr import ONE, SCORE, TRUE, WEIGHT, ZERO, Apply, Const, apply, loads, rewrite, substitute, symbols, walk
-from attncompile.ir.simplify import Simplifier, polynomial
+from attncompile.ir.simplify import polynomial
+from attncompile.lift.anchors import (
+    SHIFT,
+    Anchor,
+    Product,
+    logarithm,
+    normalisers,
+    products_after,
+    scores_behind,
+    unnormalised_products,
+    without_shift,
+)
 from attncompile.lift.interpret import Interpreter, Stop
 from attncompile.lift.masks import scale_score, split_mask
 from attncompile.lift.operands import Operand, label_sizes, layout_of, operand_indices, trace_operand
 from attncompile.lift.program import Binding, Layout, Region, Site
 
-_TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select)
 _B, _H, _I, _J, _D, _E = (Index(name) for name in "bhijde")
 
 
@@ -76,20 +74,38 @@ class _Statement:
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
     """Every attention site of a graph, lifted, observed or refused; not yet proven."""
-    sites: list[Site] = []
+    place = {node.output: number for number, node in enumerate(graph.nodes)}
+    found: list[tuple[int, Site]] = []
+    known: set[str] = set()
+
+    def add(anchor: str, state: Callable[[], _Statement]) -> None:
+        site = _site(graph, anchor, state)
+        if site is not None:
+            found.append((place[anchor], site))
+
     for node in graph.nodes:
         if isinstance(node, FusedAttention):
-            sites.append(_site(graph, node.output, lambda n=node: _state_fused(graph, n)))  # type: ignore[misc]
+            add(node.output, partial(_state_fused, graph, node))
         elif isinstance(node, RefusedAttention):
-            sites.append(_site(graph, node.output, lambda n=node: _refused_call(graph, n)))  # type: ignore[misc]
-        elif isinstance(node, Softmax):
-            scores, products = _scores_behind(graph, node), _products_after(graph, node.output)
-            if scores and not _is_constant(graph, node.source):
-                sites.append(_site(graph, node.output, lambda n=node, s=scores, p=products: _state_softmax(graph, n, s, p)))  # type: ignore[misc]
-    return _uniquely_named(sites)
+            add(node.output, partial(_refused_call, graph, node))
+    for anchor in normalisers(graph):
+        scores, products = scores_behind(graph, anchor.source), products_after(graph, anchor.output)
+        # a classifier or a router: what it normalises is a map of the state, and no values follow
+        if any(all(n in graph.varying for n in s.contract.inputs) for s in scores) or (scores and products):
+            if anchor.axis is None and not products:
+                continue
+            known |= {score.contract.output for score in scores} | {product.output for product in products}
+            add(anchor.output, partial(_state_anchor, graph, anchor, scores, products))
+    for score, product in unnormalised_products(graph, frozenset(known)):
+        add(score.output, partial(_refused_products, graph, score, product))
+    return _uniquely_named([site for _, site in sorted(found, key=lambda entry: entry[0])])
 
 
-def _site(graph: Graph, anchor: str, state) -> Site:  # type: ignore[no-untyped-def]
+class _NoSite(Exception):
+    """What looked like attention is none."""
+
+
+def _site(graph: Graph, anchor: str, state: Callable[[], _Statement]) -> Site | None:
     native = graph.describe(anchor)
     name = native.module or native.name
     try:
@@ -97,6 +113,8 @@ def _site(graph: Graph, anchor: str, state) -> Site:  # type: ignore[no-untyped-
         spec, region = _spec(graph, name, statement)
     except RefusalError as error:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
+    except _NoSite:
+        return None
     escape = _escape(graph, statement)
     return Site(name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name)
 
@@ -122,43 +140,10 @@ def _refused_call(graph: Graph, node: RefusedAttention) -> _Statement:
                   "export the model with its attention spelled out, or without this option")
 
 
-def _is_constant(graph: Graph, value: str) -> bool:
-    """Whether a value is made of parameters and constants alone."""
-    user = {name for name, given in graph.inputs.items() if given.role == "user"}
-    return not (graph.ancestors([value]) & user)
-
-
-def _scores_behind(graph: Graph, softmax: Softmax) -> list[Contract]:
-    """Products of two activations from which the normaliser's input is made pointwise."""
-    found, seen, stack = [], set(), [softmax.source]
-    while stack:
-        value = stack.pop()
-        node = graph.producer.get(value)
-        if value in seen or node is None:
-            continue
-        seen.add(value)
-        if isinstance(node, Contract):
-            if not _is_constant(graph, node.left) and not _is_constant(graph, node.right):
-                found.append(node)
-        elif isinstance(node, Select):
-            stack.append(node.data)
-        elif isinstance(node, _TRANSPARENT):
-            stack += node.inputs
-    return found
-
-
-def _products_after(graph: Graph, weights: str) -> list[Contract]:
-    """Products that read the weights through pointwise operations and movements only."""
-    found, seen, stack = [], {weights}, [weights]
-    while stack:
-        for user in graph.users.get(stack.pop(), ()):
-            if isinstance(user, Contract):
-                if user not in found:
-                    found.append(user)
-            elif isinstance(user, _TRANSPARENT) and user.output not in seen:
-                seen.add(user.output)
-                stack.append(user.output)
-    return found
+def _refused_products(graph: Graph, score: Contract, product: Contract) -> _Statement:
+    raise _refuse(graph, "unknown-normaliser", f"{graph.describe(product.output).name} sums over products of activations "
+                  "that nothing known normalises", score.output,
+                  "attention with a softmax (written in any way), sigmoid or relu is lifted")
 
 
 def _only(graph: Graph, stop: Stop, what: str, value: str) -> Indices:
@@ -168,22 +153,26 @@ def _only(graph: Graph, stop: Stop, what: str, value: str) -> Indices:
     return stop.indices[0]
 
 
-def _state_softmax(graph: Graph, softmax: Softmax, scores: Sequence[Contract], products: Sequence[Contract]) -> _Statement:
+def _state_anchor(graph: Graph, anchor: Anchor, scores: Sequence[Product], products: Sequence[Contract]) -> _Statement:
     if not products:
-        raise _refuse(graph, "no-value-product", "the normalised scores are never multiplied with values", softmax.output,
+        raise _refuse(graph, "no-value-product", "the normalised scores are never multiplied with values", anchor.output,
                       "attention ends in a product of the weights with a value tensor")
     refusals: list[RefusalError] = []
     for product in products:
         for score in scores:
             try:
-                return _state_pair(graph, softmax, score, product)
+                if score.mixes:
+                    raise _refuse(graph, "mixed-scores", "the scores are mixed by a product with parameters before the "
+                                  "normaliser", score.contract.output, "talking heads are not lifted")
+                return _state_pair(graph, anchor, score.contract, product)
             except RefusalError as error:
                 refusals.append(error)
     raise refusals[0]
 
 
-def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contract) -> _Statement:
-    after = graph.descendants(softmax.output)
+def _state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract) -> _Statement:
+    behind = graph.descendants(score.output, product.output)
+    after = graph.descendants(anchor.output, product.output)
     sides = [side for side, name in (("left", product.left), ("right", product.right)) if name in after]
     if len(sides) != 1 or len(product.summed) != 1 or len(score.summed) != 1:
         raise _refuse(graph, "not-a-product", "the weights must meet the values, and queries the keys, in a product over "
@@ -195,23 +184,18 @@ def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contra
     extents["j"] = sizes[product.summed[0]]
     summed = {product.summed[0]: _J}
 
-    weights = Interpreter(graph, {softmax.output: Stop(WEIGHT)}, after, extents)
+    weights = Interpreter(graph, {anchor.output: Stop(WEIGHT)}, behind, extents)
     weight_value = product.left if weight_side == "left" else product.right
     weight = weights.at(weight_value, operand_indices(graph, product, weight_side, out_symbols, summed))
-    at_softmax = _only(graph, weights.stops[softmax.output], "normaliser", softmax.output)
-    key_axis = softmax.axis
-    if at_softmax[key_axis] != _J or any(_J in symbols(x) for n, x in enumerate(at_softmax) if n != key_axis):
-        raise _refuse(graph, "wrong-axis", f"the normaliser runs over axis {key_axis}, but the product with the values "
-                      "sums over another axis", softmax.output, "normalise over the keys")
-    normalised = graph.infos[softmax.source].shape[key_axis]
-    if simplify(normalised) != simplify(extents["j"]):
-        raise _refuse(graph, "partial-normaliser", f"the normaliser runs over {normalised} positions, the product with the "
-                      f"values over {extents['j']}", softmax.output,
-                      "weights that are sliced after the normaliser (sink columns) are not lifted yet")
+    weight = substitute(weight, {apply("exp", apply("log", WEIGHT)): WEIGHT})  # a weight is never negative
+    at_anchor = _only(graph, weights.stops[anchor.output], "normaliser", anchor.output)
+    _check_axis(graph, anchor, at_anchor, extents["j"])
 
-    behind = graph.descendants(score.output)
-    lifted = Interpreter(graph, {score.output: Stop(SCORE)}, behind, extents)
-    logits = lifted.at(softmax.source, at_softmax)
+    rows = {} if anchor.axis is None else _row_maxima(graph, anchor, behind)
+    lifted = Interpreter(graph, {score.output: Stop(SCORE), **rows}, behind, extents)
+    logits = _as_logits(graph, anchor, lifted.at(anchor.source, at_anchor))
+    if any(_J in symbols(index) for stop in rows.values() for indices in stop.indices for index in indices):
+        raise _refuse(graph, "unknown-normaliser", "the maximum that is subtracted is not that of a row", anchor.output)
     at_score = _only(graph, lifted.stops[score.output], "score product", score.output)
     extents["d"] = label_sizes(graph, score)[score.summed[0]]
     plain = Interpreter(graph, {}, behind, extents)
@@ -222,31 +206,37 @@ def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contra
             raise _refuse(graph, "recursive-score", "an operand of the score depends on the score", score.output)
         indices = operand_indices(graph, score, side, at_score, {score.summed[0]: _D})
         traced[side] = trace_operand(plain, name, indices, frozenset([_D]))
+    value_indices = operand_indices(graph, product, value_side, out_symbols, summed)
+    value = trace_operand(plain, product.left if value_side == "left" else product.right, value_indices, frozenset([_J]))
+    if not value or not traced["left"] or not traced["right"]:
+        raise _refuse(graph, "operand-layout", "an operand is not a tensor of the graph, or something overwrites it",
+                      product.output)
     reads_key = {side: any(_J in symbols(x) for x in found[0].indices) for side, found in traced.items()}
     if sum(reads_key.values()) != 1:
         raise _refuse(graph, "no-key-axis", "exactly one operand of the score must run over the keys", score.output)
     key = traced["left" if reads_key["left"] else "right"]
     query = traced["right" if reads_key["left"] else "left"]
-    value_indices = operand_indices(graph, product, value_side, out_symbols, summed)
-    value = trace_operand(plain, product.left if value_side == "left" else product.right, value_indices, frozenset([_J]))
-    if not value or not query or not key:
-        raise _refuse(graph, "operand-layout", "an operand is not a tensor of the graph", product.output)
+    if (score.left if reads_key["left"] else score.right) not in graph.varying:
+        raise _NoSite  # a layer of a network: its keys are parameters
 
     def uses(operand: Operand) -> frozenset[Expr]:
         return frozenset(s for x in operand.indices for s in symbols(x))
 
-    value_only = [y for y in out_symbols if y in uses(value[0]) and all(y not in symbols(x) for x in at_softmax)]
+    value_only = [y for y in out_symbols if y in uses(value[0]) and all(y not in symbols(x) for x in at_anchor)]
+    if len(value_only) != 1:
+        raise _refuse(graph, "several-value-axes", f"the output has {len(value_only)} axes that only the values run over; "
+                      "one, the channels, is understood", product.output)
     query_only = [y for y in out_symbols if y in uses(query[0]) and y not in uses(key[0]) and y not in uses(value[0])]
-    inner_axes = [y for y in query_only if extents[y.name] != ONE]
-    ordered = _query_axis(inner_axes or query_only, out_symbols, value_only)
-    if len(value_only) != 1 or ordered is None:
-        raise _refuse(graph, "several-query-axes", f"the output has {len(inner_axes)} query axes and {len(value_only)} value "
-                      "channels axes; one of each is understood", product.output)
+    unit = [y for y in out_symbols if extents[y.name] == ONE and y not in value_only]
+    ordered = _query_axis(query_only or unit[-1:], extents, at_anchor)
     batch = [y for y in out_symbols if y not in (ordered, value_only[0])]
     renaming, new_extents = _batch_and_heads(batch, extents, [*query, *key, *value])
-    renaming.update({ordered: _I, value_only[0]: _E})
-    new_extents.update({"i": extents[ordered.name], "e": extents[value_only[0].name], "j": extents["j"], "d": extents["d"]})
-    simplifier = Simplifier(new_extents)
+    renaming[value_only[0]] = _E
+    new_extents.update({"i": ONE, "e": extents[value_only[0].name], "j": extents["j"], "d": extents["d"]})
+    if ordered is not None:
+        renaming[ordered] = _I
+        new_extents["i"] = extents[ordered.name]
+    simplifier = graph.simplifier(new_extents)
 
     def renamed(expr: Expr) -> Expr:
         return simplifier(substitute(expr, renaming))
@@ -254,11 +244,41 @@ def _state_pair(graph: Graph, softmax: Softmax, score: Contract, product: Contra
     def operands(found: list[Operand]) -> tuple[Operand, ...]:
         return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
 
-    inner = graph.descendants(score.output) & graph.ancestors([product.output]) - {product.output}
+    inner = graph.ancestors([product.output], behind) - {product.output}
     weight, empty = _empty_rows(weight)
     return _Statement(renamed(logits), renamed(weight), operands(query), operands(key), operands(value), new_extents,
                       product.output, tuple(renamed(y) for y in out_symbols),
-                      Normalizer("softmax", graph.infos[softmax.output].dtype, empty), softmax.output, inner)
+                      Normalizer(anchor.kind, graph.infos[anchor.output].dtype, empty), anchor.output, inner)
+
+
+def _check_axis(graph: Graph, anchor: Anchor, at_anchor: Indices, keys: Expr) -> None:
+    """The normaliser must run over all the keys, and over nothing else."""
+    if anchor.axis is None:
+        return
+    if at_anchor[anchor.axis] != _J or any(_J in symbols(x) for n, x in enumerate(at_anchor) if n != anchor.axis):
+        raise _refuse(graph, "wrong-axis", f"the normaliser runs over axis {anchor.axis}, but the product with the values "
+                      "sums over another axis", anchor.output, "normalise over the keys")
+    normalised = graph.infos[anchor.output].shape[anchor.axis]
+    if simplify(normalised) != simplify(keys):
+        raise _refuse(graph, "partial-normaliser", f"the normaliser runs over {normalised} positions, the product with the "
+                      f"values over {keys}", anchor.output,
+                      "weights that are sliced after the normaliser (sink columns) are not lifted yet")
+
+
+def _row_maxima(graph: Graph, anchor: Anchor, behind: frozenset[str]) -> dict[str, Stop]:
+    """The maxima of scores that the normaliser's input is made of: they are subtracted from whole rows."""
+    before = graph.ancestors([anchor.source], behind)
+    return {name: Stop(SHIFT) for name in sorted(before)
+            if isinstance(node := graph.producer.get(name), Reduce) and node.operator == "max"}
+
+
+def _as_logits(graph: Graph, anchor: Anchor, source: Expr) -> Expr:
+    """The logit, from the element that the normaliser reads."""
+    logits = logarithm(source) if anchor.exponential else source
+    found = None if logits is None else without_shift(simplify(logits))
+    if found is None:
+        raise _refuse(graph, "unknown-normaliser", f"the weights are made of {source}, which is no softmax", anchor.output)
+    return simplify(found)
 
 
 def _empty_rows(weight: Expr) -> tuple[Expr, Literal["nan", "zero"]]:
@@ -274,14 +294,22 @@ def _empty_rows(weight: Expr) -> tuple[Expr, Literal["nan", "zero"]]:
     return substitute(weight, {choice: WEIGHT for choice in zeroed}), "zero"
 
 
-def _query_axis(candidates: list[Index], outputs: Sequence[Index], value_only: Sequence[Index]) -> Index | None:
-    if len(candidates) == 1:
-        return candidates[0]
+def _query_axis(candidates: Sequence[Index], extents: Mapping[str, Expr], at_anchor: Indices) -> Index | None:
+    """Which axis of the output counts the queries; ``None`` for a single query whose axis has been dropped.
+
+    Where keys are shared by all heads, heads and queries are alike and either would do: the queries are as many as the
+    keys, or of symbolic number, or next to the keys in the weights.
+    """
     if not candidates:
-        # a single query: its axis has been dropped; the last axis that is no value channel stands for it
-        rest = [y for y in outputs if y not in value_only]
-        return rest[-1] if rest else None
-    return None
+        return None
+    by_key = next((n for n, x in enumerate(at_anchor) if x == _J), len(at_anchor))
+
+    def rank(axis: Index) -> tuple[bool, bool, int]:
+        size = extents[axis.name]
+        apart = min((abs(by_key - n) for n, x in enumerate(at_anchor) if axis in symbols(x)), default=len(at_anchor))
+        return size != extents["j"], isinstance(size, Const), apart
+
+    return min(candidates, key=rank)
 
 
 def _batch_and_heads(batch: Sequence[Index], extents: Mapping[str, Expr], operands: Sequence[Operand]
@@ -301,13 +329,16 @@ def _batch_and_heads(batch: Sequence[Index], extents: Mapping[str, Expr], operan
                             if simplify(count * heads) == simplify(size):
                                 return {only: _B * heads + _H}, {"b": count, "h": heads}
         return {only: _B}, {"b": size, "h": ONE}
-    renaming: dict[Expr, Expr] = {batch[0]: _B}
+    symbolic = [axis for axis in batch if not isinstance(extents[axis.name], Const)]
+    outer = symbolic[0] if len(symbolic) == 1 else batch[0]
+    heads = [axis for axis in batch if axis is not outer]
+    renaming: dict[Expr, Expr] = {outer: _B}
     inner: Expr = ONE
-    for axis in reversed(batch[1:]):
+    for axis in reversed(heads):
         size = extents[axis.name]
-        renaming[axis] = simplify((_H // inner) % size) if axis is not batch[1] else simplify(_H // inner)
+        renaming[axis] = simplify((_H // inner) % size) if axis is not heads[0] else simplify(_H // inner)
         inner = simplify(inner * size)
-    return renaming, {"b": extents[batch[0].name], "h": inner}
+    return renaming, {"b": extents[outer.name], "h": inner}
 
 
 def _state_fused(graph: Graph, node: FusedAttention) -> _Statement:
@@ -329,9 +360,22 @@ def _state_fused(graph: Graph, node: FusedAttention) -> _Statement:
             logits = apply("add", logits, mask)
     for condition in visible:
         logits = apply("where", condition, logits, node.mask_fill)
-    output = tuple(_joined(axes, extents) for axes in node.output_order)
-    return _Statement(simplify(logits, extents), WEIGHT, tuple(query), tuple(key), tuple(value), extents, node.output, output,
-                      Normalizer("softmax", node.dtype, node.empty), node.output, frozenset())
+    output = node.output_indices or tuple(_joined(axes, extents) for axes in node.output_order)
+    renaming: dict[Expr, Expr] = {}
+    if heads == ONE:
+        renaming, outer = _batch_and_heads([_B], extents, [*query, *key, *value])
+        extents = {**extents, **outer}
+    simplifier = graph.simplifier(extents)
+
+    def renamed(expr: Expr) -> Expr:
+        return simplifier(substitute(expr, renaming))
+
+    def operands(found: list[Operand]) -> tuple[Operand, ...]:
+        return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
+
+    return _Statement(renamed(logits), WEIGHT, operands(query), operands(key), operands(value), extents, node.output,
+                      tuple(renamed(x) for x in output), Normalizer("softmax", node.dtype, node.empty), node.output,
+                      frozenset())
 
 
 def _joined(axes: str, extents: Mapping[str, Expr]) -> Expr:
@@ -373,11 +417,10 @@ class _Chosen:
     layout: Layout
 
 
-def _choose(candidates: Sequence[Operand], axes: dict[str, tuple[Expr, Expr]], graph: Graph, extents: dict[str, Expr]
-            ) -> _Chosen | None:
+def _choose(candidates: Sequence[Operand], axes: dict[str, tuple[Expr, Expr]], graph: Graph) -> _Chosen | None:
     """The farthest operand that holds exactly the Spec tensor."""
     for operand in reversed(candidates):
-        layout = layout_of(operand.indices, graph.infos[operand.value].shape, axes, extents)
+        layout = layout_of(graph, operand.indices, graph.infos[operand.value].shape, axes)
         if layout is not None:
             return _Chosen(operand, layout)
     return None
@@ -387,17 +430,19 @@ def _choose_kv(graph: Graph, statement: _Statement, extents: dict[str, Expr]) ->
     """Key and value that agree on the KV heads, farthest first."""
     heads = extents["h"]
     options = [k for k in (_kv_head(o) for o in (*reversed(statement.key), *reversed(statement.value))) if k is not None]
+    if heads == ONE:
+        options = [_H]
     for kv_head in dict.fromkeys(options):
         groups = _kv_heads(kv_head, heads)
         if groups is None:
             continue
         found = []
         for candidates, channel in ((statement.key, _D), (statement.value, _E)):
-            matching = [o for o in candidates if _kv_head(o) == kv_head]
+            matching = [o for o in candidates if heads == ONE or _kv_head(o) == kv_head]
             symbol = kv_head if kv_head != ZERO else Index("g")
             axes = {"b": (_B, extents["b"]), "g": (symbol, groups), "j": (_J, extents["j"]),
                     channel.name: (channel, extents[channel.name])}
-            found.append(_choose(matching, axes, graph, extents))
+            found.append(_choose(matching, axes, graph))
         if found[0] is not None and found[1] is not None:
             return found[0], found[1], kv_head, groups
     return None
@@ -409,7 +454,7 @@ def _spec(graph: Graph, name: str, statement: _Statement) -> tuple[Spec, Region]
         raise _refuse(graph, "inner-output", "the product with the values is only part of a native operation",
                       statement.output)
     axes = {"b": (_B, extents["b"]), "h": (_H, extents["h"]), "i": (_I, extents["i"]), "d": (_D, extents["d"])}
-    query = _choose(statement.query, axes, graph, extents)
+    query = _choose(statement.query, axes, graph)
     if query is None:
         raise _refuse(graph, "operand-layout", "no tensor on the way holds exactly the queries", statement.output)
     chosen = _choose_kv(graph, statement, extents)
@@ -417,10 +462,11 @@ def _spec(graph: Graph, name: str, statement: _Statement) -> tuple[Spec, Region]
         raise _refuse(graph, "operand-layout", "no tensors on the way hold exactly the keys and values", statement.output)
     key, value, kv_head, groups = chosen
     output_axes = {"b": (_B, extents["b"]), "h": (_H, extents["h"]), "i": (_I, extents["i"]), "e": (_E, extents["e"])}
-    output = layout_of(statement.output_indices, graph.infos[statement.output].shape, output_axes, extents)
+    output = layout_of(graph, statement.output_indices, graph.infos[statement.output].shape, output_axes)
     if output is None:
-        output = _output_layout(statement, graph)
-    simplifier = Simplifier(extents)
+        raise _refuse(graph, "output-layout", "the output's axes mix batch, heads and queries in a way that is not "
+                      "understood", statement.output)
+    simplifier = graph.simplifier(extents)
     factor = simplifier(apply("mul", query.operand.factor, key.operand.factor))
     logits = simplifier(scale_score(statement.logits, factor))
     weight = simplifier(apply("mul", value.operand.factor, statement.weight))
@@ -449,20 +495,6 @@ def _spec(graph: Graph, name: str, statement: _Statement) -> tuple[Spec, Region]
     return spec, region
 
 
-def _output_layout(statement: _Statement, graph: Graph) -> Layout:
-    """Native axes that split one Spec axis are adjacent and in order; the first of them carries it."""
-    groups: list[tuple[str, ...]] = []
-    used: set[str] = set()
-    for index in statement.output_indices:
-        names = [s.name for s in symbols(index) if isinstance(s, Index) and s.name not in used]
-        used |= set(names)
-        groups.append(tuple(names))
-    if any(len(g) > 1 for g in groups):
-        raise _refuse(graph, "output-layout", "the output's axes mix batch and heads in a way that is not understood",
-                      statement.output)
-    return Layout(tuple(groups))
-
-
 def _real(expr: Expr) -> Expr:
     if expr.kind is Kind.FLOAT:
         return expr
@@ -476,18 +508,18 @@ class _Naming:
         self.graph = graph
         self.sizes: dict[Expr, Expr] = {}
         for axis, name in (("b", "B"), ("i", "I"), ("j", "J")):
-            size = simplify(extents[axis])
-            if isinstance(size, Size) and size not in self.sizes:
-                self.sizes[size] = Size(name)
-        length = simplify(extents["j"])
-        if not isinstance(length, Size | Const):
-            # keys of a cache and new ones: J is what the tensor shows, the unknown part is what remains
-            poly = polynomial(length)
-            for mono, factor in poly.items():
-                if len(mono) == 1 and factor == 1 and isinstance(mono[0], Size) and mono[0] not in self.sizes:
-                    rest = simplify(length - mono[0])
-                    self.sizes[mono[0]] = simplify(Size("J") - substitute(rest, self.sizes))
+            size = simplify(substitute(extents[axis], self.sizes))
+            free = [node for node in walk(size) if isinstance(node, Size) and node not in self.sizes.values()]
+            if isinstance(size, Const) or not free:
+                continue
+            poly = polynomial(size)
+            for symbol in free:
+                if poly.get((symbol,)) == 1 and not any(symbol in mono for mono in poly if mono != (symbol,)):
+                    # past and new keys: J is what the tensor shows, the part without a name is what remains
+                    self.sizes[symbol] = simplify(Size(name) - (size - symbol))
                     break
+            else:
+                self.sizes[extents[axis]] = Size(name)
         self.tensors: dict[str, str] = {}
 
     def size(self, size: Expr) -> Expr:

@@ -40,9 +40,9 @@ def scale_after_product(q, k, v):
     return attend(dot(heads(q), heads(k)) * CHANNELS**-0.5, heads(v))
 
 
-@row(score="0.5·s")
+@row(score="0.25·s")
 def scale_split_over_both(q, k, v):
-    scale = math.sqrt(0.5)
+    scale = 0.5
     return attend(dot(heads(q) * scale, heads(k) * scale), heads(v))
 
 
@@ -129,7 +129,7 @@ def rank_three_viewed_as_four_for_the_mask(q, k, v, keep):
     return torch.bmm(weights, flat(v))
 
 
-@row({"alibi": torch.rand(HEADS)}, score="0.5·s + alibi[h]·float(j − i)")
+@row({"alibi": torch.rand(HEADS)}, score="0.5·s + alibi[h]·(j − i)")
 def baddbmm_with_alibi(q, k, v, alibi):
     n = torch.arange(q.shape[1])
     bias = alibi[:, None, None] * (n[None, :] - n[:, None])
@@ -199,13 +199,13 @@ def output_permuted(q, k, v):
     return (torch.softmax(dot(heads(q), heads(k)) * 0.5, -1) @ heads(v)).permute(2, 0, 1, 3).contiguous()
 
 
-@row(score="0.5·s")
+@row(score="0.5·s", q="[6,1,I,4]")
 def unbatched(q, k, v):
     query, key, value = (x[0].view(-1, HEADS, CHANNELS).transpose(0, 1) for x in (q, k, v))
     return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
 
 
-@row(score="s / 4.898979485566356")
+@row(score="0.20412414523193154·s", q="[B,1,I,24]")
 def single_head(q, k, v):
     return torch.softmax(q @ k.transpose(1, 2) / math.sqrt(WIDTH), -1) @ v
 
@@ -214,6 +214,18 @@ def single_head(q, k, v):
 def matrices_of_rank_five(q, k, v):
     query, key, value = (x.view(x.shape[0], x.shape[1], 2, 3, CHANNELS).permute(0, 2, 3, 1, 4) for x in (q, k, v))
     return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
+
+
+@row(score="0.5·s")
+def heads_before_batch(q, k, v):
+    query, key, value = (split_heads(x).permute(2, 0, 1, 3) for x in (q, k, v))
+    return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
+
+
+@row(score="0.5·s")
+def product_by_broadcast_and_sum(q, k, v):
+    logits = (heads(q)[:, :, :, None] * heads(k)[:, :, None]).sum(-1) * 0.5
+    return attend(logits, heads(v))
 
 
 # --- grouped heads ----------------------------------------------------------------------------------------------------
@@ -271,7 +283,7 @@ def one_key_head_einsum(q, k_one, v_one):
     return torch.einsum("bhqk,bkd->bqhd", torch.softmax(logits, -1), v_one)
 
 
-@row(score="0.5·s", kv_head="0")
+@row(score="0.5·s", q="[B,1,6·I,4]", k="[B,1,I,4]")
 def one_key_head_as_longer_rows(q, k_one, v_one):
     b, n, _ = q.shape
     query = q.view(b, n * HEADS, CHANNELS)
@@ -315,7 +327,7 @@ def packed_grouped_slices(x, packed):
     return attend(dot(heads(mixed[..., :WIDTH]), repeated(key, 3)) * 0.5, repeated(value, 3))
 
 
-@row({"query": torch.nn.Linear(WIDTH, WIDTH), "norm": torch.nn.LayerNorm(CHANNELS)}, score="0.5·s", block=("project",))
+@row({"query": torch.nn.Linear(WIDTH, WIDTH), "norm": torch.nn.LayerNorm(CHANNELS)}, score="0.5·s", block=())
 def norm_of_queries_and_keys(x, k, v, query, norm):
     return attend(dot(norm(heads(query(x))), norm(heads(k))) * 0.5, heads(v))
 
@@ -352,18 +364,18 @@ def rotary_interleaved(q, k, v, frequency):
     return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
 
 
-@row(score="0.5·s")
+@row(score="0.5·s", q="[B,6,I,4]", k="[B,6,J,4]")
 def cross_attention(q, memory):
     return attend(dot(heads(q), heads(memory)) * 0.5, heads(memory))
 
 
-@row(score="0.5·s", mask="keep_memory[b, j]")
+@row(score="0.5·s", mask="keep_memory[b, j]", q="[B,6,I,4]", k="[B,6,J,4]")
 def cross_attention_with_padding(q, memory, keep_memory):
     logits = dot(heads(q), heads(memory)) * 0.5
     return attend(logits.masked_fill(~keep_memory[:, None, None], -torch.inf), heads(memory))
 
 
-@row(score="0.5·s", mask="j ≤ i + J − I")
+@row(score="0.5·s", mask="j ≤ i + J − I", q="[B,6,I,4]", k="[B,6,J,4]")
 def cache_concatenated(q, k, v, k_past, v_past):
     key, value = torch.cat([heads(k_past), heads(k)], 2), torch.cat([heads(v_past), heads(v)], 2)
     past = k_past.shape[1]
@@ -371,7 +383,7 @@ def cache_concatenated(q, k, v, k_past, v_past):
     return attend((dot(heads(q), key) * 0.5).masked_fill(hidden, -torch.inf), value)
 
 
-@row(score="0.5·s")
+@row(score="0.5·s", q="[B,6,1,4]", k="[B,6,J,4]")
 def one_token_decode(one, k_past, v_past):
     return attend(dot(heads(one), heads(k_past)) * 0.5, heads(v_past))
 
@@ -383,17 +395,28 @@ def one_token_decode_of_static_cache(one, k_past, v_past, length):
     return attend(logits, heads(v_past))
 
 
-@row(score="0.5·s")
+@row(score="0.5·s", q="[B,6,1,4]", k="[B,6,J,4]")
 def one_query_without_its_axis(one, k_past, v_past):
     query = one.view(-1, HEADS, CHANNELS)
     weights = torch.softmax(torch.einsum("bhd,bkhd->bhk", query, split_heads(k_past)) * 0.5, -1)
     return torch.einsum("bhk,bkhd->bhd", weights, split_heads(v_past))
 
 
+@row({"latents": torch.nn.Parameter(torch.randn(3, WIDTH))}, score="0.5·s", q="[B,6,3,4]")
+def learned_queries(memory, latents):
+    return attend(dot(heads(latents.expand(memory.shape[0], -1, -1)), heads(memory)) * 0.5, heads(memory))
+
+
+@row({"seed": torch.nn.Parameter(torch.randn(WIDTH))}, score="0.20412414523193154·s", q="[1,1,1,24]")
+def pooling_by_one_learned_query(memory, seed):
+    weights = torch.softmax(torch.einsum("c,bnc->bn", seed, memory) / math.sqrt(WIDTH), -1)
+    return torch.einsum("bn,bnc->bc", weights, memory)
+
+
 # --- biases -----------------------------------------------------------------------------------------------------------
 
 
-@row({"slopes": torch.rand(HEADS)}, score="0.5·s − slopes[h]·float(abs(i − j))")
+@row({"slopes": torch.rand(HEADS)}, score="0.5·s − slopes[h]·abs(j − i)")
 def alibi_in_the_graph(q, k, v, slopes):
     n = torch.arange(q.shape[1])
     distance = (n[None] - n[:, None]).abs()
@@ -411,7 +434,7 @@ def bias_parameter_of_fixed_size(q, k, v, bias):
     return attend(dot(heads(q), heads(k)) * 0.5 + bias, heads(v))
 
 
-@row({"table": torch.nn.Embedding(32, HEADS)}, score="s + table.weight[min(31, abs(i − j)), h]")
+@row({"table": torch.nn.Embedding(32, HEADS)}, score="s + table.weight[min(31, abs(j − i)), h]")
 def distance_buckets_through_embedding(q, k, v, table):
     n = torch.arange(q.shape[1])
     buckets = (n[None] - n[:, None]).abs().clamp(max=31)
@@ -432,7 +455,7 @@ def two_biases(q, k, v, first, second):
     return attend(dot(heads(q), heads(k)) * 0.5 + first[:, :n, :n] + second[:n, :n], heads(v))
 
 
-@row(score="0.5·(s + visible_scores[b, i, j])")
+@row(score="0.5·s + where(visible[b, i, j], 0.5, 0.0)")
 def bias_inside_the_scale(q, k, v, visible):
     return attend((dot(heads(q), heads(k)) + visible[:, None].float()) * 0.5, heads(v))
 
@@ -474,8 +497,9 @@ def causal_buffer_as_gpt2_wrote_it(q, k, v, causal):
     return attend(torch.where(causal[:, :, :n, :n] != 0, logits, torch.tensor(-1e4)), heads(v))
 
 
-@row({"causal": CAUSAL[None, None].float()}, score="0.5·s",
-     mask="causal[0, 0, i, j] ≠ 0.0", status="any")
+# that the buffer holds zeros and ones is a fact about data: the expression stays as it is
+@row({"causal": CAUSAL[None, None].float()},
+     score="0.5·s·causal[0, 0, i, j] + 10000.0·causal[0, 0, i, j] − 10000.0")
 def causal_by_arithmetic_of_a_buffer(q, k, v, causal):
     n = q.shape[1]
     mask = causal[:, :, :n, :n]
@@ -489,7 +513,7 @@ def causal_with_lowest_number(q, k, v):
     return attend(dot(heads(q), heads(k)) * 0.5 + mask, heads(v))
 
 
-@row(score="0.5·s", mask="j ≤ i and i < j + 3")
+@row(score="0.5·s", mask="j ≤ i and j > i − 3")
 def sliding_window(q, k, v):
     n = torch.arange(q.shape[1])
     distance = n[:, None] - n[None]
@@ -497,7 +521,7 @@ def sliding_window(q, k, v):
     return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~mask, -torch.inf), heads(v))
 
 
-@row(score="0.5·s", mask="j ≤ i + 2 and i ≤ j + 2")
+@row(score="0.5·s", mask="abs(i − j) < 3")
 def local_window_on_both_sides(q, k, v):
     n = torch.arange(q.shape[1])
     far = (n[:, None] - n[None]).abs() > 2
@@ -518,26 +542,27 @@ def prefix_of_given_length(q, k, v, length):
     return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible[:, None], -torch.inf), heads(v))
 
 
-@row(score="0.5·s", mask="documents[b, i] = documents[b, j]")
+@row(score="0.5·s", mask="documents[b, j] = documents[b, i]")
 def documents_apart(q, k, v, documents):
     same = documents[:, :, None] == documents[:, None, :]
     return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~same[:, None], -torch.inf), heads(v))
 
 
-@row(score="0.5·s", mask="j ≤ i and i // 3 = j // 3")
+@row(score="0.5·s", mask="j ≤ i and j // 3 = i // 3")
 def chunked(q, k, v):
     n = torch.arange(q.shape[1])
     visible = (n[:, None] // 3 == n[None] // 3) & (n[None] <= n[:, None])
     return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), heads(v))
 
 
-@row(score="0.5·s", mask="padding[b, j] ≠ 0", fill="−10000.0")
+# as above: that the mask is 0 or 1 is known of no integer tensor
+@row(score="0.5·s + 10000·padding[b, j] − 10000.0")
 def bert_extended_mask(q, k, v, padding):
     mask = (1.0 - padding[:, None, None, :].float()) * -10000.0
     return attend(dot(heads(q), heads(k)) / 2 + mask, heads(v))
 
 
-@row(score="0.5·s", mask="padding[b, j] ≠ 0 and j ≤ i")
+@row(score="0.5·s", mask="j ≤ i and padding[b, j] ≠ 0")
 def padding_and_causal_summed(q, k, v, padding):
     n = q.shape[1]
     causal = torch.full((n, n), -torch.inf).triu(1)
@@ -579,7 +604,7 @@ def empty_rows_set_to_zero(q, k, v, visible):
     return merged(torch.where(visible, weights, 0.0) @ heads(v))
 
 
-@row(score="0.5·s", weight="w^3.0")
+@row(score="0.5·s", weight="w^3")
 def weights_cubed(q, k, v):
     return merged(torch.softmax(dot(heads(q), heads(k)) * 0.5, -1) ** 3 @ heads(v))
 
@@ -601,6 +626,31 @@ def weights_read_elsewhere(q, k, v):
     return merged(weights @ heads(v)), weights.mean(1)
 
 
+@row(score="0.5·s", mask="j ≤ i")
+def changed_in_place(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = dot(heads(q), heads(k))
+    logits *= 0.5
+    logits.masked_fill_(n[None] > n[:, None], -torch.inf)
+    return attend(logits, heads(v))
+
+
+@row({"packed": torch.nn.Linear(WIDTH, WIDTH)}, score="0.5·s")
+def queries_scaled_in_place(x, k, v, packed):
+    query = packed(x)
+    query *= 0.5
+    return attend(dot(heads(query), heads(k)), heads(v))
+
+
+@row(score="0.5·s + zeros[i, j]")
+def mask_written_in_slices(q, k, v):
+    n = q.shape[1]
+    mask = torch.zeros(n, n)
+    mask[1:, :1] = -1.0
+    mask[:, 0] += 2.0
+    return attend(dot(heads(q), heads(k)) * 0.5 + mask, heads(v))
+
+
 # --- softmax written by hand ------------------------------------------------------------------------------------------
 
 
@@ -618,10 +668,29 @@ def softmax_by_hand_without_maximum(q, k, v):
     return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
 
 
-@row(score="0.5·s")
-def normalised_after_the_values(q, k, v):
-    weights = torch.exp(dot(heads(q), heads(k)) * 0.5)
-    return merged(weights @ heads(v) / weights.sum(-1, keepdim=True))
+@row(score="0.5·s", mask="keep[b, j]")
+def hidden_after_the_exponential(q, k, v, keep):
+    logits = dot(heads(q), heads(k)) * 0.5
+    weights = torch.exp(logits - logits.max(dim=-1, keepdim=True).values) * keep[:, None, None]
+    return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
+
+
+@row(score="0.5·s", norm="softmax (float32)")
+def maximum_subtracted_before_softmax(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    return attend(logits - logits.amax(-1, keepdim=True).detach(), heads(v))
+
+
+@row(score="0.5·s", norm="sigmoid (float32)", mask="j ≤ i")
+def sigmoid_attention(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf)
+    return merged(torch.sigmoid(logits) @ heads(v))
+
+
+@row(score="0.5·s", norm="relu (float32)")
+def relu_attention(q, k, v):
+    return merged(torch.relu(dot(heads(q), heads(k)) * 0.5) @ heads(v))
 
 
 @row(score="0.5·s")
@@ -684,7 +753,7 @@ def fused_of_rank_five(q, k_few, v_few):
     return F.scaled_dot_product_attention(query, key, value)
 
 
-@row(score="0.5·s", mask="j ≤ i")
+@row(score="0.5·s", mask="j ≤ i", q="[B,6,I,4]", k="[B,6,J,4]")
 def fused_causal_of_a_cross_attention(q, memory):
     return F.scaled_dot_product_attention(heads(q), heads(memory), heads(memory), is_causal=True)
 
@@ -701,7 +770,7 @@ def module_without_weights(x, attention):
     return attention(x, x, x, need_weights=False)[0]
 
 
-@row({"attention": _multihead()}, score="0.5·s", status="observed", reason="returns it")
+@row({"attention": _multihead()}, score="0.5·s", status="observed", reason="needed outside")
 def module_with_weights(x, attention):
     return attention(x, x, x)
 
