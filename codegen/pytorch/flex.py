@@ -40,7 +40,7 @@ PYTHON: dict[str, str] = {
     "max": "torch.maximum({0}, {1})",
     "where": "torch.where({0}, {1}, {2})",
     "float": "({0} * 1.0)",
-    "int": "torch.trunc({0}).to(torch.int64)",
+    "int": "({0}).to(torch.int64)",
     "abs": "torch.abs({0})",
     **{name: f"torch.{name}({{0}})" for name in (
         "exp", "exp2", "log", "log2", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "sin", "cos", "floor",

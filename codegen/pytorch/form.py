@@ -34,6 +34,7 @@ class AdditiveForm:
         causal: the mask for equal lengths is SDPA's own, and nothing else is added.
         fill: ``infinite`` (−∞), ``absorbing`` (finite, and so low that adding a score changes nothing),
             ``constant`` (finite, replaces the score) or ``shifted`` (added to the score).
+        replaces: the fill stands for the score, so that no gradient flows through a masked position.
         masked: the value of a masked position, over ``b h i j``; for ``shifted`` without the score.
         edit: factor of the output over ``b h i``, or ``None``.
         proven: every query is proven to see a key.
@@ -50,6 +51,7 @@ class AdditiveForm:
     mask_if_one_query: Expr
     causal: bool
     fill: Fill
+    replaces: bool
     masked: Expr
     edit: Expr | None
     proven: bool
@@ -118,6 +120,7 @@ def additive_form(attend: Attend, types: Mapping[str, TensorType]) -> AdditiveFo
         mask_if_one_query=_mask_if_one_query(mask, sizes),
         causal=same_length == CAUSAL and bias is None,
         fill=kind,
+        replaces=fill.slope == Const(0.0),
         masked=fill.offset,
         edit=None if weight.slope == Const(1.0) else weight.slope,
         proven=never_empty(attend, types),

@@ -37,15 +37,14 @@ def scan_chunkwise(
     decay = scan.decays(tensors, query.shape[1], sizes, dtype)[:, None]
     position = torch.arange(CHUNK, device=query.device, dtype=dtype)
     inside = _powers(decay[..., None], position[:, None] - position[None, :])
-    weights = torch.einsum("bhntd,bhnsd->bhnts", query, key) * inside[:, None]
-    out = torch.einsum("bhnts,bhnse->bhnte", weights, value)
+    out = (query @ key.mT * inside[:, None]) @ value
     left = (decay ** (CHUNK - 1 - position))[:, None, :, None]
-    made = torch.einsum("bhntd,bhnte->bhnde", key * left, value)
+    made = (key * left).mT @ value
     number = torch.arange(query.shape[2], device=query.device, dtype=dtype)
     carry = _powers(decay[..., None] ** CHUNK, number[:, None] - 1 - number[None, :])
-    state = torch.einsum("hnm,bhmde->bhnde", carry, made)
+    state = (carry @ made.flatten(3)).unflatten(3, made.shape[3:])
     reach = query * (decay ** (position + 1))[:, None, :, None]
-    out = (out + torch.einsum("bhntd,bhnde->bhnte", reach, state)) * scan.scale
+    out = (out + reach @ state) * scan.scale
     out = out.flatten(2, 3)[:, :, :length]
     if scan.normalize:
         out = out[..., :-1] / out[..., -1:].abs().clamp(min=1)

@@ -119,10 +119,8 @@ def attend_whole(
     added = None if causal else shared_mask
     if added is None and not causal:
         added = additive_mask(form, mask, where, query.dtype)
-    uniform = not form.proven and mask != TRUE and (
-        form.fill == "constant" or (form.fill == "absorbing" and query.dtype == torch.float16))
-    if uniform and added is not None:
-        # the row's logits are then all the fill itself, whatever the scores are
+    if added is not None and not form.proven and mask != TRUE and _rows_need_care(form, query, key):
+        # a row without a key: its logits are made all equal, whatever the scores are, and pass no gradient on
         empty = _empty_rows(form, mask, where)
         query = query.masked_fill(empty, 0.0)
         added = added.masked_fill(empty, 0.0)
@@ -135,6 +133,16 @@ def attend_whole(
         if attend.norm.empty == "nan" or where.device.type != "cpu":
             out = out.masked_fill((added == -math.inf).all(-1, keepdim=True), wanted)
     return _edited(out, form, where)
+
+
+def _rows_need_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a finite fill that is added differs from one that replaces the score, in a row without a
+    key.
+    """
+    if form.fill == "constant":
+        return True
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return form.fill == "absorbing" and (query.dtype == torch.float16 or (form.replaces and differentiated))
 
 
 def _edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:

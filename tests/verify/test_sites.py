@@ -20,7 +20,8 @@ def interpreted(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torc
 
 
 @pytest.mark.parametrize("row", [
-    "causal-padding", "empty-rows-nan", "cross", "gqa", "log-sum-exp", "int8", "scan", "learned-bias", "cache",
+    "causal-padding", "empty-rows-nan", "cross", "gqa", "log-sum-exp", "int8", "scan", "learned-bias",
+    "cache",
 ])
 def test_the_definition_passes(row: str) -> None:
     spec = BY_NAME[row].spec
