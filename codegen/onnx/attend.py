@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -332,8 +333,10 @@ def attention(attend: Attend, place: Place) -> Made:
         extra = additive_mask(
             writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True
         )
-    attributes = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
-    out = build("Attention", *parts, extra, scale=score.scale, **(attributes if flat else {}))
+    heads: dict[str, Any] = {}
+    if flat:
+        heads = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
+    out = build("Attention", *parts, extra, scale=score.scale, **heads)
     return result(place, attend.out, out, wanted(_axes(place, attend.out)), attend.query)
 
 

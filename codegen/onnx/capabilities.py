@@ -104,7 +104,7 @@ def _fused(name: str, attend: Attend, types: Types) -> str | None:
     if tensor and attend.norm.empty == "zero" and score is not None and may_be_infinite(score.bias):
         return f"{name}: the bias may hold -inf, and rows of nothing else must be zero"
     if score is not None and may_swallow(score.bias):
-        return f"{name}: the bias may swallow every score of a row, whose weights are then not those of the original"
+        return f"{name}: the bias may swallow every score of a row, and operators differ on such rows"
     return None
 
 

@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -220,6 +221,21 @@ def _pair(
         for length in lengths
     ]
     return by_length(short, long, low), math.exp(math.fsum(map(math.log, speeds)) / len(speeds))
+
+
+def row_named(spec: Spec, operator: str) -> Capability:
+    """The row that a plan or report names, also when it names two operators switched by length.
+
+    Raises:
+        ValueError: for a name that no row has.
+    """
+    rows = {row.operator: row for row in rows_for(spec)}
+    if operator in rows:
+        return rows[operator]
+    switched = re.fullmatch(r"(\w+) up to (\d+) keys, else (\w+)", operator)
+    if switched and switched[1] in rows and switched[3] in rows:
+        return by_length(rows[switched[1]], rows[switched[3]], int(switched[2]))
+    raise ValueError(f"unknown operator {operator!r}; the known ones are {', '.join(rows) or 'none'}")
 
 
 def _too_old(row: Capability, opset: int) -> str | None:

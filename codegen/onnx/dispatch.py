@@ -21,6 +21,10 @@ LAYOUT = ("Transpose", "Reshape")
 """Nodes that stay outside the branches, where :mod:`attncompile.codegen.onnx.layouts` can cancel them."""
 
 
+NAME = "{short} up to {limit} keys, else {long}"
+"""How plans and reports call two operators switched by length."""
+
+
 def by_length(short: Capability, long: Capability, limit: int) -> Capability:
     """A row that runs ``short`` up to ``limit`` keys and ``long`` beyond: both fused."""
 
@@ -36,7 +40,7 @@ def by_length(short: Capability, long: Capability, limit: int) -> Capability:
 
     return replace(
         short,
-        operator=f"{short.operator} up to {limit} keys, else {long.operator}",
+        operator=NAME.format(short=short.operator, limit=limit, long=long.operator),
         providers={
             provider: tuple(name for name in dtypes if name in long.providers.get(provider, ()))
             for provider, dtypes in short.providers.items()

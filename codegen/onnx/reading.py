@@ -68,7 +68,7 @@ def may_be_infinite(expr: Expr | None) -> bool:
 
 
 def may_swallow(expr: Expr | None) -> bool:
-    """Whether a finite number in an expression is so large that a score added to it is lost: a mask written as a sum."""
+    """Whether a finite number is so large that a score added to it is lost: a mask written as a sum."""
     return expr is not None and any(
         isinstance(node, Const) and -ABSORBING <= abs(node.value) < math.inf for node in walk(expr)
     )

@@ -84,11 +84,11 @@ def _half(value: ir.Value | None, which: int) -> ir.Value | None:
     node = producer(value, "Split")
     if node is None or value is None or len(node.outputs) != 2 or node.outputs[which] is not value:
         return None
-    x = node.inputs[0]
-    if x is None or node.attributes.get_int("axis", 0) not in (-1, len(dimensions(x) or ()) - 1):
+    whole = node.inputs[0]
+    if whole is None or node.attributes.get_int("axis", 0) not in (-1, len(dimensions(whole) or ()) - 1):
         return None
     sizes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    return x if sizes is None or len(set(sizes.tolist())) == 1 else None
+    return whole if sizes is None or len(set(sizes.tolist())) == 1 else None
 
 
 def _rotated(value: ir.Value | None) -> ir.Value | None:

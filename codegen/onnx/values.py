@@ -75,7 +75,7 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
     """Let everybody who reads ``old``, the graph's outputs too, read ``new``; shape and dtype go along."""
     if new.shape is None:
         new.shape = old.shape
-    if new.dtype is None:
+    if new.dtype is None and old.dtype is not None:
         new.dtype = old.dtype
     name, output = old.name, old.is_graph_output()
     old.replace_all_uses_with(new, replace_graph_outputs=True)

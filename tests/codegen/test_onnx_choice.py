@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from attncompile.codegen.onnx.capabilities import ATTEND_ROWS
-from attncompile.codegen.onnx.choose import choose, measured_speed, measurements
+from attncompile.codegen.onnx.choose import choose, measured_speed, measurements, row_named
 from attncompile.codegen.onnx.dispatch import by_length
 from attncompile.ir import parse_spec
 from tests.cases import BY_NAME
@@ -75,6 +75,15 @@ def test_short_and_long_prompts_get_their_own_operator() -> None:
 def test_fixed_length_overrides_the_expected_ones() -> None:
     fixed = parse_spec(str(PROMPT).replace("I,64", "128,64").replace("[B,I]", "[B,128]"))
     assert choose(fixed, lengths=[2048]).reason.count("128 tokens") == 1
+
+
+@pytest.mark.parametrize("length", [64, 2048])
+def test_row_of_a_plan_is_found_again(length: int) -> None:
+    for lengths in ([length], [128, 2048]):
+        chosen = choose(PROMPT, lengths=lengths).row
+        assert row_named(PROMPT, chosen.operator).operator == chosen.operator
+    with pytest.raises(ValueError, match="Attenshun"):
+        row_named(PROMPT, "Attenshun")
 
 
 def test_old_opset_rules_out_the_newer_operator() -> None:
