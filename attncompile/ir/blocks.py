@@ -113,7 +113,7 @@ class _Boxes:
 
     @property
     def are_points(self) -> np.ndarray[Any, Any]:
-        return (self.query_low == self.query_high) & (self.key_low == self.key_high)
+        return np.logical_and(self.query_low == self.query_high, self.key_low == self.key_high)
 
     def classified(self, mask: Expr, given: Mapping[str, Interval]) -> np.ndarray[Any, Any]:
         queries, keys = Interval(self.query_low, self.query_high), Interval(self.key_low, self.key_high)

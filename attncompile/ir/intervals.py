@@ -115,7 +115,7 @@ def bounds(expr: Expr, ranges: Mapping[str, Interval]) -> Interval:
 
 
 def _in_float32(number: float) -> bool:
-    return math.isinf(number) or (abs(number) < _FLOAT32.max and float(np.float32(number)) == number)
+    return math.isinf(number) or (abs(number) <= float(_FLOAT32.max) and float(np.float32(number)) == number)
 
 
 def _apply(node: Apply, arguments: list[_Range]) -> _Range:

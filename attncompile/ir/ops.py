@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
-from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
+from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Const, Expr, Index, Load, Score, Size, Weight, loads, substitute, walk
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import simplify
-from attncompile.ir.types import Axis, TensorType, concrete, element_kind
+from attncompile.ir.types import DTYPES, Axis, TensorType, concrete, element_kind
 
 Types = Mapping[str, TensorType]
 Tensors = Mapping[str, torch.Tensor]
@@ -90,16 +91,46 @@ class Operation(ABC):
         """
         for expr in self.expressions():
             for node in walk(expr):
-                if isinstance(node, Load):
-                    if node.tensor not in types:
-                        raise ValueError(f"{self.keyword}: {expr} loads {node.tensor!r}, which is not a tensor of "
-                                         f"the Spec ({sorted(types)})")
-                    found = types[node.tensor]
-                    if len(found.axes) != len(node.indices) or element_kind(found.dtype) is not node.element:
-                        raise ValueError(f"{self.keyword}: {node} ({node.element}) does not fit {node.tensor}{found}")
-                name = {Score: "s", Weight: "w"}.get(type(node)) or (node.name if isinstance(node, Index) else None)
-                if name is not None and name not in symbols:
-                    raise ValueError(f"{self.keyword}: {expr} reads {name!r}; only {sorted(symbols)} have a meaning here")
+                match node:
+                    case Load(tensor, indices, element):
+                        if tensor not in types:
+                            raise ValueError(f"{self.keyword}: {expr} loads {tensor!r}, which is not a tensor of the "
+                                             f"Spec ({', '.join(sorted(types))})")
+                        if len(types[tensor].axes) != len(indices) or element_kind(types[tensor].dtype) is not element:
+                            raise ValueError(f"{self.keyword}: {node} ({element}) does not fit {tensor}{types[tensor]}")
+                        for index in indices:
+                            if index.kind is not Kind.INT:
+                                raise ValueError(f"{self.keyword}: index {index} of {node} is {index.kind}, should be "
+                                                 "int")
+                    case Index() | Score() | Weight() if str(node) not in symbols:
+                        raise ValueError(f"{self.keyword}: {expr} reads {str(node)!r}; only "
+                                         f"{', '.join(sorted(symbols))} have a meaning here")
+
+    def check_kind(self, name: str, kind: Kind) -> None:
+        """Check that the expression of a field has a kind.
+
+        Raises:
+            ValueError: naming the field, the expression and both kinds.
+        """
+        expr = getattr(self, name)
+        if expr.kind is not kind:
+            raise ValueError(f"{self.keyword}: {name} {expr} is {expr.kind}, should be {kind}")
+
+    def check_kv_heads(self, kv_head: Expr, heads: Expr, key: str, groups: Axis) -> None:
+        """Check that every query head reads a KV head that exists, where the numbers are constant.
+
+        Raises:
+            ValueError: naming the expression, the head it reaches and the number of KV heads.
+        """
+        symbolic = any(isinstance(node, Size) for node in walk(kv_head))
+        if symbolic or not isinstance(heads, Const) or not isinstance(groups.size, Const):
+            return
+        # one number at a time: a tensor would have no values under a fake tensor mode
+        found = [concrete(substitute(kv_head, {Index("h"): Const(head)}), {}) for head in range(int(heads.value))]
+        least, last = min(found), max(found)
+        if least < 0 or last >= groups.size.value:
+            raise ValueError(f"{self.keyword}: kv_head {kv_head} of {heads} query heads reaches from {least} to {last}, "
+                             f"but axis {groups.name} of {key} is {groups.size}")
 
 
 def same_size(what: str, left: tuple[str, Axis], right: tuple[str, Axis]) -> None:
@@ -142,9 +173,11 @@ class Normalizer:
     empty: Literal["nan", "zero"] = "nan"
 
     def __post_init__(self) -> None:
-        for value, allowed in ((self.kind, ("softmax", "sigmoid", "relu")), (self.empty, ("nan", "zero"))):
-            if value not in allowed:
-                raise ValueError(f"unknown normaliser property {value!r}; choose one of {', '.join(allowed)}")
+        floats = tuple(dtype for dtype in DTYPES if element_kind(dtype) is Kind.FLOAT)
+        for name, allowed in (("kind", ("softmax", "sigmoid", "relu")), ("dtype", floats), ("empty", ("nan", "zero"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of "
+                                 f"{', '.join(allowed)}")
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.dtype})" + (", empty rows zero" if self.empty == "zero" else "")
@@ -156,9 +189,21 @@ class Normalizer:
         Raises:
             ValueError: for text that is no normaliser.
         """
-        kind, _, rest = text.partition(" (")
-        dtype, _, empty = rest.partition(")")
-        return cls(kind.strip(), dtype, "zero" if "zero" in empty else "nan")  # type: ignore[arg-type]
+        match = re.fullmatch(r"(\w+) \((\w+)\)(, empty rows zero)?", text.strip())
+        if match is None:
+            raise ValueError(f"cannot read the normaliser {text!r}; it looks like 'softmax (float32)', perhaps with "
+                             "', empty rows zero' behind it")
+        return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
+
+
+_ATTEND_FIELDS = (
+    ("score", Kind.FLOAT, ("b", "h", "i", "j", "s", "a tensor")),
+    ("mask", Kind.BOOL, ("b", "h", "i", "j", "a tensor")),
+    ("fill", Kind.FLOAT, ("b", "h", "i", "j", "s", "a tensor")),
+    ("weight", Kind.FLOAT, ("b", "h", "i", "j", "w", "a tensor")),
+    ("kv_head", Kind.INT, ("h",)),
+)
+"""The expressions of an ``Attend``: field, kind, and what it may read."""
 
 
 @dataclass(frozen=True)
@@ -203,17 +248,15 @@ class Attend(Operation):
         same_size("attend", (self.query, query.axes[0]), (self.key, key.axes[0]))
         for axis in range(3):
             same_size("attend", (self.key, key.axes[axis]), (self.value, value.axes[axis]))
-        for name, expr, kind in (("score", self.score, Kind.FLOAT), ("mask", self.mask, Kind.BOOL),
-                                 ("fill", self.fill, Kind.FLOAT), ("weight", self.weight, Kind.FLOAT),
-                                 ("kv_head", self.kv_head, Kind.INT)):
-            if expr.kind is not kind:
-                raise ValueError(f"attend: {name} {expr} is {expr.kind}, should be {kind}")
-        self.check_captured(types, frozenset("bhij" + "sw"))
-        for name, expr, forbidden in (("score", self.score, Weight), ("mask", self.mask, Score | Weight),
-                                      ("fill", self.fill, Weight), ("weight", self.weight, Score),
-                                      ("kv_head", self.kv_head, Score | Weight | Load)):
-            if any(isinstance(node, forbidden) for node in walk(expr)):
-                raise ValueError(f"attend: {name} {expr} may not read {'w' if forbidden is Weight else 's'} or a tensor")
+        self.check_captured(types, frozenset("bhijsw"))
+        for name, kind, readable in _ATTEND_FIELDS:
+            self.check_kind(name, kind)
+            expr = getattr(self, name)
+            for node in walk(expr):
+                what = "a tensor" if isinstance(node, Load) else str(node)
+                if isinstance(node, Index | Score | Weight | Load) and what not in readable:
+                    raise ValueError(f"attend: {name} {expr} may not read {what}, only {', '.join(readable)}")
+        self.check_kv_heads(self.kv_head, query.axes[1].size, self.key, key.axes[1])
         if self.lse and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a log-sum-exp, the normaliser is {self.norm}")
         axes = (*query.axes[:3], value.axes[3])
@@ -250,12 +293,14 @@ class Attend(Operation):
         logits = self.logits(tensors, sizes, dtype)
         made: dict[str, torch.Tensor] = {}
         if self.norm.kind == "softmax":
-            weights = torch.softmax(logits, dim=-1)
-            if self.norm.empty == "zero":
-                empty = (logits == -math.inf).all(dim=-1, keepdim=True)
-                weights = torch.where(empty, torch.zeros((), dtype=dtype, device=logits.device), weights)
             if self.lse:
                 made[self.lse] = torch.logsumexp(logits, dim=-1)
+            if self.norm.empty == "zero":
+                # the logits are replaced too: the gradient through a softmax of NaN would be NaN
+                empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+                weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+            else:
+                weights = torch.softmax(logits, dim=-1)
         else:
             weights = torch.sigmoid(logits) if self.norm.kind == "sigmoid" else torch.relu(logits)
         if self.weight != WEIGHT:
@@ -276,13 +321,16 @@ def feature_map(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: for any other name.
     """
-    if name == "identity":
-        return tensor
-    if name == "elu1":
-        return torch.nn.functional.elu(tensor) + 1
-    if name == "relu":
-        return torch.relu(tensor)
-    raise ValueError(f"unknown feature map {name!r}; choose identity, elu1 or relu")
+    if name not in _FEATURES:
+        raise ValueError(f"unknown feature map {name!r}; choose one of {', '.join(_FEATURES)}")
+    return _FEATURES[name](tensor)
+
+
+_FEATURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "elu1": lambda x: torch.nn.functional.elu(x) + 1,
+    "relu": torch.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -320,12 +368,14 @@ class Scan(Operation):
         key = find(types, self.key, "scan", 4)
         value = find(types, self.value, "scan", 4)
         same_size("scan", (self.query, query.axes[3]), (self.key, key.axes[3]))
+        same_size("scan", (self.query, query.axes[0]), (self.key, key.axes[0]))
         same_size("scan", (self.query, query.axes[2]), (self.key, key.axes[2]))
         for axis in range(3):
             same_size("scan", (self.key, key.axes[axis]), (self.value, value.axes[axis]))
-        if self.decay.kind is not Kind.FLOAT:
-            raise ValueError(f"scan: decay {self.decay} is {self.decay.kind}, should be float")
+        self.check_kind("decay", Kind.FLOAT)
+        self.check_kind("kv_head", Kind.INT)
         self.check_captured(types, frozenset("h"))
+        self.check_kv_heads(self.kv_head, query.axes[1].size, self.key, key.axes[1])
         feature_map(self.feature, torch.zeros(()))
         return {self.out: TensorType((*query.axes[:3], value.axes[3]), query.dtype)}
 
@@ -395,6 +445,8 @@ class Position(Operation):
             raise ValueError(f"position: channels must be even and at most {size}, got {self.channels}")
         if self.convention not in ("half", "interleaved"):
             raise ValueError(f"position: unknown convention {self.convention!r}; choose half or interleaved")
+        self.check_kind("cos", Kind.FLOAT)
+        self.check_kind("sin", Kind.FLOAT)
         self.check_captured(types, frozenset("bid"))
         return {self.out: found}
 
@@ -415,10 +467,12 @@ class Position(Operation):
 
 @dataclass(frozen=True)
 class Project(Operation):
-    """Linear map of the model's state into heads: ``out[b,h,i,d] = Σ_c x[b,i,c] · weight[h·D + d, c] + bias[h·D + d]``.
+    """Linear map of the model's state into heads.
+
+    ``out[b,h,i,d] = Σ_c tensor[b,i,c] · kernel[h·D + d, c] + bias[h·D + d]``.
 
     Attributes:
-        tensor: ``[b,i,c]``; weight: ``[o,c]`` with ``o = heads · D``; bias: ``[o]`` or empty.
+        tensor: ``[b,i,c]``; kernel: ``[o,c]`` with ``o = heads · D``; bias: ``[o]`` or empty.
         heads: number of heads that the output axis is split into.
     """
 
@@ -436,7 +490,9 @@ class Project(Operation):
         if self.bias:
             same_size("project", (self.kernel, kernel.axes[0]), (self.bias, find(types, self.bias, "project", 1).axes[0]))
         outputs = simplify(kernel.axes[0].size)
-        if isinstance(outputs, Const) and (self.heads < 1 or outputs.value % self.heads):
+        if self.heads < 1:
+            raise ValueError(f"project: heads must be at least 1, got {self.heads}")
+        if isinstance(outputs, Const) and outputs.value % self.heads:
             raise ValueError(f"project: {outputs} outputs do not split into {self.heads} heads")
         channels = simplify(outputs // self.heads)
         return {self.out: TensorType((state.axes[0], Axis("h", Const(self.heads)), state.axes[1], Axis("d", channels)),
@@ -446,7 +502,7 @@ class Project(Operation):
         made = tensors[self.tensor].to(dtype) @ tensors[self.kernel].to(dtype).T
         if self.bias:
             made = made + tensors[self.bias].to(dtype)
-        return {self.out: made.unflatten(-1, (self.heads, -1)).transpose(1, 2)}
+        return {self.out: made.reshape(*made.shape[:2], self.heads, -1).transpose(1, 2)}
 
     def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
         return 2 * types[self.tensor].elements(sizes) * concrete(types[self.kernel].sizes[0], sizes)
@@ -454,7 +510,11 @@ class Project(Operation):
 
 @dataclass(frozen=True)
 class Cache(Operation):
-    """Keys or values of earlier steps, followed by the new ones: ``out[b,g,j,d]`` is ``past`` then ``new`` along ``j``."""
+    """Keys or values of earlier steps, followed by the new ones along ``j``.
+
+    Attributes:
+        past: ``[b,g,p,d]``; new: ``[b,g,i,d]``.
+    """
 
     keyword: ClassVar[str] = "cache"
 
@@ -512,7 +572,7 @@ class Quantize(Operation):
             x = x - x.mean(dim=2, keepdim=True)
         length = x.shape[2]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
-        blocks = padded.unflatten(2, (-1, self.block))
+        blocks = padded.reshape(*x.shape[:2], -1, self.block, x.shape[3])
         scale = blocks.abs().amax(dim=(3, 4)) / 127
         divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
         whole = (blocks / divisor).round().clamp(-127, 127).flatten(2, 3)[:, :, :length]
@@ -545,6 +605,3 @@ def grouped(heads: Expr | int, groups: Expr | int) -> Expr:
         return simplify(Index("h") // (total.value // count.value), {"h": total})
     return Index("h") // (total // count)
 
-
-__all__ = ["OPERATIONS", "Attend", "Cache", "Normalizer", "Operation", "Position", "Project", "Quantize", "Scan",
-           "Size", "grouped"]

@@ -1,19 +1,23 @@
-"""The Spec: a small graph of operations in single assignment, with a verifier, a printed form and an interpreter."""
+"""The Spec: a small graph of operations in single assignment.
+
+It has a verifier, a printed form that reads back, and an interpreter.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-import types as python_types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attncompile.ir.expr import Const, Expr, Size
+from attncompile.ir.expr import Expr
+from attncompile.ir.operators import Kind
 from attncompile.ir.ops import OPERATIONS, Attend, Normalizer, Operation, Scan
 from attncompile.ir.text import parse_expr, print_expr
 from attncompile.ir.types import DTYPES, Axis, TensorType, Value, bind_sizes, element_kind
@@ -41,6 +45,10 @@ class Spec:
         Raises:
             ValueError: quoting the Spec, with the operation at fault marked.
         """
+        if not self.name or self.name != " ".join(self.name.split()):
+            raise ValueError(f"{self.name!r} cannot name a Spec: it must be one line without double spaces")
+        if not self.operations:
+            raise ValueError(f"{self.name}: a Spec needs an operation")
         known: dict[str, TensorType] = {}
         for value in self.inputs:
             if value.name in known:
@@ -55,16 +63,21 @@ class Spec:
             except ValueError as error:
                 raise ValueError(f"{error}\n{self._marked(number)}") from None
             known.update(made)
+        for name in known:
+            if not _NAME.fullmatch(name) or name == "none":
+                raise ValueError(f"{self.name}: {name!r} cannot name a tensor: a name has letters, digits, _ and . and "
+                                 "starts with a letter or _, and none is no name")
         for name in self.outputs:
             if name not in known:
-                raise ValueError(f"{self.name}: output {name!r} is never made; there are {sorted(known)}")
+                raise ValueError(f"{self.name}: output {name!r} is never made; there are {', '.join(sorted(known))}")
         return known
 
     def _marked(self, fault: int) -> str:
-        lines = [f"{self.name}"]
-        for number, operation in enumerate(self.operations):
-            lines.append(("▶ " if number == fault else "  ") + f"{operation.keyword} {', '.join(operation.operands())}")
-        return "\n".join(lines)
+        lines = [
+            f"{'▶' if number == fault else ' '} {operation.keyword} {', '.join(operation.operands())}"
+            for number, operation in enumerate(self.operations)
+        ]
+        return "\n".join([self.name, *lines])
 
     def verify(self) -> Spec:
         """The Spec itself, once its types have been checked."""
@@ -83,13 +96,12 @@ class Spec:
 
     def captured(self) -> tuple[Value, ...]:
         """Inputs that are only loaded inside expressions (masks, biases), not operands."""
-        fields = {
-            getattr(op, f.name)
-            for op in self.operations for f in dataclasses.fields(op) if f.metadata.get("role") == "operand"
-        }
+        fields = {name for operation in self.operations for _, name in _operands(operation)}
         return tuple(value for value in self.inputs if value.name not in fields)
 
-    def interpret(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    def interpret(
+        self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+    ) -> tuple[torch.Tensor, ...]:
         """Run the reference definitions.
 
         Args:
@@ -123,152 +135,224 @@ class Spec:
         return print_spec(self)
 
 
-def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen: set[str]) -> str:
+def _operands(operation: Operation) -> list[tuple[dataclasses.Field[Any], str]]:
+    """Operand fields with the names of their tensors; an optional one that is not given is left out."""
     fields = [f for f in dataclasses.fields(operation) if f.metadata.get("role") == "operand"]
-    names = [(f.name, getattr(operation, f.name)) for f in fields if getattr(operation, f.name)]
-    first = next((inputs[name].dtype for _, name in names if name in inputs), "")
+    return [(f, getattr(operation, f.name)) for f in fields if getattr(operation, f.name)]
+
+
+def _sizes_text(kind: TensorType, letters: str) -> str:
+    """``[B,8,J,128]``; an axis whose letter is not the expected one says so: ``[b:B,8,J,128]``."""
+    expected = _letters(letters, len(kind.axes))
+    texts = [
+        ("" if axis.name == letter else f"{axis.name}:") + print_expr(axis.size).replace(" ", "")
+        for axis, letter in zip(kind.axes, expected, strict=True)
+    ]
+    return f"[{','.join(texts)}]"
+
+
+def _letters(letters: str, rank: int) -> list[str]:
+    return list(letters) if len(letters) == rank else [f"a{number}" for number in range(rank)]
+
+
+def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen: set[str]) -> str:
+    operands = _operands(operation)
+    default = next((inputs[name].dtype for _, name in operands if name in inputs and name not in seen), "")
     groups: list[tuple[list[str], str]] = []
-    for _, name in names:
+    for field, name in operands:
         text = ""
         if name in inputs and name not in seen:
             seen.add(name)
             kind = inputs[name]
-            text = f"[{','.join(print_expr(size).replace(' ', '') for size in kind.sizes)}]"
-            text += f":{kind.dtype}" if kind.dtype != first else ""
+            text = _sizes_text(kind, field.metadata["axes"]) + (f":{kind.dtype}" if kind.dtype != default else "")
         if groups and groups[-1][1] == text and text:
             groups[-1][0].append(name)
         else:
             groups.append(([name], text))
     head = "  ".join(",".join(group) + text for group, text in groups)
-    return head + (f"  {first}" if first else "")
+    return head + (f"  {default}" if default else "")
+
+
+_ALWAYS_PRINTED = ("score", "mask", "norm")
 
 
 def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str, str]]:
     lines = []
-    for f in dataclasses.fields(operation):
-        role, value = f.metadata.get("role"), getattr(operation, f.name)
-        if role == "operand" or (role is None and value == f.default and f.name not in ("score", "mask", "norm")):
+    for field in dataclasses.fields(operation):
+        value = getattr(operation, field.name)
+        if field.metadata.get("role") == "operand" or (value == field.default and field.name not in _ALWAYS_PRINTED):
             continue
-        if role == "result" and value == f.default:
-            continue
-        text = print_expr(value, digits) if isinstance(value, Expr) else (
-            str(value).lower() if isinstance(value, bool) else str(value) or "none")
-        lines.append((f.name, text))
+        if isinstance(value, Expr):
+            text = print_expr(value, digits)
+        else:
+            text = str(value).lower() if isinstance(value, bool) else str(value) or "none"
+        lines.append((field.name, text))
     return lines
 
 
 def print_spec(spec: Spec, digits: int | None = None) -> str:
     """The Spec as text.
 
-    With ``digits=None`` the text reads back through :func:`parse_spec`; a number of digits shortens real constants for
-    people.
+    With ``digits=None`` the text reads back through :func:`parse_spec`, up to the order of the inputs; a number of
+    digits shortens real constants for people.
     """
     inputs = {value.name: value.type for value in spec.inputs}
     seen: set[str] = set()
-    captured = spec.captured()
     lines: list[str] = []
     single = len(spec.operations) == 1
+    indent = "  " if single else "    "
     for operation in spec.operations:
-        head = f"{operation.keyword}  {_operand_texts(operation, inputs, seen)}"
+        head = f"{operation.keyword}  {_operand_texts(operation, inputs, seen)}".rstrip()
         lines.append(f"{spec.name}   {head}" if single else f"  {head}")
-        indent = "  " if single else "    "
         lines += [f"{indent}{key:<6} {text}" for key, text in _attribute_lines(operation, digits)]
     if not single:
         lines.insert(0, spec.name)
-    for value in captured:
-        sizes = ",".join(print_expr(size).replace(" ", "") for size in value.type.sizes)
-        lines.append(f"  given  {value.name}[{sizes}]:{value.type.dtype}")
+    for value in spec.captured():
+        lines.append(f"  given  {value.name}{_sizes_text(value.type, '')}:{value.type.dtype}")
     if spec.outputs != ("out",):
-        lines.append(f"  gives  {', '.join(spec.outputs)}")
+        lines.append(f"  gives  {', '.join(spec.outputs)}".rstrip())
     return "\n".join(lines)
 
 
-_HEAD = re.compile(r"^(?P<names>[\w.,]+)(?:\[(?P<sizes>[^\]]*)\])?(?::(?P<dtype>\w+))?$")
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+_TENSOR = re.compile(r"(?P<names>[\w.,]+)(?:\[(?P<sizes>[^\]]*)\])?(?::(?P<dtype>\w+))?")
 
 
-def _parse_sizes(text: str) -> tuple[Expr, ...]:
-    return tuple(parse_expr(size) for size in text.split(",") if size.strip())
+def _read_type(sizes: str, dtype: str, letters: str) -> TensorType:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}" if dtype else "the dtype is missing")
+    # a letter stands before its size: the size alone is an expression
+    parts = [part.partition(":") for part in _split_sizes(sizes)]
+    expected = _letters(letters, len(parts))
+    return TensorType(
+        tuple(
+            Axis(before if colon else letter, parse_expr(after if colon else before))
+            for (before, colon, after), letter in zip(parts, expected, strict=True)
+        ),
+        dtype,
+    )
 
 
-def _axes(letters: str, sizes: tuple[Expr, ...]) -> tuple[Axis, ...]:
-    names = list(letters) if len(letters) == len(sizes) else [f"a{n}" for n in range(len(sizes))]
-    return tuple(Axis(name, size) for name, size in zip(names, sizes, strict=True))
+def _split_sizes(text: str) -> list[str]:
+    """Split at the commas outside parentheses."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts if text.strip() else []
+
+
+@dataclass
+class _Reader:
+    """What has been read so far."""
+
+    inputs: dict[str, Value] = dataclasses.field(default_factory=dict)
+    captured: dict[str, Value] = dataclasses.field(default_factory=dict)
+    outputs: tuple[str, ...] = ("out",)
+    operations: list[tuple[type[Operation], dict[str, str], dict[str, tuple[str, str]]]] = dataclasses.field(
+        default_factory=list)
+
+    def read(self, line: str) -> None:
+        keyword, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        if keyword == "given":
+            match = _TENSOR.fullmatch(argument.replace(" ", ""))
+            if not match or match["sizes"] is None:
+                raise ValueError("expected given NAME[SIZES]:DTYPE")
+            name = match["names"]
+            self.captured[name] = Value(name, _read_type(match["sizes"], match["dtype"] or "", ""))
+        elif keyword == "gives":
+            self.outputs = tuple(part.strip() for part in argument.split(",") if part.strip())
+        elif keyword in OPERATIONS:
+            kind = OPERATIONS[keyword]
+            self.operations.append((kind, self.read_operands(kind, argument), {}))
+        elif self.operations:
+            kind, _, attributes = self.operations[-1]
+            if keyword not in _attributes(kind):
+                raise ValueError(f"{kind.keyword} has no attribute {keyword!r}, but {', '.join(_attributes(kind))}")
+            attributes[keyword] = argument, line
+        else:
+            raise ValueError(f"unknown operation {keyword!r}, known are {', '.join(OPERATIONS)}")
+
+    def read_operands(self, kind: type[Operation], text: str) -> dict[str, str]:
+        tokens = text.split()
+        default = tokens.pop() if tokens and tokens[-1] in DTYPES else ""
+        fields = [f for f in dataclasses.fields(kind) if f.metadata.get("role") == "operand"]
+        found: list[tuple[str, str | None, str]] = []
+        for token in tokens:
+            match = _TENSOR.fullmatch(token)
+            if not match:
+                raise ValueError(f"cannot read {token!r}")
+            found += [(name, match["sizes"], match["dtype"] or default) for name in match["names"].split(",")]
+        required = [f.name for f in fields if f.default is dataclasses.MISSING]
+        if not len(required) <= len(found) <= len(fields):
+            raise ValueError(f"{kind.keyword} takes the operands {', '.join(f.name for f in fields)}, got {len(found)}")
+        operands = list(zip(fields, found, strict=False))
+        for field, (name, sizes, dtype) in operands:
+            if sizes is not None:
+                self.inputs[name] = Value(name, _read_type(sizes, dtype, field.metadata["axes"]))
+        return {field.name: name for field, (name, _, _) in operands}
+
+
+def _attributes(kind: type[Operation]) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if f.metadata.get("role") != "operand"]
 
 
 def parse_spec(text: str) -> Spec:
     """Read a Spec back from its printed form.
 
     Raises:
-        ValueError: naming the line that cannot be read.
+        ValueError: naming the line that cannot be read, or the operation whose operands do not fit.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError("an empty text is no Spec")
     name, _, rest = lines[0].partition("   ")
-    body = ([f"  {rest.strip()}"] if rest.strip() else []) + lines[1:]
-    inputs: dict[str, Value] = {}
-    captured: dict[str, Value] = {}
-    outputs: tuple[str, ...] = ("out",)
-    pending: list[tuple[type[Operation], dict[str, str], dict[str, str]]] = []
-    for line in body:
-        keyword, _, argument = line.strip().partition(" ")
-        argument = argument.strip()
-        if keyword == "given":
-            match = _HEAD.match(argument.replace(" ", ""))
-            if not match or match["sizes"] is None or match["dtype"] not in DTYPES:
-                raise ValueError(f"cannot read the line {line!r}: expected given NAME[SIZES]:DTYPE")
-            sizes = _parse_sizes(match["sizes"])
-            captured[match["names"]] = Value(match["names"], TensorType(_axes("", sizes), match["dtype"]))
-        elif keyword == "gives":
-            outputs = tuple(part.strip() for part in argument.split(","))
-        elif keyword in OPERATIONS:
-            kind = OPERATIONS[keyword]
-            pending.append((kind, _read_operands(kind, argument, inputs, line), {}))
-        elif pending:
-            pending[-1][2][keyword] = argument
-        else:
-            raise ValueError(f"cannot read the line {line!r}: unknown operation {keyword!r}, known are {sorted(OPERATIONS)}")
-    kinds = {value.name: element_kind(value.type.dtype) for value in (*inputs.values(), *captured.values())}
-    operations = tuple(_build(kind, operands, attributes, kinds) for kind, operands, attributes in pending)
-    return Spec(name.strip(), (*inputs.values(), *captured.values()), operations, outputs).verify()
+    reader = _Reader()
+    for line in [rest, *lines[1:]] if rest.strip() else lines[1:]:
+        with _naming(line):
+            reader.read(line)
+    values = (*reader.inputs.values(), *reader.captured.values())
+    kinds = {value.name: element_kind(value.type.dtype) for value in values}
+    operations = tuple(_build(kind, operands, attributes, kinds) for kind, operands, attributes in reader.operations)
+    return Spec(name.strip(), values, operations, reader.outputs).verify()
 
 
-def _read_operands(kind: type[Operation], text: str, inputs: dict[str, Value], line: str) -> dict[str, str]:
-    tokens = text.split()
-    default = tokens.pop() if tokens and tokens[-1] in DTYPES else ""
-    fields = [f for f in dataclasses.fields(kind) if f.metadata.get("role") == "operand"]
-    found: list[tuple[str, str | None, str]] = []
-    for token in tokens:
-        match = _HEAD.match(token)
-        if not match:
-            raise ValueError(f"cannot read {token!r} in the line {line!r}")
-        found += [(name, match["sizes"], match["dtype"] or default) for name in match["names"].split(",")]
-    if len(found) > len(fields):
-        raise ValueError(f"{kind.keyword} takes {len(fields)} operands, the line {line!r} has {len(found)}")
-    for field, (name, sizes, dtype) in zip(fields, found, strict=False):
-        if sizes is not None:
-            inputs[name] = Value(name, TensorType(_axes(field.metadata["axes"], _parse_sizes(sizes)), dtype))
-    return {field.name: name for field, (name, _, _) in zip(fields, found, strict=False)}
+@contextlib.contextmanager
+def _naming(line: str) -> Iterator[None]:
+    """Let errors name the line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"cannot read the line {line.strip()!r}: {error}") from None
 
 
-def _build(kind: type[Operation], operands: dict[str, str], attributes: dict[str, str], kinds: Mapping[str, Any]) -> Operation:
+def _build(
+    kind: type[Operation], operands: dict[str, str], attributes: dict[str, tuple[str, str]], kinds: Mapping[str, Kind]
+) -> Operation:
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = dict(operands)
-    for key, text in attributes.items():
-        hint = hints.get(key)
-        if hint is None or isinstance(hint, python_types.UnionType):
-            raise ValueError(f"{kind.keyword} has no attribute {key!r}")
-        if hint is Expr:
-            values[key] = parse_expr(text, kinds)
-        elif hint is Normalizer:
-            values[key] = Normalizer.parse(text)
-        elif hint is bool:
-            values[key] = text == "true"
-        elif text == "none":
-            values[key] = ""
-        else:
-            values[key] = hint(text)
+    for key, (text, line) in attributes.items():
+        with _naming(line):
+            values[key] = _READERS[hints[key]](text, kinds)
     return kind(**values)
 
 
-__all__ = ["Const", "Size", "Spec", "parse_spec", "print_spec"]
+def _read_truth(text: str, kinds: Mapping[str, Kind]) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, found {text!r}")
+    return text == "true"
+
+
+_READERS: dict[Any, Callable[[str, Mapping[str, Kind]], Any]] = {
+    Expr: parse_expr,
+    Normalizer: lambda text, kinds: Normalizer.parse(text),
+    bool: _read_truth,
+    int: lambda text, kinds: int(text),
+    float: lambda text, kinds: float(text),
+    str: lambda text, kinds: "" if text == "none" else text,
+}
+"""How an attribute of each type is read."""

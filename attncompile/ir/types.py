@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Const, Expr, Size
 from attncompile.ir.operators import Kind
 
@@ -35,7 +36,10 @@ def element_kind(dtype: str) -> Kind:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it runs over (``b`` batch, ``h`` head, ``g`` KV head, ``i`` query, ``j`` key, ``d`` channel) and its size."""
+    """One axis: what it runs over, and its size.
+
+    The letters are ``b`` batch, ``h`` head, ``g`` KV head, ``i`` query, ``j`` key, ``d`` and ``e`` channel.
+    """
 
     name: str
     size: Expr
@@ -113,8 +117,6 @@ def concrete(size: Expr, sizes: Mapping[str, int]) -> int:
     Raises:
         ValueError: when a symbol has no value.
     """
-    from attncompile.ir.evaluate import Environment, evaluate  # evaluation is not needed to state a type
-
     return int(evaluate(size, Environment(sizes=sizes)))
 
 
@@ -125,6 +127,7 @@ def bind_sizes(types: Mapping[str, TensorType], tensors: Mapping[str, torch.Tens
         ValueError: naming tensor, axis and both sizes on the first disagreement.
     """
     found: dict[str, int] = {}
+    first: dict[str, str] = {}
     for name, kind in types.items():
         if name not in tensors:
             raise ValueError(f"no tensor given for {name!r} {kind}; there are {sorted(tensors)}")
@@ -132,12 +135,17 @@ def bind_sizes(types: Mapping[str, TensorType], tensors: Mapping[str, torch.Tens
         if len(shape) != len(kind.axes):
             raise ValueError(f"{name} should have {len(kind.axes)} axes {kind}, but has shape {shape}")
         for axis, extent in zip(kind.axes, shape, strict=True):
-            if isinstance(axis.size, Size):
-                if found.setdefault(axis.size.name, int(extent)) != extent:
-                    raise ValueError(f"{name}: axis {axis.name} is {extent}, but {axis.size} is "
-                                     f"{found[axis.size.name]} elsewhere")
+            if not isinstance(axis.size, Size):
+                continue
+            symbol = axis.size.name
+            known = found.setdefault(symbol, extent)
+            place = first.setdefault(symbol, f"axis {axis.name} of {name}")
+            if known != extent:
+                raise ValueError(f"axis {axis.name} of {name} is {extent}, but {symbol} is {known} as {place}")
     for name, kind in types.items():
         for axis, extent in zip(kind.axes, tensors[name].shape, strict=True):
-            if not isinstance(axis.size, Size) and concrete(axis.size, found) != extent:
-                raise ValueError(f"{name}: axis {axis.name} is {extent}, should be {axis.size}")
+            size = concrete(axis.size, found)
+            if size != extent:
+                stated = "" if isinstance(axis.size, Const) else f"{axis.size} = "
+                raise ValueError(f"axis {axis.name} of {name} is {extent}, but should be {stated}{size}")
     return found
