@@ -175,7 +175,7 @@ def convert(
             progress=progress,
         )
     _show(str(made))
-    return DONE if made.report.sites else _warn_nothing_found(model)
+    return DONE
 
 
 @app.command()
@@ -257,11 +257,6 @@ def nothing_found(program: Program) -> str:
         "attention call, and no normaliser between two products of activations; if the model has attention, "
         "please report it"
     )
-
-
-def _warn_nothing_found(model: str) -> int:
-    print(f"error: NO ATTENTION SITE FOUND in {model}: nothing was rewritten", file=sys.stderr)
-    return NOTHING_FOUND
 
 
 def pass_text(rewrite: Any) -> str:
@@ -359,6 +354,10 @@ def _misused(error: BaseException) -> bool:
     return isinstance(error, Misuse)
 
 
+def _without_attention(error: BaseException) -> bool:
+    return type(error).__name__ == "NoSiteError"
+
+
 def _from_the_system(error: BaseException) -> bool:
     return isinstance(error, OSError)
 
@@ -379,6 +378,7 @@ _FORESEEN: tuple[tuple[Callable[[Any], bool], int, Callable[[Any], str]], ...] =
         MISUSED,
         lambda error: "out of memory; use a smaller model or a machine with more memory, nothing was written",
     ),
+    (_without_attention, NOTHING_FOUND, str),
     (_misused, MISUSED, lambda error: error.format_message().replace("Value error, ", "")),
     (
         _from_the_system,

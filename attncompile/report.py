@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import platform
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -190,15 +191,35 @@ def _text_lines(report: Report) -> list[str]:
         lines.append(
             f"largest change of a site's output {worst.change:.2g} ({worst.name}, {worst.change_inputs})"
         )
-    lines += [_measurement_text(row) for row in report.measurements]
+    lines += _distance_lines([(row.name, row.after) for row in report.measurements if row.before is None])
+    lines += [_measurement_text(row) for row in report.measurements if row.before is not None]
     return lines + [f"note: {note}" for note in report.notes]
 
 
 def _measurement_text(row: Measurement) -> str:
-    if row.before is None:
-        return f"{row.name} {_number(row.after, row.unit)}"
-    change = f" ({row.before / row.after:.2f} times less)" if row.after and row.before > row.after else ""
-    return f"{row.name} {_number(row.before, row.unit)} → {_number(row.after, row.unit)}{change}"
+    assert row.before is not None
+    change = f"{_number(row.before, row.unit)} → {_number(row.after, row.unit)}"
+    return f"{row.name} {change}{_ratio(row.before, row.after)}"
+
+
+def _distance_lines(rows: Sequence[tuple[str, float]]) -> list[str]:
+    """Numbers without a before; the largest of something on several inputs (named after a comma) once."""
+    found: dict[str, list[float]] = {}
+    for name, value in rows:
+        found.setdefault(name.partition(",")[0] if name.startswith("largest") else name, []).append(value)
+    return [
+        f"{name} {max(values):.2g} ({_count(len(values), 'input')})"
+        if name.startswith("largest")
+        else f"{name} {values[0]:.4g}"
+        for name, values in found.items()
+    ]
+
+
+def _ratio(before: float, after: float) -> str:
+    """How many times less or more, where it is at least one per cent; worse is said as plainly as better."""
+    if min(before, after) <= 0 or max(before, after) / min(before, after) < 1.01:
+        return ""
+    return f" ({before / after:.2f} times less)" if before > after else f" ({after / before:.2f} times MORE)"
 
 
 def _number(value: float, unit: str) -> str:
@@ -225,10 +246,19 @@ def certificate_text(certificate: Certificate) -> str:
             f"{_count(len(sites), 'site')} as {operator}: error at most {worst.max_abs:.2g} where "
             f"{worst.tolerance:.2g} is allowed, in {_count(len(cases), 'case')}"
         )
-    for entry in certificate.end_to_end:
-        before = f"{entry.before:.4g} → " if entry.before is not None else ""
-        allowed = f", {entry.tolerance:.2g} is allowed" if entry.tolerance is not None else ""
-        lines.append(f"{entry.metric}, {entry.inputs}: {before}{entry.after:.3g}{allowed}")
+    for allowed in dict.fromkeys(entry.tolerance for entry in certificate.end_to_end if entry.before is None):
+        rows = [
+            (entry.metric, entry.after)
+            for entry in certificate.end_to_end
+            if entry.before is None and entry.tolerance == allowed
+        ]
+        suffix = f" where {allowed:.2g} is allowed" if allowed is not None else ""
+        lines += [line + suffix for line in _distance_lines(rows)]
+    lines += [
+        f"{entry.metric}, {entry.inputs}: {entry.before:.4g} → {entry.after:.4g}"
+        for entry in certificate.end_to_end
+        if entry.before is not None
+    ]
     lines += [f"FAILED: {failure}" for failure in certificate.failures()]
     return "\n".join([*lines, "verified" if certificate.passed else "NOT VERIFIED"])
 

@@ -31,6 +31,17 @@ def silent(stage: str) -> None:
     """The `Progress` that shows nothing."""
 
 
+class NoSiteError(InputError):
+    """A model without any attention site: there is nothing to convert."""
+
+    def __init__(self, where: object) -> None:
+        super().__init__(
+            "NO ATTENTION SITE FOUND, so there is nothing to convert",
+            where,
+            "attncompile inspect says what was searched",
+        )
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion made.

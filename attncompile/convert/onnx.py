@@ -23,7 +23,7 @@ from attncompile.codegen.onnx.layouts import Operand, single_groups
 from attncompile.codegen.onnx.quantize import quantize_projections
 from attncompile.codegen.onnx.tidy import raise_opset, tidy
 from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder, redirect
-from attncompile.convert.artifact import Conversion, Progress, new_folder, silent
+from attncompile.convert.artifact import Conversion, NoSiteError, Progress, new_folder, silent
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.evidence import (
     Outcome,
@@ -115,8 +115,7 @@ def convert_onnx(
             model = onnx_ir.load(folder / "before.onnx")
             rewritten = _rewrite(model, opened.name, requested, provider, preference, allow_untrained, notes)
             if not rewritten.program.sites:
-                raise InputError("no attention was found in it, so there is nothing to convert", str(target),
-                                 "run `attncompile inspect` to see what was looked at")
+                raise NoSiteError(str(target))
             progress("writing the model")
             written = _write_model(rewritten.model, folder, lossy_projections)
             progress("comparing with the original")

@@ -14,7 +14,7 @@ from attncompile.backend.choose import choose_lowering
 from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.codegen.triton import generate
 from attncompile.codegen.triton.structure import why_not_spec
-from attncompile.convert.artifact import Conversion, Progress, new_folder, silent
+from attncompile.convert.artifact import Conversion, NoSiteError, Progress, new_folder, silent
 from attncompile.convert.calibration import calls, text_call
 from attncompile.convert.evidence import (
     Outcome,
@@ -75,8 +75,7 @@ def convert_torch(
         progress("finding attention")
         program = lift_graph(aten_graph(captured), opened.name, (*opened.notes, *captured.notes))
         if not program.sites:
-            raise InputError("no attention was found in it, so there is nothing to convert", str(target),
-                             "run `attncompile inspect` to see what was looked at")
+            raise NoSiteError(str(target))
         decisions = decide(program, requested, lambda spec: choose_lowering(spec, "cpu"), allow_untrained=allow_untrained)
         progress("checking every site")
         sites = _site_certificates(decisions)

@@ -179,3 +179,26 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m attncompile --help | true"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_nothing_to_convert_is_said_loudly_and_leaves_nothing(
+    run: Run, models: str, tmp_path: Path, target: str
+) -> None:
+    ran = run("convert", models + "plain", "-o", tmp_path / "out", "--target", target)
+    assert ran.code == 3
+    assert "NO ATTENTION SITE FOUND" in ran.error()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".py"] == []
+
+
+def test_out_exists_before_anything_is_done(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    ran = run("convert", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert "it exists already" in ran.error()
+
+
+def test_verify_of_something_else(run: Run, tmp_path: Path) -> None:
+    ran = run("verify", tmp_path)
+    assert ran.code == 2
+    assert "no plan.json in it" in ran.error()
