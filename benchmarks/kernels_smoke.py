@@ -2,9 +2,10 @@
 
     python -m benchmarks.kernels_smoke results.json [--skip-table] [--quick]
 
-Every row of the kernel tests runs in float16, bfloat16 and float32 and is compared with the reference in float64. Only
-when all pass are times taken: medians of interleaved rounds, each round running every competitor once, so that a
-card's clock treats all alike. FLOPs count visible pairs only, for all competitors alike.
+Every row of the kernel tests runs in float16, bfloat16 and float32 and is compared with the reference in
+float64. Only
+when all pass are times taken: medians of interleaved rounds, each round running every competitor once, so
+that a card's clock treats all alike. FLOPs count visible pairs only, for all competitors alike.
 """
 
 from __future__ import annotations

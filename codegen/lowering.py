@@ -14,16 +14,16 @@ Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 class Lowering:
     """A Spec on a target.
 
-    Every target module has ``lower(spec, device) -> Lowering`` and ``why_not(spec, device) -> str | None``; the second
-    says in one sentence why the first would refuse, or ``None``.
+    Every target module has ``lower(spec, device) -> Lowering`` and ``why_not(spec, device) -> str | None``;
+    the second says in one sentence why the first would refuse, or ``None``.
 
     Attributes:
         target: name of the target, such as ``triton``.
         operator: what runs, for reports: the name of a kernel, of an ATen or of an ONNX operator.
         reason: why this operator, and where its results differ from the Spec beyond rounding.
         source: generated source text, when there is any.
-        run: takes the Spec's inputs in the order of ``spec.inputs`` (operands as ``[b,h,i,d]``, of any strides) and
-            returns its outputs in order, a single tensor when there is one.
+        run: takes the Spec's inputs in the order of ``spec.inputs`` (operands as ``[b,h,i,d]``, of any
+            strides) and returns its outputs in order, a single tensor when there is one.
     """
 
     target: str

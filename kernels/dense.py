@@ -1,8 +1,9 @@
 """Skeleton of the dense forward kernel.
 
-One program computes ``block_query`` queries of one head and walks over the keys once: ``softmax`` online in base 2 with
-float32 sums, ``sigmoid`` and ``relu`` pointwise. Key blocks come in up to three runs: those that every query sees in
-full, without any mask; those on an edge of the mask or past the last key, with it; and none at all for the rest.
+One program computes ``block_query`` queries of one head and walks over the keys once: ``softmax`` online in
+base 2 with float32 sums, ``sigmoid`` and ``relu`` pointwise. Key blocks come in up to three runs: those that
+every query sees in full, without any mask; those on an edge of the mask or past the last key, with it; and
+none at all for the rest.
 
 Follows: Dao 2023 (arXiv:2307.08691); online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
 """
@@ -84,7 +85,8 @@ class DenseForward:
         lengths: identifiers of the numbers of heads, queries and keys.
         sizes: identifiers of other sizes.
         channels, features: number of channels of keys and of values.
-        clamped: whether tensors are loaded by ``i`` or ``j``: past the last row or key their last element is read.
+        clamped: whether tensors are loaded by ``i`` or ``j``: past the last row or key their last element is
+            read.
         quantized: positions per scale of the int8 queries and keys, or ``None``.
     """
 
@@ -205,15 +207,16 @@ class DenseForward:
 
     def _query(self) -> list[str]:
         _, queries, keys = self.lengths
+        asked = self._inside(f"(rows < {queries})[:, None]", "channels")
         lines = [
             "# Offsets of batch row and head may pass 2^31.",
             "query += tl.cast(b, tl.int64) * query_stride_b + tl.cast(h, tl.int64) * query_stride_h",
             "key += tl.cast(b, tl.int64) * key_stride_b + tl.cast(g, tl.int64) * key_stride_g",
             "value += tl.cast(b, tl.int64) * value_stride_b + tl.cast(g, tl.int64) * value_stride_g",
             "out += tl.cast(b, tl.int64) * out_stride_b + tl.cast(h, tl.int64) * out_stride_h",
-            "query_offsets = tl.cast(rows, tl.int64)[:, None] * query_stride_i + channels[None, :] * query_stride_d",
-            f"query_tile = tl.load(query + query_offsets, mask={self._inside(f'(rows < {queries})[:, None]', 'channels')}"
-            ", other=0)",
+            "query_rows = tl.cast(rows, tl.int64)[:, None] * query_stride_i",
+            "query_offsets = query_rows + channels[None, :] * query_stride_d",
+            f"query_tile = tl.load(query + query_offsets, mask={asked}, other=0)",
             "key_offsets = lanes[:, None] * key_stride_j + channels[None, :] * key_stride_d",
             "value_offsets = lanes[:, None] * value_stride_j + features[None, :] * value_stride_e",
         ]
@@ -342,9 +345,7 @@ class DenseForward:
                 ],
             ]
         if runs.full:
-            limits.append(
-                "# Keys from main_start to main_stop are visited, without a mask from full_start to full_stop."
-            )
+            limits.append("# Visited: main_start to main_stop; without a mask: full_start to full_stop.")
         limits += [
             f"main_start = {_aligned(runs.main[0])}",
             f"main_stop = tl.maximum({runs.main[1]}, main_start)",
@@ -401,7 +402,8 @@ class DenseForward:
                 "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]",
             ]
         lines += [
-            "out_offsets = tl.cast(rows, tl.int64)[:, None] * out_stride_i + features[None, :] * out_stride_e",
+            "out_rows = tl.cast(rows, tl.int64)[:, None] * out_stride_i",
+            "out_offsets = out_rows + features[None, :] * out_stride_e",
             "tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), "
             f"mask={self._inside(f'(rows < {queries})[:, None]', 'features')})",
         ]

@@ -1,4 +1,4 @@
-"""Device functions that generated kernels call. Their source text is copied into each module that needs them."""
+"""Device functions that generated kernels call; their source is copied into each module that needs them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Spec operators: how generated kernels reach PyTorch so that tracing, export, Inductor and autograd compose.
 
-``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it depends on
-the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes come from
-the Spec's types. The gradient recomputes the Spec's reference in PyTorch: correct, not fast, and with the whole
-attention map in memory. Rounding (``quantize``) is passed straight through by the gradient.
+``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it
+depends on
+the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes
+come from the Spec's types. The gradient recomputes the Spec's reference in PyTorch: correct, not fast, and
+with the whole attention map in memory. Rounding (``quantize``) is passed straight through by the gradient.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ def register(device_type: str, implementation: Callable[[str], Implementation]) 
 
     Args:
         device_type: such as ``cuda``.
-        implementation: from a Spec's text to a function of its inputs; called once for each text and device type.
+        implementation: from a Spec's text to a function of its inputs; called once for each text and device
+            type.
     """
     _implementations[device_type] = implementation
     _resolved.cache_clear()
 
 
 def use_reference(device_type: str) -> None:
-    """Compute Specs by their reference definition on a device type: slow, and with the whole attention map in memory."""
+    """Compute Specs on a device type by their reference: slow, with the whole attention map in memory."""
     register(device_type, _reference)
 
 
@@ -67,8 +69,9 @@ def _resolved(text: str, device_type: str) -> Implementation:
     implementation = _implementations.get(device_type)
     if implementation is None:
         raise RuntimeError(
-            f"nothing computes Specs on {device_type}; registered are {sorted(_implementations) or 'none'}. Import "
-            f"attncompile.codegen.triton for GPUs, or call attncompile.kernels.operators.use_reference({device_type!r})"
+            f"nothing computes Specs on {device_type}; registered are {sorted(_implementations) or 'none'}. "
+            "Import attncompile.codegen.triton for GPUs, or call "
+            f"attncompile.kernels.operators.use_reference({device_type!r})"
         )
     return implementation(text)
 
@@ -185,7 +188,7 @@ def run_backward(
         return smooth.interpret({**named, **dict(zip(real, tensors, strict=True))}, dtype)
 
     # below the operator there is no autograd, but its functional form works there
-    outputs, pull = torch.func.vjp(forward, *(named[name].to(dtype) for name in real))
+    outputs, pull = torch.func.vjp(forward, *(named[name].to(dtype) for name in real))[:2]
     shown = _rows_with_keys(smooth, named, dtype)
     given = []
     for output, gradient in zip(outputs, gradients, strict=True):

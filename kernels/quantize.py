@@ -34,7 +34,7 @@ def quantize_blocks(
 
 
 def quantize(tensor, block, smooth):
-    """int8 [B,H,I,D] and float32 scales [B,H,cdiv(I,block)]; ``smooth`` subtracts the mean over positions first."""
+    """int8 [B,H,I,D] and float32 scales [B,H,cdiv(I,block)]; smooth subtracts the mean over positions."""
     B, H, I, D = tensor.shape
     mean = tensor.mean(dim=2, dtype=torch.float32) if smooth else tensor
     whole = torch.empty((B, H, I, D), dtype=torch.int8, device=tensor.device)
@@ -42,7 +42,8 @@ def quantize(tensor, block, smooth):
     if whole.numel():
         quantize_blocks[(scale.numel(),)](
             tensor, mean, whole, scale, *tensor.stride(), H, I,
-            BLOCK=block, TILE=triton.next_power_of_2(block), CHANNELS=triton.next_power_of_2(D), D=D, SMOOTH=smooth,
+            BLOCK=block, TILE=triton.next_power_of_2(block), CHANNELS=triton.next_power_of_2(D), D=D,
+            SMOOTH=smooth,
         )
     return whole, scale
 '''

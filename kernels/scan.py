@@ -1,11 +1,13 @@
 """Skeleton of the chunkwise scan: linear attention with a fixed decay for each head.
 
-One program walks over the positions of one head in chunks and carries the state ``S[d,e]`` in registers. Inside a chunk
-the sum over keys is a masked product of queries and keys; what came before the chunk enters through the state:
+One program walks over the positions of one head in chunks and carries the state ``S[d,e]`` in registers.
+Inside a chunk the sum over keys is a masked product of queries and keys; what came before the chunk enters
+through the state:
 
-``out_i = scale · (Σ_{j ≤ i, same chunk} decay^(i−j) (φ(q_i)·φ(k_j)) v_j + decay^(i−c+1) φ(q_i)ᵀ S)``, ``c`` the chunk's
-first position, and ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``. The state is kept in float32; products take
-their factors in the dtype of the inputs.
+``out_i = scale · (Σ_{j ≤ i, same chunk} decay^(i−j) (φ(q_i)·φ(k_j)) v_j + decay^(i−c+1) φ(q_i)ᵀ S)``
+
+with ``c`` the chunk's first position; then ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``. The state is
+kept in float32; products take their factors in the dtype of the inputs.
 
 Follows: RetNet's chunkwise form (arXiv:2307.08621).
 """
@@ -118,9 +120,10 @@ class ScanForward:
             "value += tl.cast(b, tl.int64) * value_stride_b + tl.cast(g, tl.int64) * value_stride_g",
             "out += tl.cast(b, tl.int64) * out_stride_b + tl.cast(h, tl.int64) * out_stride_h",
             "",
-            "# Powers of the decay: between two positions of a chunk, since the chunk began, and until it ends.",
+            "# Powers of the decay between positions of a chunk, since it began, and until it ends.",
             "distance = lanes[:, None] - lanes[None, :]",
-            "between = tl.where(distance >= 0, tl.exp2(log_decay * tl.maximum(distance, 0).to(tl.float32)), 0.0)",
+            "between = tl.exp2(log_decay * tl.maximum(distance, 0).to(tl.float32))",
+            "between = tl.where(distance >= 0, between, 0.0)",
             "since = tl.exp2(log_decay * (lanes + 1).to(tl.float32))",
             "until = tl.exp2(log_decay * (CHUNK - 1 - lanes).to(tl.float32))",
             "whole_chunk = tl.exp2(log_decay * CHUNK)",
@@ -141,7 +144,8 @@ class ScanForward:
             "    dtype = value_tile.dtype",
             "    query_features = tl.where(read, feature_map(query_tile.to(tl.float32)), 0.0)",
             "    key_features = tl.where(read, feature_map(key_tile.to(tl.float32)), 0.0)",
-            f"    weights = tl.dot(query_features.to(dtype), tl.trans(key_features.to(dtype)), {dot}) * between",
+            f"    weights = tl.dot(query_features.to(dtype), tl.trans(key_features.to(dtype)), {dot})",
+            "    weights = weights * between",
             "    decayed_query = query_features * since[:, None]",
             f"    result = tl.dot(weights.to(dtype), value_tile, {dot})",
             f"    result = tl.dot(decayed_query.to(dtype), state.to(dtype), result, {dot}) * {self.scale!r}",

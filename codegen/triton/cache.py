@@ -1,7 +1,7 @@
 """Generated modules as files: Triton reads a kernel's source from the file that defines it.
 
-The files lie in the user's cache folder, which nobody else may write, named by the hash of their content, written whole
-or not at all.
+The files lie in the user's cache folder, which nobody else may write, named by the hash of their content,
+written whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from attncompile.codegen.triton.generate import GeneratedModule
 def cache_folder() -> Path:
     """The private folder for generated modules, made when needed.
 
-    ``$ATTNCOMPILE_CACHE`` or ``$XDG_CACHE_HOME/attncompile`` or ``~/.cache/attncompile``, then ``triton``. Where that
-    cannot be made, or others may write to it, a new temporary folder serves this process.
+    ``$ATTNCOMPILE_CACHE`` or ``$XDG_CACHE_HOME/attncompile`` or ``~/.cache/attncompile``, then ``triton``.
+    Where that cannot be made, or others may write to it, a new temporary folder serves this process.
     """
     chosen = os.environ.get("ATTNCOMPILE_CACHE")
     base = (
@@ -104,4 +104,4 @@ def load_module(module: GeneratedModule) -> ModuleType:
 
 def load(module: GeneratedModule) -> Callable[..., Any]:
     """The module's ``attend``: takes the Spec's inputs in order, returns its outputs; forward only."""
-    return load_module(module).attend  # type: ignore[no-any-return]
+    return load_module(module).attend

@@ -1,14 +1,16 @@
-"""Expressions as Triton source: the table :data:`attncompile.ir.operators.OPERATORS` says how each operator is written.
+"""Expressions as Triton source: the table :data:`attncompile.ir.operators.OPERATORS` says how each operator
+is written.
 
-Indices are int32 scalars or tiles that broadcast against each other (``b`` and ``h`` scalars, ``i`` a column, ``j`` a
-row), real numbers are float32. A load outside its tensor is clamped into it, unless the index is proven to be inside.
+Indices are int32 scalars or tiles that broadcast against each other (``b`` and ``h`` scalars, ``i`` a column,
+``j`` a row), real numbers are float32. A load outside its tensor is clamped into it, unless the index is
+proven to be inside.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
@@ -24,7 +26,8 @@ LONGEST_INDEX = 24
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _SYMBOLS = {"add": " + ", "mul": " * ", "and": " & ", "or": " | "}
-_DEVICE_FUNCTIONS = ("tanh", "round_half_even", "floor_divide", "floor_modulo")
+DEVICE_FUNCTIONS = ("tanh", "round_half_even", "floor_divide", "floor_modulo")
+"""Functions of :mod:`attncompile.kernels.device` that expressions call."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,6 @@ class Printed:
 
     lines: tuple[str, ...]
     value: str
-
-    @property
-    def device_functions(self) -> frozenset[str]:
-        """Names of the device functions that the source calls."""
-        text = "\n".join((*self.lines, self.value))
-        return frozenset(name for name in _DEVICE_FUNCTIONS if f"{name}(" in text)
 
 
 def stride_name(pointer: str, axis: int) -> str:
@@ -242,11 +239,3 @@ def number(value: bool | int | float) -> str:
 def captured_tensors(*expressions: Expr) -> tuple[str, ...]:
     """Names of the tensors that the expressions load, each once, in order."""
     return tuple(dict.fromkeys(load.tensor for expr in expressions for load in loads(expr)))
-
-
-def size_names(*expressions: Expr) -> tuple[str, ...]:
-    """Names of the sizes that the expressions read, sorted."""
-    return tuple(sorted({node.name for expr in expressions for node in walk(expr) if isinstance(node, Size)}))
-
-
-Writer = Callable[[Expr], Printed]

@@ -26,7 +26,7 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu" and not _interpreted():
-        return "Triton kernels need a GPU; on the CPU there is only its interpreter (TRITON_INTERPRET=1), for tests"
+        return "Triton kernels need a GPU; on the CPU there is only Triton's interpreter (TRITON_INTERPRET=1)"
     if device.type not in ("cuda", "cpu"):
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():

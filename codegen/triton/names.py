@@ -6,41 +6,43 @@ import keyword
 import re
 from collections.abc import Iterable
 
-MODULE_NAMES = frozenset(
-    {
-        "tl",
-        "triton",
-        "torch",
-        "math",
-        "range",
-        "float",
-        "attend",
-        "attend_forward",
-        "quantize_blocks",
-        "scan_forward",
-        "score",
-        "visible",
-        "edit",
-        "decay_factor",
-        "update",
-        "feature_map",
-        "expect",
-        "tanh",
-        "floor_divide",
-        "floor_modulo",
-        "round_half_even",
-        "TILES",
-        "LOG2E",
-    }
-)
-"""Names that the module itself uses."""
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
+
+
+MODULE_NAMES = _words("""
+    tl triton torch math range float int abs min max len map str tuple getattr super print
+    attend attend_forward scan_forward quantize_blocks quantize score visible edit decay_factor feature_map
+    update update_edited tanh round_half_even floor_divide floor_modulo
+    TILES REAL WHOLE TRUTH sizes_of expect tile_of
+""")
+"""Names that a module defines or imports, and built-in ones that it uses."""
+
+LAUNCHER_NAMES = _words("""
+    out lse queries keys warps stages whole_query whole_key query_scale key_scale chunk features
+""")
+"""Local names of the launcher."""
+
+KERNEL_NAMES = _words("""
+    query key value out lse query_scale key_scale key_heads program blocks block part
+    b g h i j s w x d e row_first row_last rows lanes channels features real_channels real_features
+    query_rows out_rows
+    query_offsets query_tile query_scales key_offsets key_tile key_scales value_offsets value_tile out_offsets
+    accumulator peak total weights factor products logits shown inside offset start number keys
+    first_start first_stop first_count main_start main_stop full_start full_stop before after key_first
+    key_last log_decay distance between since until whole_chunk state key_sum positions read dtype
+    query_features key_features decayed_query decayed_key result norm written index BLOCK_I BLOCK_J BLOCK_E
+    CHUNK
+""")
+"""Local names of the kernels."""
 
 
 class Names:
     """Gives out identifiers, each once."""
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
-        self._taken = set(MODULE_NAMES) | set(taken)
+        self._taken = {*MODULE_NAMES, *taken}
 
     def fresh(self, wanted: str) -> str:
         """An identifier like ``wanted`` that nothing else has."""

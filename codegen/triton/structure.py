@@ -12,7 +12,7 @@ from attncompile.ir.operators import Kind
 from attncompile.ir.types import TensorType
 
 NEGLIGIBLE = -1e4
-"""A masked logit this far below the scores has weight 0 in float32: exp(-10000) is 0, and so is its sigmoid."""
+"""A masked logit this far below the scores has weight 0: in float32 exp(-10000) is 0."""
 
 REAL_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -52,16 +52,16 @@ def operations_reason(spec: Spec) -> str | None:
         rounded = [op.out for op in spec.operations[:2]]  # type: ignore[attr-defined]
         if sorted(rounded) != sorted((attend.query, attend.key)):
             return (
-                f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} are "
-                f"rounded, and {attend.query} and {attend.key} are multiplied"
+                f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} "
+                f"are rounded, and {attend.query} and {attend.key} are multiplied"
             )
         read = {op.tensor for op in spec.operations[:2]}  # type: ignore[attr-defined]
         if not read <= {value.name for value in spec.inputs}:
             return "the int8 kernel rounds inputs of the Spec, not results of other operations"
         return None
     return (
-        f"there is a kernel for one attend, one attend with query and key quantized, and one scan; this Spec is "
-        f"{', '.join(names)}"
+        f"there is a kernel for one attend, one attend with query and key quantized, and one scan; "
+        f"this Spec is {', '.join(names)}"
     )
 
 
@@ -92,8 +92,8 @@ def why_not_spec(spec: Spec) -> str | None:
     if attend is not None:
         if weight_factor(attend.weight) is None:
             return (
-                f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight only up to "
-                "a factor until the last key"
+                f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight "
+                "only up to a factor until the last key"
             )
         expressions = (*logits(attend)[:2], attend.kv_head)
     for expr in (*expressions, *(size for value in spec.inputs for size in value.type.sizes)):
@@ -119,7 +119,7 @@ def negligible(fill: Expr) -> bool:
 
 
 def logits(attend: Attend) -> tuple[Expr, Expr]:
-    """Score and mask such that what the mask hides has weight zero; a fill that still counts joins the score."""
+    """Score and mask such that what the mask hides has weight 0; a fill that counts joins the score."""
     if attend.mask == TRUE or negligible(simplify(attend.fill)):
         return simplify(attend.score), simplify(attend.mask)
     return simplify(where(attend.mask, attend.score, attend.fill)), TRUE

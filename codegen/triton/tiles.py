@@ -1,7 +1,7 @@
 """Block sizes, warps and pipeline stages by head size and dtype.
 
-Chosen so that no kernel of the tested set spills registers on sm_90 and all fit into 160 KiB of shared memory; on a
-device with less the launcher lowers the number of stages. Tuning per device is not done here.
+Chosen so that no kernel of the tested set spills registers on sm_90 and all fit into 160 KiB of shared
+memory; on a device with less the launcher lowers the number of stages. Tuning per device is not done here.
 """
 
 from __future__ import annotations

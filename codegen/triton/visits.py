@@ -1,9 +1,10 @@
 """Which keys a block of queries visits: loop limits of a kernel, derived from the mask.
 
 A program handles the queries ``row_first … row_last``. By interval analysis over them each limit of
-:func:`attncompile.ir.blocks.key_bounds` becomes two scalars: the widest, inside which some query may see a key, and the
-narrowest, inside which every query sees every key. A disjunction of two ranges (sinks and a window) is visited as two
-ranges, so that the keys between them are never touched. What gives no limit can still give a test per block.
+:func:`attncompile.ir.blocks.key_bounds` becomes two scalars: the widest, inside which some query may see a
+key, and the narrowest, inside which every query sees every key. A disjunction of two ranges (sinks and a
+window) is visited as two ranges, so that the keys between them are never touched. What gives no limit can
+still give a test per block.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Visits:
         first: a range to visit before ``main``, as far as it lies before it, or ``None``.
         main: the range to visit.
         full: the part of ``main`` where every query of the block sees every key, or ``None``.
-        test: truth value over ``key_first key_last`` too, false for a key block that no query of the block sees.
+        test: truth value over ``key_first key_last`` too, false for a key block that no query of the block
+            sees.
     """
 
     first: KeyRange | None
@@ -50,7 +52,8 @@ class Visits:
 
 
 def extreme(expr: Expr, upper: bool, ranges: Ranges) -> Expr | None:
-    """A scalar that the integer expression never exceeds (``upper``) or falls below, or ``None`` when none is known.
+    """A scalar that the integer expression never exceeds (``upper``) or falls below, or ``None`` when none is
+    known.
 
     Args:
         expr: integer expression, best in canonical form: each symbol that stands once makes the bound tight.

@@ -59,7 +59,7 @@ def test_quotes_in_a_spec_stay_text() -> None:
     spec = BY_NAME["padding"].spec
     attend = spec.operations[0]
     assert dataclasses.is_dataclass(attend)
-    evil = '"""; raise SystemExit  # \\'
+    evil = '"""; raise SystemExit # \\'
     source = generate(dataclasses.replace(spec, name=evil)).source
     ast.parse(source)
     assert "SystemExit" not in source

@@ -1,4 +1,4 @@
-"""Key ranges of a query block, by brute force: nothing visible is passed over, nothing in the full run is masked."""
+"""Key ranges of a query block, by brute force: nothing visible is passed over, nothing full is masked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Comparing a kernel with its Spec: poisoned memory, and a tolerance that is derived.
 
-The yardstick is the Spec's reference in float64 on the very inputs of the kernel. A kernel may be as far from it as the
-plain computation in the kernel's dtype is, plus the rounding of its own sums.
+The yardstick is the Spec's reference in float64 on the very inputs of the kernel. A kernel may be as far from
+it as the plain computation in the kernel's dtype is, plus the rounding of its own sums.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def spread(tensor: torch.Tensor, axis_gap: int) -> torch.Tensor:
-    """The same values with gaps between elements of the last axis (``axis_gap`` > 1) or between rows, full of poison."""
+    """The same values with poison between elements of the last axis (``axis_gap`` > 1) or between rows."""
     if tensor.dim() == 0 or tensor.numel() == 0:
         return tensor
     poison: Any = math.nan if tensor.is_floating_point() else True if tensor.dtype == torch.bool else 77
@@ -48,7 +48,7 @@ def spread(tensor: torch.Tensor, axis_gap: int) -> torch.Tensor:
 
 
 def poisoned_inputs(spec: Spec, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Non-contiguous inputs in order; every other one also transposed in memory, as models store ``[b,i,h,d]``."""
+    """Non-contiguous inputs in order, every other one stored as ``[b,i,h,d]``, as models do."""
     made = []
     for number, value in enumerate(spec.inputs):
         tensor = tensors[value.name]
@@ -73,7 +73,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Rows ``[b,h,i]`` of a softmax with at least one visible key; ``None`` where every row is to be compared."""
+    """Rows ``[b,h,i]`` of a softmax with a visible key; ``None`` where every row is to be compared."""
     attend = spec.attend()
     if (
         attend is None
@@ -127,7 +127,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def slack(case: Case, dtype: torch.dtype, stored: torch.dtype, best: torch.Tensor) -> float:
-    """Rounding that the kernel's own order of summation, and storing the result, may add: √terms · eps · size."""
+    """Rounding that the order of summation and storing the result may add: √terms · eps · size."""
     spec = case.spec
     sizes = case.sizes
     terms = max([sizes.get("J", 1), sizes.get("I", 1), *(_constant_channels(spec))])

@@ -1,7 +1,8 @@
 """A process in which Triton interprets kernels on the CPU, asked for one row at a time.
 
-Triton decides when it is imported whether kernels are compiled or interpreted, so the interpreter needs a process of
-its own. ``python -m tests.kernels.interpreter`` reads one JSON request a line and answers each with one line.
+Triton decides when it is imported whether kernels are compiled or interpreted, so the interpreter needs a
+process of its own. ``python -m tests.kernels.interpreter`` reads one JSON request a line and answers each
+with one line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_tile(longest: int) -> int:
-    """A block size that cuts a map into a few blocks: the interpreter needs milliseconds for every one of them."""
+    """A block size that cuts a map into a few blocks: the interpreter takes milliseconds for each."""
     return 16 if longest < 60 else 32
 
 
