@@ -15,6 +15,7 @@ from attncompile.codegen.pytorch.form import AdditiveForm, additive_form
 from attncompile.codegen.pytorch.grid import Map, View, as_view, read_sizes
 from attncompile.codegen.pytorch.scan import scan_chunkwise
 from attncompile.codegen.pytorch.sdpa import (
+    WORTH_SKIPPING,
     additive_mask,
     attend_blockwise,
     attend_whole,
@@ -36,8 +37,8 @@ Tensors = dict[str, torch.Tensor]
 Sizes = dict[str, Any]
 Step = Callable[[Tensors, Sizes, torch.Tensor | None], Tensors]
 
-# Lengths at which a mask is asked whether it leaves out more than a causal one: long enough that the answer
-# does not change beyond.
+# Length at which a mask is asked whether it leaves out enough: long enough that the answer does not change
+# beyond.
 LONG = 32768
 
 
@@ -95,7 +96,8 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     ``run`` takes the tensors in the order of ``spec.inputs`` and is differentiable. ``sdpa``, ``scan`` and
     ``reference`` trace with symbolic sizes. ``blockwise`` leaves out the tiles its mask hides when it is
     called with plain tensors, and is one masked call while a graph is being traced. With ``sdpa`` and
-    ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`.
+    ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
+    would otherwise build one.
 
     Args:
         spec: the Spec.
@@ -141,7 +143,8 @@ def _choose(spec: Spec, device: str) -> tuple[str, str]:
         form = _expect(additive_form(attend, spec.types()))
         heads = _how_heads(form, device)
         if _leaves_out(form):
-            return "blockwise", f"SDPA on blocks of queries and the keys they may see: {form.mask}{heads}"
+            return "blockwise", (f"SDPA on blocks of queries and the keys they may see ({form.mask}), in one "
+                                 f"masked call where inputs are short or a graph is traced{heads}")
         how = "nothing is masked" if form.mask == TRUE else (
             f"the mask {form.mask} is SDPA's own where queries and keys are equally many" if form.causal else
             f"the mask {form.mask} is added to the scores")
@@ -160,14 +163,12 @@ def _how_heads(form: AdditiveForm, device: str) -> str:
 
 
 def _leaves_out(form: AdditiveForm) -> bool:
-    """Whether a long map has clearly fewer tiles than half, which SDPA's own causal mask would also leave
-    out.
-    """
-    if form.mask == TRUE or not skips_blocks(form):
+    """Whether a long map leaves out enough tiles, and SDPA would not leave them out itself."""
+    if form.mask == TRUE or form.causal or not skips_blocks(form):
         return False
     values: dict[Any, Any] = {size: Const(LONG) for size in (form.query_length, form.key_length)
                               if isinstance(size, Size)}
-    return visited_share(substitute(form.mask_if_same_length, values), LONG, LONG) < 0.45
+    return visited_share(substitute(form.mask_if_same_length, values), LONG, LONG) <= 1 - WORTH_SKIPPING
 
 
 def _expect(found: Any) -> Any:
@@ -229,8 +230,7 @@ def _views(operation: Attend, types: Types) -> tuple[View, ...]:
 def _sdpa(operation: Attend, form: AdditiveForm, views: tuple[View, ...], blockwise: bool, tensors: Tensors,
           sizes: Sizes, mask: torch.Tensor | None) -> Tensors:
     where = _map(operation, views, tensors, sizes)
-    plain = blockwise and mask is None and not being_traced(tensors[operation.query])
-    if plain and blockwise_pays(form, where):
+    if blockwise and not being_traced(tensors[operation.query]) and blockwise_pays(form, where):
         return {operation.out: attend_blockwise(operation, form, where)}
     return {operation.out: attend_whole(operation, form, where, mask)}
 

@@ -25,8 +25,10 @@ from attncompile.ir.intervals import Visibility
 # itself, so small blocks skip more; below this the fixed cost of a call shows on a CPU.
 BLOCK_QUERY, BLOCK_KEY = 256, 64
 
-# A block-wise walk pays when it leaves out at least this share of the tiles.
-WORTH_SKIPPING = 0.25
+# A block-wise walk pays when it leaves out at least this share of the tiles, over at least this many blocks.
+# Causal with padding, 9 heads of 64 channels, CPU: 1.04 times the time of one masked call at 2 blocks, 0.86
+# at 3, 0.64 at 8.
+WORTH_SKIPPING, FEWEST_BLOCKS = 0.25, 3
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _replaced(out: torch.Tensor, empty: torch.Tensor, attend: Attend, form: Addi
 def blockwise_pays(form: AdditiveForm, where: Map) -> bool:
     """Whether the block-wise walk leaves out enough at the lengths of this call."""
     _, _, queries, keys = where.extents
-    if not skips_blocks(form) or form.mask == TRUE or queries < 2 * BLOCK_QUERY:
+    if not skips_blocks(form) or form.mask == TRUE or queries < FEWEST_BLOCKS * BLOCK_QUERY:
         return False
     mask = at_sizes(form.mask, tuple(where.sizes.items()))
     if form.causal_at(queries, keys):

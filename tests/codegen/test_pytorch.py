@@ -113,7 +113,9 @@ def test_dynamo_sees_one_graph(row: str) -> None:
 CHOICES = (
     ("full", "sdpa", "nothing is masked"),
     ("causal", "sdpa", "SDPA's own where queries and keys are equally many"),
-    ("causal-padding", "sdpa", "is added to the scores"),
+    ("padding", "sdpa", "is added to the scores"),
+    ("causal-padding", "blockwise", "where inputs are short or a graph is traced"),
+    ("documents", "blockwise", "the keys they may see"),
     ("gqa", "sdpa", "shared, not repeated"),
     ("window", "blockwise", "the keys they may see"),
     ("sink-window", "blockwise", "the keys they may see"),
