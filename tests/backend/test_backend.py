@@ -170,7 +170,7 @@ def test_an_unsupported_device_runs_as_it_was(monkeypatch: pytest.MonkeyPatch) -
 def test_a_defect_of_ours_does_not_take_the_model_down(monkeypatch: pytest.MonkeyPatch) -> None:
     from attncompile import backend
 
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(backend, "lift_graph", broken)
