@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,28 +15,30 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
 
-from attncompile.frontends.graph import Graph, GraphInput, Info, Linear, NativeNode, Node, Opaque, RefusedAttention
-from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
-from attncompile.frontends.onnx_rows import (
-    EVERY_OUTPUT,
-    AttentionRefused,
-    Builder,
-    Unstated,
-    fills,
-    opaque_info,
-    rows_of,
+from attncompile.frontends.graph import (
+    Graph,
+    GraphInput,
+    Info,
+    Linear,
+    NativeNode,
+    Node,
+    Opaque,
+    RefusedAttention,
+    Role,
 )
-from attncompile.frontends.onnx_sizes import (
+from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
+from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
+from attncompile.frontends.onnx_inference import Inference
+from attncompile.frontends.onnx_known import (
     DTYPE_NAMES,
     LONGEST,
-    Inference,
     Known,
-    SizeNames,
     known_shape,
     known_tensor,
     known_value,
-    product,
 )
+from attncompile.frontends.onnx_rows import EVERY_OUTPUT, opaque_info, rows_of
+from attncompile.frontends.onnx_sizes import SizeNames, product
 from attncompile.frontends.source import innermost_model_frame
 from attncompile.ir import Expr
 from attncompile.ir.expr import Const
@@ -44,9 +47,10 @@ from attncompile.ir.expr import Const
 def onnx_graph(model: ir.Model) -> Graph:
     """The Graph view of an ONNX model.
 
-    Values keep their names, and natives are the nodes by name. So that both can be named, the model is prepared in
-    place, without changing what it computes: functions are inlined, nameless nodes and values get names, node names
-    become unique.
+    Values keep their names, and natives are the nodes by name. So that both can be named, the model is
+    prepared in
+    place, without changing what it computes: functions are inlined, nameless nodes and values get names, node
+    names become unique.
 
     Raises:
         ValueError: when the model has no graph inputs' types to start from.
@@ -112,10 +116,10 @@ class _View:
         for node in graph:
             self._add(node)
 
-    def _constant(self, name: str, tensor: ir.TensorProtocol, role: str) -> None:
+    def _constant(self, name: str, tensor: ir.TensorProtocol, role: Role) -> None:
         self.constants.add(name)
-        self.inputs[name] = GraphInput(name, role, torch_tensor(tensor))  # type: ignore[arg-type]
-        self.infos[name] = Info(tuple(Const(int(n)) for n in tensor.shape), _dtype(tensor.dtype))
+        self.inputs[name] = GraphInput(name, role, torch_tensor(tensor))
+        self.infos[name] = Info(tuple(Const(n) for n in tensor.shape.numpy()), _dtype(tensor.dtype))
         known = known_tensor(tensor)
         if known is not None:
             self.known[name] = known
@@ -143,12 +147,30 @@ class _View:
             self.constants.update(output.name or "" for output in outputs)
         for position, output in enumerate(node.outputs):
             if output.name:
-                self._state(Builder(node, output.name, position, self._opset(node), self.infos, self.known,
-                                    self.constants, self.sizes, self.linears), output, tuple(names))
+                self._state(
+                    Builder(
+                        node,
+                        output.name,
+                        position,
+                        self._opset(node),
+                        self.infos,
+                        self.known,
+                        self.constants,
+                        self.sizes,
+                        self.linears,
+                    ),
+                    output,
+                    tuple(names),
+                )
 
     def _opset(self, node: ir.Node) -> int:
         versions = self.model.opset_imports
-        return node.version or versions.get(node.domain) or versions.get("ai.onnx" if not node.domain else "") or 1
+        return (
+            node.version
+            or versions.get(node.domain)
+            or versions.get("ai.onnx" if not node.domain else "")
+            or 1
+        )
 
     def _known(self, b: Builder) -> Known | None:
         """The elements of an output, where they are known from constants and sizes."""
@@ -157,9 +179,9 @@ class _View:
             return None
         operator, source = b.node.op_type, b.input(0)
         if operator in ("Shape", "Size"):
-            if source not in self.infos:
+            if source is None or source not in self.infos:
                 return None
-            shape = self.infos[source].shape  # type: ignore[index]
+            shape = self.infos[source].shape
             if operator == "Size":
                 return Known(0, (product(shape),))
             return known_shape(shape, b.attribute("start", 0), b.attribute("end"))
@@ -189,8 +211,8 @@ class _View:
             except AttentionRefused as refusal:
                 self._opaque(b, output, RefusedAttention(b.output, names, b.node.op_type, str(refusal)))
                 return
-            except (Unstated, ValueError, IndexError):
-                pass
+            except (Unstated, ValueError, IndexError, KeyError):
+                pass  # what is not stated is opaque, malformed nodes included
         self._opaque(b, output, Opaque(b.output, names, b.node.op_type))
 
     def _finish(self, b: Builder, last: str) -> None:
@@ -215,8 +237,8 @@ class _View:
     def _module(self, node: ir.Node, names: Iterable[str]) -> tuple[str, str]:
         """Path and class of the module a node belongs to.
 
-        The exporter's metadata says it, or the node's name; otherwise it is the innermost module that holds all
-        parameters nearby.
+        The exporter's metadata says it, or the node's name; otherwise it is the innermost module that holds
+        all parameters nearby.
         """
         scopes = _listed(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
         if len(scopes) > 1:
@@ -227,14 +249,16 @@ class _View:
             if "/" in name.strip("/"):
                 return ".".join(name.strip("/").split("/")[:-1]), ""
         own = [name.rsplit(".", 1)[0] for name in names if name in self.inputs and _PARAMETER.fullmatch(name)]
-        near = own or [self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants]
+        near = own or [
+            self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants
+        ]
         return _common_path(near), ""
 
     def graph(self) -> Graph:
         """The finished view.
 
-        A native node may have several values, so signatures and reads are listed per value; a value that is computed
-        from sizes alone reads nothing.
+        A native node may have several values, so signatures and reads are listed per value; a value that is
+        computed from sizes alone reads nothing.
         """
         signature: dict[str, str] = {}
         native_inputs: dict[str, tuple[str, ...]] = {}
@@ -251,8 +275,19 @@ class _View:
                 native_inputs[name] = tuple(reads(node)) if known is None else ()
         outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
         evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
-        return Graph(self.infos, tuple(self.nodes), self.inputs, outputs, self.natives, self.owner, evaluator,
-                     self.sizes.hints(), signature, native_inputs, dict(self.sizes.display))
+        return Graph(
+            self.infos,
+            tuple(self.nodes),
+            self.inputs,
+            outputs,
+            self.natives,
+            self.owner,
+            evaluator,
+            self.sizes.hints(),
+            signature,
+            native_inputs,
+            dict(self.sizes.display),
+        )
 
 
 _PARAMETER = re.compile(r"[\w.]+\.\w+")
@@ -284,20 +319,23 @@ def _source(node: ir.Node) -> str:
 
 
 def _signature(node: ir.Node) -> str:
-    written = ", ".join(f"{key}={_attribute_text(attribute)}" for key, attribute in sorted(node.attributes.items()))
+    written = ", ".join(
+        f"{key}={_attribute_text(attribute)}" for key, attribute in sorted(node.attributes.items())
+    )
     given = "".join("·" if value is not None else "-" for value in node.inputs)
     return f"{node.domain or 'ai.onnx'}::{node.op_type}({given}) {written}".rstrip()
 
 
 def _attribute_text(attribute: ir.Attr) -> str:
-    if attribute.type is ir.AttributeType.TENSOR:
-        return f"{attribute.value.dtype}{attribute.value.numpy().tolist()}" if attribute.value.size <= 64 else \
-            f"{attribute.value.dtype}{list(attribute.value.shape)}:{hash(attribute.value.tobytes())}"
-    return str(attribute.value)
+    if attribute.type is not ir.AttributeType.TENSOR:
+        return str(attribute.value)
+    tensor = attribute.as_tensor()
+    return f"{tensor.dtype}{list(tensor.shape)} {hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
 
 
 def _dtype(dtype: ir.DataType | None) -> str:
-    """The dtype's name in a Spec; of a type that a Spec cannot name (int16, 4 bits, strings) one of its kind."""
+    """The dtype's name in a Spec; of a type that a Spec cannot name (int16, 4 bits, strings) one of its
+    kind."""
     if dtype is None:
         return "float32"
     return DTYPE_NAMES.get(dtype, "int64" if dtype.is_integer() else "float32")
@@ -310,10 +348,11 @@ _TORCH_VIEWS: Mapping[ir.DataType, tuple[type[np.generic], torch.dtype]] = {
 
 
 def torch_tensor(tensor: ir.TensorProtocol) -> torch.Tensor | None:
-    """A constant as a torch tensor that shares its memory, or ``None`` for a type that torch or a Spec lacks."""
+    """A constant as a torch tensor that shares its memory, or ``None`` for a type that torch or a Spec
+    lacks."""
     if tensor.dtype not in DTYPE_NAMES:
         return None
-    array = np.ascontiguousarray(tensor.numpy()).reshape(tuple(int(n) for n in tensor.shape))
+    array = np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape.numpy())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if tensor.dtype in _TORCH_VIEWS:

@@ -16,7 +16,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention_1 as ReferenceAttention
 
 from attncompile.frontends.graph import GraphInput
-from attncompile.frontends.onnx_sizes import Known
+from attncompile.frontends.onnx_known import Known
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.types import DTYPES, concrete
 
@@ -47,8 +47,13 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """The tensor of a ``Constant`` node, in whichever attribute it is written."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
-    for name, dtype in (("value", None), ("value_float", np.float32), ("value_floats", np.float32),
-                        ("value_int", np.int64), ("value_ints", np.int64)):
+    for name, dtype in (
+        ("value", None),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         attribute = node.attributes.get(name)
         if attribute is not None:
             return attribute.value if dtype is None else ir.tensor(np.asarray(attribute.value, dtype))
@@ -59,12 +64,14 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 class OnnxEvaluator:
     """Runs native nodes.
 
-    Nodes of the standard operator set run in float64 through ONNX's reference implementation: constants and the targets
-    of casts are widened. As soon as another operator set takes part, which has no reference, ONNX Runtime runs the part
-    with its optimisations off and in the model's own dtypes; :meth:`precision` says which of the two it is.
+    Nodes of the standard operator set run in float64 through ONNX's reference implementation: constants and
+    the targets of casts are widened. As soon as another operator set takes part, which has no reference, ONNX
+    Runtime runs the part with its optimisations off and in the model's own dtypes; :meth:`precision` says
+    which of the two it is.
 
     Attributes:
-        model: the model. inputs: its inputs, parameters and constants. known: elements of values computed from sizes.
+        model: the model. inputs: its inputs, parameters and constants. known: elements of values computed
+            from sizes.
     """
 
     model: ir.Model
@@ -72,8 +79,9 @@ class OnnxEvaluator:
     known: Mapping[str, Known]
     _producers: dict[str, ir.Node] = field(default_factory=dict, compare=False, repr=False)
 
-    def __call__(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
-                 ) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         """The wanted native values, floats as float64.
 
         Args:
@@ -90,7 +98,8 @@ class OnnxEvaluator:
         return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
     def precision(self, wanted: Sequence[str], feeds: Sequence[str]) -> torch.dtype:
-        """The dtype in which the wanted values would be computed: float64, or the lowest that the model itself uses."""
+        """The dtype in which the wanted values would be computed: float64, or the lowest that the model
+        itself uses."""
         nodes, _ = self._needed(wanted, feeds)
         if all(node.domain in _STANDARD for node in nodes):
             return torch.float64
@@ -98,7 +107,8 @@ class OnnxEvaluator:
         return torch.float16 if used & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else torch.float32
 
     def _needed(self, wanted: Sequence[str], stop: Sequence[str]) -> tuple[list[ir.Node], list[str]]:
-        """The nodes between some values and the stops, in graph order, and the other values that they start from."""
+        """The nodes between some values and the stops, in graph order, and the other values that they start
+        from."""
         if not self._producers:
             self._producers.update({o.name: n for n in self.model.graph for o in n.outputs if o.name})
         needed: set[str] = set()
@@ -118,7 +128,9 @@ class OnnxEvaluator:
             stack += reads(node)
         return [node for node in self.model.graph if node.name in needed], leaves
 
-    def _part(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Part:
+    def _part(
+        self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> _Part:
         nodes, leaves = self._needed(wanted, list(feeds))
         constants: dict[str, np.ndarray] = {}
         for name in leaves:
@@ -134,12 +146,10 @@ class OnnxEvaluator:
         return _Part(nodes, constants, tuple(wanted))
 
     def _stored(self, name: str) -> np.ndarray:
-        given = self.inputs[name]
-        if given.value is not None:
-            value = given.value
-            return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
         node = self._producers.get(name)
-        tensor = constant_tensor(node) if node is not None else self.model.graph.initializers[name].const_value
+        tensor = (
+            constant_tensor(node) if node is not None else self.model.graph.initializers[name].const_value
+        )
         if tensor is None:
             raise ValueError(f"the constant {name!r} has no data")
         return tensor.numpy()
@@ -176,10 +186,9 @@ class GatherElements(OpRun):
 class Attention(ReferenceAttention):
     """``Attention`` with its scale as a Python float; ONNX's reference takes the root of it in float32."""
 
-    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+    def _run(self, *inputs: Any, **attributes: Any) -> Any:
         scale = attributes.pop("scale", None)
-        found: tuple[np.ndarray, ...] = super()._run(*inputs, scale=scale and float(scale), **attributes)
-        return found
+        return super()._run(*inputs, **{**attributes, "scale": scale and float(scale)})
 
 
 class Softmax(OpRun):
@@ -219,8 +228,11 @@ class _Part:
         proto = _model(model, nodes, given, outputs)
         evaluator = ReferenceEvaluator(proto, new_ops=_better(model.opset_imports.get("", 1)))
         try:
-            results = dict(zip(outputs, evaluator.run(None, given), strict=True))
-        except Exception as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
+            with np.errstate(all="ignore"):  # 0 · ∞ in masked positions is the model's business
+                results = dict(zip(outputs, evaluator.run(None, given), strict=True))
+        except (
+            Exception
+        ) as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
             raise ValueError(f"ONNX's reference cannot compute {', '.join(outputs)}: {error}") from error
         return {name: _wide(np.asarray(results.get(name, given.get(name)))) for name in self.wanted}
 
@@ -228,32 +240,45 @@ class _Part:
         """In the model's own dtypes, by ONNX Runtime."""
         import onnxruntime
 
-        declared = {value.name: value.dtype for node in self.nodes for value in node.inputs if value is not None}
+        declared = {
+            value.name: value.dtype for node in self.nodes for value in node.inputs if value is not None
+        }
         given = {}
         for name, value in {**self.constants, **{n: _array(t) for n, t in feeds.items()}}.items():
             dtype = declared.get(name)
             narrowed = value.dtype.kind == "f"
-            given[name] = value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
+            given[name] = (
+                value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
+            )
         used = {name for node in self.nodes for name in (v.name for v in node.inputs if v is not None)}
         given = {name: value for name, value in given.items() if name in used}
         proto = _model(model, [ir.to_proto(node) for node in self.nodes], given, list(self.wanted))
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         results = session.run(list(self.wanted), given)
         return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
 
 
-def _model(model: ir.Model, nodes: list[onnx.NodeProto], given: Mapping[str, np.ndarray], outputs: list[str]
-           ) -> onnx.ModelProto:
+def _model(
+    model: ir.Model, nodes: list[onnx.NodeProto], given: Mapping[str, np.ndarray], outputs: list[str]
+) -> onnx.ModelProto:
     inputs = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
+        )
         for name, value in given.items()
     ]
-    graph = onnx.helper.make_graph(nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in outputs])
+    graph = onnx.helper.make_graph(
+        nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in outputs]
+    )
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION))
+    return onnx.helper.make_model(
+        graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION)
+    )
 
 
 def _widen(node: onnx.NodeProto) -> None:
@@ -267,7 +292,9 @@ def _widen(node: onnx.NodeProto) -> None:
             for tensor in graph.initializer:
                 if tensor.data_type in _NARROW:
                     name = tensor.name
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name))
+                    tensor.CopyFrom(
+                        onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name)
+                    )
             for inner in graph.node:
                 _widen(inner)
 

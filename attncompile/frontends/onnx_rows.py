@@ -1,206 +1,40 @@
-"""What each ONNX operator does to elements: one row per operator, from a native node to nodes of the Graph view."""
+"""What each ONNX operator does to elements: one row per operator."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from attncompile.frontends import movement
 from attncompile.frontends.graph import (
-    Cast,
     Concatenate,
-    Contract,
     Fill,
-    FusedAttention,
     IndexMap,
     Indices,
-    Info,
     Iota,
     Linear,
-    Move,
-    Node,
-    Pointwise,
     Select,
     Softmax,
 )
+from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
+from attncompile.frontends.onnx_builder import Builder, Row, Unstated, axis_of
+from attncompile.frontends.onnx_known import DTYPE_NAMES, Known, known_tensor
 from attncompile.frontends.onnx_sizes import (
-    DTYPE_NAMES,
-    Known,
-    SizeNames,
     broadcast_shapes,
-    known_tensor,
     nonnegative,
     product,
     quotient,
     slice_range,
 )
-from attncompile.ir import Expr, Index, Kind, Load, simplify
+from attncompile.ir import Expr, Kind, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 from attncompile.ir.types import element_kind
 
 LARGEST_INDEX_LIST = 16
 """Constant positions of a ``Gather`` beyond which they are read from their tensor."""
-
-
-class Unstated(Exception):
-    """This use of the operator has no row; the node stays opaque."""
-
-
-class AttentionRefused(Exception):
-    """A native attention call that cannot be stated; the message says why."""
-
-
-@dataclass
-class Builder:
-    """Collects the nodes that one output of a native node is stated as.
-
-    Attributes:
-        node: the native node.
-        output: name of the output, position: its number.
-        opset: version of the node's operator set.
-        infos: shape and dtype of every value so far; known: elements of small values so far.
-        constants: values made of constants alone.
-        sizes: the model's symbolic sizes.
-        linears: products with a constant matrix so far, by the value they make.
-    """
-
-    node: ir.Node
-    output: str
-    position: int
-    opset: int
-    infos: dict[str, Info]
-    known: Mapping[str, Known]
-    constants: frozenset[str] | set[str]
-    sizes: SizeNames
-    linears: Mapping[str, Linear] = field(default_factory=dict)
-    made: list[Node] = field(default_factory=list)
-
-    def input(self, number: int) -> str | None:
-        """Name of an input, or ``None`` when it is not given."""
-        value = self.node.inputs[number] if number < len(self.node.inputs) else None
-        return value.name if value is not None and value.name else None
-
-    def tensor(self, number: int = 0) -> str:
-        """Name of an input that must be there, with a known shape."""
-        name = self.input(number)
-        if name is None or name not in self.infos:
-            raise Unstated
-        return name
-
-    def tensors(self) -> list[str]:
-        """All inputs."""
-        return [self.tensor(number) for number in range(len(self.node.inputs))]
-
-    def elements(self, number: int) -> tuple[Expr, ...]:
-        """The elements of a small input."""
-        known = self.known.get(self.input(number) or "")
-        if known is None:
-            raise Unstated
-        return known.items
-
-    def scalar(self, number: int) -> Expr:
-        """The one element of an input."""
-        items = self.elements(number)
-        if len(items) != 1:
-            raise Unstated
-        return items[0]
-
-    def integers(self, number: int) -> tuple[int, ...]:
-        """The elements of a constant integer input."""
-        known = self.known.get(self.input(number) or "")
-        found = known.integers() if known is not None else None
-        if found is None:
-            raise Unstated
-        return found
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        """The value of an attribute."""
-        found = self.node.attributes.get(name)
-        return default if found is None else found.value
-
-    def listed(self, name: str, number: int) -> tuple[int, ...] | None:
-        """Integers that older operator sets take as an attribute, and newer ones as an input."""
-        written = self.attribute(name)
-        if written is not None:
-            return tuple(written)
-        return None if self.input(number) is None else self.integers(number)
-
-    def shape(self, value: str) -> Indices:
-        return self.infos[value].shape
-
-    def dtype(self, value: str) -> str:
-        return self.infos[value].dtype
-
-    def emit(self, make: Callable[[str], Node], shape: Indices, dtype: str) -> str:
-        """Add a node, built from the name it shall have."""
-        name = f"{self.output}#{len(self.made)}"
-        self.made.append(make(name))
-        self.infos[name] = Info(tuple(shape), dtype)
-        return name
-
-    def pointwise(self, operator: str, *operands: str | Expr, dtype: str | None = None) -> str:
-        named = [operand for operand in operands if isinstance(operand, str)]
-        shape = broadcast_shapes([self.shape(operand) for operand in named], self.sizes)
-        if dtype is None:
-            dtype = self.dtype(named[-1 if operator == "where" else 0])
-        return self.emit(lambda name: Pointwise(name, operator, operands), shape, dtype)
-
-    def move(self, source: str, index_map: IndexMap, what: str, shape: Indices) -> str:
-        return self.emit(lambda name: Move(name, source, index_map, what), shape, self.dtype(source))
-
-    def same(self, source: str) -> str:
-        return self.move(source, movement.identity, "same", self.shape(source))
-
-    def reshape(self, source: str, shape: Indices) -> str:
-        return self.move(source, movement.reshape(self.shape(source), shape), "reshape", shape)
-
-    def cast(self, source: str, dtype: str) -> str:
-        if self.dtype(source) == dtype:
-            return self.same(source)
-        return self.emit(lambda name: Cast(name, source, dtype), self.shape(source), dtype)
-
-    def number(self, value: float, like: str) -> Const:
-        """A constant of the kind of a tensor."""
-        kind = element_kind(self.dtype(like))
-        return Const(bool(value) if kind is Kind.BOOL else int(value) if kind is Kind.INT else float(value))
-
-    def index_along(self, axis: int, shape: Indices) -> str:
-        """The position along one axis of a shape, as an integer tensor of that shape."""
-        iota = self.emit(lambda name: Iota(name, ZERO, ONE), (shape[axis],), "int64")
-        return self.move(iota, lambda indices: (indices[axis],), "iota", shape)
-
-    def contract(self, left: str, right: str, labels: tuple[tuple[str, ...], ...]) -> str:
-        """A product of two tensors; sizes of one label must agree where the graph runs."""
-        sizes: dict[str, Expr] = {}
-        summed = set(labels[0]) | set(labels[1])
-        summed -= set(labels[2])
-        for tensor, names in ((left, labels[0]), (right, labels[1])):
-            for label, size in zip(names, self.shape(tensor), strict=True):
-                if label in sizes:
-                    (self.sizes.prove_equal if label in summed else self.sizes.meet)(sizes[label], size)
-                    sizes[label] = broadcast_shapes([(sizes[label],), (size,)])[0]
-                else:
-                    sizes[label] = size
-        shape = tuple(sizes[label] for label in labels[2])
-        return self.emit(lambda name: Contract(name, left, right, *labels), shape, self.dtype(left))
-
-
-Row = Callable[[Builder], str]
-
-
-def axis_of(number: int, rank: int) -> int:
-    """An axis counted from the front.
-
-    Raises:
-        Unstated: for an axis outside the tensor.
-    """
-    if not -rank <= number < max(rank, 1):
-        raise Unstated
-    return number % rank if rank else 0
 
 
 def _is_float(b: Builder, value: str) -> bool:
@@ -234,11 +68,17 @@ def _add(b: Builder) -> str:
     """A sum; of a product with a matrix and a constant vector it is that product with its bias."""
     for product_with, bias in (b.tensors(), b.tensors()[::-1]):
         linear = b.linears.get(product_with)
-        if linear is not None and linear.bias is None and bias in b.constants and (
-            b.shape(bias) == b.shape(product_with)[-1:]
+        if (
+            linear is not None
+            and linear.bias is None
+            and bias in b.constants
+            and (b.shape(bias) == b.shape(product_with)[-1:])
         ):
-            return b.emit(lambda name, of=linear, add=bias: replace(of, output=name, bias=add),  # type: ignore[misc]
-                          b.shape(product_with), b.dtype(product_with))
+            return b.emit(
+                lambda name, of=linear, add=bias: replace(of, output=name, bias=add),  # type: ignore[misc]
+                b.shape(product_with),
+                b.dtype(product_with),
+            )
     return b.pointwise("add", *b.tensors())
 
 
@@ -253,8 +93,12 @@ def _divide(b: Builder) -> str:
         return b.pointwise("div", left, right)
     # integers truncate toward zero
     whole = b.pointwise("floordiv", b.pointwise("abs", left), b.pointwise("abs", right))
-    opposite = b.pointwise("ne", b.pointwise("lt", left, ZERO, dtype="bool"),
-                           b.pointwise("lt", right, ZERO, dtype="bool"), dtype="bool")
+    opposite = b.pointwise(
+        "ne",
+        b.pointwise("lt", left, ZERO, dtype="bool"),
+        b.pointwise("lt", right, ZERO, dtype="bool"),
+        dtype="bool",
+    )
     return b.pointwise("where", opposite, b.pointwise("mul", Const(-1), whole), whole)
 
 
@@ -418,8 +262,10 @@ def _tile(b: Builder) -> str:
     repeats = b.elements(1)
 
     def index_map(indices: Indices) -> Indices:
-        return tuple(index if times == ONE else ZERO if size == ONE else apply("mod", index, size)
-                     for index, times, size in zip(indices, repeats, shape, strict=True))
+        return tuple(
+            index if times == ONE else ZERO if size == ONE else apply("mod", index, size)
+            for index, times, size in zip(indices, repeats, shape, strict=True)
+        )
 
     target = tuple(simplify(size * times) for size, times in zip(shape, repeats, strict=True))
     return b.move(source, index_map, "repeat", target)
@@ -428,11 +274,13 @@ def _tile(b: Builder) -> str:
 def _slice(b: Builder) -> str:
     source = b.tensor()
     shape = list(b.shape(source))
+    starts: Sequence[Expr]
+    ends: Sequence[Expr]
     if b.opset < 10:
-        starts, ends = ([Const(n) for n in b.attribute(name)] for name in ("starts", "ends"))
+        starts, ends = (tuple(Const(n) for n in b.attribute(name)) for name in ("starts", "ends"))
         axes, steps = b.attribute("axes"), None
     else:
-        starts, ends = list(b.elements(1)), list(b.elements(2))
+        starts, ends = b.elements(1), b.elements(2)
         axes = b.integers(3) if b.input(3) is not None else None
         steps = b.integers(4) if b.input(4) is not None else None
     value = source
@@ -503,8 +351,11 @@ def _pad(b: Builder) -> str:
             parts.insert(place * len(parts), b.emit(lambda name: Fill(name, filler), edge, b.dtype(value)))
         if len(parts) > 1:
             shape[axis] = simplify(shape[axis] + before + after)
-            value = b.emit(lambda name, joined=tuple(parts), along=axis: Concatenate(name, joined, along),  # type: ignore[misc]
-                           tuple(shape), b.dtype(value))
+            value = b.emit(
+                lambda name, joined=tuple(parts), along=axis: Concatenate(name, joined, along),  # type: ignore[misc]
+                tuple(shape),
+                b.dtype(value),
+            )
     return value
 
 
@@ -543,7 +394,9 @@ def _part(first: int, last: int | None = None) -> IndexMap:
 def _gather_elements(b: Builder) -> str:
     data, index = b.tensor(), b.tensor(1)
     axis = axis_of(b.attribute("axis", 0), len(b.shape(data)))
-    positions = tuple((index, movement.identity) if a == axis else (None, _part(a)) for a in range(len(b.shape(data))))
+    positions = tuple(
+        (index, movement.identity) if a == axis else (None, _part(a)) for a in range(len(b.shape(data)))
+    )
     return b.emit(lambda name: Select(name, data, positions), b.shape(index), b.dtype(data))
 
 
@@ -576,7 +429,11 @@ def _gather_nd(b: Builder) -> str:
 
 def _range(b: Builder) -> str:
     start, limit, step = (b.scalar(number) for number in range(3))
-    if any(expr.kind is not Kind.INT for expr in (start, limit, step)) or not isinstance(step, Const) or step.value == 0:
+    if (
+        any(expr.kind is not Kind.INT for expr in (start, limit, step))
+        or not isinstance(step, Const)
+        or step.value == 0
+    ):
         raise Unstated
     span = limit - start if step.value > 0 else start - limit
     length = simplify((span + (abs(int(step.value)) - 1)) // abs(int(step.value)))
@@ -610,9 +467,11 @@ def _labels(count: int, offset: int = 0) -> tuple[str, ...]:
     return tuple(f"batch{n + offset}" for n in range(count))
 
 
-def _matmul_labels(left: Indices, right: Indices, swap_left: bool = False, swap_right: bool = False
-                   ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Labels of NumPy's ``matmul``, whose batch axes broadcast right-aligned and whose vectors lack an axis."""
+def _matmul_labels(
+    left: Indices, right: Indices, swap_left: bool = False, swap_right: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Labels of NumPy's ``matmul``, whose batch axes broadcast right-aligned and whose vectors lack an
+    axis."""
     batch = max(len(left), len(right), 2) - 2
     rows = ("row", "inner") if len(left) > 1 else ("inner",)
     columns = ("inner", "column") if len(right) > 1 else ("inner",)
@@ -631,13 +490,21 @@ def _linear(b: Builder, source: str, weight: str, bias: str | None, transposed: 
     """A product with a constant matrix."""
     inputs, outputs = b.shape(weight) if transposed else reversed(b.shape(weight))
     b.sizes.prove_equal(b.shape(source)[-1], inputs)
-    return b.emit(lambda name: Linear(name, source, weight, bias, transposed), (*b.shape(source)[:-1], outputs),
-                  b.dtype(source))
+    return b.emit(
+        lambda name: Linear(name, source, weight, bias, transposed),
+        (*b.shape(source)[:-1], outputs),
+        b.dtype(source),
+    )
 
 
 def _matmul(b: Builder) -> str:
     left, right = b.tensors()
-    if right in b.constants and left not in b.constants and len(b.shape(right)) == 2 and len(b.shape(left)) > 1:
+    if (
+        right in b.constants
+        and left not in b.constants
+        and len(b.shape(right)) == 2
+        and len(b.shape(left)) > 1
+    ):
         return _linear(b, left, right, None, True)
     return b.contract(left, right, _matmul_labels(b.shape(left), b.shape(right)))
 
@@ -647,7 +514,9 @@ def _fused_matmul(b: Builder) -> str:
     left, right = b.tensor(0), b.tensor(1)
     if b.attribute("transBatchA", 0) or b.attribute("transBatchB", 0):
         raise Unstated
-    labels = _matmul_labels(b.shape(left), b.shape(right), bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0)))
+    labels = _matmul_labels(
+        b.shape(left), b.shape(right), bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0))
+    )
     alpha = float(b.attribute("alpha", 1.0))
     made = b.contract(left, right, labels)
     return made if alpha == 1.0 else b.pointwise("mul", Const(alpha), made)
@@ -657,15 +526,17 @@ def _gemm(b: Builder) -> str:
     left, right, added = b.tensor(0), b.tensor(1), b.input(2)
     swapped = bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0))
     alpha, beta = float(b.attribute("alpha", 1.0)), float(b.attribute("beta", 1.0))
-    if right in b.constants and left not in b.constants and not swapped[0] and alpha == 1.0:
-        if added is None or (beta == 1.0 and added in b.constants and len(b.shape(added)) == 1):
-            return _linear(b, left, right, added, not swapped[1])
+    plain = right in b.constants and left not in b.constants and not swapped[0] and alpha == 1.0
+    if plain and (added is None or (beta == 1.0 and added in b.constants and len(b.shape(added)) == 1)):
+        return _linear(b, left, right, added, not swapped[1])
     made = b.contract(left, right, _matmul_labels(b.shape(left), b.shape(right), *swapped))
     if alpha != 1.0:
         made = b.pointwise("mul", Const(alpha), made)
     if added is None:
         return made
-    return b.pointwise("add", made, b.tensor(2) if beta == 1.0 else b.pointwise("mul", Const(beta), b.tensor(2)))
+    return b.pointwise(
+        "add", made, b.tensor(2) if beta == 1.0 else b.pointwise("mul", Const(beta), b.tensor(2))
+    )
 
 
 def _einsum(b: Builder) -> str:
@@ -682,8 +553,15 @@ def _einsum(b: Builder) -> str:
         result = (*_labels(batch), *single)
     else:
         result = _einsum_term(output, len(output.replace("...", "")) + batch)
-    aligned = [tuple(f"batch{int(label[5:]) + batch - sum(n.startswith('batch') for n in labels)}"
-                     if label.startswith("batch") else label for label in labels) for labels in plain]
+    aligned = [
+        tuple(
+            f"batch{int(label[5:]) + batch - sum(n.startswith('batch') for n in labels)}"
+            if label.startswith("batch")
+            else label
+            for label in labels
+        )
+        for labels in plain
+    ]
     if any(len(set(labels)) != len(labels) for labels in (*aligned, result)):
         raise Unstated
     if len(tensors) == 1:
@@ -718,198 +596,33 @@ def _softmax(b: Builder) -> str:
     return b.reshape(weights, shape)
 
 
-# Attention as one call
-
-
-def _refuse_unless(condition: object, reason: str) -> None:
-    if not condition:
-        raise AttentionRefused(reason)
-
-
-def _refuse_inputs(b: Builder, names: Mapping[int, str]) -> None:
-    for number, what in names.items():
-        _refuse_unless(b.input(number) is None, f"it takes {what}")
-
-
-def _refuse_other_outputs(b: Builder) -> None:
-    for output in b.node.outputs[1:]:
-        read = output.uses() or output.is_graph_output()
-        _refuse_unless(not read, f"its output {output.name} is read, too")
-
-
-def _exact(size: Expr, parts: int) -> int:
-    """A constant size divided into parts."""
-    _refuse_unless(isinstance(size, Const) and parts > 0 and int(size.value) % parts == 0,
-                   f"its channels ({size}) are not a fixed multiple of its {parts} heads")
-    return int(size.value) // parts  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """One operand of a fused call: how many heads of how many channels, and where its element is."""
-
-    heads: Expr
-    length: Expr
-    channels: int
-    batch: Expr
-    at: Callable[[Expr, Indices], Indices]
-
-
-def _heads(b: Builder, tensor: str, heads: int | None) -> _Heads:
-    """``[B, H, S, D]``, or ``[B, S, H·D]`` with a given number of heads."""
-    shape = b.shape(tensor)
-    if len(shape) == 4:
-        _refuse_unless(isinstance(shape[3], Const), f"the channels of {tensor} are not fixed")
-        return _Heads(shape[1], shape[2], int(shape[3].value), shape[0],  # type: ignore[attr-defined]
-                      lambda head, indices: (indices[0], head, indices[2], indices[3]))
-    _refuse_unless(len(shape) == 3, f"{tensor} has {len(shape)} axes")
-    _refuse_unless(heads, f"the number of heads of {tensor} is not given")
-    channels = _exact(shape[2], heads or 1)
-    return _Heads(Const(heads or 1), shape[1], channels, shape[0],
-                  lambda head, indices: (indices[0], indices[2], simplify(head * channels + indices[3])))
-
-
-def _fused(b: Builder, query: str, key: str, value: str, heads: tuple[int | None, int | None], *, mask: str | None,
-           causal: Expr | None, scale: float | None, mask_fill: float, softcap: float, empty: str, dtype: str,
-           reads: tuple[str, ...] = ()) -> str:
-    """Attention over operands in either layout, query heads sharing KV heads in blocks."""
-    q, k, v = _heads(b, query, heads[0]), _heads(b, key, heads[1]), _heads(b, value, heads[1])
-    kv_head: Expr = Index("h")
-    if k.heads != q.heads:
-        _refuse_unless(isinstance(q.heads, Const) and isinstance(k.heads, Const), "its numbers of heads are not fixed")
-        kv_head = simplify(apply("floordiv", Index("h"), _exact(q.heads, int(k.heads.value))))  # type: ignore[attr-defined]
-    full = (q.batch, q.heads, q.length, k.length)
-    for one, other in ((q.batch, k.batch), (q.batch, v.batch), (k.length, v.length)):
-        b.sizes.prove_equal(one, other)
-    _refuse_unless(q.channels == k.channels, "query and key differ in their channels")
-    if mask is not None:
-        for size, wanted in zip(reversed(b.shape(mask)), reversed(full), strict=False):
-            _refuse_unless(ONE in (size, wanted) or not (isinstance(size, Const) and isinstance(wanted, Const))
-                           or size == wanted, f"its mask is shorter ({size}) than the keys ({wanted})")
-            b.sizes.meet(wanted, size)
-
-    def at(operand: _Heads, shared: bool) -> IndexMap:
-        def index_map(indices: Indices) -> Indices:
-            head = _head_of(kv_head, indices[1]) if shared else indices[1]
-            return operand.at(head, indices)
-
-        return index_map
-
-    flat = len(b.shape(query)) == 3
-    shape = ((q.batch, q.length, simplify(q.heads * v.channels)) if flat
-             else (q.batch, q.heads, q.length, Const(v.channels)))
-    return b.emit(lambda name: FusedAttention(
-        name, query, key, value, at(q, False), at(k, True), at(v, True), mask,
-        movement.broadcast(b.shape(mask), full) if mask is not None else None, causal,
-        scale if scale else 1.0 / math.sqrt(q.channels), (*full, Const(q.channels), Const(v.channels)),
-        ("b", "i", "he") if flat else ("b", "h", "i", "e"), dtype, empty,  # type: ignore[arg-type]
-        mask_fill, softcap, reads,
-    ), shape, b.dtype(query))
-
-
-def _head_of(kv_head: Expr, head: Expr) -> Expr:
-    return apply("floordiv", head, kv_head.children[1]) if kv_head.children else head
-
-
-def _attention(b: Builder) -> str:
-    """``Attention`` of opset 23 and later, as its reference states it: soft cap before mask, empty rows give zero."""
-    _refuse_inputs(b, {4: "a past key", 5: "a past value"})
-    _refuse_other_outputs(b)
-    position: Expr = Index("i")
-    visible: list[Expr] = []
-    valid = b.tensor(6) if b.input(6) is not None else None
-    if valid is not None:
-        # the queries are the last of the valid keys of their row
-        count = Load(valid, (Index("b"),), Kind.INT)
-        position = position + count - b.shape(b.tensor(0))[-2]
-        visible.append(Index("j") < count)
-    if b.attribute("is_causal", 0):
-        visible.append(Index("j") <= position)
-    before, after = b.attribute("left_window_size", -1), b.attribute("right_window_size", -1)
-    if before >= 0:
-        visible.append(position - Index("j") <= before)
-    if after >= 0:
-        visible.append(Index("j") - position <= after)
-    precision = b.attribute("softmax_precision")
-    dtype = b.dtype(b.tensor()) if precision is None else DTYPE_NAMES.get(ir.DataType(precision), "float32")
-    return _fused(b, b.tensor(0), b.tensor(1), b.tensor(2),
-                  (b.attribute("q_num_heads"), b.attribute("kv_num_heads")),
-                  mask=b.tensor(3) if b.input(3) is not None else None,
-                  causal=simplify(apply("and", *visible)) if visible else None, scale=b.attribute("scale"),
-                  mask_fill=-math.inf, softcap=float(b.attribute("softcap", 0.0)), empty="zero", dtype=dtype,
-                  reads=(valid,) if valid is not None else ())
-
-
-def _multi_head_attention(b: Builder) -> str:
-    """com.microsoft ``MultiHeadAttention``: a padded key gets ``mask_filter_value`` added, a later one the lowest number."""
-    for number in (1, 2):
-        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
-    _refuse_inputs(b, {3: "the bias of the projections", 6: "a past key", 7: "a past value",
-                       8: "the length of a cache", 9: "indices of a beam search"})
-    _refuse_other_outputs(b)
-    heads = int(b.attribute("num_heads"))
-    bias = b.tensor(5) if b.input(5) is not None else None
-    if b.input(4) is not None:
-        padding = b.tensor(4)
-        _refuse_unless(len(b.shape(padding)) == 2, "its padding mask is given as lengths or per query")
-        batch, length = b.shape(padding)
-        lifted = b.move(padding, movement.unsqueeze([1, 2]), "unsqueeze", (batch, ONE, ONE, length))
-        kept = b.pointwise("ne", lifted, ZERO, dtype="bool")
-        filled = Const(float(b.attribute("mask_filter_value", -10000.0)))
-        added = b.pointwise("where", kept, Const(0.0), filled, dtype=b.dtype(b.tensor()))
-        bias = added if bias is None else b.pointwise("add", bias, added)
-    return _fused(b, b.tensor(0), b.tensor(1), b.tensor(2), (heads, heads), mask=bias,
-                  causal=Index("j") <= Index("i") if b.attribute("unidirectional", 0) else None,
-                  scale=b.attribute("scale"), mask_fill=LOWEST, softcap=0.0, empty="nan", dtype=b.dtype(b.tensor()))
-
-
-LOWEST = -3.4028234663852886e38
-"""The lowest float32, which ONNX Runtime gives a position that a causal call hides."""
-
-
-def _refused(reason: str) -> Row:
-    def row(b: Builder) -> str:
-        raise AttentionRefused(reason)
-
-    return row
-
-
+# fmt: off
 _POINTWISE = {"Mul": "mul", "Sum": "add", "Min": "min", "Max": "max", "Abs": "abs"}
-_REAL = {"Exp": "exp", "Log": "log", "Tanh": "tanh", "Sigmoid": "sigmoid", "Erf": "erf", "Sqrt": "sqrt", "Sin": "sin",
+_REAL = {"Exp": "exp", "Log": "log", "Tanh": "tanh", "Sigmoid": "sigmoid", "Erf": "erf", "Sqrt": "sqrt",
+"Sin": "sin",
          "Cos": "cos", "Floor": "floor", "Ceil": "ceil", "Round": "round"}
-_TRUTH = {"Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and",
+_TRUTH = {"Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge",
+"And": "and",
           "Or": "or", "Xor": "ne", "Not": "not"}
 
 ROWS: dict[str, Row] = {
     **{name: _plain(operator) for name, operator in _POINTWISE.items()},
     **{name: _real(operator) for name, operator in _REAL.items()},
     **{name: _plain(operator, "bool") for name, operator in _TRUTH.items()},
-    "Add": _add, "Sub": _subtract, "Div": _divide, "Mod": _modulo, "Neg": _negate, "Reciprocal": _reciprocal, "Pow": _power,
+    "Add": _add, "Sub": _subtract, "Div": _divide, "Mod": _modulo, "Neg": _negate, "Reciprocal": _reciprocal,
+    "Pow": _power,
     "Clip": _clip, "Relu": _relu, "Mean": _mean, "Where": _where, "IsNaN": _is_nan, "IsInf": _is_infinite,
-    "Cast": _cast, "CastLike": _cast_like, "Identity": _identity, "Dropout": _dropout, "Transpose": _transpose,
+    "Cast": _cast, "CastLike": _cast_like, "Identity": _identity, "Dropout": _dropout,
+    "Transpose": _transpose,
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Expand": _expand,
     "Tile": _tile, "Slice": _slice, "Split": _split, "Concat": _concatenate, "Pad": _pad, "Gather": _gather,
-    "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range, "ConstantOfShape": _constant_of_shape,
-    "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax, "Attention": _attention,
+    "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range,
+    "ConstantOfShape": _constant_of_shape,
+    "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax, **CALLS,
 }
+# fmt: on
 """Operators of the standard set."""
-
-CONTRIB_ROWS: dict[str, Row] = {
-    "FusedMatMul": _fused_matmul, "MultiHeadAttention": _multi_head_attention, "Trilu": _triangle,
-    "GroupQueryAttention": _refused("which keys it sees depends on the cache lengths it is given (seqlens_k)"),
-    "Attention": _refused("it holds the projections of query, key and value"),
-    "QAttention": _refused("it holds quantised projections of query, key and value"),
-    "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),
-    "PackedMultiHeadAttention": _refused("it takes rows of different length without padding"),
-    "DecoderMaskedMultiHeadAttention": _refused("it updates a cache"),
-    "DecoderMaskedSelfAttention": _refused("it updates a cache"),
-    "DecoderAttention": _refused("it updates a cache"),
-    "LongformerAttention": _refused("it holds the projections of a windowed attention with global tokens"),
-    "SparseAttention": _refused("its mask is a table of blocks"),
-    "PagedAttention": _refused("its keys lie in pages"),
-    "LinearAttention": _refused("it is a scan, not an attention with a normaliser"),
-    "BiasSoftmax": _refused("its bias is added inside the normaliser"),
-}
+CONTRIB_ROWS: dict[str, Row] = {"FusedMatMul": _fused_matmul, "Trilu": _triangle, **CONTRIB_CALLS}
 """Operators of ONNX Runtime's own set (com.microsoft)."""
 
 EVERY_OUTPUT = frozenset({"Split", "Dropout"})
@@ -923,13 +636,17 @@ def rows_of(domain: str) -> Mapping[str, Row]:
 
 # Shapes of what stays opaque
 
-SAME_SHAPE = frozenset((
-    "LayerNormalization SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization "
-    "RMSNormalization GroupNormalization InstanceNormalization BatchNormalization LpNormalization "
-    "MeanVarianceNormalization Gelu FastGelu BiasGelu QuickGelu Softplus Softsign Elu Selu Celu LeakyRelu PRelu "
-    "HardSigmoid HardSwish Mish Swish ThresholdedRelu LogSoftmax Hardmax CumSum Sign Tan Sinh Cosh Asin Acos Atan "
-    "ScatterND ScatterElements RotaryEmbedding Shrink BiasSoftmax QuickGelu"
-).split())
+# fmt: off
+SAME_SHAPE = frozenset({
+    "LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization", "RMSNormalization", "GroupNormalization",
+    "InstanceNormalization", "BatchNormalization", "LpNormalization", "MeanVarianceNormalization",
+    "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Softplus", "Softsign", "Elu", "Selu", "Celu",
+    "LeakyRelu", "PRelu", "HardSigmoid", "HardSwish", "Mish", "Swish", "ThresholdedRelu", "LogSoftmax",
+    "Hardmax", "CumSum", "Sign", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "ScatterND",
+    "ScatterElements", "RotaryEmbedding", "Shrink", "BiasSoftmax",
+})
+# fmt: on
 """Operators whose first output has shape and dtype of the first input."""
 
 
@@ -959,16 +676,20 @@ def _reduction(b: Builder) -> tuple[Indices, str]:
         axes = () if axes is not None and b.attribute("noop_with_empty_axes", 0) else tuple(range(len(shape)))
     gone = {axis_of(axis, len(shape)) for axis in axes}
     keep = b.attribute("keepdims", 1)
-    return tuple(ONE if axis in gone else size for axis, size in enumerate(shape) if keep or axis not in gone), \
-        b.dtype(b.tensor())
+    return tuple(
+        ONE if axis in gone else size for axis, size in enumerate(shape) if keep or axis not in gone
+    ), b.dtype(b.tensor())
 
 
+# fmt: off
 OPAQUE_SHAPES: dict[str, Callable[[Builder], tuple[Indices, str]]] = {
-    "QuantizeLinear": _quantized, "DequantizeLinear": _dequantized, "DynamicQuantizeLinear": _dynamically_quantized,
+    "QuantizeLinear": _quantized, "DequantizeLinear": _dequantized,
+    "DynamicQuantizeLinear": _dynamically_quantized,
     "MatMulInteger": _integer_product,
     **{f"Reduce{name}": _reduction for name in (
         "Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
 }
+# fmt: on
 """Shape and dtype of outputs that have no statement."""
 
 
@@ -984,19 +705,3 @@ def opaque_info(b: Builder) -> tuple[Indices, str]:
     if rule is None:
         raise Unstated
     return rule(b)
-
-
-def fills(b: Builder, known: Known) -> str:
-    """A small tensor whose elements are known: constants and sizes."""
-    items = known.items
-    numbers = known.integers()
-    if len(set(items)) <= 1:
-        return b.emit(lambda name: Fill(name, items[0] if items else ZERO), known.shape, known.dtype)
-    if numbers is not None:
-        step = numbers[1] - numbers[0]
-        if all(number == numbers[0] + step * place for place, number in enumerate(numbers)):
-            return b.emit(lambda name: Iota(name, Const(numbers[0]), Const(step)), known.shape, known.dtype)
-    parts = tuple(
-        b.emit(lambda name, item=item: Fill(name, item), (ONE,), known.dtype) for item in items  # type: ignore[misc]
-    )
-    return b.emit(lambda name: Concatenate(name, parts, 0), known.shape, known.dtype)

@@ -1,69 +1,22 @@
-"""Sizes and small integer tensors of an ONNX graph, as expressions.
-
-Exported graphs compute their shapes: ``Shape → Gather → Unsqueeze → Concat → Reshape``. Every such value of rank 0 or 1
-is known here as a tuple of expressions over the symbolic sizes, so that a reshape in a model with dynamic axes has an
-index map like any other.
-"""
+"""Symbolic sizes of an ONNX graph, and arithmetic on shapes."""
 
 from __future__ import annotations
 
 import ast
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import onnx
-import onnx_ir as ir
-
-from attncompile.frontends.graph import Indices
-from attncompile.ir import Expr, Kind, Size, simplify
-from attncompile.ir.expr import ONE, ZERO, Const, apply, walk
-from attncompile.ir.operators import OPERATORS
+from attncompile.frontends.graph import (
+    Indices,
+)
+from attncompile.ir import Expr, Size, simplify
+from attncompile.ir.expr import ONE, Const, apply
 from attncompile.ir.simplify import Simplifier
-from attncompile.ir.types import element_kind
-
-LONGEST = 64
-"""Elements beyond which a tensor is data, not a shape."""
 
 TO_THE_END = 2**31 - 1
 """A slice end at or beyond this means the end of the axis (exporters write the largest int32 or int64)."""
-
-DTYPE_NAMES: dict[ir.DataType, str] = {
-    ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT8E4M3FN: "float8_e4m3", ir.DataType.INT64: "int64",
-    ir.DataType.INT32: "int32", ir.DataType.INT8: "int8", ir.DataType.UINT8: "uint8", ir.DataType.BOOL: "bool",
-}
-"""ONNX element types that a Spec can name."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """The elements of a tensor of rank 0 or 1.
-
-    Attributes:
-        rank: 0 (one item) or 1.
-        items: its elements.
-        dtype: its dtype, a key of :data:`attncompile.ir.types.DTYPES`.
-    """
-
-    rank: int
-    items: tuple[Expr, ...]
-    dtype: str = "int64"
-
-    @property
-    def shape(self) -> Indices:
-        """Its shape."""
-        return (Const(len(self.items)),) if self.rank else ()
-
-    def cast(self, dtype: str) -> Known:
-        """The elements in another dtype."""
-        return Known(self.rank, tuple(as_kind(item, element_kind(dtype)) for item in self.items), dtype)
-
-    def integers(self) -> tuple[int, ...] | None:
-        """The elements as numbers, or ``None`` when one is symbolic or no integer."""
-        found = [item.value for item in self.items if isinstance(item, Const) and item.kind is Kind.INT]
-        return tuple(int(value) for value in found) if len(found) == len(self.items) else None
 
 
 @dataclass
@@ -103,8 +56,8 @@ class SizeNames:
     def expression(self, text: str, declared_only: bool = False) -> Expr:
         """A dimension as models and shape inference write it: ``batch``, ``2*s0 + 1``, ``floor(seq/2)``.
 
-        Text that is no such expression is one symbol, and so is, with ``declared_only``, one over names that the model
-        does not declare by themselves (``batch-size`` is a name, not a difference).
+        Text that is no such expression is one symbol, and so is, with ``declared_only``, one over names that
+        the model does not declare by themselves (``batch-size`` is a name, not a difference).
         """
         if text in self._declared:
             return self.symbol(text)
@@ -153,12 +106,14 @@ class SizeNames:
         return len(self._proven)
 
     def meet(self, left: Expr, right: Expr) -> None:
-        """Note two sizes that are broadcast against each other: equal when the model runs, unless one is 1."""
+        """Note two sizes that are broadcast against each other: equal when the model runs, unless one is
+        1."""
         if left != right and ONE not in (left, right):
             self._meets.append((left, right))
 
     def hints(self) -> dict[str, int]:
-        """A small size for every symbol: distinct, but one for symbols that meet, and that of a constant they meet."""
+        """A small size for every symbol: distinct, but one for symbols that meet, and that of a constant they
+        meet."""
         group = {name: name for name in self.display}
 
         def root(name: str) -> str:
@@ -175,7 +130,10 @@ class SizeNames:
                 if isinstance(one, Size) and isinstance(other, Const):
                     fixed[root(one.name)] = int(other.value)
         roots = list(dict.fromkeys(root(name) for name in group))
-        chosen = {name: fixed.get(name, number) for name, number in zip(roots, _hint_numbers(len(roots)), strict=True)}
+        chosen = {
+            name: fixed.get(name, number)
+            for name, number in zip(roots, _hint_numbers(len(roots)), strict=True)
+        }
         return {name: chosen[root(name)] for name in group}
 
 
@@ -194,16 +152,19 @@ class _Unreadable(Exception):
     """The text is no arithmetic over sizes."""
 
 
+# fmt: off
 _ARITHMETIC: dict[type[ast.operator], Callable[[Expr, Expr], Expr]] = {
     ast.Add: lambda x, y: x + y, ast.Sub: lambda x, y: x - y, ast.Mult: lambda x, y: x * y,
     ast.FloorDiv: lambda x, y: x // y, ast.Div: lambda x, y: x // y, ast.Mod: lambda x, y: x % y,
 }
+# fmt: on
 _CALLS = {"Max": "max", "max": "max", "Min": "min", "min": "min", "Mod": "mod", "FloorDiv": "floordiv"}
 _FUNCTIONS = {*_CALLS, "floor", "int", "ceiling"}
 
 
 def broadcast_shapes(shapes: Sequence[Indices], sizes: SizeNames | None = None) -> Indices:
-    """The broadcast of shapes. Of several sizes that are not the constant 1 (they agree when the model runs) the
+    """The broadcast of shapes. Of several sizes that are not the constant 1 (they agree when the model runs)
+    the
     simplest is taken: a constant, then a symbol, then the rest; ``sizes`` takes note of them."""
     rank = max((len(shape) for shape in shapes), default=0)
     result: list[Expr] = []
@@ -213,7 +174,9 @@ def broadcast_shapes(shapes: Sequence[Indices], sizes: SizeNames | None = None) 
         for other in larger[1:]:
             if sizes is not None:
                 sizes.meet(larger[0], other)
-        result.append(min(larger, key=lambda size: 0 if isinstance(size, Const) else 1 if isinstance(size, Size) else 2))
+        result.append(
+            min(larger, key=lambda size: 0 if isinstance(size, Const) else 1 if isinstance(size, Size) else 2)
+        )
     return tuple(result)
 
 
@@ -249,8 +212,11 @@ def slice_range(size: Expr, start: Expr, end: Expr, step: int) -> tuple[Expr, Ex
     """
     if step == -1:
         whole = _number(start) in (-1, None) or _number(start) >= TO_THE_END
-        if not whole or _number(end) is None or _number(end) > -TO_THE_END or (
-            _number(start) is None and simplify(start) != simplify(size - 1)
+        if (
+            not whole
+            or _number(end) is None
+            or _number(end) > -TO_THE_END
+            or (_number(start) is None and simplify(start) != simplify(size - 1))
         ):
             raise ValueError("only a slice with step −1 over the whole axis is stated")
         return simplify(size - 1), size
@@ -277,260 +243,3 @@ def _clamped(size: Expr, position: Expr) -> Expr:
     if not nonnegative(position):
         position = apply("max", position, 0)
     return simplify(position if nonnegative(size - position) else apply("min", position, size))
-
-
-# Values. Each rule takes the known inputs of a node (None for one that is unknown or absent) and its attributes, and
-# gives the known output, or None.
-
-Attributes = Mapping[str, object]
-Rule = Callable[[Sequence[Known | None], Attributes], "Known | None"]
-
-
-def typed(operator: str, *values: Expr) -> Expr | None:
-    """The operator on elements, or ``None`` where the language has no such operation on their kinds."""
-    if operator == "div" and all(value.kind is Kind.INT for value in values):
-        # ONNX truncates toward zero, which is the floor where nothing is negative
-        if not (nonnegative(values[0]) and nonnegative(values[1] - 1)):
-            return None
-        operator = "floordiv"
-    row = OPERATORS[operator]
-    return simplify(apply(operator, *values)) if row.result([value.kind for value in values]) is not None else None
-
-
-def elementwise(operator: str, truth: bool = False) -> Rule:
-    """A pointwise operation on known operands."""
-
-    def rule(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-        operands = [operand for operand in inputs if operand is not None]
-        if len(operands) < len(inputs) or not operands:
-            return None
-        rank = max(operand.rank for operand in operands)
-        length = max((len(o.items) for o in operands), default=1)
-        if any(len(o.items) not in (1, length) for o in operands) or any(not o.items for o in operands):
-            return None
-        columns = [o.items if len(o.items) == length else o.items * length for o in operands]
-        items = [typed(operator, *elements) for elements in zip(*columns, strict=True)]
-        found = [item for item in items if item is not None]
-        dtype = "bool" if truth else operands[1 if operator == "where" else 0].dtype
-        return Known(rank, tuple(found), dtype) if len(found) == len(items) else None
-
-    return rule
-
-
-def _gather(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    data, positions = inputs[:2]
-    numbers = positions.integers() if positions is not None else None
-    if data is None or positions is None or numbers is None or not data.rank:
-        return None
-    if any(not -len(data.items) <= n < len(data.items) for n in numbers):
-        return None
-    return Known(positions.rank, tuple(data.items[n] for n in numbers), data.dtype)
-
-
-def _concatenate(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    parts = [part for part in inputs if part is not None and part.rank == 1]
-    if len(parts) < len(inputs):
-        return None
-    return Known(1, tuple(item for part in parts for item in part.items), parts[0].dtype)
-
-
-def _slice(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    data = inputs[0]
-    given: list[tuple[int, ...] | None] = []
-    for place, name in enumerate(("starts", "ends", "axes", "steps"), start=1):
-        operand = inputs[place] if place < len(inputs) else None
-        written = attributes.get(name)
-        given.append(tuple(written) if written is not None else operand.integers() if operand is not None else None)  # type: ignore[arg-type]
-    starts, ends, axes, steps = given
-    missing = any(operand is None for operand in inputs[1:3])
-    if data is None or not data.rank or starts is None or ends is None or (missing and "starts" not in attributes):
-        return None
-    if len(starts) != 1 or (axes is not None and axes not in ((0,), (-1,))):
-        return None
-    return Known(1, data.items[starts[0] : ends[0] : steps[0] if steps else 1], data.dtype)
-
-
-def _rank_changed(rank: int | None) -> Rule:
-    def rule(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-        data = inputs[0]
-        if data is None:
-            return None
-        if rank is None:
-            target = inputs[1]
-            if target is None or len(target.items) > 1:
-                return None
-            return Known(len(target.items), data.items, data.dtype)
-        if rank == 0 and len(data.items) != 1:
-            return None
-        return Known(rank, data.items, data.dtype) if data.rank != rank else None
-
-    return rule
-
-
-def _same(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    return inputs[0]
-
-
-def _filled(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    shape = inputs[0].integers() if inputs[0] is not None else None
-    if shape is None or len(shape) > 1 or math.prod(shape) > LONGEST:
-        return None
-    value = attributes.get("value")
-    tensor = known_tensor(value) if isinstance(value, ir.TensorProtocol) else Known(1, (Const(0.0),), "float32")
-    return tensor and Known(len(shape), tensor.items * math.prod(shape), tensor.dtype)
-
-
-def _expanded(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    data, shape = inputs[0], inputs[1].integers() if inputs[1] is not None else None
-    if data is None or shape is None or len(shape) != 1 or len(data.items) not in (1, shape[0]) or shape[0] > LONGEST:
-        return None
-    return Known(1, data.items if len(data.items) == shape[0] else data.items * shape[0], data.dtype)
-
-
-def _range(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    numbers = [operand.integers() if operand is not None else None for operand in inputs]
-    if any(number is None for number in numbers) or inputs[0] is None:
-        return None
-    values = range(*(number[0] for number in numbers if number is not None))
-    return Known(1, tuple(Const(n) for n in values), inputs[0].dtype) if len(values) <= LONGEST else None
-
-
-def _reduced(operator: str, start: Expr | None) -> Rule:
-    def rule(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-        data = inputs[0]
-        if data is None or not data.items or (len(inputs) > 1 and inputs[1] is None):
-            return None
-        item = simplify(apply(operator, *data.items, *([start] if start is not None else [])))
-        return Known(1 if attributes.get("keepdims", 1) and data.rank else 0, (item,), data.dtype)
-
-    return rule
-
-
-def _cast(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    target = attributes.get("to")
-    dtype = DTYPE_NAMES.get(ir.DataType(target)) if isinstance(target, int) else None
-    return inputs[0].cast(dtype) if inputs[0] is not None and dtype is not None else None
-
-
-def _modulo(inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    return None if attributes.get("fmod", 0) else elementwise("mod")(inputs, attributes)
-
-
-def as_kind(item: Expr, kind: Kind) -> Expr:
-    """An element in another kind, as casts of tensors do it."""
-    if item.kind is kind:
-        return item
-    if kind is Kind.BOOL:
-        return simplify(apply("ne", item, ZERO if item.kind is Kind.INT else Const(0.0)))
-    return simplify(apply("float" if kind is Kind.FLOAT else "int", item))
-
-
-RULES: dict[str, Rule] = {
-    **{name: elementwise(operator) for name, operator in {
-        "Add": "add", "Mul": "mul", "Div": "div", "Min": "min", "Max": "max", "Abs": "abs", "Sqrt": "sqrt",
-        "Floor": "floor", "Ceil": "ceil", "Pow": "pow", "Where": "where", "Sum": "add"}.items()},
-    **{name: elementwise(operator, True) for name, operator in {
-        "Equal": "eq", "Less": "lt", "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "and",
-        "Or": "or", "Xor": "ne", "Not": "not"}.items()},
-    "Gather": _gather, "Concat": _concatenate, "Slice": _slice, "Unsqueeze": _rank_changed(1),
-    "Squeeze": _rank_changed(0), "Reshape": _rank_changed(None), "Identity": _same, "Cast": _cast,
-    "ConstantOfShape": _filled, "Expand": _expanded, "Range": _range, "Mod": _modulo, "ReduceProd": _reduced("mul", ONE),
-    "ReduceSum": _reduced("add", ZERO), "ReduceMax": _reduced("max", None), "ReduceMin": _reduced("min", None),
-}
-"""ONNX operator to the elements of its result; subtraction, negation and shapes are in :func:`known_value`."""
-
-
-def known_value(operator: str, inputs: Sequence[Known | None], attributes: Attributes) -> Known | None:
-    """The elements that a node gives, where they are known."""
-    if operator == "Sub" and len(inputs) == 2:
-        negative = RULES["Mul"]([Known(0, (Const(-1),)), inputs[1]], {})
-        added = RULES["Add"]([inputs[0], negative], {})
-        return added
-    if operator == "Neg":
-        found = RULES["Mul"]([Known(0, (Const(-1),)), *inputs], {})
-        return found and inputs[0] and Known(found.rank, found.items, inputs[0].dtype)
-    rule = RULES.get(operator)
-    return rule(inputs, attributes) if rule is not None and inputs else None
-
-
-def known_tensor(tensor: ir.TensorProtocol) -> Known | None:
-    """The elements of a small constant of rank 0 or 1."""
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if dtype is None or len(tensor.shape) > 1 or tensor.size > LONGEST:
-        return None
-    kind = {Kind.BOOL: bool, Kind.INT: int, Kind.FLOAT: float}[element_kind(dtype)]
-    return Known(len(tensor.shape), tuple(Const(kind(n)) for n in tensor.numpy().reshape(-1)), dtype)
-
-
-def known_shape(shape: Indices, start: int = 0, end: int | None = None) -> Known:
-    """What ``Shape`` gives."""
-    return Known(1, tuple(shape)[slice(start, end)])
-
-
-def reads_sizes(known: Known) -> bool:
-    """Whether an element depends on a symbolic size."""
-    return any(isinstance(node, Size) for item in known.items for node in walk(item))
-
-
-# What the rules of the adapter do not cover is asked of shape inference, once, and only when it is needed.
-
-
-@dataclass
-class Inference:
-    """Shapes and dtypes as the model declares them, or as shape inference finds them."""
-
-    model: ir.Model
-    sizes: SizeNames
-    _inferred: dict[str, onnx.TypeProto] | None = None
-
-    def of(self, value: ir.Value) -> tuple[Indices | None, str | None]:
-        """Shape and dtype of a value, each ``None`` where unknown."""
-        if value.type is not None and not isinstance(value.type, ir.TensorType):
-            return None, None  # sequences and optional values have a shape of their elements, not of themselves
-        dtype = DTYPE_NAMES.get(value.dtype) if value.dtype is not None else None
-        if value.shape is not None and dtype is not None:
-            return tuple(self._declared(d, value.name or "", n) for n, d in enumerate(value.shape)), dtype
-        if self._inferred is None:
-            self._inferred = infer_types(self.model)
-        found = self._inferred.get(value.name or "")
-        if found is None or not found.HasField("tensor_type"):
-            return None, dtype
-        dtype = DTYPE_NAMES.get(ir.DataType(found.tensor_type.elem_type))
-        if not found.tensor_type.HasField("shape"):
-            return None, dtype
-        dims = found.tensor_type.shape.dim
-        return tuple(
-            Const(dim.dim_value) if dim.HasField("dim_value")
-            else self.sizes.expression(dim.dim_param) if dim.dim_param
-            else self.sizes.symbol(f"{value.name}_dim_{n}") for n, dim in enumerate(dims)
-        ), dtype
-
-    def _declared(self, dim: int | ir.SymbolicDim, value: str, axis: int) -> Expr:
-        if isinstance(dim, int):
-            return Const(dim)
-        return self.sizes.symbol(f"{value}_dim_{axis}") if dim.value is None else self.sizes.expression(str(dim.value))
-
-
-def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
-    """Types of the values by ONNX Runtime's symbolic shape inference, or by ONNX's where that fails.
-
-    Large initialisers take part as inputs: only their types matter, and a model may be too large for one message.
-    """
-    light = model.clone()
-    for name, value in list(light.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.size > LONGEST:
-            del light.graph.initializers[name]
-            value.const_value = None
-            if value not in light.graph.inputs:
-                light.graph.inputs.append(value)
-    proto = ir.to_proto(light)
-    try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
-        inferred = SymbolicShapeInference.infer_shapes(proto, auto_merge=True)
-    except Exception:  # it raises whatever its handlers of single operators raise
-        try:
-            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except onnx.shape_inference.InferenceError:
-            return {}
-    return {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}

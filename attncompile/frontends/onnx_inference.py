@@ -1,0 +1,88 @@
+"""Shapes and dtypes that no row gives: declared by the model, or found by shape inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from attncompile.frontends.graph import (
+    Indices,
+)
+from attncompile.frontends.onnx_known import DTYPE_NAMES, LONGEST
+from attncompile.frontends.onnx_sizes import SizeNames
+from attncompile.ir import Expr
+from attncompile.ir.expr import Const
+
+
+@dataclass
+class Inference:
+    """Shapes and dtypes as the model declares them, or as shape inference finds them."""
+
+    model: ir.Model
+    sizes: SizeNames
+    _inferred: dict[str, onnx.TypeProto] | None = None
+
+    def of(self, value: ir.Value) -> tuple[Indices | None, str | None]:
+        """Shape and dtype of a value, each ``None`` where unknown."""
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return (
+                None,
+                None,
+            )  # sequences and optional values have a shape of their elements, not of themselves
+        dtype = DTYPE_NAMES.get(value.dtype) if value.dtype is not None else None
+        if value.shape is not None and dtype is not None:
+            return tuple(self._declared(d, value.name or "", n) for n, d in enumerate(value.shape)), dtype
+        if self._inferred is None:
+            self._inferred = infer_types(self.model)
+        found = self._inferred.get(value.name or "")
+        if found is None or not found.HasField("tensor_type"):
+            return None, dtype
+        dtype = DTYPE_NAMES.get(ir.DataType(found.tensor_type.elem_type))
+        if not found.tensor_type.HasField("shape"):
+            return None, dtype
+        dims = found.tensor_type.shape.dim
+        return tuple(
+            Const(dim.dim_value)
+            if dim.HasField("dim_value")
+            else self.sizes.expression(dim.dim_param)
+            if dim.dim_param
+            else self.sizes.symbol(f"{value.name}_dim_{n}")
+            for n, dim in enumerate(dims)
+        ), dtype
+
+    def _declared(self, dim: int | ir.SymbolicDim, value: str, axis: int) -> Expr:
+        if isinstance(dim, int):
+            return Const(dim)
+        return (
+            self.sizes.symbol(f"{value}_dim_{axis}")
+            if dim.value is None
+            else self.sizes.expression(str(dim.value))
+        )
+
+
+def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
+    """Types of the values by ONNX Runtime's symbolic shape inference, or by ONNX's where that fails.
+
+    Large initialisers take part as inputs: only their types matter, and a model may be too large for one
+        message.
+    """
+    light = model.clone()
+    for name, value in list(light.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.size > LONGEST:
+            del light.graph.initializers[name]
+            value.const_value = None
+            if value not in light.graph.inputs:
+                light.graph.inputs.append(value)
+    proto = ir.to_proto(light)
+    try:
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+        inferred = SymbolicShapeInference.infer_shapes(proto, auto_merge=True)
+    except Exception:  # it raises whatever its handlers of single operators raise
+        try:
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except onnx.shape_inference.InferenceError:
+            return {}
+    return {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
