@@ -12,7 +12,7 @@ from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.triton.cache import load
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
-from attncompile.ir import Spec, print_spec
+from attncompile.ir import Spec
 from attncompile.kernels import operators
 
 
@@ -39,11 +39,6 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
 @functools.lru_cache(maxsize=512)
 def _generated(text: str) -> GeneratedModule:
     return generate(operators.parsed(text))
-
-
-def module_of(spec: Spec) -> GeneratedModule:
-    """The generated module, remembered by the Spec's text."""
-    return _generated(print_spec(spec))
 
 
 def lower(spec: Spec, device: torch.device | str) -> Lowering:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import refusal
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.ir import Attend, Quantize, Scan, Spec, simplify
-from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Apply, Const, Expr, Size, Weight, apply, walk, where
+from attncompile.ir.expr import (
+    SCORE,
+    TRUE,
+    WEIGHT,
+    Apply,
+    Const,
+    Expr,
+    Index,
+    Size,
+    Weight,
+    apply,
+    substitute,
+    walk,
+    where,
+)
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import TensorType
 
@@ -185,12 +200,20 @@ def scan(spec: Spec) -> Scan:
 
 
 def gives_zeros(spec: Spec) -> bool:
-    """Whether a row without any visible key gives zeros here but something else in the Spec."""
+    """Whether a row without any visible key, if there can be one, gives zeros here but not in the Spec."""
     attend = spec.attend()
-    if attend is None or attend.norm.kind != "softmax" or attend.mask == TRUE:
+    if attend is None or attend.norm.kind != "softmax" or logits(attend)[1] == TRUE:
         return False
     finite = simplify(attend.fill) != Const(float("-inf"))
-    return logits(attend)[1] != TRUE and (finite or attend.norm.empty == "nan")
+    return (finite or attend.norm.empty == "nan") and not _sees_a_key(attend, spec.types())
+
+
+def _sees_a_key(attend: Attend, types: Mapping[str, TensorType]) -> bool:
+    """Whether every query is proven to see the first key, or the one at its own position."""
+    queries, keys = types[attend.query].sizes[2], types[attend.key].sizes[2]
+    extents = {"i": queries, "j": keys}
+    certain = [Const(0), *([Index("i")] if simplify(queries) == simplify(keys) else [])]
+    return any(simplify(substitute(attend.mask, {Index("j"): key}), extents) == TRUE for key in certain)
 
 
 __all__ = [

@@ -1,0 +1,72 @@
+"""The Triton target as the rest of the house sees it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attncompile.codegen.triton import lower, why_not
+from tests.cases import BY_NAME
+from tests.kernels.cases import ALL_BY_NAME
+
+
+def test_a_cpu_is_refused_with_the_reason() -> None:
+    spec = BY_NAME["causal"].spec
+    if not (why_not(spec, "cuda") or "").startswith("Triton is not installed"):
+        assert "need a GPU" in (why_not(spec, "cpu") or "")
+    with pytest.raises(ValueError, match=r"no Triton kernel for causal on cpu"):
+        lower(spec, "cpu")
+
+
+def test_other_devices_are_refused() -> None:
+    pytest.importorskip("triton")
+    assert "not on mps" in (why_not(BY_NAME["causal"].spec, "mps") or "")
+
+
+@pytest.mark.parametrize("name", ("causal", "int8", "scan", "empty-rows-lowest"))
+def test_what_a_lowering_says(name: str) -> None:
+    pytest.importorskip("triton")
+    found = lower(ALL_BY_NAME[name].spec, "cuda")
+    assert found.target == "triton"
+    assert found.source is not None and f"def {found.operator}(" in found.source
+    assert ("give zeros" in found.reason) == (name == "empty-rows-lowest")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("causal", "gqa", "padding", "log-sum-exp", "int8", "scan"))
+def test_runs_traces_and_differentiates_on_a_gpu(name: str) -> None:
+    case = BY_NAME[name]
+    spec = case.spec
+    run = lower(spec, "cuda").run
+    tensors = {key: tensor.cuda() for key, tensor in case.tensors().items()}
+    given = [tensors[v.name].requires_grad_(tensors[v.name].is_floating_point()) for v in spec.inputs]
+    exact = spec.interpret({key: tensor.detach() for key, tensor in tensors.items()}, torch.float64)
+
+    def total(*inputs: torch.Tensor) -> torch.Tensor:
+        found = run(*inputs)
+        outputs = (found,) if isinstance(found, torch.Tensor) else found
+        for output, best in zip(outputs, exact, strict=True):
+            if not torch.compiler.is_compiling():
+                torch.testing.assert_close(output.double(), best, rtol=1e-4, atol=1e-4)
+        return sum((output.sum() for output in outputs), torch.zeros((), device="cuda"))
+
+    eager = total(*given)
+    compiled = torch.compile(total, fullgraph=True, dynamic=True)(*given)
+    torch.testing.assert_close(eager, compiled)
+    compiled.backward()
+    for tensor in given:
+        if tensor.is_floating_point():
+            assert tensor.grad is not None and bool(tensor.grad.isfinite().all())
+
+
+@pytest.mark.gpu
+def test_strides_past_two_to_the_31_on_a_gpu() -> None:
+    spec = BY_NAME["full"].spec
+    room = torch.empty(
+        2, 4, 16, 1 << 25, dtype=torch.float16, device="cuda"
+    )  # 8 GiB; a batch row starts at 2^31
+    query = room[..., :16].transpose(1, 2)[:, :4, :4].normal_()
+    found = lower(spec, "cuda").run(query, query, query)
+    assert isinstance(found, torch.Tensor)
+    (exact,) = spec.interpret({"q": query, "k": query, "v": query}, torch.float32)
+    torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-2)
