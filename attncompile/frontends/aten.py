@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from attncompile.frontends.graph import (
     Opaque,
     Pointwise,
     Reduce,
+    RefusedAttention,
     Select,
     Softmax,
 )
@@ -75,6 +76,7 @@ class _Builder:
     node: torch.fx.Node
     versions: Versions
     equal: dict[Expr, Expr]
+    producer: Mapping[str, Node]
     made: list[Node] = field(default_factory=list)
 
     def name(self) -> str:
@@ -602,9 +604,28 @@ def _reduce(kind: Literal["sum", "max"]) -> Row:
             raise _Unstated
         axes = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
         keeps = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
-        return b.emit(Reduce(b.name(), source, kind, tuple(sorted(_axis(a, rank) for a in axes)), keeps), b.out)
+        summed = tuple(sorted(_axis(a, rank) for a in axes))
+        factors = _factors(b, source) if kind == "sum" and len(summed) == 1 else None
+        if factors is None:
+            return b.emit(Reduce(b.name(), source, kind, summed, keeps), b.out)
+        labels = tuple(f"axis{n}" for n in range(rank))
+        kept = labels[: summed[0]] + labels[summed[0] + 1 :]
+        shape = b.shape(source)
+        product = b.emit(
+            Contract(b.name(), *factors, *(labels[rank - len(b.shape(f)) :] for f in factors), kept),
+            Info((*shape[: summed[0]], *shape[summed[0] + 1 :]), b.out.dtype),
+        )
+        return b.move(product, movement.unsqueeze(summed), "unsqueeze", b.out.shape) if keeps else product
 
     return row
+
+
+def _factors(b: _Builder, value: str) -> tuple[str, str] | None:
+    """The two tensors whose broadcast product a value is: its sum over an axis is then a contraction."""
+    match b.producer.get(value):
+        case Pointwise(_, "mul", (str(left), str(right))) if left != right:
+            return left, right
+    return None
 
 
 def _relu(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -637,17 +658,17 @@ def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) ->
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     query, key, value = (b.tensor(given[n]) for n in names[:3])
     if given.get("dropout_p", 0.0):
-        raise _Unstated
+        raise _Unstated("it drops weights at random, as in training")
     shapes = [b.shape(t) for t in (query, key, value)]
     rank = len(shapes[0])
     if rank < 3 or any(len(shape) != rank for shape in shapes) or (rank != 4 and given.get("enable_gqa")):
-        raise _Unstated
+        raise _Unstated(f"its operands have ranks {[len(shape) for shape in shapes]}")
     b.equate(shapes[0][-1], shapes[1][-1])
     b.equate(shapes[1][-2], shapes[2][-2])
     channels, scale = shapes[0][-1], given.get("scale")
     if scale is None:
         if not isinstance(channels, Const):
-            raise _Unstated
+            raise _Unstated(f"its scale depends on a symbolic number of channels, {channels}")
         scale = 1.0 / math.sqrt(channels.value)
     # all axes before the last two are batch-like: the first is b, the others together are h
     outer = broadcast_shapes([shape[:-2] for shape in shapes]) if not given.get("enable_gqa") else shapes[0][:-2]
@@ -761,6 +782,7 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
     versions = memory_versions(captured.graph_module.graph)
     infos: dict[str, Info] = {}
     nodes: list[Node] = []
+    producer: dict[str, Node] = {}
     inputs: dict[str, GraphInput] = {}
     natives: dict[str, NativeNode] = {}
     owner: dict[str, str] = {}
@@ -795,15 +817,18 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
             source = source_line(node)
             natives[node.name] = NativeNode(node.name, _operation(node.target), module_path(node),
                                             str(source) if source else "", module_type(node))
-            stated = _state(_Builder(infos, node, versions, equal))
+            stated = _state(_Builder(infos, node, versions, equal, producer))
             if node.name in versions.changed:
                 stated[-1] = replace(stated[-1], output=node.name + EARLY)
             nodes += stated
+            producer.update({made.output: made for made in stated})
             owner.update({made.output: node.name for made in stated})
         nodes += _changed_by(node, versions)
     display = {name[0].upper() + name[1:]: shown for name, shown in captured.size_names.items()}
     signature = {n.name: _signature(n) for n in captured.graph_module.graph.nodes if n.op == "call_function"}
-    read = {name: tuple(found.values()) for name, found in versions.reads.items()}
+    numbers = {n.name for n in captured.graph_module.graph.nodes if _is_number(n)}
+    read = {name: tuple(value for other, value in found.items() if other not in numbers)
+            for name, found in versions.reads.items()}
     evaluator = _Evaluator(captured.graph_module, inputs, versions, assumed)
     return Graph(infos, tuple(nodes), inputs, outputs, natives, owner, evaluator, hints, signature, read, display,
                  versions.overwritten)
@@ -825,9 +850,14 @@ def _note_hints(size: Any, hints: dict[str, int]) -> None:
             hints[name[0].upper() + name[1:]] = hint
 
 
+def _is_number(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, int | float | bool) or is_symbolic(value)
+
+
 def _signature(node: torch.fx.Node) -> str:
-    def show(argument: Any) -> Any:
-        return "·"
+    def show(argument: torch.fx.Node) -> str:
+        return str(argument.meta["val"]) if _is_number(argument) else "·"
 
     args = torch.fx.node.map_arg((node.args, dict(node.kwargs)), show)
     return f"{node.target} {args}"
@@ -839,6 +869,7 @@ def _state(builder: _Builder) -> list[Node]:
     out = infos[node.name]
     name = _operation(node.target)
     row = ROWS.get(name.removesuffix("_") if written_arguments(node) else name)
+    reason = ""
     if row is not None:
         try:
             last = row(builder, list(node.args), dict(node.kwargs))
@@ -847,11 +878,29 @@ def _state(builder: _Builder) -> list[Node]:
                 infos.pop(last, None)
                 infos[node.name] = out
                 return builder.made
-        except (_Unstated, ValueError, KeyError):
-            pass
+        except (_Unstated, ValueError, KeyError) as error:
+            reason = str(error)
     infos[node.name] = out
-    reads = tuple(builder.versions.reads[node.name].values())
-    return [Opaque(node.name, tuple(dict.fromkeys(r for r in reads if r in infos)), name)]
+    reads = tuple(dict.fromkeys(_tensors_read(node, builder)))
+    whole = _operation(node.args[0].target) if name == "getitem" and isinstance(node.args[0], torch.fx.Node) else name
+    if _is_attention(whole):
+        return [RefusedAttention(node.name, reads, whole, reason or "this operator has no statement here")]
+    return [Opaque(node.name, reads, whole)]
+
+
+def _tensors_read(node: torch.fx.Node, builder: _Builder) -> Iterator[str]:
+    """The tensor values that a node depends on, looking through tuples and numbers, but not through sizes."""
+    for argument in node.all_input_nodes:
+        if isinstance(argument.meta.get("val"), torch.Tensor):
+            yield builder.value(argument, node)
+        elif argument.op == "call_function" and not _operation(argument.target).startswith("sym_"):
+            yield from _tensors_read(argument, builder)
+
+
+def _is_attention(operation: str) -> bool:
+    """Whether an operator is a whole attention, by the names that torch gives to its own."""
+    return any(part in operation for part in ("scaled_dot_product", "flex_attention", "multi_head_attention",
+                                              "transformer_encoder_layer"))
 
 
 @dataclass(frozen=True)
@@ -876,7 +925,7 @@ class _Evaluator:
             if name.endswith(BETWEEN) or name in self.versions.changed:
                 raise ValueError(f"the region reads {name.removesuffix(BETWEEN)!r}, whose memory was changed in place")
             node = nodes[name.removesuffix(EARLY)]
-            if isinstance(node.meta.get("val"), int | float | bool) or is_symbolic(node.meta.get("val")):
+            if _is_number(node):
                 known[name] = self._number(node.meta["val"], sizes)
                 continue
             if node.op in ("placeholder", "get_attr"):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from attncompile.frontends.graph import Cast, Concatenate, Contract, Graph, Move, Pointwise, Reduce, Select, Softmax
+from attncompile.frontends.graph import Cast, Concatenate, Contract, Graph, Move, Node, Opaque, Pointwise, Reduce, Select, Softmax
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, where, walk
 from attncompile.lift.interpret import Interpreter, Stop
@@ -205,6 +205,54 @@ def products_after(graph: Graph, weights: str) -> list[Contract]:
             elif isinstance(user, TRANSPARENT) and user.output not in seen:
                 seen.add(user.output)
                 stack.append(user.output)
+    return found
+
+
+def obstacle_after(graph: Graph, weights: str) -> Node | None:
+    """The first operation on the way from the weights that interpretation can not pass."""
+    seen, stack = {weights}, [weights]
+    while stack:
+        for user in graph.users.get(stack.pop(), ()):
+            if not isinstance(user, TRANSPARENT):
+                return user
+            if user.output not in seen:
+                seen.add(user.output)
+                stack.append(user.output)
+    return None
+
+
+def obstacle_behind(graph: Graph, source: str) -> Opaque | None:
+    """An operation that interpretation can not pass, with a product of two activations right behind it.
+
+    A map with parameters (a linear layer) is no obstacle: what it makes of the state are no scores.
+    """
+    for obstacle in _opaque_behind(graph, source):
+        stack, seen = list(obstacle.inputs), set(obstacle.inputs)
+        while stack:
+            node = graph.producer.get(stack.pop())
+            if isinstance(node, Contract) and all(name in graph.varying for name in node.inputs):
+                return obstacle
+            if isinstance(node, (*TRANSPARENT, Reduce)) or type(node) is Opaque:
+                fresh = [name for name in node.inputs if name not in seen]
+                seen.update(fresh)
+                stack += fresh
+    return None
+
+
+def _opaque_behind(graph: Graph, value: str) -> list[Opaque]:
+    found: list[Opaque] = []
+    seen: set[str] = set()
+    stack = [value]
+    while stack:
+        name = stack.pop()
+        node = graph.producer.get(name)
+        if name in seen or node is None:
+            continue
+        seen.add(name)
+        if type(node) is Opaque:
+            found.append(node)
+        elif isinstance(node, TRANSPARENT):
+            stack += node.inputs
     return found
 
 

@@ -93,7 +93,7 @@ class Interpreter:
         try:
             found = self.simplifier(self._stated(node, indices))
         except RefusalError:
-            if not self.graph.is_readable(value):
+            if not self.graph.is_native(value):
                 raise
             return self._load(value, indices)
         if self.graph.is_readable(value) and sum(1 for _ in walk(found)) > LARGEST:
@@ -180,10 +180,18 @@ class Interpreter:
                 found.append(index_map(indices)[0])
                 continue
             position = self.at(tensor, index_map(indices))
-            if wraps and not self.simplifier.nonnegative(position):
+            if wraps and not self._never_negative(position):
                 position = where(position < 0, position + size, position)
             found.append(position)
         return self.at(data, tuple(found))
+
+
+    def _never_negative(self, position: Expr) -> bool:
+        """Whether a position counts from the start: by arithmetic, or because a constant table says so."""
+        given = self.graph.inputs.get(position.tensor) if isinstance(position, Load) else None
+        if given is not None and given.role in ("buffer", "constant") and given.value is not None:
+            return given.value.numel() > 0 and int(given.value.min()) >= 0
+        return self.simplifier.nonnegative(position)
 
 
 def _as_kind(value: Expr, kind: Kind) -> Expr:

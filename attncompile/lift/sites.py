@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from attncompile.frontends.graph import Contract, FusedAttention, Graph, Indices, Reduce, RefusedAttention
+from attncompile.frontends.graph import Contract, FusedAttention, Graph, Indices, Node, Opaque, Reduce, RefusedAttention
 from attncompile.ir import (
     Attend,
     Axis,
@@ -33,6 +33,8 @@ from attncompile.lift.anchors import (
     Product,
     logarithm,
     normalisers,
+    obstacle_after,
+    obstacle_behind,
     products_after,
     scores_behind,
     unnormalised_products,
@@ -96,6 +98,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
                 continue
             known |= {score.contract.output for score in scores} | {product.output for product in products}
             add(anchor.output, partial(_state_anchor, graph, anchor, scores, products))
+        elif anchor.kind == "softmax" and products and (obstacle := obstacle_behind(graph, anchor.source)) is not None:
+            add(anchor.output, partial(_refused_obstacle, graph, obstacle))
     for score, product in unnormalised_products(graph, frozenset(known)):
         add(score.output, partial(_refused_products, graph, score, product))
     return _uniquely_named([site for _, site in sorted(found, key=lambda entry: entry[0])])
@@ -140,7 +144,29 @@ def _refused_call(graph: Graph, node: RefusedAttention) -> _Statement:
                   "export the model with its attention spelled out, or without this option")
 
 
+def _refused_obstacle(graph: Graph, obstacle: Node) -> _Statement:
+    native = graph.describe(obstacle.output)
+    what = obstacle.what if isinstance(obstacle, Opaque) else native.what
+    raise _refuse(graph, "uninterpreted-node", f"{what} lies between the scores and the normaliser, and is no pointwise "
+                  "operation or movement of data", obstacle.output)
+
+
 def _refused_products(graph: Graph, score: Contract, product: Contract) -> _Statement:
+    """Say of two products that follow each other why they are no known attention, unless they are none at all."""
+    behind = graph.descendants(score.output, product.output)
+    sides = [side for side, name in (("left", product.left), ("right", product.right)) if name in behind]
+    if len(sides) != 1 or len(product.summed) != 1:
+        raise _NoSite
+    inner = Interpreter(graph, {score.output: Stop(SCORE)}, behind)
+    outer = tuple(Index(f"y{n}") for n in range(len(product.output_labels)))
+    indices = operand_indices(graph, product, sides[0], outer, {product.summed[0]: _J})
+    try:
+        inner.at(product.left if sides[0] == "left" else product.right, indices)
+    except RefusalError:
+        pass  # something reads whole rows of scores
+    else:
+        if not any(_J in symbols(x) for found in inner.stops[score.output].indices for x in found):
+            raise _NoSite  # one number for the whole row, such as the norm of a vector
     raise _refuse(graph, "unknown-normaliser", f"{graph.describe(product.output).name} sums over products of activations "
                   "that nothing known normalises", score.output,
                   "attention with a softmax (written in any way), sigmoid or relu is lifted")
@@ -155,6 +181,12 @@ def _only(graph: Graph, stop: Stop, what: str, value: str) -> Indices:
 
 def _state_anchor(graph: Graph, anchor: Anchor, scores: Sequence[Product], products: Sequence[Contract]) -> _Statement:
     if not products:
+        obstacle = obstacle_after(graph, anchor.output)
+        if obstacle is not None:
+            native = graph.describe(obstacle.output)
+            raise _refuse(graph, "uninterpreted-node", f"{native.what} lies between the weights and the values, and is no "
+                          "pointwise operation or movement of data", obstacle.output,
+                          "in evaluation mode dropout does nothing" if "dropout" in native.what else "")
         raise _refuse(graph, "no-value-product", "the normalised scores are never multiplied with values", anchor.output,
                       "attention ends in a product of the weights with a value tensor")
     refusals: list[RefusalError] = []
@@ -184,10 +216,12 @@ def _state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract
     extents["j"] = sizes[product.summed[0]]
     summed = {product.summed[0]: _J}
 
-    weights = Interpreter(graph, {anchor.output: Stop(WEIGHT)}, behind, extents)
+    weights = Interpreter(graph, {anchor.output: Stop(WEIGHT), score.output: Stop(SCORE)}, behind, extents)
     weight_value = product.left if weight_side == "left" else product.right
     weight = weights.at(weight_value, operand_indices(graph, product, weight_side, out_symbols, summed))
     weight = substitute(weight, {apply("exp", apply("log", WEIGHT)): WEIGHT})  # a weight is never negative
+    if SCORE in symbols(weight):
+        raise _refuse(graph, "weight-reads-score", f"the edit of the weights {weight} reads the score itself", product.output)
     at_anchor = _only(graph, weights.stops[anchor.output], "normaliser", anchor.output)
     _check_axis(graph, anchor, at_anchor, extents["j"])
 
@@ -255,11 +289,12 @@ def _check_axis(graph: Graph, anchor: Anchor, at_anchor: Indices, keys: Expr) ->
     """The normaliser must run over all the keys, and over nothing else."""
     if anchor.axis is None:
         return
-    if at_anchor[anchor.axis] != _J or any(_J in symbols(x) for n, x in enumerate(at_anchor) if n != anchor.axis):
+    along = at_anchor[anchor.axis]
+    if _J not in symbols(along) or any(_J in symbols(x) for n, x in enumerate(at_anchor) if n != anchor.axis):
         raise _refuse(graph, "wrong-axis", f"the normaliser runs over axis {anchor.axis}, but the product with the values "
                       "sums over another axis", anchor.output, "normalise over the keys")
     normalised = graph.infos[anchor.output].shape[anchor.axis]
-    if simplify(normalised) != simplify(keys):
+    if along != _J or simplify(normalised) != simplify(keys):
         raise _refuse(graph, "partial-normaliser", f"the normaliser runs over {normalised} positions, the product with the "
                       f"values over {keys}", anchor.output,
                       "weights that are sliced after the normaliser (sink columns) are not lifted yet")

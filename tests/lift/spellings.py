@@ -283,7 +283,7 @@ def one_key_head_einsum(q, k_one, v_one):
     return torch.einsum("bhqk,bkd->bqhd", torch.softmax(logits, -1), v_one)
 
 
-@row(score="0.5·s", q="[B,1,6·I,4]", k="[B,1,I,4]")
+@row(score="0.5·s", q="[B,1,6·J,4]", k="[B,1,J,4]")
 def one_key_head_as_longer_rows(q, k_one, v_one):
     b, n, _ = q.shape
     query = q.view(b, n * HEADS, CHANNELS)
@@ -364,6 +364,17 @@ def rotary_interleaved(q, k, v, frequency):
     return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
 
 
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"), rotated=4)
+def rotary_of_some_channels(q, k, v, frequency):
+    angle = (torch.arange(q.shape[1])[:, None] * frequency).repeat(1, 2)
+
+    def rotate(x):
+        turned, rest = x[..., :4], x[..., 4:]
+        return torch.cat([turned * angle.cos() + rotated_halves(turned) * angle.sin(), rest], -1)
+
+    return attend(dot(rotate(heads(q, 3)), rotate(heads(k, 3))) * 0.5, heads(v, 3))
+
+
 @row(score="0.5·s", q="[B,6,I,4]", k="[B,6,J,4]")
 def cross_attention(q, memory):
     return attend(dot(heads(q), heads(memory)) * 0.5, heads(memory))
@@ -407,7 +418,7 @@ def learned_queries(memory, latents):
     return attend(dot(heads(latents.expand(memory.shape[0], -1, -1)), heads(memory)) * 0.5, heads(memory))
 
 
-@row({"seed": torch.nn.Parameter(torch.randn(WIDTH))}, score="0.20412414523193154·s", q="[1,1,1,24]")
+@row({"seed": torch.nn.Parameter(torch.randn(WIDTH))}, score="0.20412414523193154·s", q="[B,1,1,24]")
 def pooling_by_one_learned_query(memory, seed):
     weights = torch.softmax(torch.einsum("c,bnc->bn", seed, memory) / math.sqrt(WIDTH), -1)
     return torch.einsum("bn,bnc->bc", weights, memory)
@@ -635,7 +646,8 @@ def changed_in_place(q, k, v):
     return attend(logits, heads(v))
 
 
-@row({"packed": torch.nn.Linear(WIDTH, WIDTH)}, score="0.5·s")
+# nothing may read the queries from before the change, so the operand is what the change leaves
+@row({"packed": torch.nn.Linear(WIDTH, WIDTH)}, score="s")
 def queries_scaled_in_place(x, k, v, packed):
     query = packed(x)
     query *= 0.5

@@ -38,6 +38,7 @@ def test_spelling(form: Form) -> None:
     expected = dict(form.expected)
     status, count = expected.pop("status", "lifted"), expected.pop("sites", 1)
     reason, around = expected.pop("reason", ""), expected.pop("block", None)
+    rotated = expected.pop("rotated", None)
     assert [site.status for site in program.sites] == [status] * count, [site.refusal for site in program.sites]
     for site in program.sites:
         found = stated(site)
@@ -47,6 +48,8 @@ def test_spelling(form: Form) -> None:
         assert reason in (site.refusal.reason if site.refusal else "")
         if around is not None:
             assert block(site.block) == around
+        if rotated is not None:
+            assert {op.channels for op in site.block if isinstance(op, Position)} == {rotated}
     agrees_on_real_inputs(captured, form, program.sites)
 
 
@@ -55,7 +58,7 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
 
     The model runs in its own dtype, so the two agree to float32 rounding of sums of few terms.
     """
-    values = run(captured, form)
+    values = {name: value.detach() for name, value in run(captured, form).items()}
     for site in sites:
         assert site.spec is not None and site.region is not None
         types = site.spec.types()
