@@ -21,6 +21,7 @@ from attncompile.codegen.pytorch.sdpa import (
     attend_whole,
     being_traced,
     blockwise_pays,
+    computed_bias,
     skips_blocks,
     visited_share,
 )
@@ -95,7 +96,8 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
 
     ``run`` takes the tensors in the order of ``spec.inputs`` and is differentiable. ``sdpa``, ``scan`` and
     ``reference`` trace with symbolic sizes. ``blockwise`` leaves out the tiles its mask hides when it is
-    called with plain tensors, and is one masked call while a graph is being traced. With ``sdpa`` and
+    called with plain tensors, and is one masked call while a graph is being traced; ``flex`` then gives way
+    to SDPA or the reference. With ``sdpa`` and
     ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
     would otherwise build one.
 
@@ -123,7 +125,11 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
         elif isinstance(operation, Attend) and chosen == "flex":
             flexible = _expect(flex_form(operation, types))
             source = flex_source(flexible)
-            steps.append(functools.partial(_flex, operation, flexible, _views(operation, types), source))
+            views, whole = _views(operation, types), additive_form(operation, types)
+            traced: Step = functools.partial(_reference, operation)
+            if isinstance(whole, AdditiveForm):
+                traced = functools.partial(_sdpa, operation, whole, views, False)
+            steps.append(functools.partial(_flex, operation, flexible, views, source, traced))
         elif isinstance(operation, Attend) and chosen in ("sdpa", "blockwise"):
             form, views = _expect(additive_form(operation, types)), _views(operation, types)
             steps.append(functools.partial(_sdpa, operation, form, views, chosen == "blockwise"))
@@ -137,7 +143,7 @@ def _choose(spec: Spec, device: str) -> tuple[str, str]:
     """The operator and the reason for it."""
     if spec.scan() is not None and spec.attend() is None:
         return "scan", "a scan in chunks does linear work in the length"
-    problem = why_not(spec, device, "sdpa")
+    problem = why_not(spec, device, "sdpa") or _slow_mask(spec, device)
     attend = spec.attend()
     if problem is None and attend is not None:
         form = _expect(additive_form(attend, spec.types()))
@@ -150,8 +156,18 @@ def _choose(spec: Spec, device: str) -> tuple[str, str]:
             f"the mask {form.mask} is added to the scores")
         return "sdpa", f"the score is linear in s; {how}{heads}"
     if device.startswith("cuda") and why_not(spec, device, "flex") is None:
-        return "flex", f"{problem}; FlexAttention has"
+        return "flex", f"{problem}; FlexAttention takes it"
     return "reference", problem or "PyTorch has no operator for it"
+
+
+def _slow_mask(spec: Spec, device: str) -> str | None:
+    """Why FlexAttention is better than SDPA where both are exact."""
+    attend = spec.attend()
+    form = additive_form(attend, spec.types()) if attend is not None else None
+    if isinstance(form, AdditiveForm) and computed_bias(form) and device != "cpu" and why_not(
+            spec, device, "flex") is None:
+        return "a bias computed from positions needs float32, for which SDPA would leave 16-bit arithmetic"
+    return None
 
 
 def _how_heads(form: AdditiveForm, device: str) -> str:
@@ -235,8 +251,10 @@ def _sdpa(operation: Attend, form: AdditiveForm, views: tuple[View, ...], blockw
     return {operation.out: attend_whole(operation, form, where, mask)}
 
 
-def _flex(operation: Attend, form: FlexForm, views: tuple[View, ...], source: str, tensors: Tensors,
-          sizes: Sizes, mask: torch.Tensor | None) -> Tensors:
+def _flex(operation: Attend, form: FlexForm, views: tuple[View, ...], source: str, traced: Step,
+          tensors: Tensors, sizes: Sizes, mask: torch.Tensor | None) -> Tensors:
+    if being_traced(tensors[operation.query]):
+        return traced(tensors, sizes, mask)
     return attend_flex(operation, form, _map(operation, views, tensors, sizes), source)
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -116,14 +116,15 @@ class FlexForm:
         score: the new score, over ``s b h i j``.
         mask: what becomes the block mask, ``true`` for none.
         edit: factor of the output over ``b h i``, or ``None``.
-        check_rows: a row without a key has to be set to NaN.
+        empty: what a row without a key has to be set to: ``nan``, the ``mean`` over all keys, or nothing
+            (flex gives 0).
         enable_gqa: key heads are shared as ``h // n``.
     """
 
     score: Expr
     mask: Expr
     edit: Expr | None
-    check_rows: bool
+    empty: Literal["", "nan", "mean"]
     enable_gqa: bool
 
 
@@ -149,15 +150,23 @@ def flex_form(attend: Attend, types: Mapping[str, TensorType]) -> FlexForm | Ref
     infinite = fill == Const(-math.inf)
     negligible = absorbing(fill) or (isinstance(fill, Const) and fill.value <= NEGLIGIBLE)
     proven = never_empty(attend, types)
-    hidden = mask == TRUE or infinite or (proven and negligible)
+    if attend.lse and mask != TRUE and not infinite and not proven:
+        return refuse(f"the log-sum-exp of a row without a key, whose fill is {fill}")
+    hidden = mask == TRUE or infinite or negligible
     score = attend.score if hidden else Apply("where", (mask, attend.score, fill), Kind.FLOAT)
     return FlexForm(
         score=score,
         mask=mask if hidden else TRUE,
         edit=None if weight.slope == Const(1.0) else weight.slope,
-        check_rows=hidden and infinite and not proven and attend.norm.empty == "nan",
+        empty=_empty(attend, infinite) if hidden and not proven else "",
         enable_gqa=heads != total,
     )
+
+
+def _empty(attend: Attend, infinite: bool) -> Literal["", "nan", "mean"]:
+    if not infinite:
+        return "mean"
+    return "nan" if attend.norm.empty == "nan" else ""
 
 
 def flex_source(form: FlexForm) -> str:
@@ -195,9 +204,9 @@ def _compiled() -> Callable[..., Any]:
 
 
 def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict[str, torch.Tensor]:
-    """The attention's results by FlexAttention: compiled on CUDA, where its kernel is; as it stands on a CPU.
+    """The attention's results by FlexAttention, for plain tensors.
 
-    On a CPU, and while a graph is being traced, the call materialises the map.
+    It is compiled on CUDA, where its kernel is; on a CPU the call materialises the map.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # as above
 
@@ -214,12 +223,14 @@ def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict
             queries, keys, device=str(where.device),
         )
     call: Any = flex_attention
-    if where.device.type == "cuda" and not torch.compiler.is_compiling():
+    if where.device.type == "cuda":
         call = _compiled()
     out, lse = call(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0,
                     enable_gqa=form.enable_gqa, return_lse=True)
-    if form.check_rows:
-        out = out.masked_fill((lse == -math.inf)[..., None], math.nan)
+    if form.empty:
+        nothing = (lse == -math.inf)[..., None]
+        mean = value.mean(2, keepdim=True).repeat_interleave(query.shape[1] // value.shape[1], 1)
+        out = out.masked_fill(nothing, math.nan) if form.empty == "nan" else torch.where(nothing, mean, out)
     if form.edit is not None:
         out = (out * evaluate(form.edit, where.environment(torch.float32))).to(out.dtype)
     return {attend.out: out, **({attend.lse: lse} if attend.lse else {})}

@@ -89,12 +89,13 @@ def additive_mask(
         fill = evaluate(form.masked, environment)
         fill = fill if form.fill == "infinite" else fill.clamp(min=lowest)
         added = torch.where(evaluate(mask, environment), bias, fill)
-    added = added if form.bias is not None and _computed(form.bias) else added.to(dtype)
+    added = added if computed_bias(form) else added.to(dtype)
     return added.reshape([1] * (4 - added.dim()) + list(added.shape))
 
 
-def _computed(bias: Expr) -> bool:
-    return not isinstance(bias, Load)
+def computed_bias(form: AdditiveForm) -> bool:
+    """Whether there is a bias that is not read from a tensor as it is."""
+    return form.bias is not None and not isinstance(form.bias, Load)
 
 
 def _empty_rows(form: AdditiveForm, mask: Expr, where: Map) -> torch.Tensor:
@@ -121,11 +122,11 @@ def attend_whole(
     added = None if causal else shared_mask
     if added is None and not causal:
         added = additive_mask(form, mask, where, query.dtype)
-    if added is not None and not form.proven and mask != TRUE and _rows_need_care(form, query, key):
-        # a row without a key: its logits are made all equal, whatever the scores are, and pass no gradient on
+    care = _empty_row_care(form, query, key) if added is not None and not form.proven and mask != TRUE else ()
+    if care and added is not None:
         empty = _empty_rows(form, mask, where)
-        query = query.masked_fill(empty, 0.0)
         added = added.masked_fill(empty, 0.0)
+        query = query.masked_fill(empty, 0.0) if "query" in care else query
     out = _call(query, key, value, form, added, causal)
     if form.fill == "infinite" and not causal and added is not None and (
         not form.proven or (form.bias is not None and any(isinstance(node, Load) for node in walk(form.bias)))
@@ -137,14 +138,25 @@ def attend_whole(
     return _edited(out, form, where)
 
 
-def _rows_need_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a finite fill that is added differs from one that replaces the score, in a row without a
-    key.
+def _empty_row_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:
+    """What has to be zeroed in a row without a key, because adding a finite fill there is not what the Spec
+    says.
+
+    A fill that replaces the score makes the row's logits equal, and lets no gradient through: with ``query``
+    and ``mask`` zeroed they are equal too. Where the fill swallows the score, adding it does that by itself,
+    but for float16, which cannot hold such a fill, and for CUDA's kernels, which scale it beyond the largest
+    number. A fill that
+    is added moves the whole row, which a softmax does not notice: the ``mask`` is zeroed, where kernels would
+    lose the score's last digits next to it.
     """
-    if form.fill == "constant":
-        return True
+    elsewhere = query.device.type != "cpu"
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return form.fill == "absorbing" and (query.dtype == torch.float16 or (form.replaces and differentiated))
+    if form.fill == "shifted":
+        return ("mask",) if elsewhere and form.bias is None and isinstance(form.masked, Const) else ()
+    swallowed = form.fill == "absorbing" and not elsewhere and query.dtype != torch.float16
+    if form.fill == "infinite" or (swallowed and not (form.replaces and differentiated)):
+        return ()
+    return ("query", "mask")
 
 
 def _edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
@@ -155,13 +167,19 @@ def _edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
 
 def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AdditiveForm,
           added: torch.Tensor | None, causal: bool) -> torch.Tensor:
-    shared = form.shared_heads == "grouped"
-    if shared and query.device.type != "cpu" and added is not None:
-        # CUDA's kernels that take a mask want as many key heads as query heads
-        repeats = query.shape[1] // key.shape[1]
-        key, value, shared = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    return scaled_dot_product_attention(
+    shared, dtype = form.shared_heads == "grouped", query.dtype
+    if query.device.type != "cpu" and added is not None:
+        if added.dtype != dtype:
+            # CUDA's kernels misread a float32 mask beside 16-bit operands (torch 2.11), and 16 bits lose the
+            # bias
+            query, key, value = query.to(added.dtype), key.to(added.dtype), value.to(added.dtype)
+        if shared:
+            # those that take a mask want as many key heads as query heads
+            repeats = query.shape[1] // key.shape[1]
+            key, value, shared = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    out = scaled_dot_product_attention(
         query, key, value, attn_mask=added, is_causal=causal, scale=form.scale, enable_gqa=shared)
+    return out.to(dtype)
 
 
 def being_traced(tensor: torch.Tensor) -> bool:

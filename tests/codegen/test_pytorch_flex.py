@@ -48,7 +48,7 @@ def test_every_operator_means_the_same(name: str) -> None:
     assert _applied(name)
     for node in _applied(name):
         real = apply("float", node)
-        source = flex_source(FlexForm(real, TRUE, None, False, False))
+        source = flex_source(FlexForm(real, TRUE, None, "", False))
         namespace: dict[str, object] = {}
         exec(source, namespace)
         score_mod, _ = namespace["make"](torch, {}, {})  # type: ignore[operator]
@@ -99,12 +99,18 @@ def test_source_is_readable() -> None:
 '''
 
 
-def test_a_finite_fill_stays_in_the_score() -> None:
-    """Flex gives 0 for a row without a key, the Spec the mean: the mask then may not become a block mask."""
-    for row, blocks in (("empty-rows-lowest", False), ("empty-rows-nan", True), ("causal", True)):
-        spec = BY_NAME[row].spec
-        attend = spec.attend()
-        assert attend is not None
-        form = flex_form(attend, spec.types())
-        assert isinstance(form, FlexForm)
-        assert (form.mask != TRUE) == blocks
+@pytest.mark.parametrize(("row", "blocks", "empty"), [
+    ("causal", True, ""),
+    ("causal-padding", True, ""),  # 0, which is what flex gives
+    ("empty-rows-nan", True, "nan"),
+    ("empty-rows-lowest", True, "mean"),
+    ("empty-rows-constant", True, "mean"),
+    ("empty-rows-shifted", False, ""),  # such a row reads all keys, so the mask may not leave out blocks
+])
+def test_rows_without_a_key(row: str, blocks: bool, empty: str) -> None:
+    spec = BY_NAME[row].spec
+    attend = spec.attend()
+    assert attend is not None
+    form = flex_form(attend, spec.types())
+    assert isinstance(form, FlexForm)
+    assert (form.mask != TRUE, form.empty) == (blocks, empty)
