@@ -180,7 +180,7 @@ def _launch(
         f"queries, keys, warps, stages = tile_of({like}, {queries})",
         *rounding,
         f"if max({key}.stride(2), {value}.stride(2)) * keys >= 2**31:",
-        '    raise ValueError("keys or values lie too far apart for 32-bit offsets inside a block; copy them together")',
+        '    raise ValueError("keys or values lie too far apart in memory; call contiguous() on them first")',
         f"with torch.cuda.device_of({like}):",
         *signature(f"attend_forward[({grid},)]", arguments, "", 4, inside=4).splitlines(),
         returned,
