@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 
 from attncompile.codegen.onnx.capabilities import Provider
-from attncompile.codegen.onnx.choose import Choice, Prefer, choose
+from attncompile.codegen.onnx.choose import Choice, Prefer, choose, row_named
 from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Shared
 from attncompile.codegen.onnx.layouts import Operand, single_groups
@@ -37,13 +37,13 @@ from attncompile.convert.evidence import (
 )
 from attncompile.convert.export import export_onnx
 from attncompile.frontends.checkpoint import OpenedModel, open_model
-from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.errors import InputError
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.torch_internals import flatten
-from attncompile.ir import RefusalError, Spec
+from attncompile.ir import RefusalError, Spec, parse_spec
 from attncompile.lift import Program, lift_graph
-from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
-from attncompile.plan.schema import Plan, save_plan
+from attncompile.passes import PassCall, parse_passes, run_passes
+from attncompile.plan.schema import Plan, SitePlan, save_plan
 from attncompile.report import Measurement, write_report
 from attncompile.verify import Certificate, EndToEnd, SiteCertificate, check_site, refused_site, save_certificate
 
@@ -422,7 +422,8 @@ def verify_onnx(folder: Path, plan: Plan, shift: int) -> Certificate:
     end_to_end, problem = _compare(original, folder / MODEL, plan.provider, lossy, shift)
     if problem is not None and all(entry.passed for entry in end_to_end):
         raise InputError(f"the model does not run: {problem}", folder, "convert the model again")
-    sites = [_verified_site(site, plan.provider) for site in plan.sites]
+    provider: Provider = "cuda" if plan.provider == "cuda" else "cpu"
+    sites = [_verified_site(site, provider) for site in plan.sites]
     return make_certificate(plan, sites, end_to_end)
 
 
@@ -430,18 +431,15 @@ def _lossy(applied: Sequence[str]) -> bool:
     return any(call.rewrite.contract != "exact" for text in applied for call in parse_passes(text))
 
 
-def _verified_site(site: Any, provider: str) -> SiteCertificate:
-    from attncompile.codegen.onnx.capabilities import rows_for
-    from attncompile.ir import parse_spec
+def _verified_site(site: SitePlan, provider: Provider) -> SiteCertificate:
+    """A site of a plan, run again.
 
+    Raises:
+        ValueError: when the plan names an operator that is not known.
+    """
     if site.operator == "original" or not site.after:
         return refused_site(site.site, site.reason, parse_spec(site.before) if site.before else None)
     spec = parse_spec(site.after)
-    rows = [row for row in rows_for(spec) if row.operator == site.operator]
-    if not rows:
-        raise InputError(f"the plan names the operator {site.operator!r}, which is not known", site.site, "convert again")
-    choice = Choice(rows[0], site.reason, ())
-    return check_site(site.site, spec, _site_runner(spec, choice, provider), operator=site.operator)  # type: ignore[arg-type]
+    choice = Choice(row_named(spec, site.operator), site.reason, ())
+    return check_site(site.site, spec, _site_runner(spec, choice, provider), operator=site.operator)
 
-
-__all__ = ["CaptureError", "PassResult", "convert_onnx", "feeds", "run", "session", "verify_onnx"]

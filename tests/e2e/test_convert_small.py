@@ -1,0 +1,226 @@
+"""Whole conversions of small checkpoints: what is written, that it agrees, and that damage is noticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import attncompile
+from attncompile.convert.calibration import Call
+from attncompile.convert.onnx import run, session
+from attncompile.frontends.errors import InputError
+from attncompile.plan.schema import load_plan
+from attncompile.verify import load_certificate
+from tests.backend.test_backend import small_bert, small_llama, tokens
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "llama"
+    small_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "bert"
+    small_bert().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_onnx(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "llama-onnx"
+    attncompile.convert(llama_folder, out, to="onnx")
+    return out
+
+
+@pytest.fixture(scope="module")
+def llama_torch(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "llama-torch"
+    attncompile.convert(llama_folder, out, to="torch")
+    return out
+
+
+def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the branches inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes(attribute.g)
+
+
+def operators(path: Path) -> set[str]:
+    """Operator types in an ONNX file."""
+    return {node.op_type for node in nodes(onnx.load(path).graph)}
+
+
+def test_an_onnx_folder_is_complete_and_judged(llama_onnx: Path) -> None:
+    names = {path.name for path in llama_onnx.iterdir()}
+    assert {"model.onnx", "plan.json", "report.json", "report.html", "certificate.json", "config.json"} <= names
+    certificate, plan = load_certificate(llama_onnx / "certificate.json"), load_plan(llama_onnx / "plan.json")
+    assert certificate.passed and certificate.plan == plan.digest()
+    assert len(plan.sites) == len(certificate.sites) == 2
+    judged = [entry for entry in certificate.end_to_end if entry.tolerance is not None]
+    assert judged and all(entry.tolerance == 1e-4 for entry in judged)
+    onnx.checker.check_model(llama_onnx / "model.onnx")
+    assert json.loads((llama_onnx / "report.json").read_text())["sites"][0]["why"]
+
+
+def test_an_onnx_model_takes_any_batch_length_and_padding(llama_onnx: Path) -> None:
+    loaded, model = session(llama_onnx / "model.onnx", "cpu"), small_llama()
+    assert [entry.shape for entry in loaded.get_inputs()] == [["batch", "length"]] * 2
+    for batch, length, padding in ((1, 1, "left"), (1, 40, "left"), (4, 23, "left"), (3, 12, "right")):
+        call = Call((), tokens(batch, length, padding), "")
+        kept = call.kept()
+        with torch.no_grad():
+            expected = model(**call.kwargs).logits
+        np.testing.assert_allclose(run(loaded, call)["logits"][kept], expected[kept], atol=1e-4)
+
+
+def test_holes_in_the_mask_stay_right(llama_onnx: Path) -> None:
+    call = Call((), tokens(2, 24), "")
+    call.kwargs["attention_mask"][0, 5:9] = 0
+    kept = call.kwargs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = small_llama()(**call.kwargs).logits
+    actual = run(session(llama_onnx / "model.onnx", "cpu"), call)["logits"]
+    np.testing.assert_allclose(actual[kept], expected[kept], atol=1e-4)
+
+
+def test_verification_passes_and_notices_damage(llama_onnx: Path, tmp_path: Path) -> None:
+    assert attncompile.verify(llama_onnx).passed
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in llama_onnx.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    model = onnx.load(damaged / "model.onnx")
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    onnx.save(model, damaged / "model.onnx")
+    certificate = attncompile.verify(damaged)
+    assert not certificate.passed and "logits" in certificate.failures()[0]
+
+
+@pytest.mark.parametrize("prefer", ["fused", "decomposed"])
+def test_the_form_can_be_chosen(bert_folder: Path, tmp_path: Path, prefer: str) -> None:
+    out = tmp_path / prefer
+    conversion = attncompile.convert(bert_folder, out, prefer=prefer)
+    assert conversion.certificate.passed
+    fused = {"Attention", "MultiHeadAttention", "GroupQueryAttention"} & operators(out / "model.onnx")
+    assert bool(fused) == (prefer == "fused")
+
+
+def test_onnx_goes_in_and_out(bert_folder: Path, tmp_path: Path) -> None:
+    attncompile.convert(bert_folder, tmp_path / "plain", prefer="decomposed")
+    conversion = attncompile.convert(tmp_path / "plain" / "model.onnx", tmp_path / "again", prefer="fused")
+    assert conversion.certificate.passed and len(conversion.report.sites) == 2
+    assert attncompile.verify(tmp_path / "again").passed
+
+
+def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "window"
+    conversion = attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)", prefer="fused")
+    fused = [node for node in nodes(onnx.load(out / "model.onnx").graph) if node.op_type == "GroupQueryAttention"]
+    windows = [a.i for node in fused for a in node.attribute if a.name == "local_window_size"]
+    assert len(windows) == 2 and len(set(windows)) == 1
+    assert "j > i − 8" in load_plan(out / "plan.json").sites[0].after
+    report = conversion.report
+    assert all(site.relative_error is not None and site.relative_error > 0 for site in report.sites)
+    assert any(row.name.startswith("largest difference of logits") and row.after > 1e-3 for row in report.measurements)
+
+
+def test_a_window_equals_the_windowed_model(llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "window"
+    attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)")
+    call = tokens(1, 30)
+    call["attention_mask"].fill_(1)
+    position = torch.arange(30)
+    visible = (position[None] <= position[:, None]) & (position[None] > position[:, None] - 8)
+    with torch.no_grad():
+        expected = small_llama()(input_ids=call["input_ids"], attention_mask=visible[None, None]).logits
+    actual = run(session(out / "model.onnx", "cpu"), Call((), call, ""))["logits"]
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_linearising_a_softmax_checkpoint_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    conversion = attncompile.convert(llama_folder, tmp_path / "refused", passes="fuse,linearize.decay")
+    plan = load_plan(tmp_path / "refused" / "plan.json")
+    assert all(any("linearize.decay" in r.call for r in site.refused) for site in plan.sites)
+    assert conversion.certificate.passed
+
+
+def test_linearising_can_be_forced_and_becomes_an_operator(llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "linear"
+    attncompile.convert(llama_folder, out, passes="linearize.decay", allow_untrained=True, prefer="fused")
+    plan = load_plan(out / "plan.json")
+    assert all("scan" in site.after or "linearize.decay" in site.refused[0].call for site in plan.sites)
+
+
+def test_projections_are_quantised(bert_folder: Path, tmp_path: Path) -> None:
+    conversion = attncompile.convert(bert_folder, tmp_path / "int8", passes="fuse,quantize.int8")
+    assert "MatMulInteger" in operators(tmp_path / "int8" / "model.onnx")
+    assert any("INT8" in note for note in conversion.report.notes)
+
+
+def test_a_torch_folder_runs_generates_and_verifies(llama_torch: Path) -> None:
+    names = {path.name for path in llama_torch.iterdir()}
+    assert {"model.safetensors", "plan.json", "report.json", "certificate.json", "kernels", "config.json"} <= names
+    (kernel,) = (llama_torch / "kernels").glob("*.py")
+    assert "attend" in kernel.read_text()
+    compile(kernel.read_text(), str(kernel), "exec")
+    loaded, model, call = attncompile.load(llama_torch), small_llama(), tokens(2, 9)
+    with torch.no_grad():
+        expected = model.generate(**call, max_new_tokens=5, do_sample=False)
+        assert torch.equal(loaded.generate(**call, max_new_tokens=5, do_sample=False), expected)
+    assert attncompile.verify(llama_torch).passed
+
+
+def test_a_module_of_ones_own_is_saved_as_a_program(tmp_path: Path) -> None:
+    source = tmp_path / "own.py"
+    source.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(1)\n"
+        "        self.qkv = nn.Linear(24, 72)\n"
+        "    def forward(self, x):\n"
+        "        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)\n"
+        "        w = (q @ k.mT / 6 ** 0.5).softmax(-1)\n"
+        "        return (w @ v).transpose(1, 2).flatten(2)\n"
+        "def build():\n"
+        "    return Own().eval(), (torch.randn(2, 11, 24),), {}\n"
+    )
+    out = tmp_path / "out"
+    attncompile.convert(f"{source}:build", out, to="torch")
+    namespace: dict[str, object] = {}
+    exec(source.read_text(), namespace)
+    model, (x,), _ = namespace["build"]()  # type: ignore[operator]
+    with torch.no_grad():
+        torch.testing.assert_close(attncompile.load(out)(x), model(x))
+
+
+def test_nothing_is_written_when_it_fails(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prefer"):
+        attncompile.convert(llama_folder, tmp_path / "out", to="torch", prefer="fused")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_onnx_runtime_cannot_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x00")
+    with pytest.raises(InputError, match="cannot load"):
+        session(tmp_path / "model.onnx", "cpu")
+
+
+def test_the_runtime_is_the_one_that_operators_were_checked_with() -> None:
+    assert tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 30)
