@@ -19,7 +19,6 @@ from attncompile.frontends.graph import (
     Graph,
     GraphInput,
     Info,
-    Linear,
     NativeNode,
     Node,
     Opaque,
@@ -102,7 +101,7 @@ class _View:
     natives: dict[str, NativeNode] = field(default_factory=dict)
     owner: dict[str, str] = field(default_factory=dict)
     scopes: dict[str, str] = field(default_factory=dict)
-    linears: dict[str, Linear] = field(default_factory=dict)
+    producer: dict[str, Node] = field(default_factory=dict)
 
     def build(self) -> None:
         graph = self.model.graph
@@ -157,7 +156,7 @@ class _View:
                         self.known,
                         self.constants,
                         self.sizes,
-                        self.linears,
+                        self.producer,
                     ),
                     output,
                     tuple(names),
@@ -219,10 +218,9 @@ class _View:
         if not b.made or b.made[-1].output != last:
             last = b.same(last)
         self.infos[b.output] = self.infos.pop(last)
-        made = b.made[-1] = dataclasses.replace(b.made[-1], output=b.output)
-        if isinstance(made, Linear):
-            self.linears[b.output] = made
+        b.made[-1] = dataclasses.replace(b.made[-1], output=b.output)
         self.nodes += b.made
+        self.producer.update({part.output: part for part in b.made})
         self.owner.update({part.output: b.node.name or "" for part in b.made})
 
     def _opaque(self, b: Builder, output: ir.Value, node: Node) -> None:

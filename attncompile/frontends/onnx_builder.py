@@ -18,7 +18,6 @@ from attncompile.frontends.graph import (
     Indices,
     Info,
     Iota,
-    Linear,
     Move,
     Node,
     Pointwise,
@@ -49,7 +48,7 @@ class Builder:
         infos: shape and dtype of every value so far; known: elements of small values so far.
         constants: values made of constants alone.
         sizes: the model's symbolic sizes.
-        linears: products with a constant matrix so far, by the value they make.
+        producer: the nodes so far, by the value they make.
     """
 
     node: ir.Node
@@ -60,7 +59,7 @@ class Builder:
     known: Mapping[str, Known]
     constants: frozenset[str] | set[str]
     sizes: SizeNames
-    linears: Mapping[str, Linear] = field(default_factory=dict)
+    producer: Mapping[str, Node] = field(default_factory=dict)
     made: list[Node] = field(default_factory=list)
 
     def input(self, number: int) -> str | None:
@@ -157,15 +156,20 @@ class Builder:
         iota = self.emit(lambda name: Iota(name, ZERO, ONE), (shape[axis],), "int64")
         return self.move(iota, lambda indices: (indices[axis],), "iota", shape)
 
-    def contract(self, left: str, right: str, labels: tuple[tuple[str, ...], ...]) -> str:
-        """A product of two tensors; sizes of one label must agree where the graph runs."""
+    def contract(
+        self, left: str, right: str, labels: tuple[tuple[str, ...], ...], broadcast: bool = False
+    ) -> str:
+        """A product of two tensors.
+
+        Unless an axis of size 1 may stand for any size there too (``broadcast``), the sizes of a label that
+        is summed over are proven equal by the model running at all.
+        """
         sizes: dict[str, Expr] = {}
-        summed = set(labels[0]) | set(labels[1])
-        summed -= set(labels[2])
+        equal = set() if broadcast else set(labels[0] + labels[1]) - set(labels[2])
         for tensor, names in ((left, labels[0]), (right, labels[1])):
             for label, size in zip(names, self.shape(tensor), strict=True):
                 if label in sizes:
-                    (self.sizes.prove_equal if label in summed else self.sizes.meet)(sizes[label], size)
+                    (self.sizes.prove_equal if label in equal else self.sizes.meet)(sizes[label], size)
                     sizes[label] = broadcast_shapes([(sizes[label],), (size,)])[0]
                 else:
                     sizes[label] = size

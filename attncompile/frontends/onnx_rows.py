@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -16,6 +17,8 @@ from attncompile.frontends.graph import (
     Indices,
     Iota,
     Linear,
+    Pointwise,
+    Reduce,
     Select,
     Softmax,
 )
@@ -67,9 +70,9 @@ def _real(operator: str) -> Row:
 def _add(b: Builder) -> str:
     """A sum; of a product with a matrix and a constant vector it is that product with its bias."""
     for product_with, bias in (b.tensors(), b.tensors()[::-1]):
-        linear = b.linears.get(product_with)
+        linear = b.producer.get(product_with)
         if (
-            linear is not None
+            isinstance(linear, Linear)
             and linear.bias is None
             and bias in b.constants
             and (b.shape(bias) == b.shape(product_with)[-1:])
@@ -596,6 +599,57 @@ def _softmax(b: Builder) -> str:
     return b.reshape(weights, shape)
 
 
+def _log_softmax(b: Builder) -> str:
+    return b.pointwise("log", _softmax(b))
+
+
+def reduced_axes(b: Builder) -> tuple[int, ...]:
+    """The axes that a reduction runs over, in order."""
+    rank = len(b.shape(b.tensor()))
+    asked = b.listed("axes", 1)
+    if not asked:
+        return () if b.attribute("noop_with_empty_axes", 0) else tuple(range(rank))
+    return tuple(sorted({axis_of(axis, rank) for axis in asked}))
+
+
+def reduced_shape(b: Builder) -> Indices:
+    """The shape that a reduction leaves."""
+    shape, gone, keeps = b.shape(b.tensor()), reduced_axes(b), b.attribute("keepdims", 1)
+    return tuple(
+        ONE if axis in gone else size for axis, size in enumerate(shape) if keeps or axis not in gone
+    )
+
+
+def _reduce(operator: Literal["sum", "max"]) -> Row:
+    """A sum or maximum over axes; the sum of a product of two tensors over one is their contraction."""
+
+    def row(b: Builder) -> str:
+        source, axes, keeps = b.tensor(), reduced_axes(b), bool(b.attribute("keepdims", 1))
+        shape, target = b.shape(source), reduced_shape(b)
+        if not axes:
+            return b.same(source)
+        if operator == "sum" and not _is_float(b, source):
+            raise Unstated
+        factors = _factors(b, source) if operator == "sum" and len(axes) == 1 else None
+        if factors is None:
+            return b.emit(lambda name: Reduce(name, source, operator, axes, keeps), target, b.dtype(source))
+        labels = tuple(f"axis{n}" for n in range(len(shape)))
+        kept = tuple(label for axis, label in enumerate(labels) if axis not in axes)
+        first, second = (labels[len(shape) - len(b.shape(factor)) :] for factor in factors)
+        made = b.contract(*factors, (first, second, kept), broadcast=True)
+        return b.move(made, movement.unsqueeze(axes), "unsqueeze", target) if keeps else made
+
+    return row
+
+
+def _factors(b: Builder, value: str) -> tuple[str, str] | None:
+    """The two tensors whose broadcast product a value is."""
+    match b.producer.get(value):
+        case Pointwise(_, "mul", (str(left), str(right))) if left != right:
+            return left, right
+    return None
+
+
 # fmt: off
 _POINTWISE = {"Mul": "mul", "Sum": "add", "Min": "min", "Max": "max", "Abs": "abs"}
 _REAL = {"Exp": "exp", "Log": "log", "Tanh": "tanh", "Sigmoid": "sigmoid", "Erf": "erf", "Sqrt": "sqrt",
@@ -618,7 +672,8 @@ ROWS: dict[str, Row] = {
     "Tile": _tile, "Slice": _slice, "Split": _split, "Concat": _concatenate, "Pad": _pad, "Gather": _gather,
     "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range,
     "ConstantOfShape": _constant_of_shape,
-    "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax, **CALLS,
+    "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax,
+    "LogSoftmax": _log_softmax, "ReduceSum": _reduce("sum"), "ReduceMax": _reduce("max"), **CALLS,
 }
 # fmt: on
 """Operators of the standard set."""
@@ -670,15 +725,7 @@ def _integer_product(b: Builder) -> tuple[Indices, str]:
 
 
 def _reduction(b: Builder) -> tuple[Indices, str]:
-    shape = b.shape(b.tensor())
-    axes = b.listed("axes", 1)
-    if not axes:
-        axes = () if axes is not None and b.attribute("noop_with_empty_axes", 0) else tuple(range(len(shape)))
-    gone = {axis_of(axis, len(shape)) for axis in axes}
-    keep = b.attribute("keepdims", 1)
-    return tuple(
-        ONE if axis in gone else size for axis, size in enumerate(shape) if keep or axis not in gone
-    ), b.dtype(b.tensor())
+    return reduced_shape(b), b.dtype(b.tensor())
 
 
 # fmt: off

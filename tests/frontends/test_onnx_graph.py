@@ -26,6 +26,7 @@ from attncompile.frontends.graph import (
     Node,
     Opaque,
     Pointwise,
+    Reduce,
     RefusedAttention,
     Softmax,
 )
@@ -80,6 +81,9 @@ def computed(
         weight = values[node.weight] if node.transposed else values[node.weight].T
         made = values[node.source] @ weight
         return made if node.bias is None else made + values[node.bias]
+    if isinstance(node, Reduce):
+        reduced = {"sum": torch.sum, "max": torch.amax}[node.operator]
+        return reduced(values[node.source], dim=node.axes, keepdim=node.keeps_axes)
     if isinstance(node, Softmax):
         return torch.softmax(values[node.source], dim=node.axis)
     axes = [f"x{n}" for n in range(len(shape))]
@@ -291,6 +295,15 @@ ROWS = (
     Row("Einsum of one", 'y = Einsum<equation="bij->jbi">(x)'),
     Row("Einsum without arrow", 'y = Einsum<equation="ij,jk">(x, z)', "float[N,4] x, float[4,M] z"),
     Row("Softmax", "y = Softmax<axis=1>(x)"), Row("Softmax on the last axis", "y = Softmax(x)"),
+    Row("LogSoftmax", "y = LogSoftmax<axis=1>(x)"),
+    Row("ReduceSum", "y = ReduceSum(x, a)", constants="int64[2] a = {-1, 0}"),
+    Row("ReduceSum without the axes", "y = ReduceSum<keepdims=0>(x, a)", constants="int64[1] a = {1}"),
+    Row("ReduceSum of everything", "y = ReduceSum(x)"),
+    Row("ReduceSum of nothing", "y = ReduceSum<noop_with_empty_axes=1>(x)"),
+    Row("ReduceSum of a product", "p = Mul(x, z)  y = ReduceSum(p, a)", TWO, "int64[1] a = {1}"),
+    Row("ReduceSum of a product, axis dropped", "p = Mul(x, z)  y = ReduceSum<keepdims=0>(p, a)",
+        "float[N,3,1,4] x, float[3,M,4] z", "int64[1] a = {-1}"),
+    Row("ReduceMax", "y = ReduceMax<axes=[1], keepdims=0>(x)", opset=13),
     Row("Softmax of old", "y = Softmax<axis=1>(x)", opset=11),
 )
 # fmt: on
@@ -655,7 +668,7 @@ def test_third_party_files_are_lifted(name: str, onnx_files: dict[str, Path]) ->
 def test_every_value_of_a_third_party_file(onnx_files: dict[str, Path]) -> None:
     model = ir.load(onnx_files["paraphrase-minilm-l3"])
     feeds = {v.name or "": np.random.default_rng(0).integers(0, 2, (2, 5)) for v in model.graph.inputs}
-    compare(model, feeds, ("LayerNormalization", "ReduceSum"))
+    compare(model, feeds, ("LayerNormalization",))
 
 
 def tiny_bert(attention: str) -> torch.nn.Module:
@@ -740,13 +753,15 @@ def test_conformance_cases_of_onnx() -> None:
     compared, statuses = 0, []
     for case in conformance_cases():
         operators = {node.op_type for node in case.model.graph.node}
-        if not operators <= {*STATED, "Constant", "ReduceMax", "Shape", "Size"} or not plain(case.data_sets[0][0]):
+        if not operators <= {*STATED, "Constant", "Shape", "Size"} or not plain(case.data_sets[0][0]):
             continue
         model = ir.from_proto(case.model)
         graph = onnx_graph(model)
         if "attention" in case.name:
             for site in lift_graph(graph).sites:
-                assert site.refusal is None or site.refusal.kind in ("unstated-attention", "escaping-value")
+                # some cases cannot be proven: random lengths of a cache leave no row with a visible key
+                honest = ("unstated-attention", "escaping-value", "unproven")
+                assert site.refusal is None or site.refusal.kind in honest, site.refusal
                 statuses.append(site.status)
             continue
         if any(isinstance(node, OPAQUE) for node in graph.nodes):
