@@ -39,6 +39,7 @@ from attncompile.frontends.memory import BETWEEN, EARLY, Versions, memory_versio
 from attncompile.frontends.torch_internals import is_symbolic, size_hint
 from attncompile.ir import Expr, Size, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, Index, apply, substitute
+from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import NAMES, concrete
 
 
@@ -381,15 +382,26 @@ def _slice(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     source = b.tensor(args[0])
     shape = b.shape(source)
     axis = _axis(args[1] if len(args) > 1 else 0, len(shape))
-    start = _position(b, args[2] if len(args) > 2 else 0, shape[axis])
-    step = args[4] if len(args) > 4 else 1
-    if isinstance(start, Const) and isinstance(shape[axis], Const) and start.value > shape[axis].value:
-        start = shape[axis]
+    size, end, step = shape[axis], args[3] if len(args) > 3 else None, args[4] if len(args) > 4 else 1
+    start = _position(b, args[2] if len(args) > 2 else 0, size)
+    if step == 1 and (end is None or (isinstance(end, int) and end >= _NO_END)):
+        start = simplify(size - b.out.shape[axis])  # what is left says where it began, with torch's own clamping
+    elif not isinstance(start, Const) or not isinstance(size, Const):
+        start = start if Simplifier({}).nonnegative(start) else simplify(apply("max", start, ZERO))
+    else:
+        start = Const(min(max(start.value, 0), size.value))
     return b.move(source, movement.slices(axis, start, step), "slice", b.out.shape)
 
 
+_NO_END = 2**63 - 1
+"""The end of a slice that has none."""
+
+
 def _narrow(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
-    return _slice(b, [args[0], args[1], args[2]], kwargs)
+    source = b.tensor(args[0])
+    axis = _axis(args[1], len(b.shape(source)))
+    start = _position(b, args[2], b.shape(source)[axis])
+    return b.move(source, movement.slices(axis, start, 1), "slice", b.out.shape)
 
 
 def _select(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -733,7 +745,7 @@ ROWS: dict[str, Row] = {
     "bitwise_and": _truth("and"), "__and__": _truth("and"), "logical_and": _truth("and"),
     "bitwise_or": _truth("or"), "__or__": _truth("or"), "logical_or": _truth("or"),
     "bitwise_not": _truth("not"), "logical_not": _truth("not"),
-    "bitwise_xor": _truth("ne"), "logical_xor": _truth("ne"),
+    "bitwise_xor": _truth("ne"), "__xor__": _truth("ne"), "logical_xor": _truth("ne"),
     "masked_fill": _masked_fill, "clamp": _clamp, "clamp_min": _clamp,
     "to": _convert, "_to_copy": _convert, "type_as": _convert, "alias": _same, "contiguous": _same, "clone": _same,
     "detach": _same, "detach_": _same, "lift_fresh_copy": _same, "lift_fresh": _same, "view_as": _view,

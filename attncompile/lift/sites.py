@@ -473,7 +473,7 @@ def _choose_kv(graph: Graph, statement: _Statement, extents: dict[str, Expr]) ->
             continue
         found = []
         for candidates, channel in ((statement.key, _D), (statement.value, _E)):
-            matching = [o for o in candidates if heads == ONE or _kv_head(o) == kv_head]
+            matching = [o for o in candidates if heads == ONE or _kv_head(o) in (kv_head, ZERO)]
             symbol = kv_head if kv_head != ZERO else Index("g")
             axes = {"b": (_B, extents["b"]), "g": (symbol, groups), "j": (_J, extents["j"]),
                     channel.name: (channel, extents[channel.name])}

@@ -264,6 +264,14 @@ def bias_changed_afterwards(q, k, v, packed):
     return attend(logits, heads(v)), bias
 
 
+@row({"packed": torch.nn.Linear(WIDTH, WIDTH)}, kind="operand-layout")
+def keys_changed_afterwards(q, x, v, packed):
+    key = packed(x)
+    out = attend(scores(q, key), heads(v))
+    key.mul_(2.0)
+    return out, key
+
+
 @row(kind="unstated-attention")
 def fused_with_dropout(q, k, v):
     return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), dropout_p=0.5))

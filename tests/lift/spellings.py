@@ -277,6 +277,11 @@ def one_key_head_by_broadcast(q, k_one, v_one):
     return attend(dot(heads(q), k_one[:, None]) * 0.5, v_one[:, None])
 
 
+@row(score="0.5·s")
+def values_shared_by_heads(q, k, v_one):
+    return attend(dot(heads(q), heads(k)) * 0.5, v_one[:, None])
+
+
 @row(score="0.5·s", kv_head="0")
 def one_key_head_einsum(q, k_one, v_one):
     logits = torch.einsum("bqhd,bkd->bhqk", split_heads(q), k_one) * 0.5
