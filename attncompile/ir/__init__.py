@@ -2,7 +2,17 @@
 
 from attncompile.ir.expr import Expr, Index, Load, Size
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import Attend, Cache, Normalizer, Operation, Position, Project, Quantize, Scan, grouped
+from attncompile.ir.ops import (
+    Attend,
+    Cache,
+    Normalizer,
+    Operation,
+    Position,
+    Project,
+    Quantize,
+    Scan,
+    grouped,
+)
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec, parse_spec, print_spec
@@ -10,7 +20,30 @@ from attncompile.ir.text import parse_expr, print_expr
 from attncompile.ir.types import Axis, TensorType, Value, tensor_type
 
 __all__ = [
-    "Attend", "Axis", "Cache", "Expr", "Index", "Kind", "Load", "Normalizer", "Operation", "Position", "Project",
-    "Quantize", "Refusal", "RefusalError", "Scan", "Size", "Spec", "TensorType", "Value", "grouped", "parse_expr",
-    "parse_spec", "print_expr", "print_spec", "simplify", "tensor_type",
+    "Attend",
+    "Axis",
+    "Cache",
+    "Expr",
+    "Index",
+    "Kind",
+    "Load",
+    "Normalizer",
+    "Operation",
+    "Position",
+    "Project",
+    "Quantize",
+    "Refusal",
+    "RefusalError",
+    "Scan",
+    "Size",
+    "Spec",
+    "TensorType",
+    "Value",
+    "grouped",
+    "parse_expr",
+    "parse_spec",
+    "print_expr",
+    "print_spec",
+    "simplify",
+    "tensor_type",
 ]

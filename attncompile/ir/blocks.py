@@ -1,8 +1,9 @@
 """Block maps: which tiles of the attention map a mask leaves visible, found without materialising the map.
 
 Two readings of one mask: :func:`block_map` classifies every tile by interval analysis (any mask), and
-:func:`key_bounds` gives closed-form limits of the visible keys per query where the mask compares ``j`` with an
-expression of the query position (causal, window, prefix), which is what a kernel's loop bounds are made of.
+:func:`key_bounds` gives closed-form limits of the visible keys per query where the mask compares ``j`` with
+an expression of the query position (causal, window, prefix), which is what a kernel's loop bounds are made
+of.
 """
 
 from __future__ import annotations
@@ -71,25 +72,50 @@ def block_map(
     Raises:
         ValueError: for sizes below 1, or when the expression is no mask.
     """
-    for name, value in (("query_length", query_length), ("key_length", key_length), ("block_query", block_query),
-                        ("block_key", block_key)):
+    for name, value in (
+        ("query_length", query_length),
+        ("key_length", key_length),
+        ("block_query", block_query),
+        ("block_key", block_key),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     query_low, query_high = _edges(query_length, block_query)
     key_low, key_high = _edges(key_length, block_key)
-    given = {"I": Interval(query_length, query_length), "J": Interval(key_length, key_length), **(ranges or {})}
-    box = {**given, "i": Interval(query_low[:, None], query_high[:, None]),
-           "j": Interval(key_low[None, :], key_high[None, :])}
+    given = {
+        "I": Interval(query_length, query_length),
+        "J": Interval(key_length, key_length),
+        **(ranges or {}),
+    }
+    box = {
+        **given,
+        "i": Interval(query_low[:, None], query_high[:, None]),
+        "j": Interval(key_low[None, :], key_high[None, :]),
+    }
     mask = simplify(mask)
     visibility = np.array(np.broadcast_to(classify(mask, box), (len(query_low), len(key_low))))
     rows, columns = np.nonzero(visibility == Visibility.MIXED)
-    tiles = _Boxes(np.arange(len(rows)), query_low[rows], query_high[rows], key_low[columns], key_high[columns])
+    tiles = _Boxes(
+        np.arange(len(rows)), query_low[rows], query_high[rows], key_low[columns], key_high[columns]
+    )
     visibility[rows, columns] = _resolve(mask, tiles, given)
     return BlockMap(visibility, block_query, block_key, query_length, key_length)
 
 
-_PROBES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.38, 0.62), (0.76, 0.24), (0.15, 0.85), (0.53, 0.47),
-           (0.91, 0.09), (0.29, 0.71), (0.67, 0.33))
+_PROBES = (
+    (0.0, 0.0),
+    (0.0, 1.0),
+    (1.0, 0.0),
+    (1.0, 1.0),
+    (0.5, 0.5),
+    (0.38, 0.62),
+    (0.76, 0.24),
+    (0.15, 0.85),
+    (0.53, 0.47),
+    (0.91, 0.09),
+    (0.29, 0.71),
+    (0.67, 0.33),
+)
 """Where a tile is looked at first: fractions of its query and key range."""
 _MOST_BOXES = 1 << 18
 """Boxes in hand beyond which undecided tiles stay mixed."""
@@ -113,9 +139,12 @@ class _Boxes:
 
     @property
     def are_points(self) -> np.ndarray[Any, Any]:
-        return np.logical_and(self.query_low == self.query_high, self.key_low == self.key_high)
+        """Which boxes are one position."""
+        points: np.ndarray[Any, Any] = (self.query_low == self.query_high) & (self.key_low == self.key_high)
+        return points
 
     def classified(self, mask: Expr, given: Mapping[str, Interval]) -> np.ndarray[Any, Any]:
+        """Visibility of the mask in each box."""
         queries, keys = Interval(self.query_low, self.query_high), Interval(self.key_low, self.key_high)
         return np.broadcast_to(classify(mask, {**given, "i": queries, "j": keys}), len(self))
 
@@ -130,18 +159,29 @@ class _Boxes:
         tall = self.query_high - self.query_low >= self.key_high - self.key_low
         middle_query = np.floor((self.query_low + self.query_high) / 2)
         middle_key = np.floor((self.key_low + self.key_high) / 2)
-        first = (self.tile, self.query_low, np.where(tall, middle_query, self.query_high),
-                 self.key_low, np.where(tall, self.key_high, middle_key))
-        second = (self.tile, np.where(tall, middle_query + 1, self.query_low), self.query_high,
-                  np.where(tall, self.key_low, middle_key + 1), self.key_high)
+        first = (
+            self.tile,
+            self.query_low,
+            np.where(tall, middle_query, self.query_high),
+            self.key_low,
+            np.where(tall, self.key_high, middle_key),
+        )
+        second = (
+            self.tile,
+            np.where(tall, middle_query + 1, self.query_low),
+            self.query_high,
+            np.where(tall, self.key_low, middle_key + 1),
+            self.key_high,
+        )
         return _Boxes(*(np.concatenate(sides) for sides in zip(first, second, strict=True)))
 
 
 def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.ndarray[Any, np.dtype[np.int8]]:
     """Visibility of tiles that their own bounds leave undecided.
 
-    A tile is mixed once a position of it is found that is not visible and one that is not hidden; otherwise it is cut
-    into boxes until each is decided. A position that stays undecided (its mask loads a tensor) counts as both.
+    A tile is mixed once a position of it is found that is not visible and one that is not hidden; otherwise
+    it is cut into boxes until each is decided. A position that stays undecided (its mask loads a tensor)
+    counts as both.
     """
     not_hidden, not_visible = np.zeros(len(tiles), dtype=bool), np.zeros(len(tiles), dtype=bool)
 
@@ -163,7 +203,9 @@ def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.nda
         boxes = boxes[~(not_hidden & not_visible)[boxes.tile]]
     not_hidden[boxes.tile] = not_visible[boxes.tile] = True
     visible, hidden = not_hidden & ~not_visible, not_visible & ~not_hidden
-    return np.where(visible, Visibility.ALL, np.where(hidden, Visibility.NONE, Visibility.MIXED)).astype(np.int8)
+    return np.where(visible, Visibility.ALL, np.where(hidden, Visibility.NONE, Visibility.MIXED)).astype(
+        np.int8
+    )
 
 
 def density(
@@ -176,13 +218,16 @@ def density(
 ) -> float:
     """Share of visible positions in the map of one batch row and head.
 
-    Parts of the mask that load a tensor count as visible when ``tensors`` lacks it, so the result is then an upper
-    bound. Only tiles that intervals leave undecided are evaluated, one row of tiles at a time; nothing of size ``I × J``
-    is kept.
+    Parts of the mask that load a tensor count as visible when ``tensors`` lacks it, so the result is then an
+    upper bound. Only tiles that intervals leave undecided are evaluated, one row of tiles at a time; nothing
+    of size ``I × J`` is kept.
     """
     known = tensors or {}
-    parts = [p for p in conjuncts(simplify(mask)) if all(
-        node.tensor in known for node in walk(p) if isinstance(node, Load))]
+    parts = [
+        p
+        for p in conjuncts(simplify(mask))
+        if all(node.tensor in known for node in walk(p) if isinstance(node, Load))
+    ]
     if not parts:
         return 1.0
     whole = conjunction(parts)
@@ -193,11 +238,18 @@ def density(
     count = 0
     for row, visibility in enumerate(tiles.visibility):
         i = _positions(np.array([row]), tiles.block_query, query_length)
-        count += len(i) * len(_positions(np.flatnonzero(visibility == Visibility.ALL), tiles.block_key, key_length))
+        count += len(i) * len(
+            _positions(np.flatnonzero(visibility == Visibility.ALL), tiles.block_key, key_length)
+        )
         j = _positions(np.flatnonzero(visibility == Visibility.MIXED), tiles.block_key, key_length)
         environment = Environment(
-            indices={"i": i[:, None], "j": j[None, :], **{name: torch.zeros((1, 1), dtype=torch.int64) for name in names}},
-            sizes={"I": query_length, "J": key_length, **(sizes or {})}, tensors=known,
+            indices={
+                "i": i[:, None],
+                "j": j[None, :],
+                **{name: torch.zeros((1, 1), dtype=torch.int64) for name in names},
+            },
+            sizes={"I": query_length, "J": key_length, **(sizes or {})},
+            tensors=known,
         )
         if len(j):
             count += int(evaluate(whole, environment).expand(len(i), len(j)).sum())
@@ -250,11 +302,11 @@ def _is_limit(expr: Expr) -> bool:
 
 
 def picture(mask: Expr, query_length: int, key_length: int, *, columns: int = 32) -> str:
-    """A small picture of the mask: full blocks where all is visible, light where part is, blank where none is.
+    """A small picture of the mask: full blocks where all is visible, light where part is, blank where none
+    is.
 
     A character stands for twice as many queries as keys, as characters are twice as high as wide.
     """
     block = max(1, math.ceil(max(query_length, key_length) / columns))
     tiles = block_map(mask, query_length, key_length, block_query=2 * block, block_key=block).visibility
     return "\n".join("".join(" ░█"[tile] for tile in row) for row in tiles)
-

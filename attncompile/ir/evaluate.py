@@ -1,4 +1,4 @@
-"""Evaluation of expressions in PyTorch, by broadcasting. This is the definition of what an expression means."""
+"""Evaluation of expressions in PyTorch, by broadcasting: the definition of what an expression means."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ class Environment:
     """What the symbols of an expression stand for.
 
     Attributes:
-        indices: index name to an integer tensor; all of them broadcast against each other and against ``score``.
+        indices: index name to an integer tensor; all of them broadcast against each other and against
+            ``score``.
         sizes: size name to its value.
         tensors: captured tensors by name; a load's element kind decides how the values are read.
         score, weight: the raw scores and the normalised weights.
         dtype: float dtype of the arithmetic.
         device: where the evaluation happens.
-        given: values of whole subexpressions that the caller already has, such as a load that is a plain view.
+        given: values of whole subexpressions that the caller already has, such as a load that is a plain
+            view.
     """
 
     indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -75,7 +77,9 @@ def _value(node: Expr, environment: Environment, go: object) -> torch.Tensor:
                 raise ValueError(f"no tensor {name!r}; there are {sorted(environment.tensors)}")
             tensor = environment.tensors[name]
             if tensor.dim() != len(indices):
-                raise ValueError(f"{node} has {len(indices)} indices, but the tensor has shape {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{node} has {len(indices)} indices, but the tensor has shape {tuple(tensor.shape)}"
+                )
             positions = tuple(
                 recurse(index).to(torch.int64).clamp(0, max(extent - 1, 0))
                 for index, extent in zip(indices, tensor.shape, strict=True)
@@ -87,14 +91,20 @@ def _value(node: Expr, environment: Environment, go: object) -> torch.Tensor:
             if operator == "float":
                 return values[0].to(environment.dtype)
             if operator == "int":
-                return values[0].trunc().to(torch.int64) if values[0].is_floating_point() else values[0].to(torch.int64)
+                return (
+                    values[0].trunc().to(torch.int64)
+                    if values[0].is_floating_point()
+                    else values[0].to(torch.int64)
+                )
             if result is Kind.FLOAT and operator != "where":
                 values = [v.to(environment.dtype) for v in values]
             elif operator in ("where", "lt", "le", "gt", "ge", "eq", "ne") and any(
                 a.kind is Kind.FLOAT for a in arguments
             ):
-                values = [v if a.kind is Kind.BOOL else v.to(environment.dtype)
-                          for v, a in zip(values, arguments, strict=True)]
+                values = [
+                    v if a.kind is Kind.BOOL else v.to(environment.dtype)
+                    for v, a in zip(values, arguments, strict=True)
+                ]
             return OPERATORS[operator].torch(*values)  # type: ignore[no-any-return]
     raise ValueError(f"cannot evaluate {node!r}")
 
@@ -113,6 +123,8 @@ def index_grid(extents: Mapping[str, int], device: torch.device | str = "cpu") -
     """One integer tensor per axis, shaped so that they broadcast to the full grid in the order given."""
     rank = len(extents)
     return {
-        name: torch.arange(extent, device=device).reshape([-1 if axis == position else 1 for axis in range(rank)])
+        name: torch.arange(extent, device=device).reshape(
+            [-1 if axis == position else 1 for axis in range(rank)]
+        )
         for position, (name, extent) in enumerate(extents.items())
     }

@@ -1,10 +1,10 @@
 """Index expressions: the language in which a score, a mask or a tensor's layout is stated.
 
-An :class:`Expr` is an immutable tree over index symbols (``b h g i j d``), symbolic sizes (``I J B``), the raw score
-``s``, loads ``tensor[e0, e1]`` of captured tensors, constants and the pointwise operators of
-:mod:`attncompile.ir.operators`. Integers are mathematical integers; real numbers are evaluated in whatever float dtype
-the evaluator is given. A load outside its tensor reads the nearest element instead of failing, so that
-``where(j < 4, a[j], b[j - 4])`` means what it says.
+An :class:`Expr` is an immutable tree over index symbols (``b h g i j d``), symbolic sizes (``I J B``), the
+raw score ``s``, loads ``tensor[e0, e1]`` of captured tensors, constants and the pointwise operators of
+:mod:`attncompile.ir.operators`. Integers are mathematical integers; real numbers are evaluated in whatever
+float dtype the evaluator is given. A load outside its tensor reads the nearest element instead of failing, so
+that ``where(j < 4, a[j], b[j - 4])`` means what it says.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Order = tuple[Any, ...]
 class Expr:
     """Base of the expression nodes; carries the arithmetic notation (``i - j``, ``~mask``, ``x & y``).
 
-    Nodes are compared by structure. Hash and order are computed once per node and kept, so that dictionaries of
-    expressions and sorted sums cost the same for deep trees as for leaves.
+    Nodes are compared by structure. Hash and order are computed once per node and kept, so that dictionaries
+    of expressions and sorted sums cost the same for deep trees as for leaves.
     """
 
     __slots__ = ("_hash", "_order")
@@ -153,7 +153,7 @@ def _check_name(name: str, what: str, right_case: bool) -> None:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Const(Expr):
-    """A literal. Equality tells ``1`` (an integer) from ``1.0`` (a real number) and from ``true``, and 0.0 from −0.0."""
+    """A literal. Equality tells ``1`` from ``1.0`` and from ``true``, and 0.0 from −0.0."""
 
     value: Number
 
@@ -177,7 +177,8 @@ class Const(Expr):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Index(Expr):
-    """A position along a named axis: an integer from 0 to below the axis' size. Its name starts in lower case.
+    """A position along a named axis: an integer from 0 to below the axis' size. Its name starts in lower
+    case.
 
     Raises:
         ValueError: for a name that would not read back as an index.
@@ -312,7 +313,8 @@ def apply(operator: str, *arguments: Expr | Number) -> Expr:
     An integer sum inside a real one stays a node of its own: it is exact, and its terms need not be.
 
     Raises:
-        ValueError: for an unknown operator, a wrong number of arguments, or arguments of kinds it does not take.
+        ValueError: for an unknown operator, a wrong number of arguments, or arguments of kinds it does not
+            take.
     """
     row = OPERATORS.get(operator)
     if row is None:

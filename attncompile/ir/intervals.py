@@ -1,10 +1,12 @@
 """Interval analysis: sound bounds of an expression when its symbols lie in given ranges.
 
-For a mask the bounds say ``all`` (true at every point of the box), ``none`` (false at every point) or ``mixed``.
-Ranges may be NumPy arrays, so that one pass classifies every block of an attention map. Comparisons of integers are
-bounded through the canonical form, in which each symbol stands once; there the bounds are exact.
+For a mask the bounds say ``all`` (true at every point of the box), ``none`` (false at every point) or
+``mixed``. Ranges may be NumPy arrays, so that one pass classifies every block of an attention map.
+Comparisons of integers are bounded through the canonical form, in which each symbol stands once; there the
+bounds are exact.
 
-Bounds of real values hold in float32 and wider: each operation is widened by its rounding. What may be NaN is never
+Bounds of real values hold in float32 and wider: each operation is widened by its rounding. What may be NaN is
+    never
 proven to compare true.
 """
 
@@ -78,8 +80,8 @@ def bounds(expr: Expr, ranges: Mapping[str, Interval]) -> Interval:
 
     Args:
         expr: the expression; canonical form gives the tightest bounds.
-        ranges: index names, size names and tensor names to their ranges. An unknown index or size is at least 0, an
-            unknown tensor element or score may be anything.
+        ranges: index names, size names and tensor names to their ranges. An unknown index or size is at least
+            0, an unknown tensor element or score may be anything.
     """
     known: dict[Expr, _Range] = {}
 
@@ -126,7 +128,11 @@ def _apply(node: Apply, arguments: list[_Range]) -> _Range:
         return _Range(low, 1.0, False) if node.operator == "ne" else _Range(0.0, high, False)
     if node.kind is not Kind.FLOAT:
         # an integer made of NaN may be anything
-        return _Range(-math.inf, math.inf, False) if maybe_nan and node.operator == "int" else _Range(low, high, False)
+        return (
+            _Range(-math.inf, math.inf, False)
+            if maybe_nan and node.operator == "int"
+            else _Range(low, high, False)
+        )
     if node.operator not in _EXACT:
         slack = _rounding(node, arguments, low, high)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -154,19 +160,25 @@ def _makes_nan(operator: str, arguments: list[_Range]) -> bool:
     if operator in _DOMAINS:
         return not bool(np.all(np.asarray(arguments[0].low) >= _DOMAINS[operator]))
     if operator == "add":
-        down, up = ([bool(np.any(np.isinf(side))) for side in sides] for sides in (
-            [argument.low for argument in arguments], [argument.high for argument in arguments]))
+        down, up = (
+            [bool(np.any(np.isinf(side))) for side in sides]
+            for sides in ([argument.low for argument in arguments], [argument.high for argument in arguments])
+        )
         return any(down) and any(up)
     if operator == "pow":
         return not (arguments[1].finite and bool(np.all(np.asarray(arguments[0].low) > 0)))
     if operator == "div":
         divisor = arguments[1]
-        return not (arguments[0].finite and bool(np.all((np.asarray(divisor.low) > 0) | (np.asarray(divisor.high) < 0))))
+        return not (
+            arguments[0].finite
+            and bool(np.all((np.asarray(divisor.low) > 0) | (np.asarray(divisor.high) < 0)))
+        )
     return not all(argument.finite for argument in arguments)
 
 
 def classify(mask: Expr, ranges: Mapping[str, Interval]) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Visibility of a mask in each box: an array of :class:`Visibility` values, shaped like the ranges' broadcast.
+    """Visibility of a mask in each box: an array of :class:`Visibility` values, shaped like the ranges'
+    broadcast.
 
     Raises:
         ValueError: when the expression is not a truth value.

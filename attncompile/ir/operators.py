@@ -1,7 +1,8 @@
 """The pointwise operators an expression may use: one row each, one column per reading.
 
-A row says how an operator is typed, printed, evaluated, bounded, and written in Triton and ONNX. Adding an operator is
-adding one row; every reader (printer, parser, evaluator, interval analysis, code generators) looks it up here.
+A row says how an operator is typed, printed, evaluated, bounded, and written in Triton and ONNX. Adding an
+operator is adding one row; every reader (printer, parser, evaluator, interval analysis, code generators)
+looks it up here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Kind(enum.StrEnum):
 
 
 Bounds = tuple[Any, Any]
-"""A closed interval ``(low, high)``; each side a float or a NumPy array of floats (truth values are 0 and 1)."""
+"""A closed interval ``(low, high)``: floats or NumPy arrays of floats (truth values are 0 and 1)."""
 
 
 def numeric(kinds: Sequence[Kind]) -> Kind | None:
@@ -82,8 +83,8 @@ def to_int(kinds: Sequence[Kind]) -> Kind | None:
     return Kind.INT
 
 
-# Interval rules. Each takes the bounds of the arguments and returns sound bounds of the result. NaN, which arises from
-# inf - inf and 0 * inf, means "nothing known on that side".
+# Interval rules. Each takes the bounds of the arguments and returns sound bounds of the result. NaN, which
+# arises from inf - inf and 0 * inf, means "nothing known on that side".
 
 
 def _sound(low: Any, high: Any) -> Bounds:
@@ -146,12 +147,9 @@ def _rising(function: Callable[[Any], Any]) -> Callable[[Bounds], Bounds]:
     return bounds
 
 
-def _falling_positive(function: Callable[[Any], Any]) -> Callable[[Bounds], Bounds]:
-    def bounds(x: Bounds) -> Bounds:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return _sound(function(np.maximum(x[1], 0.0)), function(np.maximum(x[0], 0.0)))
-
-    return bounds
+def _rsqrt_bounds(x: Bounds) -> Bounds:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _sound(1.0 / np.sqrt(np.maximum(x[1], 0.0)), 1.0 / np.sqrt(np.maximum(x[0], 0.0)))
 
 
 def _wobble(*_: Bounds) -> Bounds:
@@ -177,6 +175,18 @@ def _truth(always: Any, never: Any) -> Bounds:
     return np.where(always, 1.0, 0.0), np.where(never, 0.0, 1.0)
 
 
+def _not_bounds(x: Bounds) -> Bounds:
+    return 1.0 - x[1], 1.0 - x[0]
+
+
+def _lt_bounds(x: Bounds, y: Bounds) -> Bounds:
+    return _truth(np.less(x[1], y[0]), np.greater_equal(x[0], y[1]))
+
+
+def _le_bounds(x: Bounds, y: Bounds) -> Bounds:
+    return _truth(np.less_equal(x[1], y[0]), np.greater(x[0], y[1]))
+
+
 def _eq_bounds(x: Bounds, y: Bounds) -> Bounds:
     (a, b), (c, d) = x, y
     same = (np.asarray(a) == b) & (np.asarray(c) == d) & (np.asarray(a) == c) & np.isfinite(a)
@@ -191,15 +201,25 @@ def _where_bounds(c: Bounds, x: Bounds, y: Bounds) -> Bounds:
 
 
 def _min_bounds(*args: Bounds) -> Bounds:
-    return functools.reduce(np.minimum, [a for a, _ in args]), functools.reduce(np.minimum, [b for _, b in args])
+    low, high = zip(*args, strict=True)
+    return functools.reduce(np.minimum, low), functools.reduce(np.minimum, high)
 
 
 def _max_bounds(*args: Bounds) -> Bounds:
-    return functools.reduce(np.maximum, [a for a, _ in args]), functools.reduce(np.maximum, [b for _, b in args])
+    low, high = zip(*args, strict=True)
+    return functools.reduce(np.maximum, low), functools.reduce(np.maximum, high)
 
 
 def _log(x: Any) -> Any:
     return np.log(np.maximum(x, 0.0))
+
+
+def _log2(x: Any) -> Any:
+    return np.log2(np.maximum(x, 0.0))
+
+
+def _sqrt(x: Any) -> Any:
+    return np.sqrt(np.maximum(x, 0.0))
 
 
 def _sigmoid(x: Any) -> Any:
@@ -251,27 +271,26 @@ class Operator:
 ROWS: tuple[Operator, ...] = (
     Operator("or", None, logic, _fold(torch.logical_or), _max_bounds, "({0} | {1})", "Or", "or", 1, True),
     Operator("and", None, logic, _fold(torch.logical_and), _min_bounds, "({0} & {1})", "And", "and", 2, True),
-    Operator("not", 1, logic, torch.logical_not, lambda x: (1.0 - x[1], 1.0 - x[0]), "({0} == 0)", "Not", "not", 3),
-    Operator("lt", 2, ordering, torch.lt, lambda x, y: _truth(np.less(x[1], y[0]), np.greater_equal(x[0], y[1])),
-             "({0} < {1})", "Less", "<", 4),
-    Operator("le", 2, ordering, torch.le, lambda x, y: _truth(np.less_equal(x[1], y[0]), np.greater(x[0], y[1])),
-             "({0} <= {1})", "LessOrEqual", "≤", 4),
-    Operator("gt", 2, ordering, torch.gt, lambda x, y: _truth(np.greater(x[0], y[1]), np.less_equal(x[1], y[0])),
-             "({0} > {1})", "Greater", ">", 4),
-    Operator("ge", 2, ordering, torch.ge, lambda x, y: _truth(np.greater_equal(x[0], y[1]), np.less(x[1], y[0])),
+    Operator("not", 1, logic, torch.logical_not, _not_bounds, "({0} == 0)", "Not", "not", 3),
+    Operator("lt", 2, ordering, torch.lt, _lt_bounds, "({0} < {1})", "Less", "<", 4),
+    Operator("le", 2, ordering, torch.le, _le_bounds, "({0} <= {1})", "LessOrEqual", "≤", 4),
+    Operator("gt", 2, ordering, torch.gt, lambda x, y: _lt_bounds(y, x), "({0} > {1})", "Greater", ">", 4),
+    Operator("ge", 2, ordering, torch.ge, lambda x, y: _le_bounds(y, x),
              "({0} >= {1})", "GreaterOrEqual", "≥", 4),
     Operator("eq", 2, comparison, torch.eq, _eq_bounds, "({0} == {1})", "Equal", "=", 4, True),
-    Operator("ne", 2, comparison, torch.ne, lambda x, y: tuple(1.0 - t for t in reversed(_eq_bounds(x, y))),
+    Operator("ne", 2, comparison, torch.ne, lambda x, y: _not_bounds(_eq_bounds(x, y)),
              "({0} != {1})", "", "≠", 4, True),
     Operator("add", None, numeric, _fold(torch.add), _add_bounds, "({0} + {1})", "Add", "+", 5, True),
     Operator("mul", None, numeric, _fold(torch.mul), _mul_bounds, "({0} * {1})", "Mul", "·", 6, True),
     Operator("div", 2, real, torch.true_divide, _div_bounds, "({0} / {1})", "Div", "/", 6),
-    Operator("floordiv", 2, whole, lambda x, y: torch.div(x, y, rounding_mode="floor"), _floordiv_bounds,
+    Operator("floordiv", 2, whole, torch.floor_divide, _floordiv_bounds,
              "floor_divide({0}, {1})", "", "//", 6),
     Operator("mod", 2, whole, torch.remainder, _mod_bounds, "floor_modulo({0}, {1})", "Mod", "%", 6),
     Operator("pow", 2, real, torch.pow, _pow_bounds, "tl.exp2({1} * tl.log2({0}))", "Pow", "^", 8),
-    Operator("min", None, numeric, _fold(torch.minimum), _min_bounds, "tl.minimum({0}, {1})", "Min", commutative=True),
-    Operator("max", None, numeric, _fold(torch.maximum), _max_bounds, "tl.maximum({0}, {1})", "Max", commutative=True),
+    Operator("min", None, numeric, _fold(torch.minimum), _min_bounds,
+             "tl.minimum({0}, {1})", "Min", commutative=True),
+    Operator("max", None, numeric, _fold(torch.maximum), _max_bounds,
+             "tl.maximum({0}, {1})", "Max", commutative=True),
     Operator("where", 3, selection, torch.where, _where_bounds, "tl.where({0}, {1}, {2})", "Where"),
     Operator("float", 1, to_float, lambda x: x, lambda x: x, "tl.cast({0}, tl.float32)", "Cast"),
     Operator("int", 1, to_int, torch.trunc, _rising(np.trunc), "tl.cast({0}, tl.int32)", "Cast"),
@@ -279,12 +298,12 @@ ROWS: tuple[Operator, ...] = (
     Operator("exp", 1, real, torch.exp, _rising(np.exp), "tl.exp({0})", "Exp"),
     Operator("exp2", 1, real, torch.exp2, _rising(np.exp2), "tl.exp2({0})"),
     Operator("log", 1, real, torch.log, _rising(_log), "tl.log({0})", "Log"),
-    Operator("log2", 1, real, torch.log2, _rising(lambda x: _log(x) / math.log(2)), "tl.log2({0})"),
+    Operator("log2", 1, real, torch.log2, _rising(_log2), "tl.log2({0})"),
     Operator("tanh", 1, real, torch.tanh, _rising(np.tanh), "tanh({0})", "Tanh"),
     Operator("sigmoid", 1, real, torch.sigmoid, _rising(_sigmoid), "tl.sigmoid({0})", "Sigmoid"),
     Operator("erf", 1, real, torch.erf, _rising(_erf), "tl.erf({0})", "Erf"),
-    Operator("sqrt", 1, real, torch.sqrt, _rising(lambda x: np.sqrt(np.maximum(x, 0.0))), "tl.sqrt({0})", "Sqrt"),
-    Operator("rsqrt", 1, real, torch.rsqrt, _falling_positive(lambda x: 1.0 / np.sqrt(x)), "tl.rsqrt({0})"),
+    Operator("sqrt", 1, real, torch.sqrt, _rising(_sqrt), "tl.sqrt({0})", "Sqrt"),
+    Operator("rsqrt", 1, real, torch.rsqrt, _rsqrt_bounds, "tl.rsqrt({0})"),
     Operator("sin", 1, real, torch.sin, _wobble, "tl.sin({0})", "Sin"),
     Operator("cos", 1, real, torch.cos, _wobble, "tl.cos({0})", "Cos"),
     Operator("floor", 1, real, torch.floor, _rising(np.floor), "tl.floor({0})", "Floor"),

@@ -1,8 +1,8 @@
 """The operations of a Spec.
 
-Each is a frozen dataclass whose fields are marked as operands (names of tensors), results or attributes; from these
-marks come its printed form, its parser and the verifier. ``reference`` is the definition: plain PyTorch,
-differentiable, in whatever float dtype it is given.
+Each is a frozen dataclass whose fields are marked as operands (names of tensors), results or attributes; from
+these marks come its printed form, its parser and the verifier. ``reference`` is the definition: plain
+PyTorch, differentiable, in whatever float dtype it is given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,21 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
-from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Const, Expr, Index, Load, Score, Size, Weight, loads, substitute, walk
+from attncompile.ir.expr import (
+    SCORE,
+    TRUE,
+    WEIGHT,
+    Const,
+    Expr,
+    Index,
+    Load,
+    Score,
+    Size,
+    Weight,
+    loads,
+    substitute,
+    walk,
+)
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import DTYPES, Axis, TensorType, concrete, element_kind
@@ -50,12 +64,16 @@ class Operation(ABC):
 
     def operands(self) -> tuple[str, ...]:
         """Names of the tensors it reads, captured ones last."""
-        named = [getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "operand"]
+        named = [
+            getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "operand"
+        ]
         return tuple(dict.fromkeys([n for n in named if n] + [load.tensor for load in self.captured()]))
 
     def results(self) -> tuple[str, ...]:
         """Names of the tensors it makes."""
-        named = [getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "result"]
+        named = [
+            getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("role") == "result"
+        ]
         return tuple(name for name in named if name)
 
     def expressions(self) -> tuple[Expr, ...]:
@@ -76,7 +94,9 @@ class Operation(ABC):
         """
 
     @abstractmethod
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         """The results, computed plainly in ``dtype``."""
 
     def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
@@ -94,17 +114,27 @@ class Operation(ABC):
                 match node:
                     case Load(tensor, indices, element):
                         if tensor not in types:
-                            raise ValueError(f"{self.keyword}: {expr} loads {tensor!r}, which is not a tensor of the "
-                                             f"Spec ({', '.join(sorted(types))})")
-                        if len(types[tensor].axes) != len(indices) or element_kind(types[tensor].dtype) is not element:
-                            raise ValueError(f"{self.keyword}: {node} ({element}) does not fit {tensor}{types[tensor]}")
+                            raise ValueError(
+                                f"{self.keyword}: {expr} loads {tensor!r}, which is not a tensor of the "
+                                f"Spec ({', '.join(sorted(types))})"
+                            )
+                        if (
+                            len(types[tensor].axes) != len(indices)
+                            or element_kind(types[tensor].dtype) is not element
+                        ):
+                            raise ValueError(
+                                f"{self.keyword}: {node} ({element}) does not fit {tensor}{types[tensor]}"
+                            )
                         for index in indices:
                             if index.kind is not Kind.INT:
-                                raise ValueError(f"{self.keyword}: index {index} of {node} is {index.kind}, should be "
-                                                 "int")
+                                raise ValueError(
+                                    f"{self.keyword}: index {index} of {node} is {index.kind}, should be int"
+                                )
                     case Index() | Score() | Weight() if str(node) not in symbols:
-                        raise ValueError(f"{self.keyword}: {expr} reads {str(node)!r}; only "
-                                         f"{', '.join(sorted(symbols))} have a meaning here")
+                        raise ValueError(
+                            f"{self.keyword}: {expr} reads {str(node)!r}; only "
+                            f"{', '.join(sorted(symbols))} have a meaning here"
+                        )
 
     def check_kind(self, name: str, kind: Kind) -> None:
         """Check that the expression of a field has a kind.
@@ -126,11 +156,15 @@ class Operation(ABC):
         if symbolic or not isinstance(heads, Const) or not isinstance(groups.size, Const):
             return
         # one number at a time: a tensor would have no values under a fake tensor mode
-        found = [concrete(substitute(kv_head, {Index("h"): Const(head)}), {}) for head in range(int(heads.value))]
+        found = [
+            concrete(substitute(kv_head, {Index("h"): Const(head)}), {}) for head in range(int(heads.value))
+        ]
         least, last = min(found), max(found)
         if least < 0 or last >= groups.size.value:
-            raise ValueError(f"{self.keyword}: kv_head {kv_head} of {heads} query heads reaches from {least} to {last}, "
-                             f"but axis {groups.name} of {key} is {groups.size}")
+            raise ValueError(
+                f"{self.keyword}: kv_head {kv_head} of {heads} query heads reaches from {least} to {last}, "
+                f"but axis {groups.name} of {key} is {groups.size}"
+            )
 
 
 def same_size(what: str, left: tuple[str, Axis], right: tuple[str, Axis]) -> None:
@@ -141,8 +175,10 @@ def same_size(what: str, left: tuple[str, Axis], right: tuple[str, Axis]) -> Non
     """
     (left_name, left_axis), (right_name, right_axis) = left, right
     if simplify(left_axis.size) != simplify(right_axis.size):
-        raise ValueError(f"{what}: axis {left_axis.name} of {left_name} is {left_axis.size}, but axis {right_axis.name} of "
-                         f"{right_name} is {right_axis.size}")
+        raise ValueError(
+            f"{what}: axis {left_axis.name} of {left_name} is {left_axis.size}, "
+            f"but axis {right_axis.name} of {right_name} is {right_axis.size}"
+        )
 
 
 def find(types: Types, name: str, what: str, rank: int) -> TensorType:
@@ -165,7 +201,8 @@ class Normalizer:
     Attributes:
         kind: ``softmax`` over the keys, or pointwise ``sigmoid`` or ``relu``.
         dtype: float dtype in which the original computes it.
-        empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or ``zero``.
+        empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or
+            ``zero``.
     """
 
     kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
@@ -174,10 +211,16 @@ class Normalizer:
 
     def __post_init__(self) -> None:
         floats = tuple(dtype for dtype in DTYPES if element_kind(dtype) is Kind.FLOAT)
-        for name, allowed in (("kind", ("softmax", "sigmoid", "relu")), ("dtype", floats), ("empty", ("nan", "zero"))):
+        for name, allowed in (
+            ("kind", ("softmax", "sigmoid", "relu")),
+            ("dtype", floats),
+            ("empty", ("nan", "zero")),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of "
-                                 f"{', '.join(allowed)}")
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of "
+                    f"{', '.join(allowed)}"
+                )
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.dtype})" + (", empty rows zero" if self.empty == "zero" else "")
@@ -191,8 +234,10 @@ class Normalizer:
         """
         match = re.fullmatch(r"(\w+) \((\w+)\)(, empty rows zero)?", text.strip())
         if match is None:
-            raise ValueError(f"cannot read the normaliser {text!r}; it looks like 'softmax (float32)', perhaps with "
-                             "', empty rows zero' behind it")
+            raise ValueError(
+                f"cannot read the normaliser {text!r}; it looks like 'softmax (float32)', perhaps with "
+                "', empty rows zero' behind it"
+            )
         return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
 
 
@@ -210,8 +255,9 @@ _ATTEND_FIELDS = (
 class Attend(Operation):
     """``out[b,h,i,e] = Σ_j weight(norm_j(logit[b,h,i,j])) · v[b,g,j,e]`` with ``g = kv_head(h)``.
 
-    The raw score is ``s = Σ_d q[b,h,i,d] · k[b,g,j,d]``; the logit is ``score(s, b, h, i, j)`` where the mask holds,
-    else ``fill``. ``lse`` is the log of the sum of exponentials of the logits (natural log, softmax only).
+    The raw score is ``s = Σ_d q[b,h,i,d] · k[b,g,j,d]``; the logit is ``score(s, b, h, i, j)`` where the mask
+    holds, else ``fill``. ``lse`` is the log of the sum of exponentials of the logits (natural log, softmax
+    only).
 
     Attributes:
         query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
@@ -265,11 +311,14 @@ class Attend(Operation):
             made[self.lse] = TensorType(query.axes[:3], "float32")
         return made
 
-    def environment(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype, **symbols: Any) -> Environment:
+    def environment(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype, **symbols: Any
+    ) -> Environment:
         """Index grids ``b h i j`` over the map of this call, with the captured tensors."""
         query, key = tensors[self.query], tensors[self.key]
-        grid = index_grid({"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]},
-                          query.device)
+        grid = index_grid(
+            {"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]}, query.device
+        )
         return Environment(grid, sizes, tensors, dtype=dtype, device=query.device, **symbols)
 
     def logits(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
@@ -289,7 +338,9 @@ class Attend(Operation):
         grid = {"h": torch.arange(heads, device=device)}
         return evaluate(self.kv_head, Environment(grid, sizes, device=device)).expand(heads)
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         logits = self.logits(tensors, sizes, dtype)
         made: dict[str, torch.Tensor] = {}
         if self.norm.kind == "softmax":
@@ -304,7 +355,9 @@ class Attend(Operation):
         else:
             weights = torch.sigmoid(logits) if self.norm.kind == "sigmoid" else torch.relu(logits)
         if self.weight != WEIGHT:
-            weights = evaluate(self.weight, self.environment(tensors, sizes, dtype, weight=weights)).expand(logits.shape)
+            weights = evaluate(self.weight, self.environment(tensors, sizes, dtype, weight=weights)).expand(
+                logits.shape
+            )
         value = tensors[self.value].to(dtype)[:, self.kv_heads(logits.shape[1], logits.device, sizes)]
         made[self.out] = torch.einsum("bhij,bhje->bhie", weights, value)
         return made
@@ -338,8 +391,8 @@ class Scan(Operation):
     """Causal linear attention with a fixed decay per head, in recurrent form
 
     ``S_t = decay(h) · S_{t-1} + φ(k_t) v_tᵀ``, ``out_t = scale · φ(q_t)ᵀ S_t``, which in parallel form is
-    ``out_i = scale · Σ_{j ≤ i} decay(h)^(i-j) (φ(q_i)·φ(k_j)) v_j``. With ``normalize`` the result is divided by
-    ``max(|scale · Σ_j …|, 1)`` of the same sum without ``v``.
+    ``out_i = scale · Σ_{j ≤ i} decay(h)^(i-j) (φ(q_i)·φ(k_j)) v_j``. With ``normalize`` the result is divided
+    by ``max(|scale · Σ_j …|, 1)`` of the same sum without ``v``.
 
     Attributes:
         query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``; queries and keys have one length.
@@ -379,13 +432,19 @@ class Scan(Operation):
         feature_map(self.feature, torch.zeros(()))
         return {self.out: TensorType((*query.axes[:3], value.axes[3]), query.dtype)}
 
-    def decays(self, tensors: Tensors, heads: int, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+    def decays(
+        self, tensors: Tensors, heads: int, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> torch.Tensor:
         """The decay factor of each head ``[h]``."""
         device = tensors[self.query].device
         grid = {"h": torch.arange(heads, device=device)}
-        return evaluate(self.decay, Environment(grid, sizes, tensors, dtype=dtype, device=device)).expand(heads)
+        return evaluate(self.decay, Environment(grid, sizes, tensors, dtype=dtype, device=device)).expand(
+            heads
+        )
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         query = feature_map(self.feature, tensors[self.query].to(dtype))
         heads = self.kv_heads(query, sizes)
         key = feature_map(self.feature, tensors[self.key].to(dtype))[:, heads]
@@ -395,7 +454,9 @@ class Scan(Operation):
         distance = (position[:, None] - position[None, :]).to(dtype)
         decay = self.decays(tensors, query.shape[1], sizes, dtype)[:, None, None]
         weights = torch.einsum("bhid,bhjd->bhij", query, key) * self.scale
-        weights = torch.where(distance >= 0, weights * decay ** distance.clamp(min=0), torch.zeros((), dtype=dtype))
+        weights = torch.where(
+            distance >= 0, weights * decay ** distance.clamp(min=0), torch.zeros((), dtype=dtype)
+        )
         out = torch.einsum("bhij,bhje->bhie", weights, value)
         if self.normalize:
             out = out / weights.sum(-1, keepdim=True).abs().clamp(min=1)
@@ -414,7 +475,8 @@ class Scan(Operation):
 
 @dataclass(frozen=True)
 class Position(Operation):
-    """Rotary position map of query or key, on the first ``channels`` of the ``d`` axis; the others pass through.
+    """Rotary position map of query or key, on the first ``channels`` of the ``d`` axis; the others pass
+    through.
 
     ``out[d] = x[d]·cos(b,i,d) + partner(x, d)·sin(b,i,d)``, where the partner of channel ``d`` is, with
     ``R = channels``: for ``half`` ``−x[d + R/2]`` in the first half and ``x[d − R/2]`` in the second; for
@@ -450,7 +512,9 @@ class Position(Operation):
         self.check_captured(types, frozenset("bid"))
         return {self.out: found}
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         x = tensors[self.tensor].to(dtype)
         rotated, rest = x[..., : self.channels], x[..., self.channels :]
         grid = index_grid({"b": x.shape[0], "h": 1, "i": x.shape[2], "d": self.channels}, x.device)
@@ -488,17 +552,26 @@ class Project(Operation):
         state, kernel = find(types, self.tensor, "project", 3), find(types, self.kernel, "project", 2)
         same_size("project", (self.tensor, state.axes[2]), (self.kernel, kernel.axes[1]))
         if self.bias:
-            same_size("project", (self.kernel, kernel.axes[0]), (self.bias, find(types, self.bias, "project", 1).axes[0]))
+            same_size(
+                "project",
+                (self.kernel, kernel.axes[0]),
+                (self.bias, find(types, self.bias, "project", 1).axes[0]),
+            )
         outputs = simplify(kernel.axes[0].size)
         if self.heads < 1:
             raise ValueError(f"project: heads must be at least 1, got {self.heads}")
         if isinstance(outputs, Const) and outputs.value % self.heads:
             raise ValueError(f"project: {outputs} outputs do not split into {self.heads} heads")
         channels = simplify(outputs // self.heads)
-        return {self.out: TensorType((state.axes[0], Axis("h", Const(self.heads)), state.axes[1], Axis("d", channels)),
-                                     state.dtype)}
+        return {
+            self.out: TensorType(
+                (state.axes[0], Axis("h", Const(self.heads)), state.axes[1], Axis("d", channels)), state.dtype
+            )
+        }
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         made = tensors[self.tensor].to(dtype) @ tensors[self.kernel].to(dtype).T
         if self.bias:
             made = made + tensors[self.bias].to(dtype)
@@ -529,7 +602,9 @@ class Cache(Operation):
         length = simplify(past.axes[2].size + new.axes[2].size)
         return {self.out: TensorType((new.axes[0], new.axes[1], Axis("j", length), new.axes[3]), new.dtype)}
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         return {self.out: torch.cat([tensors[self.past].to(dtype), tensors[self.new].to(dtype)], dim=2)}
 
 
@@ -537,9 +612,9 @@ class Cache(Operation):
 class Quantize(Operation):
     """Round a tensor to a narrow type with one scale per block of positions; the result is read dequantised.
 
-    ``out = scale · clamp(round(x' / scale), −m, m)`` with ``scale = max|x'| / m`` over each block of ``block``
-    positions and all channels of one head, and ``x' = x − mean_j x`` when ``smooth`` (which leaves a softmax over keys
-    unchanged where the logits are linear in the score).
+    ``out = scale · clamp(round(x' / scale), −m, m)`` with ``scale = max|x'| / m`` over each block of
+    ``block`` positions and all channels of one head, and ``x' = x − mean_j x`` when ``smooth`` (which leaves
+    a softmax over keys unchanged where the logits are linear in the score).
 
     Attributes:
         tensor: ``[b,h,i,d]``.
@@ -578,7 +653,9 @@ class Quantize(Operation):
         whole = (blocks / divisor).round().clamp(-127, 127).flatten(2, 3)[:, :, :length]
         return whole, scale
 
-    def reference(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def reference(
+        self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
         whole, scale = self.parts(tensors[self.tensor].to(dtype))
         spread = scale.repeat_interleave(self.block, dim=2)[:, :, : whole.shape[2], None]
         return {self.out: whole * spread}
@@ -604,4 +681,3 @@ def grouped(heads: Expr | int, groups: Expr | int) -> Expr:
             raise ValueError(f"{total} query heads do not share {count} KV heads evenly")
         return simplify(Index("h") // (total.value // count.value), {"h": total})
     return Index("h") // (total // count)
-

@@ -102,8 +102,8 @@ def without(mono: Monomial, factor: Monomial) -> Monomial | None:
 def split(poly: Polynomial, mono: Monomial, factor: int) -> tuple[Polynomial, Polynomial]:
     """``q`` and ``r`` with ``poly = q · factor · mono + r``.
 
-    The coefficients in ``r`` that ``mono`` divides are the remainders nearest to zero; the constant's, when the divisor
-    is a constant, is the one in ``[0, factor)``.
+    The coefficients in ``r`` that ``mono`` divides are the remainders nearest to zero; the constant's, when
+    the divisor is a constant, is the one in ``[0, factor)``.
     """
     quotient: Polynomial = {}
     rest: Polynomial = {}
@@ -119,7 +119,8 @@ def split(poly: Polynomial, mono: Monomial, factor: int) -> tuple[Polynomial, Po
 
 
 def single(poly: Polynomial) -> tuple[Monomial, int] | None:
-    """Monomial and coefficient of a positive divisor ``factor · size · size …``, or ``None`` for any other polynomial.
+    """Monomial and coefficient of a positive divisor ``factor · size · size …``, or ``None`` for any other
+    polynomial.
 
     A size that divides is not 0, or the division would not be defined.
     """

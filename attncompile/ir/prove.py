@@ -1,6 +1,7 @@
 """Proofs that an integer is never negative, from the ranges of index symbols and sizes.
 
-Symbolic where interval analysis is numeric: ``H·I − h·I − i − 1 ≥ 0`` holds for all ``h < H`` and ``i < I``. Each atom
+Symbolic where interval analysis is numeric: ``H·I − h·I − i − 1 ≥ 0`` holds for all ``h < H`` and ``i < I``.
+    Each atom
 is moved to its worse end until only sizes are left.
 """
 
@@ -40,7 +41,7 @@ class Prover:
 
     @classmethod
     def of(cls, extents: Mapping[str, Expr]) -> Prover:
-        """The prover for axes of these sizes. An axis that is indexed is not empty, so no factor of its size is 0."""
+        """The prover for axes of these sizes: an axis that is indexed is not empty."""
         sizes = {name: polynomial(size) for name, size in extents.items()}
         factors = {atom for poly in sizes.values() if len(poly) == 1 for mono in poly for atom in mono}
         return cls(sizes, frozenset(atom for atom in factors if isinstance(atom, Size)))
@@ -78,7 +79,7 @@ class Prover:
         return poly
 
     def _plainly_nonnegative(self, poly: Polynomial) -> bool:
-        """Whether no coefficient is negative, counting positive sizes from 1 and with atoms that are never negative."""
+        """Whether no atom and no coefficient is negative, counting positive sizes from 1."""
         counted: Polynomial = {}
         for mono, value in poly.items():
             product = constant(value)

@@ -65,11 +65,15 @@ class Spec:
             known.update(made)
         for name in known:
             if not _NAME.fullmatch(name) or name == "none":
-                raise ValueError(f"{self.name}: {name!r} cannot name a tensor: a name has letters, digits, _ and . and "
-                                 "starts with a letter or _, and none is no name")
+                raise ValueError(
+                    f"{self.name}: {name!r} cannot name a tensor: a name has letters, digits, _ and . and "
+                    "starts with a letter or _, and none is no name"
+                )
         for name in self.outputs:
             if name not in known:
-                raise ValueError(f"{self.name}: output {name!r} is never made; there are {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"{self.name}: output {name!r} is never made; there are {', '.join(sorted(known))}"
+                )
         return known
 
     def _marked(self, fault: int) -> str:
@@ -164,7 +168,9 @@ def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen:
         if name in inputs and name not in seen:
             seen.add(name)
             kind = inputs[name]
-            text = _sizes_text(kind, field.metadata["axes"]) + (f":{kind.dtype}" if kind.dtype != default else "")
+            text = _sizes_text(kind, field.metadata["axes"]) + (
+                f":{kind.dtype}" if kind.dtype != default else ""
+            )
         if groups and groups[-1][1] == text and text:
             groups[-1][0].append(name)
         else:
@@ -180,7 +186,9 @@ def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str
     lines = []
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
-        if field.metadata.get("role") == "operand" or (value == field.default and field.name not in _ALWAYS_PRINTED):
+        if field.metadata.get("role") == "operand" or (
+            value == field.default and field.name not in _ALWAYS_PRINTED
+        ):
             continue
         if isinstance(value, Expr):
             text = print_expr(value, digits)
@@ -193,8 +201,8 @@ def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str
 def print_spec(spec: Spec, digits: int | None = None) -> str:
     """The Spec as text.
 
-    With ``digits=None`` the text reads back through :func:`parse_spec`, up to the order of the inputs; a number of
-    digits shortens real constants for people.
+    With ``digits=None`` the text reads back through :func:`parse_spec`, up to the order of the inputs; a
+    number of digits shortens real constants for people.
     """
     inputs = {value.name: value.type for value in spec.inputs}
     seen: set[str] = set()
@@ -253,7 +261,8 @@ class _Reader:
     captured: dict[str, Value] = dataclasses.field(default_factory=dict)
     outputs: tuple[str, ...] = ("out",)
     operations: list[tuple[type[Operation], dict[str, str], dict[str, tuple[str, str]]]] = dataclasses.field(
-        default_factory=list)
+        default_factory=list
+    )
 
     def read(self, line: str) -> None:
         keyword, _, argument = line.strip().partition(" ")
@@ -272,7 +281,9 @@ class _Reader:
         elif self.operations:
             kind, _, attributes = self.operations[-1]
             if keyword not in _attributes(kind):
-                raise ValueError(f"{kind.keyword} has no attribute {keyword!r}, but {', '.join(_attributes(kind))}")
+                raise ValueError(
+                    f"{kind.keyword} has no attribute {keyword!r}, but {', '.join(_attributes(kind))}"
+                )
             attributes[keyword] = argument, line
         else:
             raise ValueError(f"unknown operation {keyword!r}, known are {', '.join(OPERATIONS)}")
@@ -289,7 +300,9 @@ class _Reader:
             found += [(name, match["sizes"], match["dtype"] or default) for name in match["names"].split(",")]
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
         if not len(required) <= len(found) <= len(fields):
-            raise ValueError(f"{kind.keyword} takes the operands {', '.join(f.name for f in fields)}, got {len(found)}")
+            raise ValueError(
+                f"{kind.keyword} takes the operands {', '.join(f.name for f in fields)}, got {len(found)}"
+            )
         operands = list(zip(fields, found, strict=False))
         for field, (name, sizes, dtype) in operands:
             if sizes is not None:
@@ -317,7 +330,9 @@ def parse_spec(text: str) -> Spec:
             reader.read(line)
     values = (*reader.inputs.values(), *reader.captured.values())
     kinds = {value.name: element_kind(value.type.dtype) for value in values}
-    operations = tuple(_build(kind, operands, attributes, kinds) for kind, operands, attributes in reader.operations)
+    operations = tuple(
+        _build(kind, operands, attributes, kinds) for kind, operands, attributes in reader.operations
+    )
     return Spec(name.strip(), values, operations, reader.outputs).verify()
 
 
@@ -331,7 +346,10 @@ def _naming(line: str) -> Iterator[None]:
 
 
 def _build(
-    kind: type[Operation], operands: dict[str, str], attributes: dict[str, tuple[str, str]], kinds: Mapping[str, Kind]
+    kind: type[Operation],
+    operands: dict[str, str],
+    attributes: dict[str, tuple[str, str]],
+    kinds: Mapping[str, Kind],
 ) -> Operation:
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = dict(operands)

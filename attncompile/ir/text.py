@@ -1,8 +1,8 @@
 """The printed form of expressions, and its parser.
 
-``parse_expr(print_expr(e))`` is ``e`` for expressions in canonical form. The parser also takes the ASCII spellings
-``<= >= != == * -``. Index symbols start in lower case, sizes in upper case; ``s`` is the raw score, ``w`` the weight;
-a name followed by ``[`` is a load, a name followed by ``(`` an operator.
+``parse_expr(print_expr(e))`` is ``e`` for expressions in canonical form. The parser also takes the ASCII
+spellings ``<= >= != == * -``. Index symbols start in lower case, sizes in upper case; ``s`` is the raw score,
+``w`` the weight; a name followed by ``[`` is a load, a name followed by ``(`` an operator.
 """
 
 from __future__ import annotations

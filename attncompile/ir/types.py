@@ -141,7 +141,9 @@ def bind_sizes(types: Mapping[str, TensorType], tensors: Mapping[str, torch.Tens
             known = found.setdefault(symbol, extent)
             place = first.setdefault(symbol, f"axis {axis.name} of {name}")
             if known != extent:
-                raise ValueError(f"axis {axis.name} of {name} is {extent}, but {symbol} is {known} as {place}")
+                raise ValueError(
+                    f"axis {axis.name} of {name} is {extent}, but {symbol} is {known} as {place}"
+                )
     for name, kind in types.items():
         for axis, extent in zip(kind.axes, tensors[name].shape, strict=True):
             size = concrete(axis.size, found)

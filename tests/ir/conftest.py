@@ -1,4 +1,4 @@
-"""Hypothesis settings of these tests: the same examples in every run, unless HYPOTHESIS_PROFILE=explore asks for new ones."""
+"""Hypothesis settings: the same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones."""
 
 from __future__ import annotations
 

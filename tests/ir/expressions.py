@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import SCORE, WEIGHT, Apply, Const, Expr, Index, Load, Size, apply, walk
-from attncompile.ir.operators import OPERATORS, Kind
+from attncompile.ir.operators import OPERATORS, ROWS, Kind
 
 INDICES = ("b", "h", "i", "j", "d")
 SIZES = ("B", "H", "I", "J", "P")
@@ -63,7 +63,8 @@ class Language:
     Attributes:
         real: operators that make a real number.
         constants: real literals.
-        fractions: whether real numbers may be rounded to integers and compared, which turns rounding into jumps.
+        fractions: whether real numbers may be rounded to integers and compared, which turns rounding into
+            jumps.
     """
 
     real: tuple[str, ...]
@@ -74,10 +75,7 @@ class Language:
 EXACT_LANGUAGE = Language(EXACT, DYADIC | SPECIAL, True)
 SMOOTH_LANGUAGE = Language(SMOOTH, DYADIC, False)
 WHOLE_LANGUAGE = Language(
-    tuple(
-        name for name, row in OPERATORS.items() if row.result([Kind.FLOAT] * (row.arity or 2)) is Kind.FLOAT
-    )
-    + ("where",),
+    ("where", *(row.name for row in ROWS if row.result([Kind.FLOAT] * (row.arity or 2)) is Kind.FLOAT)),
     ANY_FLOAT,
     True,
 )
@@ -244,7 +242,7 @@ def environment(seed: int, *, points: int = 40, inside: bool = False, special: b
 
 
 def defined(expr: Expr, values: Environment) -> bool:
-    """Whether the expression has a value everywhere: no integer divided by 0, no integer made of what is none."""
+    """Whether the expression has a value everywhere: no integer is divided by 0 or made of NaN."""
     for node in reversed(list(walk(expr))):  # children before parents
         match node:
             case Apply("floordiv" | "mod", (_, divisor)) if not evaluate(divisor, values).all():

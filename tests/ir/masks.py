@@ -23,7 +23,7 @@ MASKS = {
     "chunked": "i // 5 = j // 5",
     "chunked causal": "i // 8 = j // 8 and j ≤ i",
     "neighbourhood": "abs(i // 6 − j // 6) ≤ 1 and abs(i % 6 − j % 6) ≤ 1",
-    "neighbourhood in words": "j // 6 ≤ i // 6 + 1 and j // 6 ≥ i // 6 − 1 and j % 6 ≤ i % 6 + 2 and j % 6 ≥ i % 6 − 2",
+    "wide neighbourhood": "j // 6 ≤ i // 6 + 1 and j // 6 ≥ i // 6 − 1 and abs(j % 6 − i % 6) ≤ 2",
     "diagonal": "j = i",
     "off the diagonal": "j ≠ i",
     "antidiagonal": "j + i ≤ 11",

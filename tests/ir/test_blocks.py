@@ -16,21 +16,37 @@ from attncompile.ir.text import parse_expr
 from tests.ir.expressions import Size, defined, environment, expressions
 from tests.ir.masks import MASKS, dense, named
 
-SHAPES = [(24, 24, 8, 8), (24, 24, 6, 6), (23, 17, 8, 4), (1, 19, 8, 8), (19, 1, 8, 8), (13, 29, 5, 7), (16, 16, 16, 16),
-          (9, 9, 1, 1), (30, 30, 12, 9)]
+SHAPES = [
+    (24, 24, 8, 8),
+    (24, 24, 6, 6),
+    (23, 17, 8, 4),
+    (1, 19, 8, 8),
+    (19, 1, 8, 8),
+    (13, 29, 5, 7),
+    (16, 16, 16, 16),
+    (9, 9, 1, 1),
+    (30, 30, 12, 9),
+]
 
 
 def tiles_of(visible: torch.Tensor, block_query: int, block_key: int) -> np.ndarray:
     """The block map by looking at every position."""
     queries, keys = visible.shape
-    return np.array([
+    return np.array(
         [
-            {(True, True): Visibility.ALL, (False, True): Visibility.MIXED, (False, False): Visibility.NONE}[
-                bool(tile.all()), bool(tile.any())]
-            for tile in (visible[i : i + block_query, j : j + block_key] for j in range(0, keys, block_key))
+            [
+                {
+                    (True, True): Visibility.ALL,
+                    (False, True): Visibility.MIXED,
+                    (False, False): Visibility.NONE,
+                }[bool(tile.all()), bool(tile.any())]
+                for tile in (
+                    visible[i : i + block_query, j : j + block_key] for j in range(0, keys, block_key)
+                )
+            ]
+            for i in range(0, queries, block_query)
         ]
-        for i in range(0, queries, block_query)
-    ])
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -43,17 +59,28 @@ def test_the_block_map_is_exact(name: str, shape: tuple[int, int, int, int]) -> 
     assert found.visited == pytest.approx((expected != Visibility.NONE).mean())
 
 
-@given(expressions(Kind.BOOL), st.tuples(*[st.integers(1, 20)] * 2), st.tuples(*[st.integers(1, 8)] * 2), st.integers(0, 999))
+@given(
+    expressions(Kind.BOOL),
+    st.tuples(*[st.integers(1, 20)] * 2),
+    st.tuples(*[st.integers(1, 8)] * 2),
+    st.integers(0, 999),
+)
 def test_no_hidden_block_is_visible_and_no_visible_block_masked(
     mask: Expr, lengths: tuple[int, int], blocks: tuple[int, int], seed: int
 ) -> None:
     given = environment(seed, special=False)
     grid = torch.arange(lengths[0])[:, None], torch.arange(lengths[1])[None, :]
-    values = Environment({**{name: torch.tensor(1) for name in "bhd"}, "i": grid[0], "j": grid[1]}, {
-        **given.sizes, "I": lengths[0], "J": lengths[1]}, given.tensors, torch.tensor(0.5), torch.tensor(0.25))
+    values = Environment(
+        {**{name: torch.tensor(1) for name in "bhd"}, "i": grid[0], "j": grid[1]},
+        {**given.sizes, "I": lengths[0], "J": lengths[1]},
+        given.tensors,
+        torch.tensor(0.5),
+        torch.tensor(0.25),
+    )
     assume(defined(mask, values))
     ranges = {name: Interval(1, 1) for name in "bhd"} | {
-        name: Interval(size, size) for name, size in given.sizes.items() if name not in "IJ"}
+        name: Interval(size, size) for name, size in given.sizes.items() if name not in "IJ"
+    }
     found = block_map(mask, *lengths, block_query=blocks[0], block_key=blocks[1], ranges=ranges).visibility
     expected = tiles_of(evaluate(mask, values).expand(lengths), *blocks)
     assert ((found == expected) | (found == Visibility.MIXED)).all()
@@ -123,7 +150,9 @@ def test_what_a_mask_loads_is_unknown_unless_its_range_is_given() -> None:
 
 
 def test_long_maps_are_decided_without_their_positions() -> None:
-    tiles = block_map(parse_expr("j ≤ i and (j > i − 4096 or j < 4)"), 1 << 20, 1 << 20, block_query=4096, block_key=4096)
+    tiles = block_map(
+        parse_expr("j ≤ i and (j > i − 4096 or j < 4)"), 1 << 20, 1 << 20, block_query=4096, block_key=4096
+    )
     assert (tiles.visibility == Visibility.MIXED).sum() == 256 + 255 + 254  # diagonal, window's edge, sinks
 
 
@@ -164,10 +193,16 @@ LIMITS = [
 @pytest.mark.parametrize(("text", "lower", "upper", "rest"), LIMITS, ids=[text for text, *_ in LIMITS])
 def test_key_bounds_in_closed_form(text: str, lower: list[str], upper: list[str], rest: list[str]) -> None:
     limits = key_bounds(parse_expr(text, {"length": Kind.INT}))
-    assert [[str(e) for e in group] for group in (limits.lower, limits.upper, limits.rest)] == [lower, upper, rest]
+    assert [[str(e) for e in group] for group in (limits.lower, limits.upper, limits.rest)] == [
+        lower,
+        upper,
+        rest,
+    ]
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (300, 200), (1, 40), (513, 129)], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize(
+    "shape", [(24, 24), (300, 200), (1, 40), (513, 129)], ids=lambda shape: "x".join(map(str, shape))
+)
 @pytest.mark.parametrize("name", MASKS)
 def test_density_counts_the_visible_positions(name: str, shape: tuple[int, int]) -> None:
     assert density(named(name), *shape) == pytest.approx(float(dense(named(name), *shape).double().mean()))

@@ -28,7 +28,9 @@ from tests.ir.expressions import (
 BOXES = st.tuples(st.integers(0, 9), st.integers(0, 6))
 
 
-def box_of(given: Environment, corners: dict[str, tuple[int, int]]) -> tuple[Environment, dict[str, Interval]]:
+def box_of(
+    given: Environment, corners: dict[str, tuple[int, int]]
+) -> tuple[Environment, dict[str, Interval]]:
     """The environment with its indices moved into a box, and the ranges that say so."""
     indices = {name: low + given.indices[name] % (extent + 1) for name, (low, extent) in corners.items()}
     ranges = {name: Interval(low, low + extent) for name, (low, extent) in corners.items()}
@@ -44,7 +46,9 @@ def check_inside(expr: Expr, corners: dict[str, tuple[int, int]], seed: int) -> 
     assume(defined(expr, given))
     found = bounds(expr, ranges)
     for dtype in (torch.float64, torch.float32):
-        values = evaluate(expr, Environment(given.indices, given.sizes, given.tensors, given.score, given.weight, dtype))
+        values = evaluate(
+            expr, Environment(given.indices, given.sizes, given.tensors, given.score, given.weight, dtype)
+        )
         numbers = values.double()[~values.double().isnan()]
         assert bool((numbers >= float(found.low)).all()) and bool((numbers <= float(found.high)).all())
 
@@ -52,7 +56,11 @@ def check_inside(expr: Expr, corners: dict[str, tuple[int, int]], seed: int) -> 
 CORNERS = st.fixed_dictionaries({name: BOXES for name in INDICES})
 
 
-@given(st.sampled_from(list(Kind)).flatmap(lambda kind: expressions(kind, EXACT_LANGUAGE)), CORNERS, st.integers(0, 999))
+@given(
+    st.sampled_from(list(Kind)).flatmap(lambda kind: expressions(kind, EXACT_LANGUAGE)),
+    CORNERS,
+    st.integers(0, 999),
+)
 def test_values_lie_inside_their_bounds(expr: Expr, corners: dict[str, tuple[int, int]], seed: int) -> None:
     check_inside(expr, corners, seed)
 
@@ -68,7 +76,9 @@ def test_masks_of_real_values_are_bounded_in_float32_too(
 
 
 @given(expressions(Kind.BOOL), CORNERS, st.integers(0, 999))
-def test_a_simplified_mask_is_bounded_alike(expr: Expr, corners: dict[str, tuple[int, int]], seed: int) -> None:
+def test_a_simplified_mask_is_bounded_alike(
+    expr: Expr, corners: dict[str, tuple[int, int]], seed: int
+) -> None:
     given, ranges = box_of(environment(seed), corners)
     assume(defined(expr, given))
     visible = evaluate(expr, given)
@@ -82,7 +92,9 @@ def test_a_simplified_mask_is_bounded_alike(expr: Expr, corners: dict[str, tuple
 POINTS = [-math.inf, -7.5, -1.0, -0.25, 0.0, 0.5, 1.0, 3.0, 64.0, math.inf]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name not in ("int", "float", "where")], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.name not in ("int", "float", "where")], ids=lambda row: row.name
+)
 def test_every_operator_is_bounded(row: Operator) -> None:
     """Random intervals, and random points in them, for each row of the table."""
     generator = np.random.default_rng(0)
@@ -103,7 +115,11 @@ def test_every_operator_is_bounded(row: Operator) -> None:
         values = row.torch(*grid).double()
         values = values[~values.isnan()]
         slack = 1e-12 * values.abs().nan_to_num(posinf=0)
-        assert bool((values >= float(low) - slack).all()) and bool((values <= float(high) + slack).all()), (sides, low, high)
+        assert bool((values >= float(low) - slack).all()) and bool((values <= float(high) + slack).all()), (
+            sides,
+            low,
+            high,
+        )
 
 
 def test_many_boxes_at_once() -> None:
@@ -169,6 +185,8 @@ def test_only_truth_values_are_classified() -> None:
 
 def test_an_interval_knows_its_members() -> None:
     assert 3 in Interval(0, 3) and 4 not in Interval(0, 3)
-    assert 2 in Interval(np.array([0, 1]), np.array([3, 3])) and 0 not in Interval(np.array([0, 1]), np.array([3, 3]))
+    assert 2 in Interval(np.array([0, 1]), np.array([3, 3])) and 0 not in Interval(
+        np.array([0, 1]), np.array([3, 3])
+    )
     assert bounds(Const(math.nan), {}) == Interval(-math.inf, math.inf)
     assert bounds(SCORE, {}) == Interval(-math.inf, math.inf)

@@ -103,28 +103,51 @@ PADDED = replace(PLAIN, mask=expr("j ≤ i and keep[b, j]"))
 CASES = [
     AttendCase("plain", PLAIN),
     AttendCase("scaled", replace(PLAIN, score=expr("0.5·s")), score=lambda t: lambda s, b, h, i, j: s * 0.5),
-    AttendCase("capped with a bias", replace(PLAIN, score=expr("3.0·tanh(s / 3.0) + bias[h, i, j]")),
-               score=lambda t: lambda s, b, h, i, j: 3 * math.tanh(s / 3) + float(t["bias"][h, i, j])),
-    AttendCase("linear bias", replace(PLAIN, score=expr("s + exp2(−h − 1)·(j − i)")),
-               score=lambda t: lambda s, b, h, i, j: s + 2.0 ** (-h - 1) * (j - i)),
+    AttendCase(
+        "capped with a bias",
+        replace(PLAIN, score=expr("3.0·tanh(s / 3.0) + bias[h, i, j]")),
+        score=lambda t: lambda s, b, h, i, j: 3 * math.tanh(s / 3) + float(t["bias"][h, i, j]),
+    ),
+    AttendCase(
+        "linear bias",
+        replace(PLAIN, score=expr("s + exp2(−h − 1)·(j − i)")),
+        score=lambda t: lambda s, b, h, i, j: s + 2.0 ** (-h - 1) * (j - i),
+    ),
     AttendCase("causal", replace(PLAIN, mask=expr("j ≤ i")), visible=_causal),
     AttendCase("padded", PADDED, visible=_padded),
     AttendCase("empty rows zero", replace(PADDED, norm=Normalizer(empty="zero")), visible=_padded),
-    AttendCase("filled with the lowest float", replace(PADDED, fill=Const(LOWEST)), visible=_padded,
-               fill=lambda s: LOWEST),
+    AttendCase(
+        "filled with the lowest float",
+        replace(PADDED, fill=Const(LOWEST)),
+        visible=_padded,
+        fill=lambda s: LOWEST,
+    ),
     AttendCase("filled with -1e4", replace(PADDED, fill=Const(-1e4)), visible=_padded, fill=lambda s: -1e4),
-    AttendCase("the fill is added", replace(PADDED, fill=expr("s − 10000.0")), visible=_padded,
-               fill=lambda s: s - 10000),
-    AttendCase("nothing visible", replace(PLAIN, mask=expr("false"), fill=expr("s − 10000.0")),
-               visible=lambda t: lambda b, h, i, j: False, fill=lambda s: s - 10000),
+    AttendCase(
+        "the fill is added",
+        replace(PADDED, fill=expr("s − 10000.0")),
+        visible=_padded,
+        fill=lambda s: s - 10000,
+    ),
+    AttendCase(
+        "nothing visible",
+        replace(PLAIN, mask=expr("false"), fill=expr("s − 10000.0")),
+        visible=lambda t: lambda b, h, i, j: False,
+        fill=lambda s: s - 10000,
+    ),
     AttendCase("sigmoid", replace(PADDED, lse="", norm=Normalizer("sigmoid")), visible=_padded),
     AttendCase("relu", replace(PADDED, lse="", norm=Normalizer("relu")), visible=_padded),
-    AttendCase("gated weights", replace(PLAIN, weight=expr("gate[h]·w − 0.125")),
-               weight=lambda t: lambda w, h: float(t["gate"][h]) * w - 0.125),
+    AttendCase(
+        "gated weights",
+        replace(PLAIN, weight=expr("gate[h]·w − 0.125")),
+        weight=lambda t: lambda w, h: float(t["gate"][h]) * w - 0.125,
+    ),
 ]
 
 
-def attend_by_loops(case: AttendCase, shape: Shape, t: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_by_loops(
+    case: AttendCase, shape: Shape, t: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``out`` and ``lse``, one row at a time, in Python numbers."""
     out = torch.zeros(shape.B, shape.H, shape.I, shape.E, dtype=torch.float64)
     lse = torch.zeros(shape.B, shape.H, shape.I, dtype=torch.float64)
@@ -169,7 +192,10 @@ def test_attend_is_its_formula(case: AttendCase, shape: Shape) -> None:
 def test_attend_computes_in_the_dtype_it_is_given() -> None:
     tensors = operands(Shape())
     assert PLAIN.reference(tensors, {}, torch.float32)["out"].dtype is torch.float32
-    half = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    half = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     assert PLAIN.reference(half, {}, torch.float64)["out"].dtype is torch.float64
 
 
@@ -178,8 +204,16 @@ def test_attend_computes_in_the_dtype_it_is_given() -> None:
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.I == s.J], ids=str)
 def test_scan_is_its_recurrence(shape: Shape, feature: str, normalize: bool) -> None:
     tensors = operands(shape)
-    scan = Scan("q", "k", "v", decay=expr("1.0 − exp2(−h − 2)"), scale=0.5, feature=feature, normalize=normalize,
-                kv_head=grouped(shape.H, shape.G))
+    scan = Scan(
+        "q",
+        "k",
+        "v",
+        decay=expr("1.0 − exp2(−h − 2)"),
+        scale=0.5,
+        feature=feature,
+        normalize=normalize,
+        kv_head=grouped(shape.H, shape.G),
+    )
     found = scan.reference(tensors, {}, torch.float64)["out"]
 
     def phi(x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +242,9 @@ def test_position_rotates_pairs_as_complex_numbers(convention: str, channels: in
     # the angle of a pair, by the pair's number
     pair = "(d % R)" if convention == "half" else "(d // 2)"
     angle = f"i·10.0^(−0.5·{pair.replace('R', str(max(channels // 2, 1)))})"
-    position = Position("x", cos=expr(f"cos({angle})"), sin=expr(f"sin({angle})"), channels=channels, convention=convention)
+    position = Position(
+        "x", cos=expr(f"cos({angle})"), sin=expr(f"sin({angle})"), channels=channels, convention=convention
+    )
     found = position.reference({"x": x}, {}, torch.float64)["out"]
     assert torch.equal(found[..., channels:], x[..., channels:])
     for i, p in itertools.product(range(5), range(channels // 2)):
@@ -246,10 +282,14 @@ def test_quantize_rounds_each_block_by_its_largest_value(length: int, block: int
 def test_project_splits_its_outputs_into_heads(bias: str) -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     kernel, offset = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    found = Project("x", "kernel", bias, heads=2).reference({"x": x, "kernel": kernel, "bias": offset}, {}, torch.float64)
+    found = Project("x", "kernel", bias, heads=2).reference(
+        {"x": x, "kernel": kernel, "bias": offset}, {}, torch.float64
+    )
     for b, h, i, d in itertools.product(range(2), range(2), range(3), range(4)):
         expected = sum(float(x[b, i, c]) * float(kernel[4 * h + d, c]) for c in range(5))
-        assert float(found["out"][b, h, i, d]) == pytest.approx(expected + (float(offset[4 * h + d]) if bias else 0.0))
+        assert float(found["out"][b, h, i, d]) == pytest.approx(
+            expected + (float(offset[4 * h + d]) if bias else 0.0)
+        )
 
 
 @pytest.mark.parametrize("past", [0, 4])
@@ -265,10 +305,14 @@ def test_cache_puts_the_past_first(past: int) -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.attend.norm.kind != "relu"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.attend.norm.kind != "relu"], ids=lambda case: case.name
+)
 def test_attend_is_differentiable(case: AttendCase) -> None:
     tensors = operands(Shape(B=1, H=2, G=1, I=3, J=3, D=2, E=2))
-    tensors["keep"][:, 0] = case.attend.norm.empty == "nan"  # a row without keys has no gradient, unless it is zero
+    tensors["keep"][:, 0] = (
+        case.attend.norm.empty == "nan"
+    )  # a row without keys has no gradient, unless it is zero
     attend = replace(case.attend, kv_head=grouped(2, 1))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -315,18 +359,31 @@ class TypeCase:
 
 TYPED = [
     TypeCase("attend", GROUPED, attend_types(), {"out": "[B,6,I,8] float32", "lse": "[B,6,I] float32"}),
-    TypeCase("attend in half", GROUPED, {name: replace(found, dtype="float16") for name, found in attend_types().items()},
-             {"out": "[B,6,I,8] float16", "lse": "[B,6,I] float32"}),
-    TypeCase("scan", Scan("q", "k", "v", kv_head=grouped(6, 2)),
-             attend_types(k=tensor_type("bgid", ("B", 2, "I", 16)), v=tensor_type("bgie", ("B", 2, "I", 8))),
-             {"out": "[B,6,I,8] float32"}),
+    TypeCase(
+        "attend in half",
+        GROUPED,
+        {name: replace(found, dtype="float16") for name, found in attend_types().items()},
+        {"out": "[B,6,I,8] float16", "lse": "[B,6,I] float32"},
+    ),
+    TypeCase(
+        "scan",
+        Scan("q", "k", "v", kv_head=grouped(6, 2)),
+        attend_types(k=tensor_type("bgid", ("B", 2, "I", 16)), v=tensor_type("bgie", ("B", 2, "I", 8))),
+        {"out": "[B,6,I,8] float32"},
+    ),
     TypeCase("position", Position("q", channels=8), attend_types(), {"out": "[B,6,I,16] float32"}),
-    TypeCase("project", Project("x", "kernel", heads=4),
-             {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 24))},
-             {"out": "[B,4,I,8] float32"}),
-    TypeCase("cache", Cache("old", "new"),
-             {"old": tensor_type("bgpd", ("B", 2, "P", 16)), "new": tensor_type("bgid", ("B", 2, "I", 16))},
-             {"out": "[B,2,I + P,16] float32"}),
+    TypeCase(
+        "project",
+        Project("x", "kernel", heads=4),
+        {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 24))},
+        {"out": "[B,4,I,8] float32"},
+    ),
+    TypeCase(
+        "cache",
+        Cache("old", "new"),
+        {"old": tensor_type("bgpd", ("B", 2, "P", 16)), "new": tensor_type("bgid", ("B", 2, "I", 16))},
+        {"out": "[B,2,I + P,16] float32"},
+    ),
     TypeCase("quantize", Quantize("k"), attend_types(), {"out": "[B,2,J,16] float32"}),
 ]
 
@@ -354,15 +411,31 @@ def test_inferred_types_are_those_of_the_reference(case: TypeCase) -> None:
 
 
 ILL_TYPED = [
-    (GROUPED, attend_types(k=tensor_type("bgjd", ("B", 2, "J", 12))),
-     "attend: axis d of q is 16, but axis d of k is 12"),
-    (GROUPED, attend_types(k=tensor_type("bgjd", ("C", 2, "J", 16))),
-     "attend: axis b of q is B, but axis b of k is C"),
-    (GROUPED, attend_types(v=tensor_type("bgje", ("B", 2, "I", 8))),
-     "attend: axis j of k is J, but axis j of v is I"),
-    (GROUPED, attend_types(v=tensor_type("bgje", ("B", 6, "J", 8))),
-     "attend: axis g of k is 2, but axis g of v is 6"),
-    (GROUPED, attend_types(q=tensor_type("hid", (6, "I", 16))), "attend: q should have 4 axes, but is q[6,I,16] float32"),
+    (
+        GROUPED,
+        attend_types(k=tensor_type("bgjd", ("B", 2, "J", 12))),
+        "attend: axis d of q is 16, but axis d of k is 12",
+    ),
+    (
+        GROUPED,
+        attend_types(k=tensor_type("bgjd", ("C", 2, "J", 16))),
+        "attend: axis b of q is B, but axis b of k is C",
+    ),
+    (
+        GROUPED,
+        attend_types(v=tensor_type("bgje", ("B", 2, "I", 8))),
+        "attend: axis j of k is J, but axis j of v is I",
+    ),
+    (
+        GROUPED,
+        attend_types(v=tensor_type("bgje", ("B", 6, "J", 8))),
+        "attend: axis g of k is 2, but axis g of v is 6",
+    ),
+    (
+        GROUPED,
+        attend_types(q=tensor_type("hid", (6, "I", 16))),
+        "attend: q should have 4 axes, but is q[6,I,16] float32",
+    ),
     (replace(GROUPED, key="key"), attend_types(), "attend reads 'key', which nothing defines"),
     (PLAIN, attend_types(), "attend: kv_head h of 6 query heads reaches from 0 to 5, but axis g of k is 2"),
     (replace(GROUPED, kv_head=expr("h // 3 − 1")), attend_types(), "reaches from -1 to 0"),
@@ -372,42 +445,93 @@ ILL_TYPED = [
     (replace(GROUPED, score=expr("s + w")), attend_types(), "attend: score s + w may not read w"),
     (replace(GROUPED, weight=expr("w·s")), attend_types(), "attend: weight w·s may not read s"),
     (replace(GROUPED, kv_head=expr("h + j")), attend_types(), "attend: kv_head h + j may not read j, only h"),
-    (replace(GROUPED, score=expr("s·d")), attend_types(), "reads 'd'; only b, h, i, j, s, w have a meaning here"),
-    (replace(GROUPED, score=expr("s + gate[h]")), attend_types(), "loads 'gate', which is not a tensor of the Spec"),
-    (replace(GROUPED, score=expr("s + bias[i, j]")), attend_types(), "bias[i, j] (float) does not fit bias[6,I,J] float16"),
-    (replace(GROUPED, mask=expr("keep[b, j]")), attend_types(keep=tensor_type("bj", ("B", "J"), "int64")),
-     "keep[b, j] (bool) does not fit keep[B,J] int64"),
-    (replace(GROUPED, mask=expr("keep[b, s]")), attend_types(), "index s of keep[b, s] is float, should be int"),
-    (replace(GROUPED, norm=Normalizer("sigmoid")), attend_types(),
-     "attend: only softmax has a log-sum-exp, the normaliser is sigmoid (float32)"),
+    (
+        replace(GROUPED, score=expr("s·d")),
+        attend_types(),
+        "reads 'd'; only b, h, i, j, s, w have a meaning here",
+    ),
+    (
+        replace(GROUPED, score=expr("s + gate[h]")),
+        attend_types(),
+        "loads 'gate', which is not a tensor of the Spec",
+    ),
+    (
+        replace(GROUPED, score=expr("s + bias[i, j]")),
+        attend_types(),
+        "bias[i, j] (float) does not fit bias[6,I,J] float16",
+    ),
+    (
+        replace(GROUPED, mask=expr("keep[b, j]")),
+        attend_types(keep=tensor_type("bj", ("B", "J"), "int64")),
+        "keep[b, j] (bool) does not fit keep[B,J] int64",
+    ),
+    (
+        replace(GROUPED, mask=expr("keep[b, s]")),
+        attend_types(),
+        "index s of keep[b, s] is float, should be int",
+    ),
+    (
+        replace(GROUPED, norm=Normalizer("sigmoid")),
+        attend_types(),
+        "attend: only softmax has a log-sum-exp, the normaliser is sigmoid (float32)",
+    ),
     (Scan("q", "k", "v"), attend_types(), "scan: axis i of q is I, but axis j of k is J"),
     (Scan("q", "q", "q", decay=Const(1)), attend_types(), "scan: decay 1 is int, should be float"),
-    (Scan("q", "q", "q", decay=expr("exp(float(i))")), attend_types(), "scan: exp(float(i)) reads 'i'; only h have"),
-    (Scan("q", "q", "q", feature="cos"), attend_types(), "unknown feature map 'cos'; choose one of identity, elu1, relu"),
+    (
+        Scan("q", "q", "q", decay=expr("exp(float(i))")),
+        attend_types(),
+        "scan: exp(float(i)) reads 'i'; only h have",
+    ),
+    (
+        Scan("q", "q", "q", feature="cos"),
+        attend_types(),
+        "unknown feature map 'cos'; choose one of identity, elu1, relu",
+    ),
     (Position("q", channels=18), attend_types(), "position: channels must be even and at most 16, got 18"),
     (Position("q", channels=3), attend_types(), "position: channels must be even and at most 16, got 3"),
-    (Position("q", convention="neox"), attend_types(), "unknown convention 'neox'; choose half or interleaved"),
+    (
+        Position("q", convention="neox"),
+        attend_types(),
+        "unknown convention 'neox'; choose half or interleaved",
+    ),
     (Position("q", cos=Const(1)), attend_types(), "position: cos 1 is int, should be float"),
     (Position("q", cos=expr("cos(j)")), attend_types(), "reads 'j'; only b, d, i have a meaning here"),
-    (Project("x", "kernel", heads=3),
-     {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 24))},
-     "project: 32 outputs do not split into 3 heads"),
-    (Project("x", "kernel", heads=0),
-     {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", ("O", 24))},
-     "project: heads must be at least 1, got 0"),
-    (Project("x", "kernel"), {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 16))},
-     "project: axis c of x is 24, but axis c of kernel is 16"),
-    (Project("x", "kernel", "bias"),
-     {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 24)), "bias": tensor_type("o", (24,))},
-     "project: axis o of kernel is 32, but axis o of bias is 24"),
+    (
+        Project("x", "kernel", heads=3),
+        {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 24))},
+        "project: 32 outputs do not split into 3 heads",
+    ),
+    (
+        Project("x", "kernel", heads=0),
+        {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", ("O", 24))},
+        "project: heads must be at least 1, got 0",
+    ),
+    (
+        Project("x", "kernel"),
+        {"x": tensor_type("bic", ("B", "I", 24)), "kernel": tensor_type("oc", (32, 16))},
+        "project: axis c of x is 24, but axis c of kernel is 16",
+    ),
+    (
+        Project("x", "kernel", "bias"),
+        {
+            "x": tensor_type("bic", ("B", "I", 24)),
+            "kernel": tensor_type("oc", (32, 24)),
+            "bias": tensor_type("o", (24,)),
+        },
+        "project: axis o of kernel is 32, but axis o of bias is 24",
+    ),
     (Cache("k", "q"), attend_types(), "cache: axis g of k is 2, but axis h of q is 6"),
     (Quantize("q", dtype="int4"), attend_types(), "quantize: unknown dtype 'int4'"),
     (Quantize("q", block=0), attend_types(), "quantize: block must be at least 1, got 0"),
 ]
 
 
-@pytest.mark.parametrize(("operation", "types", "message"), ILL_TYPED, ids=[message[:60] for *_, message in ILL_TYPED])
-def test_what_does_not_fit_is_refused(operation: Operation, types: Mapping[str, TensorType], message: str) -> None:
+@pytest.mark.parametrize(
+    ("operation", "types", "message"), ILL_TYPED, ids=[message[:60] for *_, message in ILL_TYPED]
+)
+def test_what_does_not_fit_is_refused(
+    operation: Operation, types: Mapping[str, TensorType], message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         operation.infer(types)
 
@@ -453,7 +577,9 @@ def test_heads_that_do_not_divide_are_refused(heads: int, groups: int) -> None:
         grouped(heads, groups)
 
 
-@pytest.mark.parametrize("text", ["softmax (float32)", "sigmoid (bfloat16)", "softmax (float16), empty rows zero"])
+@pytest.mark.parametrize(
+    "text", ["softmax (float32)", "sigmoid (bfloat16)", "softmax (float16), empty rows zero"]
+)
 def test_normalisers_read_back(text: str) -> None:
     assert str(Normalizer.parse(text)) == text
 
