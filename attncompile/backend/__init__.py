@@ -52,7 +52,7 @@ def _compile_rest(module: torch.fx.GraphModule, example_inputs: Sequence[Any], o
                   ) -> Callable[..., Any]:
     if options.rest == "eager":
         return module.forward
-    return inductor(module, example_inputs, mode_options(mode))  # type: ignore[no-any-return]
+    return inductor(module, example_inputs, mode_options(mode))
 
 
 def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, calls: Any

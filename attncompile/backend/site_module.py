@@ -36,13 +36,13 @@ def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: 
     for name in names:
         if name not in present:
             result = result.unsqueeze(names.index(name))
-    for axis, extent in zip(kind.axes, result.shape, strict=True):
-        if axis.name in present:
-            sizes[axis.size] = extent
+    sizes.update({
+        entry.size: extent for entry, extent in zip(kind.axes, result.shape, strict=True) if entry.name in present
+    })
     if len(present) < len(names):
         result = result.expand([
-            axis.size.value if isinstance(axis.size, Const) else sizes.get(axis.size, 1) if axis.name not in present else -1
-            for axis in kind.axes
+            -1 if entry.name in present else int(entry.size.value) if isinstance(entry.size, Const) else sizes.get(entry.size, 1)
+            for entry in kind.axes
         ])
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -43,11 +44,11 @@ class Outcome:
         return self.passes is not None and self.passes.lossy
 
 
-def make_plan(program: Program, target: str, provider: str, passes: str, allow_untrained: bool, outcomes: Sequence[Outcome]
+def make_plan(program: Program, target: Literal["onnx", "torch"], provider: str, passes: str, allow_untrained: bool, outcomes: Sequence[Outcome]
               ) -> Plan:
     """The plan that these outcomes are."""
     return Plan(
-        model=program.model, target=target, provider=provider, passes=passes, allow_untrained=allow_untrained,
+        schema=1, model=program.model, target=target, provider=provider, passes=passes, allow_untrained=allow_untrained,
         sites=tuple(_site_plan(outcome) for outcome in outcomes),
     )
 
@@ -96,7 +97,7 @@ def on_text(call: Call, before: Outputs, after: Outputs) -> list[EndToEnd]:
 
 def make_certificate(plan: Plan, sites: Sequence[SiteCertificate], end_to_end: Sequence[EndToEnd]) -> Certificate:
     """The certificate of a conversion."""
-    return Certificate(model=plan.model, target=plan.target, plan=plan.digest(), sites=tuple(sites),
+    return Certificate(schema=1, model=plan.model, target=plan.target, plan=plan.digest(), sites=tuple(sites),
                        end_to_end=tuple(end_to_end))
 
 

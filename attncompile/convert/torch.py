@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +201,9 @@ def load_torch(folder: Path, plan: Plan, *, rest: str = "eager", device: str | N
     model = open_model(folder, attn_implementation="sdpa").model.eval()
     if device is not None:
         model = model.to(device)
-    options: Mapping[str, Any] = {"rest": rest, "passes": plan.passes, "allow_untrained": plan.allow_untrained}
+    options: dict[str, Any] = {"rest": rest, "passes": plan.passes, "allow_untrained": plan.allow_untrained}
     model.forward = torch.compile(model.forward, backend=attncompile, dynamic=True, options=options)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def verify_torch(folder: Path, plan: Plan, shift: int) -> Certificate:

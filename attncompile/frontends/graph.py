@@ -285,6 +285,7 @@ def _sorted(extents: Mapping[str, Expr]) -> Extents:
     return tuple(sorted(extents.items(), key=lambda entry: entry[0]))
 
 
+Precision = Callable[[Sequence[str], Sequence[str]], torch.dtype]
 Evaluator = Callable[[Sequence[str], Mapping[str, torch.Tensor], Mapping[str, int]], dict[str, torch.Tensor]]
 
 
@@ -301,8 +302,10 @@ class Graph:
         owner: per value name, the native node it belongs to.
         evaluate: runs native nodes in float64: ``evaluate(wanted, feeds, sizes)`` computes the wanted native values from
             fed values, using nothing else but constants. Raises ``ValueError`` when it would need another input.
+        precision: the dtype in which ``evaluate`` would compute some values from some feeds; ``None`` where that is always
+            float64.
         size_hints: symbolic sizes in the example inputs; sizes with one hint are given one value in a proof.
-        signature: per native node, text of its operation and attributes (without the names of its inputs).
+        signature: per native value, text of its operation and attributes (without the names of its inputs).
         overwritten: native values that an in-place operation changes later, so that nothing else may read them.
     """
 
@@ -317,6 +320,7 @@ class Graph:
     signature: Mapping[str, str] = field(default_factory=dict)
     native_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     display_sizes: Mapping[str, str] = field(default_factory=dict)
+    precision: Precision | None = None
     overwritten: frozenset[str] = frozenset()
 
     @cached_property

@@ -285,6 +285,7 @@ class _View:
             signature,
             native_inputs,
             dict(self.sizes.display),
+            evaluator.precision,
         )
 
 
