@@ -94,11 +94,10 @@ def why_not(spec: Spec, device: str = "cpu", operator: str | None = None) -> str
 def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lowering:
     """A Spec as a PyTorch callable with the same meaning.
 
-    ``run`` takes the tensors in the order of ``spec.inputs`` and is differentiable. ``sdpa``, ``scan`` and
-    ``reference`` trace with symbolic sizes. ``blockwise`` leaves out the tiles its mask hides when it is
-    called with plain tensors, and is one masked call while a graph is being traced; ``flex`` then gives way
-    to SDPA or the reference. With ``sdpa`` and
-    ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
+    ``run`` takes the tensors in the order of ``spec.inputs``, is differentiable and traces with symbolic
+    sizes. ``blockwise`` leaves out the tiles its mask hides when it is called with plain tensors, and is one
+    masked call while a graph is being traced; ``flex`` then gives way to SDPA or the reference. With ``sdpa``
+    and ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
     would otherwise build one.
 
     Args:

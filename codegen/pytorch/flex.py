@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -128,7 +130,7 @@ class FlexForm:
     enable_gqa: bool
 
 
-def flex_form(attend: Attend, types: Mapping[str, TensorType]) -> FlexForm | Refusal:
+def flex_form(attend: Attend, kinds: Mapping[str, TensorType]) -> FlexForm | Refusal:
     """Recognise what FlexAttention can hold, or say what it cannot."""
 
     def refuse(what: str) -> Refusal:
@@ -141,15 +143,15 @@ def flex_form(attend: Attend, types: Mapping[str, TensorType]) -> FlexForm | Ref
         return refuse(f"the edit {attend.weight} of each weight")
     if attend.lse and weight.slope != Const(1.0):
         return refuse("the log-sum-exp beside an edit of the weights")
-    sizes = extents(attend, types)
-    heads, total = simplify(types[attend.key].sizes[1]), simplify(sizes["h"])
+    sizes = extents(attend, kinds)
+    heads, total = simplify(kinds[attend.key].sizes[1]), simplify(sizes["h"])
     if not (isinstance(heads, Const) and isinstance(total, Const) and total.value % heads.value == 0
             and simplify(attend.kv_head, sizes) == simplify(grouped(total, heads), sizes)):
         return refuse(f"the key heads {attend.kv_head}")
     mask, fill = simplify(attend.mask, sizes), simplify(attend.fill)
     infinite = fill == Const(-math.inf)
     negligible = absorbing(fill) or (isinstance(fill, Const) and fill.value <= NEGLIGIBLE)
-    proven = never_empty(attend, types)
+    proven = never_empty(attend, kinds)
     if attend.lse and mask != TRUE and not infinite and not proven:
         return refuse(f"the log-sum-exp of a row without a key, whose fill is {fill}")
     hidden = mask == TRUE or infinite or negligible
@@ -196,11 +198,20 @@ def _maker(source: str) -> Callable[..., Any]:
     return namespace["make"]
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
+def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     from torch.nn.attention.flex_attention import flex_attention  # slow to import, and rarely wanted
 
-    return torch.compile(flex_attention, dynamic=True)
+    return flex_attention(query, key, value, **options)
+
+
+@functools.cache
+def _compiled(source: str) -> Callable[..., Any]:
+    """FlexAttention compiled for one source.
+
+    Dynamo counts compilations by code object and gives up after a few, so every source gets one of its own.
+    """
+    code = _call.__code__.replace(co_name=f"flex_{hashlib.sha256(source.encode()).hexdigest()[:12]}")
+    return torch.compile(types.FunctionType(code, globals()), dynamic=True)
 
 
 def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict[str, torch.Tensor]:
@@ -208,7 +219,7 @@ def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict
 
     It is compiled on CUDA, where its kernel is; on a CPU the call materialises the map.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # as above
+    from torch.nn.attention.flex_attention import create_block_mask  # as above
 
     query = where.tensors[attend.query]
     key, value = (where.tensors[name].to(query.dtype) for name in (attend.key, attend.value))
@@ -222,9 +233,9 @@ def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict
             heads if _varies(form.mask, "h") else None,
             queries, keys, device=str(where.device),
         )
-    call: Any = flex_attention
+    call: Callable[..., Any] = _call
     if where.device.type == "cuda":
-        call = _compiled()
+        call = _compiled(source)
     out, lse = call(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0,
                     enable_gqa=form.enable_gqa, return_lse=True)
     if form.empty:
