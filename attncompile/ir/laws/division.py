@@ -48,7 +48,7 @@ def _is_remainder(simplifier: Simplifier, poly: Polynomial, by: Divisor) -> bool
 def _common_factor(
     simplifier: Simplifier, poly: Polynomial, by: Divisor
 ) -> tuple[Divisor, Divisor, Polynomial, Polynomial] | None:
-    """``f, k, y, r``: divisor ``f·k``, neither 1, and ``poly = f·y + r`` with ``0 ≤ r < f``; ``f`` the largest."""
+    """The largest ``f``, and ``k, y, r``: divisor ``f·k``, neither 1; ``poly = f·y + r``, ``0 ≤ r < f``."""
     mono, factor = by
     candidates = {(_shared(term, mono), math.gcd(value, factor)) for term, value in poly.items()}
     for part in sorted(candidates, key=lambda c: (len(c[0]), c[1], monomial_order(c[0])), reverse=True):
@@ -100,7 +100,7 @@ def _with_remainders(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
 
 
 def _dividends(atom: Apply, poly: Polynomial) -> list[tuple[Expr, Divisor]]:
-    """Ways to read ``x // K`` as ``y // k``: as it stands, or ``(x // a) // (K / a)`` beside an ``x // a``."""
+    """Ways to read ``x // K`` as ``y // k``: as it is, or ``(x // a) // (K / a)`` beside an ``x // a``."""
     dividend, divisor = atom.arguments
     by = single(polynomial(divisor))
     if by is None:
