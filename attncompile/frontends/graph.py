@@ -320,8 +320,8 @@ class Graph:
     signature: Mapping[str, str] = field(default_factory=dict)
     native_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     display_sizes: Mapping[str, str] = field(default_factory=dict)
-    precision: Precision | None = None
     overwritten: frozenset[str] = frozenset()
+    precision: Precision | None = None
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:

@@ -285,7 +285,7 @@ class _View:
             signature,
             native_inputs,
             dict(self.sizes.display),
-            evaluator.precision,
+            precision=evaluator.precision,
         )
 
 
