@@ -177,6 +177,8 @@ def _text_lines(report: Report) -> list[str]:
         text = site.reason or site.why or "; ".join(p.reason for p in site.passes if not p.applied)
         reasons[text] = reasons.get(text, 0) + 1
     lines += [f"{_count(count, 'site')} kept as it was: {text}" for text, count in reasons.items()]
+    applied = [outcome.name for site in report.sites for outcome in site.passes if outcome.applied]
+    lines += [f"{name} applied at {_count(applied.count(name), 'site')}" for name in dict.fromkeys(applied)]
     refused = [(p.name, p.reason) for site in report.sites for p in site.passes if not p.applied]
     lines += [
         f"{name} refused at {_count(refused.count((name, why)), 'site')}: {why}"
@@ -248,7 +250,7 @@ def certificate_text(certificate: Certificate) -> str:
         )
     for allowed in dict.fromkeys(entry.tolerance for entry in certificate.end_to_end if entry.before is None):
         rows = [
-            (entry.metric, entry.after)
+            (f"{entry.metric}, {entry.inputs}", entry.after)
             for entry in certificate.end_to_end
             if entry.before is None and entry.tolerance == allowed
         ]
@@ -260,7 +262,13 @@ def certificate_text(certificate: Certificate) -> str:
         if entry.before is not None
     ]
     lines += [f"FAILED: {failure}" for failure in certificate.failures()]
-    return "\n".join([*lines, "verified" if certificate.passed else "NOT VERIFIED"])
+    judged = not certificate.end_to_end or any(
+        entry.tolerance is not None for entry in certificate.end_to_end
+    )
+    approximate = (
+        "" if judged else ": every site computes its Spec; the whole is approximate and only measured"
+    )
+    return "\n".join([*lines, f"verified{approximate}" if certificate.passed else "NOT VERIFIED"])
 
 
 # --- the page -----------------------------------------------------------------------------------------------

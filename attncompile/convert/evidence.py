@@ -129,7 +129,8 @@ def _site_report(outcome: Outcome, evidence: SiteCertificate | None) -> SiteRepo
         spec_after=str(result.spec) if result and replaced else "", passes=(*applied, *refused),
         operator=outcome.operator if replaced else "", why=outcome.reason,
         max_error=max((case.max_abs for case in cases), default=None),
-        relative_error=max(changes) if changes else max((case.max_rel for case in cases), default=None),
+        relative_error=max((case.max_rel for case in cases), default=None),
+        change=max(changes, default=None), change_inputs="random inputs" if changes else "",
         source=site.source,
         reason=site.refusal.reason if site.refusal else "", hint=site.refusal.hint if site.refusal else "",
     )

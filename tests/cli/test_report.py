@@ -82,6 +82,7 @@ def test_text_says_operators_refusals_and_numbers(report: Report) -> None:
     assert "2 sites as Attention-23: 1.3 times faster" in lines
     assert "1 site kept as it was: nothing was faster" in lines
     assert "1 site kept as it was: it runs over <queries>" in lines
+    assert "sparsify.window(size=4) applied at 2 sites" in lines
     assert "quantize.int8 refused at 1 site: its scores are biased" in lines
     assert "largest change of a site's output 0.04 (layer.1, 512 tokens)" in lines
     assert "latency 1×128 20 ms → 10 ms (2.00 times less)" in lines
@@ -157,6 +158,15 @@ def test_a_certificate_is_told_in_lines() -> None:
         "largest difference of logits 2e-06 (1 input) where 0.0001 is allowed",
         "verified",
     ]
+
+
+def test_a_lossy_conversion_is_not_called_the_same() -> None:
+    lossy = certificate(1e-6).model_copy(
+        update={"end_to_end": (measured("mean cosine similarity of logits", None, 0.9, "512 tokens", None),)}
+    )
+    *_, number, verdict = certificate_text(lossy).splitlines()
+    assert number == "mean cosine similarity of logits, 512 tokens 0.9"
+    assert verdict == "verified: every site computes its Spec; the whole is approximate and only measured"
 
 
 def test_a_failed_certificate_says_what_failed() -> None:
