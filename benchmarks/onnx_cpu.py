@@ -1,0 +1,241 @@
+"""Converted models in ONNX Runtime's CPU beside torch's own exports of the same models.
+
+    python -m benchmarks.onnx_cpu results.json [--models minilm smollm2 whisper] [--rounds N]
+
+Peers are `torch.onnx.export(dynamo=True)` with eager and with sdpa attention; ours is `attncompile.convert`
+of the eager model with default options, which compares before it writes. Every round runs
+each of them once, in alternating order, and a ratio is median over median. Two readings are given: wall time
+with two threads, and processor time of one thread, which other programs on the machine disturb less. Ratios
+above 1 mean that ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import torch
+import transformers
+
+import attncompile
+from attncompile.convert.export import export_onnx
+from attncompile.frontends.checkpoint import open_model
+from benchmarks.checkpoints import checkpoint_folder
+from benchmarks.onnx_operators import WARM_UP, device
+
+Implementation = Literal["eager", "sdpa"]
+Arguments = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+Feed = dict[str, np.ndarray]
+THREADS = 2
+
+
+class Encoder(torch.nn.Module):
+    """Whisper's encoder on `[batch, 1, mels, frames]`: so that only the batch varies."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The last hidden state."""
+        return self.encoder(features.squeeze(1)).last_hidden_state
+
+
+def _whisper_encoder(implementation: Implementation) -> Arguments:
+    model = transformers.WhisperModel.from_pretrained(
+        checkpoint_folder("whisper"), attn_implementation=implementation, dtype=torch.float32
+    )
+    return Encoder(model.get_encoder()).eval(), (), {"features": torch.randn(2, 1, 80, 3000)}
+
+
+def whisper_encoder_eager() -> Arguments:
+    """Whisper's encoder with eager attention, for `file.py:function`."""
+    return _whisper_encoder("eager")
+
+
+def whisper_encoder_sdpa() -> Arguments:
+    """Whisper's encoder with sdpa attention, for `file.py:function`."""
+    return _whisper_encoder("sdpa")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with the calls it is timed on.
+
+    Attributes:
+        name: what it is called in the results.
+        target: what `attncompile` opens, for an implementation of attention.
+        shapes: batch and tokens of each call.
+        feed: inputs of a call of that shape.
+    """
+
+    name: str
+    target: Callable[[Implementation], str]
+    shapes: tuple[tuple[int, int], ...]
+    feed: Callable[[int, int], Feed]
+
+
+def _tokens(batch: int, tokens: int) -> Feed:
+    ids = np.random.default_rng(0).integers(5, 20_000, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def _sound(batch: int, tokens: int) -> Feed:
+    features = np.random.default_rng(0).standard_normal((batch, 1, 80, 2 * tokens))
+    return {"features": features.astype(np.float32)}
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject(
+            "minilm", lambda _: str(checkpoint_folder("minilm")), ((1, 128), (16, 128), (1, 384)), _tokens
+        ),
+        Subject("smollm2", lambda _: str(checkpoint_folder("smollm2")), ((1, 512), (1, 2048)), _tokens),
+        Subject("whisper", lambda kind: f"{Path(__file__)}:whisper_encoder_{kind}", ((1, 1500),), _sound),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the results; times in milliseconds by competitor, ratios over ours.
+
+    Attributes:
+        model, batch, tokens: what ran.
+        rounds: interleaved rounds behind each median.
+        largest_difference: of our first output to the eager export's.
+        wall, work: median wall time with two threads, median processor time with one.
+        wall_ratio, work_ratio: a peer's time over ours.
+        operators: what `attncompile.convert` put at how many sites.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    rounds: int
+    largest_difference: float
+    wall: dict[str, float]
+    work: dict[str, float]
+    wall_ratio: dict[str, float]
+    work_ratio: dict[str, float]
+    operators: dict[str, int]
+
+
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _fed(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
+    return {entry.name: feed[entry.name] for entry in session.get_inputs()}
+
+
+def _interleaved(
+    paths: Mapping[str, Path], feed: Feed, rounds: int, threads: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Median milliseconds of every model, each run once a round."""
+    sessions = {name: _session(path, threads) for name, path in paths.items()}
+    fed = {name: _fed(session, feed) for name, session in sessions.items()}
+    for name, session in sessions.items():
+        for _ in range(WARM_UP):
+            session.run(None, fed[name])
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for number in range(rounds):
+        for name in list(sessions)[:: 1 if number % 2 else -1]:
+            start = clock()
+            sessions[name].run(None, fed[name])
+            times[name].append(1e3 * (clock() - start))
+    return {name: round(statistics.median(found), 3) for name, found in times.items()}
+
+
+def _difference(one: Path, other: Path, feed: Feed) -> float:
+    """Largest absolute difference of the first outputs."""
+    first, second = (
+        session.run(None, _fed(session, feed))[0] for session in (_session(one, 2), _session(other, 2))
+    )
+    return float(np.abs(first - second).max())
+
+
+def measure(subject: Subject, folder: Path, rounds: int) -> list[Case]:
+    """Export the peers, convert ours, compare, and time every shape."""
+    paths: dict[str, Path] = {}
+    kinds: tuple[Implementation, ...] = ("eager", "sdpa")
+    for kind in kinds:
+        opened = open_model(subject.target(kind), attn_implementation=kind)
+        opened.model.eval()
+        paths[kind] = folder / f"{kind}.onnx"
+        onnx_ir.save(export_onnx(opened)[0], paths[kind], external_data=f"{kind}.onnx.data")
+    conversion = attncompile.convert(subject.target("eager"), folder / "ours", to="onnx")
+    paths["ours"] = folder / "ours" / "model.onnx"
+    chosen = [site.operator for site in conversion.report.sites]
+    operators = {operator: chosen.count(operator) for operator in dict.fromkeys(chosen)}
+    cases = []
+    for batch, tokens in subject.shapes:
+        feed = subject.feed(batch, tokens)
+        difference = _difference(paths["eager"], paths["ours"], feed)
+        count = max(5, min(rounds, rounds * 512 // (batch * tokens)))
+        wall = _interleaved(paths, feed, count, THREADS, time.perf_counter)
+        work = _interleaved(paths, feed, count, 1, time.thread_time)
+        case = Case(
+            model=subject.name,
+            batch=batch,
+            tokens=tokens,
+            rounds=count,
+            largest_difference=difference,
+            wall=wall,
+            work=work,
+            wall_ratio={kind: round(wall[kind] / wall["ours"], 3) for kind in kinds},
+            work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds},
+            operators=operators,
+        )
+        print(f"{case.model} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
+        cases.append(case)
+    return cases
+
+
+def main() -> None:
+    """Measure the chosen models and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", type=Path, help="where the JSON goes")
+    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="rounds at 512 tokens or fewer; longer calls get fewer"
+    )
+    chosen = parser.parse_args()
+    cases: list[Case] = []
+    for name in chosen.models:
+        with tempfile.TemporaryDirectory() as folder:
+            cases += measure(SUBJECTS[name], Path(folder), chosen.rounds)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime, onnx_ir)}
+    record = {
+        "device": device(),
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "system": platform.platform(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "cases": [asdict(case) for case in cases],
+    }
+    chosen.results.parent.mkdir(parents=True, exist_ok=True)
+    chosen.results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
