@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -53,10 +53,7 @@ def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
     return go(expr)
 
 
-def _value(node: Expr, environment: Environment, go: object) -> torch.Tensor:
-    def recurse(child: Expr) -> torch.Tensor:
-        return go(child)  # type: ignore[operator,no-any-return]
-
+def _value(node: Expr, environment: Environment, of: Callable[[Expr], torch.Tensor]) -> torch.Tensor:
     match node:
         case Const(value):
             return torch.tensor(value, dtype=_dtype(node.kind, environment), device=environment.device)
@@ -81,29 +78,19 @@ def _value(node: Expr, environment: Environment, go: object) -> torch.Tensor:
                     f"{node} has {len(indices)} indices, but the tensor has shape {tuple(tensor.shape)}"
                 )
             positions = tuple(
-                recurse(index).to(torch.int64).clamp(0, max(extent - 1, 0))
+                of(index).to(torch.int64).clamp(0, max(extent - 1, 0))
                 for index, extent in zip(indices, tensor.shape, strict=True)
             )
             read = tensor[positions] if positions else tensor
             return read.to(_dtype(element, environment))
         case Apply(operator, arguments, result):
-            values = [recurse(argument) for argument in arguments]
-            if operator == "float":
-                return values[0].to(environment.dtype)
-            if operator == "int":
-                return (
-                    values[0].trunc().to(torch.int64)
-                    if values[0].is_floating_point()
-                    else values[0].to(torch.int64)
-                )
-            if result is Kind.FLOAT and operator != "where":
-                values = [v.to(environment.dtype) for v in values]
-            elif operator in ("where", "lt", "le", "gt", "ge", "eq", "ne") and any(
-                a.kind is Kind.FLOAT for a in arguments
-            ):
+            values = [of(argument) for argument in arguments]
+            if operator in ("float", "int"):
+                return values[0].to(_dtype(result, environment))  # to an integer: toward zero
+            if result is Kind.FLOAT or any(argument.kind is Kind.FLOAT for argument in arguments):
                 values = [
-                    v if a.kind is Kind.BOOL else v.to(environment.dtype)
-                    for v, a in zip(values, arguments, strict=True)
+                    value if argument.kind is Kind.BOOL else value.to(environment.dtype)
+                    for value, argument in zip(values, arguments, strict=True)
                 ]
             return OPERATORS[operator].torch(*values)  # type: ignore[no-any-return]
     raise ValueError(f"cannot evaluate {node!r}")

@@ -253,7 +253,6 @@ class Operator:
         triton: format string over the printed arguments (associative operators: over two).
         onnx: ONNX operator name (empty: decomposed by the ONNX printer, or refused by name).
         symbol, precedence: infix form; a higher precedence binds tighter.
-        commutative: the order of the arguments does not matter.
     """
 
     name: str
@@ -265,32 +264,31 @@ class Operator:
     onnx: str = ""
     symbol: str = ""
     precedence: int = 0
-    commutative: bool = False
 
 
 ROWS: tuple[Operator, ...] = (
-    Operator("or", None, logic, _fold(torch.logical_or), _max_bounds, "({0} | {1})", "Or", "or", 1, True),
-    Operator("and", None, logic, _fold(torch.logical_and), _min_bounds, "({0} & {1})", "And", "and", 2, True),
+    Operator("or", None, logic, _fold(torch.logical_or), _max_bounds, "({0} | {1})", "Or", "or", 1),
+    Operator("and", None, logic, _fold(torch.logical_and), _min_bounds, "({0} & {1})", "And", "and", 2),
     Operator("not", 1, logic, torch.logical_not, _not_bounds, "({0} == 0)", "Not", "not", 3),
     Operator("lt", 2, ordering, torch.lt, _lt_bounds, "({0} < {1})", "Less", "<", 4),
     Operator("le", 2, ordering, torch.le, _le_bounds, "({0} <= {1})", "LessOrEqual", "≤", 4),
     Operator("gt", 2, ordering, torch.gt, lambda x, y: _lt_bounds(y, x), "({0} > {1})", "Greater", ">", 4),
     Operator("ge", 2, ordering, torch.ge, lambda x, y: _le_bounds(y, x),
              "({0} >= {1})", "GreaterOrEqual", "≥", 4),
-    Operator("eq", 2, comparison, torch.eq, _eq_bounds, "({0} == {1})", "Equal", "=", 4, True),
+    Operator("eq", 2, comparison, torch.eq, _eq_bounds, "({0} == {1})", "Equal", "=", 4),
     Operator("ne", 2, comparison, torch.ne, lambda x, y: _not_bounds(_eq_bounds(x, y)),
-             "({0} != {1})", "", "≠", 4, True),
-    Operator("add", None, numeric, _fold(torch.add), _add_bounds, "({0} + {1})", "Add", "+", 5, True),
-    Operator("mul", None, numeric, _fold(torch.mul), _mul_bounds, "({0} * {1})", "Mul", "·", 6, True),
+             "({0} != {1})", "", "≠", 4),
+    Operator("add", None, numeric, _fold(torch.add), _add_bounds, "({0} + {1})", "Add", "+", 5),
+    Operator("mul", None, numeric, _fold(torch.mul), _mul_bounds, "({0} * {1})", "Mul", "·", 6),
     Operator("div", 2, real, torch.true_divide, _div_bounds, "({0} / {1})", "Div", "/", 6),
     Operator("floordiv", 2, whole, torch.floor_divide, _floordiv_bounds,
              "floor_divide({0}, {1})", "", "//", 6),
     Operator("mod", 2, whole, torch.remainder, _mod_bounds, "floor_modulo({0}, {1})", "Mod", "%", 6),
     Operator("pow", 2, real, torch.pow, _pow_bounds, "tl.exp2({1} * tl.log2({0}))", "Pow", "^", 8),
     Operator("min", None, numeric, _fold(torch.minimum), _min_bounds,
-             "tl.minimum({0}, {1})", "Min", commutative=True),
+             "tl.minimum({0}, {1})", "Min"),
     Operator("max", None, numeric, _fold(torch.maximum), _max_bounds,
-             "tl.maximum({0}, {1})", "Max", commutative=True),
+             "tl.maximum({0}, {1})", "Max"),
     Operator("where", 3, selection, torch.where, _where_bounds, "tl.where({0}, {1}, {2})", "Where"),
     Operator("float", 1, to_float, lambda x: x, lambda x: x, "tl.cast({0}, tl.float32)", "Cast"),
     Operator("int", 1, to_int, torch.trunc, _rising(np.trunc), "tl.cast({0}, tl.int32)", "Cast"),

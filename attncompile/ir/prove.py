@@ -80,13 +80,18 @@ class Prover:
 
     def _plainly_nonnegative(self, poly: Polynomial) -> bool:
         """Whether no atom and no coefficient is negative, counting positive sizes from 1."""
+        if poly and not self.positive and min(poly.values()) < 0:
+            return False
         counted: Polynomial = {}
         for mono, value in poly.items():
             product = constant(value)
             for atom in mono:
                 if not self._starts_at_zero(atom):
                     return False
-                product = times(product, plus({(atom,): 1}, constant(int(atom in self.positive))))
+                shifted: Polynomial = {(atom,): 1}
+                if atom in self.positive:
+                    shifted[()] = 1
+                product = times(product, shifted)
             counted = plus(counted, product)
         return all(value > 0 for value in counted.values())
 

@@ -17,6 +17,7 @@ from tests.ir.expressions import (
     EXTENTS,
     KINDS,
     SMOOTH_LANGUAGE,
+    WHOLE_LANGUAGE,
     any_expressions,
     defined,
     environment,
@@ -76,7 +77,7 @@ def test_simplify_keeps_real_values_up_to_rounding(expr: Expr, seed: int) -> Non
     assert error <= scale**2 * torch.finfo(torch.float64).eps * sum(1 for _ in walk(expr))
 
 
-@given(any_expressions(), st.booleans())
+@given(any_expressions() | any_expressions(WHOLE_LANGUAGE), st.booleans())
 def test_simplify_twice_is_once(expr: Expr, inside: bool) -> None:
     extents = EXTENTS if inside else {}
     once = simplify(expr, extents)

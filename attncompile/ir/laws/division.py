@@ -38,7 +38,7 @@ def _expr(divisor: Divisor) -> Expr:
     return from_polynomial({mono: factor})
 
 
-def _is_remainder(simplifier: Simplifier, poly: Polynomial, by: Divisor) -> bool:
+def _fits_below(simplifier: Simplifier, poly: Polynomial, by: Divisor) -> bool:
     """Whether ``0 ≤ poly < divisor``."""
     mono, factor = by
     prover = simplifier.prover.assuming_positive(mono)
@@ -56,7 +56,7 @@ def _common_factor(
         if smaller is None or ((), 1) in (part, smaller):
             continue
         quotient, rest = split(poly, *part)
-        if _is_remainder(simplifier, rest, part):
+        if _fits_below(simplifier, rest, part):
             return part, smaller, quotient, rest
     return None
 
@@ -70,13 +70,21 @@ def settle(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
 
 
 def _without_remainders(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
-    result: Polynomial = {}
+    terms: list[Polynomial] = [
+        {mono: value for mono, value in poly.items() if not any(map(_is_remainder, mono))}
+    ]
     for mono, value in poly.items():
-        product = constant(value)
+        if mono in terms[0]:
+            continue
+        term = constant(value)
         for atom in mono:
-            product = times(product, _as_difference(simplifier, atom))
-        result = plus(result, product)
-    return result
+            term = times(term, _as_difference(simplifier, atom))
+        terms.append(term)
+    return plus(*terms) if len(terms) > 1 else poly
+
+
+def _is_remainder(atom: Expr) -> bool:
+    return isinstance(atom, Apply) and atom.operator == "mod"
 
 
 def _as_difference(simplifier: Simplifier, atom: Expr) -> Polynomial:
@@ -129,7 +137,7 @@ def _folded(
     if not whole or any(poly.get(term, 0) * value < value * value for term, value in whole.items()):
         return None
     remainder = polynomial(simplifier(inner % _expr(by)))
-    if not any(isinstance(a, Apply) and a.operator == "mod" for m in remainder for a in m):
+    if not any(_is_remainder(a) for m in remainder for a in m):
         return None
     return plus(poly, negated(whole), {mono: -poly[mono]}, times(scale, remainder))
 
@@ -155,7 +163,7 @@ def _law_floordiv(simplifier: Simplifier, node: Apply) -> Expr:
         return node
     poly = polynomial(dividend)
     quotient, rest = split(poly, *by)
-    if _is_remainder(simplifier, rest, by):
+    if _fits_below(simplifier, rest, by):
         return from_polynomial(quotient)
     if quotient:
         return from_polynomial(quotient) + from_polynomial(rest) // divisor
@@ -181,7 +189,7 @@ def _law_mod(simplifier: Simplifier, node: Apply) -> Expr:
         return node
     poly = polynomial(dividend)
     quotient, rest = split(poly, *by)
-    if _is_remainder(simplifier, rest, by):
+    if _fits_below(simplifier, rest, by):
         return from_polynomial(rest)
     if quotient:
         return from_polynomial(rest) % divisor
