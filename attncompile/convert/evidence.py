@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,27 +68,60 @@ def _site_plan(outcome: Outcome) -> SitePlan:
     )
 
 
-def distances(call: Call, before: Outputs, after: Outputs, judged: bool) -> list[EndToEnd]:
-    """Largest difference of every output, padded positions left out.
+def distances(call: Call, before: Outputs, after: Outputs, exact: Outputs | None, judged: bool) -> list[EndToEnd]:
+    """How far every output is from the original, padded positions left out.
+
+    A large float32 model is itself off by more than :data:`ABSOLUTE` from what it would give in exact arithmetic, so
+    two correct orders of its sums differ by that much. Where the original can be run in float64, what is judged is
+    therefore that its error does not grow by more than :data:`ABSOLUTE`, and the plain difference is reported beside
+    it; elsewhere the plain difference is judged.
 
     Args:
-        call: what both were run on.
+        call: what all were run on.
         before, after: outputs by name.
-        judged: whether the difference has to be within :data:`ABSOLUTE`; otherwise it is only reported.
+        exact: outputs of the original in float64, where there are any.
+        judged: whether to judge at all; otherwise everything is only reported.
 
     Raises:
         ValueError: when an output is missing or has another shape.
     """
     kept = call.kept()
     found: list[EndToEnd] = []
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        comparison = compare(without_padding(one, kept), without_padding(other, kept))
+        return comparison.max_abs if not comparison.misplaced else math.inf
+
     for name, reference in before.items():
         if name not in after:
             raise ValueError(f"the result has no output {name!r}; it has {', '.join(after)}")
-        comparison = compare(without_padding(after[name], kept), without_padding(reference, kept))
-        distance = comparison.max_abs if not comparison.misplaced else math.inf
-        found.append(measured(f"largest difference of {name}", None, distance, call.what,
-                              ABSOLUTE.get(reference.dtype, 1e-4) if judged else None))
+        allowed = ABSOLUTE.get(reference.dtype, ABSOLUTE[torch.float32]) if judged else None
+        truth = exact.get(name) if exact is not None else None
+        apart = distance(after[name], reference)
+        if truth is None or not without_padding(truth, kept).isfinite().all():
+            found.append(measured(f"largest difference of {name}", None, apart, call.what, allowed))
+            continue
+        found.append(measured(f"largest difference of {name}", None, apart, call.what, None))
+        found.append(measured(f"error of {name} against float64", distance(reference, truth), distance(after[name], truth),
+                              call.what, allowed))
     return found
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model in float64; a Hugging Face model uses SDPA there, whose rows without a visible key are no NaN."""
+    wide = copy.deepcopy(model).double().eval()
+    if hasattr(wide, "set_attn_implementation"):
+        wide.set_attn_implementation("sdpa")
+    return wide
+
+
+def run_exact(model: torch.nn.Module, call: Call) -> dict[str, torch.Tensor]:
+    """The outputs of a float64 model for a call."""
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+        (call.args, dict(call.kwargs)))
+    with torch.no_grad():
+        return outputs_of(model(*args, **kwargs))
 
 
 def on_text(call: Call, before: Outputs, after: Outputs) -> list[EndToEnd]:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from attncompile.convert.evidence import (
     Outcome,
     Outputs,
     distances,
+    in_float64,
     make_certificate,
     make_plan,
     make_report,
     on_text,
     outputs_of,
+    run_exact,
 )
 from attncompile.convert.export import export_onnx
 from attncompile.frontends.checkpoint import OpenedModel, open_model
@@ -45,7 +48,7 @@ from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes, run_passes
 from attncompile.plan.schema import Plan, SitePlan, save_plan
 from attncompile.report import Measurement, write_report
-from attncompile.verify import Certificate, EndToEnd, SiteCertificate, check_site, refused_site, save_certificate
+from attncompile.verify import DRAWS, Certificate, Draw, EndToEnd, SiteCertificate, check_site, refused_site, save_certificate
 
 MODEL = "model.onnx"
 SOURCE = "source.json"
@@ -289,6 +292,14 @@ class _Original:
         with torch.no_grad():
             return outputs_of(self.opened.model(*call.args, **call.kwargs))
 
+    def exact(self, call: Call) -> Outputs | None:
+        """The outputs in float64; ``None`` for a file, which has one precision."""
+        return run_exact(self._wide, call) if self.opened.kind == "torch" else None
+
+    @cached_property
+    def _wide(self) -> torch.nn.Module:
+        return in_float64(self.opened.model)
+
 
 def _compare(original: _Original, file: Path, provider: str, lossy: bool, shift: int = 0
              ) -> tuple[list[EndToEnd], str | None]:
@@ -297,7 +308,7 @@ def _compare(original: _Original, file: Path, provider: str, lossy: bool, shift:
     loaded = session(file, provider)
     for call in calls(original.opened, shift):
         try:
-            found += distances(call, original(call), run(loaded, call), judged=not lossy)
+            found += distances(call, original(call), run(loaded, call), original.exact(call), judged=not lossy)
         except (ValueError, RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
             return found, f"on {call.what}: {str(error).splitlines()[0]}"
     text = text_call(original.opened) if original.opened.kind == "torch" else None
@@ -322,7 +333,8 @@ def _site_certificates(rewritten: _Rewritten, provider: Provider) -> list[SiteCe
         key = (result.spec.fingerprint(), choice.row.operator)
         if key not in known:
             known[key] = check_site(name, result.spec, _site_runner(result.spec, choice, provider),
-                                    operator=choice.row.operator, original=outcome.site.spec if result.lossy else None)
+                                    operator=choice.row.operator, original=outcome.site.spec if result.lossy else None,
+                                    draws=(*DRAWS, LONG))
         made.append(known[key].model_copy(update={"site": name, "spec": str(result.spec)}))
     return made
 
@@ -355,6 +367,9 @@ def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Any:
 
     return computed
 
+
+LONG = Draw(760, "random", 5)
+"""One more random input for sites: above the length at which a chosen operator may give way to another."""
 
 ROUNDS = 7
 """Interleaved repetitions of a latency; the median is reported."""
@@ -441,5 +456,6 @@ def _verified_site(site: SitePlan, provider: Provider) -> SiteCertificate:
         return refused_site(site.site, site.reason, parse_spec(site.before) if site.before else None)
     spec = parse_spec(site.after)
     choice = Choice(row_named(spec, site.operator), site.reason, ())
-    return check_site(site.site, spec, _site_runner(spec, choice, provider), operator=site.operator)
+    return check_site(site.site, spec, _site_runner(spec, choice, provider), operator=site.operator,
+                      draws=(*DRAWS, LONG))
 

@@ -18,11 +18,13 @@ from attncompile.convert.calibration import calls, text_call
 from attncompile.convert.evidence import (
     Outcome,
     distances,
+    in_float64,
     make_certificate,
     make_plan,
     make_report,
     on_text,
     outputs_of,
+    run_exact,
 )
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export, exported_program
@@ -128,6 +130,7 @@ def _site_certificates(decisions: tuple[Decision, ...]) -> list[SiteCertificate]
 def _compare(opened: OpenedModel, captured: Captured, rewritten: Captured, lossy: bool) -> list[EndToEnd]:
     """Original and rewritten graph on fresh calls and on running text."""
     found: list[EndToEnd] = []
+    wide = in_float64(opened.model)
     with torch.no_grad():
         for call in calls(opened):
             try:
@@ -138,7 +141,7 @@ def _compare(opened: OpenedModel, captured: Captured, rewritten: Captured, lossy
                     continue  # sizes that the captured graph has fixed
                 raise InputError(f"the rewritten model does not run: {str(error).splitlines()[0]}", opened.name,
                                  "nothing was written; please report this model") from error
-            found += distances(call, before, after, judged=not lossy)
+            found += distances(call, before, after, run_exact(wide, call), judged=not lossy)
         text = text_call(opened)
         if text is not None and lossy:
             found += on_text(text, outputs_of(opened.model(*text.args, **text.kwargs)),
@@ -226,10 +229,11 @@ def verify_torch(folder: Path, plan: Plan, shift: int) -> Certificate:
     rewritten = dataclasses.replace(captured, graph_module=rewrite(captured.graph_module, program, decisions))
     lossy = any(decision.passes is not None and decision.passes.lossy for decision in decisions)
     found: list[EndToEnd] = []
+    wide = in_float64(opened.model)
     with torch.no_grad():
         for call in calls(opened, shift):
             found += distances(call, outputs_of(opened.model(*call.args, **call.kwargs)),
-                               outputs_of(rewritten.run(call.args, call.kwargs)), judged=not lossy)
+                               outputs_of(rewritten.run(call.args, call.kwargs)), run_exact(wide, call), judged=not lossy)
     return make_certificate(plan, _site_certificates(decisions), found)
 
 
