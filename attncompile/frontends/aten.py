@@ -1,4 +1,6 @@
-"""The Graph view of a pre-dispatch ATen graph (from ``torch.export`` or from Dynamo): one row per native operation."""
+"""The Graph view of a pre-dispatch ATen graph (from ``torch.export`` or from Dynamo): one row per native
+operation.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,15 @@ def _from_sympy(expr: Any) -> Expr:
         return simplify(apply("mul", *parts))
     if isinstance(expr, sympy.Pow) and isinstance(parts[1], Const):
         return simplify(apply("mul", *[parts[0]] * int(parts[1].value), 1))
-    names = {"FloorDiv": "floordiv", "CleanDiv": "floordiv", "IntTrueDiv": "floordiv", "Mod": "mod",
-             "PythonMod": "mod", "Max": "max", "Min": "min"}
+    names = {
+        "FloorDiv": "floordiv",
+        "CleanDiv": "floordiv",
+        "IntTrueDiv": "floordiv",
+        "Mod": "mod",
+        "PythonMod": "mod",
+        "Max": "max",
+        "Min": "min",
+    }
     found = names.get(type(expr).__name__)
     if found is None:
         raise ValueError(f"cannot state the size {expr} ({type(expr).__name__}) as an index expression")
@@ -194,7 +203,11 @@ def _add(sign: int) -> Row:
         factor = b.number(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
         weight = simplify(apply("mul", sign, factor))
         if weight != ONE:
-            right = b.pointwise("mul", weight, right) if isinstance(right, str) else simplify(apply("mul", weight, right))
+            right = (
+                b.pointwise("mul", weight, right)
+                if isinstance(right, str)
+                else simplify(apply("mul", weight, right))
+            )
         return b.pointwise("add", left, right)
 
     return row
@@ -233,8 +246,10 @@ def _truth(operation: str) -> Row:
             raise _Unstated
         operands = [b.operand(a) for a in args]
         asked = [
-            o if (b.info(o).dtype == "bool" if isinstance(o, str) else o.kind.value == "bool")
-            else b.pointwise("ne", o, ZERO, dtype="bool") for o in operands
+            o
+            if (b.info(o).dtype == "bool" if isinstance(o, str) else o.kind.value == "bool")
+            else b.pointwise("ne", o, ZERO, dtype="bool")
+            for o in operands
         ]
         return b.pointwise(operation, *asked)
 
@@ -296,7 +311,8 @@ def _fill(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 
 def _arange(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     numbers = [b.number(a) for a in args]
-    start, step = ZERO, ONE
+    start: Expr = ZERO
+    step: Expr = ONE
     if len(numbers) >= 2:
         start = numbers[0]
     if len(numbers) >= 3:
@@ -315,7 +331,13 @@ def _triangle(keep_lower: bool) -> Row:
         rows, columns = b.index_along(len(shape) - 2, shape), b.index_along(len(shape) - 1, shape)
         edge = b.pointwise("add", rows, diagonal, dtype="int64")
         kept = b.pointwise("le" if keep_lower else "ge", columns, edge, dtype="bool")
-        zero = Const(False) if b.out.dtype == "bool" else Const(0) if b.out.dtype.startswith("int") else Const(0.0)
+        zero = (
+            Const(False)
+            if b.out.dtype == "bool"
+            else Const(0)
+            if b.out.dtype.startswith("int")
+            else Const(0.0)
+        )
         return b.pointwise("where", kept, source, zero)
 
     return row
@@ -385,7 +407,9 @@ def _slice(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     size, end, step = shape[axis], args[3] if len(args) > 3 else None, args[4] if len(args) > 4 else 1
     start = _position(b, args[2] if len(args) > 2 else 0, size)
     if step == 1 and (end is None or (isinstance(end, int) and end >= _NO_END)):
-        start = simplify(size - b.out.shape[axis])  # what is left says where it began, with torch's own clamping
+        start = simplify(
+            size - b.out.shape[axis]
+        )  # what is left says where it began, with torch's own clamping
     elif not isinstance(start, Const) or not isinstance(size, Const):
         start = start if Simplifier({}).nonnegative(start) else simplify(apply("max", start, ZERO))
     else:
@@ -460,25 +484,25 @@ def _stack(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 def _part(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     """One result of a split, chunk or unbind."""
     whole, number = args
-    if not isinstance(whole, torch.fx.Node):
+    if not isinstance(whole, torch.fx.Node) or not isinstance(whole.args[0], torch.fx.Node):
         raise _Unstated
     kind = str(whole.target)
-    if not isinstance(whole.args[0], torch.fx.Node):
-        raise _Unstated
     source = b.value(whole.args[0], whole)
-    shape = b.shape(source)
-    rank = len(shape)
+    rank = len(b.shape(source))
+    further: list[Any] = list(whole.args[1:])
     parts = whole.meta["val"]
     if kind.startswith("aten.max.dim") and number == 0:
-        axis = _axis(int(whole.args[1]), rank)
-        keeps = bool(whole.args[2]) if len(whole.args) > 2 else False
-        return b.emit(Reduce(b.name(), source, "max", (axis,), keeps), b.out)
+        return b.emit(
+            Reduce(b.name(), source, "max", (_axis(further[0], rank),), bool(further[1:] and further[1])),
+            b.out,
+        )
     if "unbind" in kind:
-        axis = _axis(whole.args[1] if len(whole.args) > 1 else 0, rank)
+        axis = _axis(further[0] if further else 0, rank)
         return b.move(source, movement.select(axis, Const(number)), "select", b.out.shape)
     if not any(name in kind for name in ("split", "chunk")):
         raise _Unstated
-    axis = _axis(whole.args[2] if len(whole.args) > 2 else whole.kwargs.get("dim", 0), rank)
+    dim: Any = further[1] if len(further) > 1 else whole.kwargs.get("dim", 0)
+    axis = _axis(dim, rank)
     start: Expr = ZERO
     for part in parts[:number]:
         start = simplify(start + b.size(part.shape[axis]))
@@ -514,8 +538,15 @@ def _index(b: _Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return b.emit(Select(b.name(), data, positions), b.out)
 
 
-def _along(b: _Builder, data: str, axis: int, index: str, index_map: Callable[[Indices], Indices],
-           others: Callable[[int], int], wraps: bool) -> str:
+def _along(
+    b: _Builder,
+    data: str,
+    axis: int,
+    index: str,
+    index_map: Callable[[Indices], Indices],
+    others: Callable[[int], int],
+    wraps: bool,
+) -> str:
     rank = len(b.shape(data))
 
     def keep(source_axis: int) -> Callable[[Indices], Indices]:
@@ -546,7 +577,9 @@ def _labels(count: int, offset: int = 0) -> tuple[str, ...]:
     return tuple(f"batch{n + offset}" for n in range(count))
 
 
-def contract_matmul(left: Indices, right: Indices) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def contract_matmul(
+    left: Indices, right: Indices
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Labels of NumPy's ``matmul``, whose batch axes broadcast right-aligned."""
     if len(left) < 2 or len(right) < 2:
         raise _Unstated
@@ -612,7 +645,9 @@ def _reduce(kind: Literal["sum", "max"]) -> Row:
         source = b.tensor(args[0])
         rank = len(b.shape(source))
         asked = args[1] if len(args) > 1 else kwargs.get("dim")
-        if b.out.dtype == "bool" or (kind == "sum" and not b.info(source).dtype.startswith(("float", "bfloat"))):
+        if b.out.dtype == "bool" or (
+            kind == "sum" and not b.info(source).dtype.startswith(("float", "bfloat"))
+        ):
             raise _Unstated
         axes = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
         keeps = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
@@ -623,8 +658,16 @@ def _reduce(kind: Literal["sum", "max"]) -> Row:
         labels = tuple(f"axis{n}" for n in range(rank))
         kept = labels[: summed[0]] + labels[summed[0] + 1 :]
         shape = b.shape(source)
+        left, right = factors
         product = b.emit(
-            Contract(b.name(), *factors, *(labels[rank - len(b.shape(f)) :] for f in factors), kept),
+            Contract(
+                b.name(),
+                left,
+                right,
+                labels[rank - len(b.shape(left)) :],
+                labels[rank - len(b.shape(right)) :],
+                kept,
+            ),
             Info((*shape[: summed[0]], *shape[summed[0] + 1 :]), b.out.dtype),
         )
         return b.move(product, movement.unsqueeze(summed), "unsqueeze", b.out.shape) if keeps else product
@@ -633,10 +676,20 @@ def _reduce(kind: Literal["sum", "max"]) -> Row:
 
 
 def _factors(b: _Builder, value: str) -> tuple[str, str] | None:
-    """The two tensors whose broadcast product a value is: its sum over an axis is then a contraction."""
+    """The two tensors whose outer product a value is: its sum over an axis is then a contraction.
+
+    Each of the two lacks an axis; a product of equal shapes, or with a mask that only one side broadcasts, is
+    none.
+    """
     match b.producer.get(value):
-        case Pointwise(_, "mul", (str(left), str(right))) if left != right:
-            return left, right
+        case Pointwise(_, "mul", (str(left), str(right))):
+            shape = b.shape(value)
+            lacking = [len(b.shape(f)) < len(shape) or ONE in b.shape(f) for f in (left, right)]
+            return (
+                (left, right)
+                if all(lacking) and (b.shape(left) != shape or b.shape(right) != shape)
+                else None
+            )
     return None
 
 
@@ -683,7 +736,9 @@ def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) ->
             raise _Unstated(f"its scale depends on a symbolic number of channels, {channels}")
         scale = 1.0 / math.sqrt(channels.value)
     # all axes before the last two are batch-like: the first is b, the others together are h
-    outer = broadcast_shapes([shape[:-2] for shape in shapes]) if not given.get("enable_gqa") else shapes[0][:-2]
+    outer = (
+        broadcast_shapes([shape[:-2] for shape in shapes]) if not given.get("enable_gqa") else shapes[0][:-2]
+    )
     batch, inner = (outer[0], outer[1:])
     repeat = simplify(outer[1] // shapes[1][1]) if given.get("enable_gqa") else None
     heads: Expr = ONE
@@ -696,8 +751,13 @@ def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) ->
         def index_map(indices: Indices) -> Indices:
             head = apply("floordiv", indices[1], repeat) if grouped and repeat is not None else indices[1]
             place = [indices[0], *_unravelled(head, inner)]
-            return (*(ZERO if size == ONE != outer[n] and not grouped else at
-                      for n, (size, at) in enumerate(zip(shape[:-2], place, strict=True))), *indices[2:])
+            return (
+                *(
+                    ZERO if size == ONE != outer[n] and not grouped else at
+                    for n, (size, at) in enumerate(zip(shape[:-2], place, strict=True))
+                ),
+                *indices[2:],
+            )
 
         return index_map
 
@@ -706,15 +766,27 @@ def _scaled_dot_product(b: _Builder, args: list[Any], kwargs: dict[str, Any]) ->
 
     def mask_element(indices: Indices) -> Indices:
         assert mask is not None
-        return movement.broadcast(b.shape(mask), full)((indices[0], *_unravelled(indices[1], inner), *indices[2:]))
+        return movement.broadcast(b.shape(mask), full)(
+            (indices[0], *_unravelled(indices[1], inner), *indices[2:])
+        )
 
     output = (Index("b"), *_unravelled(Index("h"), inner), Index("i"), Index("e"))
     return b.emit(
         FusedAttention(
-            b.name(), query, key, value, element(shapes[0]), element(shapes[1]), element(shapes[2]), mask,
+            b.name(),
+            query,
+            key,
+            value,
+            element(shapes[0]),
+            element(shapes[1]),
+            element(shapes[2]),
+            mask,
             mask_element if mask else None,
-            Index("j") <= Index("i") if given.get("is_causal") else None, float(scale),
-            (batch, heads, shapes[0][-2], shapes[1][-2], channels, shapes[2][-1]), (), b.out.dtype,
+            Index("j") <= Index("i") if given.get("is_causal") else None,
+            float(scale),
+            (batch, heads, shapes[0][-2], shapes[1][-2], channels, shapes[2][-1]),
+            (),
+            b.out.dtype,
             output_indices=output,
         ),
         b.out,
@@ -731,37 +803,141 @@ def _unravelled(position: Expr, sizes: Indices) -> list[Expr]:
 
 
 _POINTWISE = {
-    "mul": "mul", "exp": "exp", "exp2": "exp2", "log": "log", "log2": "log2", "tanh": "tanh", "sigmoid": "sigmoid",
-    "sqrt": "sqrt", "rsqrt": "rsqrt", "abs": "abs", "pow": "pow", "minimum": "min", "maximum": "max", "where": "where",
-    "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "eq": "eq", "ne": "ne", "sin": "sin", "cos": "cos", "erf": "erf",
-    "floor": "floor", "ceil": "ceil", "round": "round", "true_divide": "div", "greater": "gt", "less": "lt",
-    "greater_equal": "ge", "less_equal": "le", "not_equal": "ne", "multiply": "mul",
+    "mul": "mul",
+    "exp": "exp",
+    "exp2": "exp2",
+    "log": "log",
+    "log2": "log2",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
+    "abs": "abs",
+    "pow": "pow",
+    "minimum": "min",
+    "maximum": "max",
+    "where": "where",
+    "lt": "lt",
+    "le": "le",
+    "gt": "gt",
+    "ge": "ge",
+    "eq": "eq",
+    "ne": "ne",
+    "sin": "sin",
+    "cos": "cos",
+    "erf": "erf",
+    "floor": "floor",
+    "ceil": "ceil",
+    "round": "round",
+    "true_divide": "div",
+    "greater": "gt",
+    "less": "lt",
+    "greater_equal": "ge",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "multiply": "mul",
 }
 
 ROWS: dict[str, Row] = {
     **{name: _plain(operation) for name, operation in _POINTWISE.items()},
-    "add": _add(1), "sub": _add(-1), "subtract": _add(-1), "rsub": _reverse_subtract, "div": _divide, "divide": _divide,
-    "neg": _negate, "reciprocal": _reciprocal, "floor_divide": _integer("floordiv"), "remainder": _integer("mod"),
-    "bitwise_and": _truth("and"), "__and__": _truth("and"), "logical_and": _truth("and"),
-    "bitwise_or": _truth("or"), "__or__": _truth("or"), "logical_or": _truth("or"),
-    "bitwise_not": _truth("not"), "logical_not": _truth("not"),
-    "bitwise_xor": _truth("ne"), "__xor__": _truth("ne"), "logical_xor": _truth("ne"),
-    "masked_fill": _masked_fill, "clamp": _clamp, "clamp_min": _clamp,
-    "to": _convert, "_to_copy": _convert, "type_as": _convert, "alias": _same, "contiguous": _same, "clone": _same,
-    "detach": _same, "detach_": _same, "lift_fresh_copy": _same, "lift_fresh": _same, "view_as": _view,
-    "dropout": _dropout, "zeros": _fill, "ones": _fill, "full": _fill, "new_zeros": _fill, "new_ones": _fill,
-    "new_full": _fill, "zeros_like": _fill, "ones_like": _fill, "full_like": _fill, "scalar_tensor": _fill,
-    "arange": _arange, "tril": _triangle(True), "triu": _triangle(False),
-    "view": _view, "reshape": _view, "_unsafe_view": _view, "flatten": _view, "unflatten": _view,
-    "expand": _expand, "broadcast_to": _expand, "expand_as": _expand,
-    "transpose": _transpose, "t": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "numpy_T": _transpose,
-    "mT": _transpose, "permute": _permute, "movedim": _movedim, "unsqueeze": _unsqueeze, "squeeze": _squeeze,
-    "slice": _slice, "narrow": _narrow, "select": _select, "flip": _flip, "repeat": _repeat,
-    "repeat_interleave": _repeat_interleave, "cat": _concatenate, "concat": _concatenate, "stack": _stack,
-    "getitem": _part, "index": _index, "embedding": _embedding, "index_select": _index_select, "gather": _gather,
-    "matmul": _matmul, "bmm": _matmul, "mm": _matmul, "baddbmm": _baddbmm, "einsum": _einsum, "linear": _linear,
-    "sum": _reduce("sum"), "amax": _reduce("max"), "relu": _relu, "copy": _replaced, "fill": _replaced, "zero": _zeroed,
-    "log_softmax": _log_softmax, "addmm": _addmm, "softmax": _softmax, "_softmax": _softmax, "scaled_dot_product_attention": _scaled_dot_product,
+    "add": _add(1),
+    "sub": _add(-1),
+    "subtract": _add(-1),
+    "rsub": _reverse_subtract,
+    "div": _divide,
+    "divide": _divide,
+    "neg": _negate,
+    "reciprocal": _reciprocal,
+    "floor_divide": _integer("floordiv"),
+    "remainder": _integer("mod"),
+    "bitwise_and": _truth("and"),
+    "__and__": _truth("and"),
+    "logical_and": _truth("and"),
+    "bitwise_or": _truth("or"),
+    "__or__": _truth("or"),
+    "logical_or": _truth("or"),
+    "bitwise_not": _truth("not"),
+    "logical_not": _truth("not"),
+    "bitwise_xor": _truth("ne"),
+    "__xor__": _truth("ne"),
+    "logical_xor": _truth("ne"),
+    "masked_fill": _masked_fill,
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "to": _convert,
+    "_to_copy": _convert,
+    "type_as": _convert,
+    "alias": _same,
+    "contiguous": _same,
+    "clone": _same,
+    "detach": _same,
+    "detach_": _same,
+    "lift_fresh_copy": _same,
+    "lift_fresh": _same,
+    "view_as": _view,
+    "dropout": _dropout,
+    "zeros": _fill,
+    "ones": _fill,
+    "full": _fill,
+    "new_zeros": _fill,
+    "new_ones": _fill,
+    "new_full": _fill,
+    "zeros_like": _fill,
+    "ones_like": _fill,
+    "full_like": _fill,
+    "scalar_tensor": _fill,
+    "arange": _arange,
+    "tril": _triangle(True),
+    "triu": _triangle(False),
+    "view": _view,
+    "reshape": _view,
+    "_unsafe_view": _view,
+    "flatten": _view,
+    "unflatten": _view,
+    "expand": _expand,
+    "broadcast_to": _expand,
+    "expand_as": _expand,
+    "transpose": _transpose,
+    "t": _transpose,
+    "swapaxes": _transpose,
+    "swapdims": _transpose,
+    "numpy_T": _transpose,
+    "mT": _transpose,
+    "permute": _permute,
+    "movedim": _movedim,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "flip": _flip,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "cat": _concatenate,
+    "concat": _concatenate,
+    "stack": _stack,
+    "getitem": _part,
+    "index": _index,
+    "embedding": _embedding,
+    "index_select": _index_select,
+    "gather": _gather,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    "linear": _linear,
+    "sum": _reduce("sum"),
+    "amax": _reduce("max"),
+    "relu": _relu,
+    "copy": _replaced,
+    "fill": _replaced,
+    "zero": _zeroed,
+    "log_softmax": _log_softmax,
+    "addmm": _addmm,
+    "softmax": _softmax,
+    "_softmax": _softmax,
+    "scaled_dot_product_attention": _scaled_dot_product,
 }
 """ATen operation (without overload) to the statement of what it does."""
 
@@ -775,7 +951,9 @@ def _operation(target: Any) -> str:
 
 
 def _info(value: torch.Tensor, equal: Mapping[Expr, Expr]) -> Info:
-    return Info(tuple(_unified(size_expr(size), equal) for size in value.shape), NAMES.get(value.dtype, "float32"))
+    return Info(
+        tuple(_unified(size_expr(size), equal) for size in value.shape), NAMES.get(value.dtype, "float32")
+    )
 
 
 def aten_graph(captured: Captured) -> Graph:
@@ -818,7 +996,8 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
             entry = roles.get(node.name)
             held = getattr(captured.graph_module, node.target, None) if node.op == "get_attr" else None
             inputs[node.name] = GraphInput(
-                entry.name if entry else str(node.target), entry.role if entry else "constant",
+                entry.name if entry else str(node.target),
+                entry.role if entry else "constant",
                 entry.value if entry and isinstance(entry.value, torch.Tensor) else held,
             )
         elif node.op == "output":
@@ -827,8 +1006,13 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
             outputs = tuple(reads[leaf.name] for leaf in leaves if isinstance(leaf, torch.fx.Node))
         elif node.op == "call_function" and isinstance(value, torch.Tensor):
             source = source_line(node)
-            natives[node.name] = NativeNode(node.name, _operation(node.target), module_path(node),
-                                            str(source) if source else "", module_type(node))
+            natives[node.name] = NativeNode(
+                node.name,
+                _operation(node.target),
+                module_path(node),
+                str(source) if source else "",
+                module_type(node),
+            )
             stated = _state(_Builder(infos, node, versions, equal, producer))
             if node.name in versions.changed:
                 stated[-1] = replace(stated[-1], output=node.name + EARLY)
@@ -839,18 +1023,36 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
     display = {name[0].upper() + name[1:]: shown for name, shown in captured.size_names.items()}
     signature = {n.name: _signature(n) for n in captured.graph_module.graph.nodes if n.op == "call_function"}
     numbers = {n.name for n in captured.graph_module.graph.nodes if _is_number(n)}
-    read = {name: tuple(value for other, value in found.items() if other not in numbers)
-            for name, found in versions.reads.items()}
+    read = {
+        name: tuple(value for other, value in found.items() if other not in numbers)
+        for name, found in versions.reads.items()
+    }
     evaluator = _Evaluator(captured.graph_module, inputs, versions, assumed)
-    return Graph(infos, tuple(nodes), inputs, outputs, natives, owner, evaluator, hints, signature, read, display,
-                 versions.overwritten)
+    return Graph(
+        infos,
+        tuple(nodes),
+        inputs,
+        outputs,
+        natives,
+        owner,
+        evaluator,
+        hints,
+        signature,
+        read,
+        display,
+        versions.overwritten,
+    )
 
 
 def _changed_by(node: torch.fx.Node, versions: Versions) -> list[Node]:
-    """The values that this operation is the last to change through another view; what they hold is not stated."""
+    """The values that this operation is the last to change through another view; what they hold is not
+    stated.
+    """
     return [
         Opaque(name + suffix, (name + EARLY, *writers), "memory changed in place")
-        for name, writers in versions.changed.items() if writers[-1] == node.name for suffix in (BETWEEN, "")
+        for name, writers in versions.changed.items()
+        if writers[-1] == node.name
+        for suffix in (BETWEEN, "")
     ]
 
 
@@ -894,7 +1096,11 @@ def _state(builder: _Builder) -> list[Node]:
             reason = str(error)
     infos[node.name] = out
     reads = tuple(dict.fromkeys(_tensors_read(node, builder)))
-    whole = _operation(node.args[0].target) if name == "getitem" and isinstance(node.args[0], torch.fx.Node) else name
+    whole = (
+        _operation(node.args[0].target)
+        if name == "getitem" and isinstance(node.args[0], torch.fx.Node)
+        else name
+    )
     if _is_attention(whole):
         return [RefusedAttention(node.name, reads, whole, reason or "this operator has no statement here")]
     return [Opaque(node.name, reads, whole)]
@@ -911,8 +1117,15 @@ def _tensors_read(node: torch.fx.Node, builder: _Builder) -> Iterator[str]:
 
 def _is_attention(operation: str) -> bool:
     """Whether an operator is a whole attention, by the names that torch gives to its own."""
-    return any(part in operation for part in ("scaled_dot_product", "flex_attention", "multi_head_attention",
-                                              "transformer_encoder_layer"))
+    return any(
+        part in operation
+        for part in (
+            "scaled_dot_product",
+            "flex_attention",
+            "multi_head_attention",
+            "transformer_encoder_layer",
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -924,8 +1137,9 @@ class _Evaluator:
     versions: Versions
     equal: Mapping[Expr, Expr]
 
-    def __call__(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
-                 ) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         nodes = {node.name: node for node in self.module.graph.nodes}
         known: dict[str, Any] = dict(feeds)
         needed: set[str] = set()
@@ -935,7 +1149,9 @@ class _Evaluator:
             if name in needed or name in known:
                 continue
             if name.endswith(BETWEEN) or name in self.versions.changed:
-                raise ValueError(f"the region reads {name.removesuffix(BETWEEN)!r}, whose memory was changed in place")
+                raise ValueError(
+                    f"the region reads {name.removesuffix(BETWEEN)!r}, whose memory was changed in place"
+                )
             node = nodes[name.removesuffix(EARLY)]
             if _is_number(node):
                 known[name] = self._number(node.meta["val"], sizes)
@@ -943,7 +1159,9 @@ class _Evaluator:
             if node.op in ("placeholder", "get_attr"):
                 given = self.inputs.get(node.name)
                 if given is None or given.value is None:
-                    raise ValueError(f"the region reads {given.name if given else name!r}, which the Spec does not")
+                    raise ValueError(
+                        f"the region reads {given.name if given else name!r}, which the Spec does not"
+                    )
                 known[name] = _wide(given.value)
                 continue
             needed.add(name)
@@ -964,10 +1182,15 @@ class _Evaluator:
 
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given)
         args, kwargs = torch.utils._pytree.tree_map(_widened_argument, (args, kwargs))
+        assert callable(node.target)
         return torch.utils._pytree.tree_map(_widened, node.target(*args, **kwargs))
 
     def _number(self, value: Any, sizes: Mapping[str, int]) -> Any:
-        return concrete(_unified(size_expr(value), self.equal), sizes) if isinstance(value, torch.SymInt) else value
+        return (
+            concrete(_unified(size_expr(value), self.equal), sizes)
+            if isinstance(value, torch.SymInt)
+            else value
+        )
 
 
 def _widened(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """One view over FX-ATen and ONNX graphs: what each native node does to *elements*, in a dozen kinds of nodes.
 
-An adapter (:mod:`attncompile.frontends.aten`, :mod:`attncompile.frontends.onnx`) states every native node as one or a
-few of these nodes. What it cannot state it leaves :class:`Opaque`, which is always allowed: an opaque value may still be
-an operand of attention, or be captured by it. A native node's own value keeps its native name; a value between the
-nodes that one native node was split into gets a name with a ``#``.
+An adapter (:mod:`attncompile.frontends.aten`, :mod:`attncompile.frontends.onnx`) states every native node as
+one or a few of these nodes. What it cannot state it leaves :class:`Opaque`, which is always allowed: an
+opaque value may still be an operand of attention, or be captured by it. A native node's own value keeps its
+native name; a value between the nodes that one native node was split into gets a name with a ``#``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Info:
 
 @dataclass(frozen=True)
 class Node:
-    """One step. ``output`` names the value it makes; every other field that names a value is listed by ``inputs``."""
+    """One step. ``output`` names the value it makes; every other field that names a value is listed by
+    ``inputs``.
+    """
 
     output: str
 
@@ -65,7 +67,7 @@ class RefusedAttention(Opaque):
 
 @dataclass(frozen=True)
 class Pointwise(Node):
-    """A pointwise operator on operands broadcast to the output's shape; a constant operand is an expression."""
+    """A pointwise operator on operands broadcast to the output's shape; a constant is an expression."""
 
     operator: str
     operands: tuple[str | Expr, ...]
@@ -89,7 +91,9 @@ class Cast(Node):
 
 @dataclass(frozen=True)
 class Move(Node):
-    """The element at ``indices`` is the source's element at ``index_map(indices)``: views, permutations, slices, expands."""
+    """The element at ``indices`` is the source's element at ``index_map(indices)``: views, permutations,
+    slices, expands.
+    """
 
     source: str
     index_map: IndexMap
@@ -117,7 +121,8 @@ class Select(Node):
     """The element of ``data`` at positions some of which are read from integer tensors.
 
     Attributes:
-        positions: per axis of ``data``, either an index map giving one index, or a tensor and the map of its indices.
+        positions: per axis of ``data``, either an index map giving one index, or a tensor and the map of its
+            indices.
         wraps: whether a negative position read from a tensor counts from the end.
     """
 
@@ -167,12 +172,16 @@ class Contract(Node):
     @property
     def summed(self) -> tuple[str, ...]:
         """The labels that are summed over."""
-        return tuple(dict.fromkeys(l for l in (*self.left_labels, *self.right_labels) if l not in self.output_labels))
+        return tuple(
+            dict.fromkeys(x for x in (*self.left_labels, *self.right_labels) if x not in self.output_labels)
+        )
 
 
 @dataclass(frozen=True)
 class Linear(Node):
-    """``source @ weight.T + bias``, the weight as ``[outputs, inputs]`` when ``transposed`` is false, else ``[inputs, outputs]``."""
+    """``source @ weight.T + bias``, the weight as ``[outputs, inputs]`` when ``transposed`` is false, else
+    ``[inputs, outputs]``.
+    """
 
     source: str
     weight: str
@@ -215,20 +224,21 @@ class FusedAttention(Node):
     """Attention as one native call, with its meaning stated through index maps.
 
     Attributes:
-        query, key, value: the operands; ``*_indices`` give their element at ``(b, h, i or j, d or e)``, KV heads already
-            chosen for the query head ``h``.
+        query, key, value: the operands; ``*_indices`` give their element at ``(b, h, i or j, d or e)``, KV
+            heads already chosen for the query head ``h``.
         mask: additive or boolean mask tensor with its element at ``(b, h, i, j)``, or ``None``.
         causal: an expression over ``i j`` that must hold, or ``None``.
         scale: factor of the raw score.
         sizes: batch, query heads, queries, keys, channels of query and key, channels of value.
-        output_order: Spec axes in the order of the native output; an axis made of several lists them outermost first,
-            such as ``"he"``.
+        output_order: Spec axes in the order of the native output; an axis made of several lists them
+            outermost first, such as ``"he"``.
         empty: what a row without any visible key gives.
         mask_fill: logit of a position that a boolean mask hides.
         dtype: dtype of the normaliser.
         softcap: ``cap · tanh(score / cap)`` applied to the scaled score, 0 for none.
         reads: further inputs.
-        output_indices: the native output's element at ``(b, h, i, e)``, where the order of its axes does not say it.
+        output_indices: the native output's element at ``(b, h, i, e)``, where the order of its axes does not
+            say it.
     """
 
     query: str
@@ -300,13 +310,15 @@ class Graph:
         outputs: values the graph returns.
         natives: per native node name, its description.
         owner: per value name, the native node it belongs to.
-        evaluate: runs native nodes in float64: ``evaluate(wanted, feeds, sizes)`` computes the wanted native values from
-            fed values, using nothing else but constants. Raises ``ValueError`` when it would need another input.
-        precision: the dtype in which ``evaluate`` would compute some values from some feeds; ``None`` where that is always
-            float64.
+        evaluate: runs native nodes in float64: ``evaluate(wanted, feeds, sizes)`` computes the wanted native
+            values from fed values, using nothing else but constants. Raises ``ValueError`` when it would need
+            another input.
+        precision: the dtype in which ``evaluate`` would compute some values from some feeds; ``None`` where
+            that is always float64.
         size_hints: symbolic sizes in the example inputs; sizes with one hint are given one value in a proof.
         signature: per native value, text of its operation and attributes (without the names of its inputs).
-        overwritten: native values that an in-place operation changes later, so that nothing else may read them.
+        overwritten: native values that an in-place operation changes later, so that nothing else may read
+            them.
     """
 
     infos: Mapping[str, Info]
@@ -339,7 +351,9 @@ class Graph:
 
     @cached_property
     def varying(self) -> frozenset[str]:
-        """The values that depend on what the user gives; the others are made of parameters and constants alone."""
+        """The values that depend on what the user gives; the others are made of parameters and constants
+        alone.
+        """
         found = {name for name, given in self.inputs.items() if given.role == "user"}
         for node in self.nodes:
             if any(name in found for name in node.inputs):
@@ -347,11 +361,11 @@ class Graph:
         return frozenset(found)
 
     def is_native(self, value: str) -> bool:
-        """Whether the value exists in the native graph (and not only between the parts of one native node)."""
+        """Whether the value exists in the native graph, not only between the parts of one native node."""
         return "#" not in value
 
     def is_readable(self, value: str) -> bool:
-        """Whether a native value holds what its equations say at any later time, too: nothing overwrites it."""
+        """Whether a native value holds what its equations say at any later time: nothing overwrites it."""
         return self.is_native(value) and value not in self.overwritten
 
     @cached_property

@@ -1,20 +1,22 @@
 """Values over time: what in-place operations do to the values of an FX graph.
 
-A graph from ``torch.export`` or Dynamo is not functional: ``scores.add_(mask)`` changes ``scores``, and every later read
-of that node, or of a view of it, sees the change. A reading of the graph as equations must therefore say which version
-of a value each node reads.
+A graph from ``torch.export`` or Dynamo is not functional: ``scores.add_(mask)`` changes ``scores``, and every
+later read of that node, or of a view of it, sees the change. A reading of the graph as equations must
+therefore say which version of a value each node reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 EARLY, BETWEEN = "#early", "#between"
-"""Suffixes of the values that a node had before its memory was changed through another view of it, and between the first
-such change and the last."""
+"""Suffixes of the values that a node had before its memory was changed through another view of it, and
+between the first such change and the last.
+"""
 
 _MAY_RETURN_THEIR_INPUT = frozenset({"dropout", "type_as"})
 """Operations whose schema does not say that the result can be the input itself."""
@@ -26,10 +28,11 @@ class Versions:
 
     Attributes:
         reads: per node, the value that each of the nodes it reads stands for at that time, by name.
-        overwritten: values that can not be read any more once the graph has run: an in-place operation changed them, and
-            its own result is what their memory holds.
-        changed: values whose memory was changed through another view, with the operations that did it. The plain name is
-            the value after the last change; earlier reads have the suffix :data:`EARLY` or :data:`BETWEEN`.
+        overwritten: values that can not be read any more once the graph has run: an in-place operation
+            changed them, and its own result is what their memory holds.
+        changed: values whose memory was changed through another view, with the operations that did it. The
+            plain name is the value after the last change; earlier reads have the suffix :data:`EARLY` or
+            :data:`BETWEEN`.
     """
 
     reads: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -42,7 +45,7 @@ def written_arguments(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
     return tuple(argument for argument, alias in _arguments(node) if alias is not None and alias.is_write)
 
 
-def _arguments(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, object]]:
+def _arguments(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, Any]]:
     """Every node among the arguments, with the alias information of the schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
@@ -90,7 +93,9 @@ def memory_versions(graph: torch.fx.Graph) -> Versions:
         if time <= last_change.get(version, -1):
             suffix = EARLY if time <= first_change[version] else BETWEEN
         reads[reader][name] = version + suffix
-    return Versions(reads, frozenset(overwritten), {name: tuple(dict.fromkeys(by)) for name, by in changed.items()})
+    return Versions(
+        reads, frozenset(overwritten), {name: tuple(dict.fromkeys(by)) for name, by in changed.items()}
+    )
 
 
 class _Memory:

@@ -41,8 +41,8 @@ def broadcast(source: Indices, target: Indices) -> IndexMap:
 def reshape(source: Indices, target: Indices) -> IndexMap:
     """Row-major reinterpretation of the same elements.
 
-    Leading axes that are equal on both sides pass through, and so do trailing ones; only what lies between goes through
-    the linear position.
+    Leading axes that are equal on both sides pass through, and so do trailing ones; only what lies between
+    goes through the linear position.
     """
     left = 0
     while left < min(len(source), len(target)) and source[left] == target[left]:

@@ -1,7 +1,7 @@
 """Anchors: where scores are normalised, however that is written, and which products lie before and behind.
 
-A softmax is anchored on its operator or on a division of ``exp`` by its own sum; sigmoid and relu are anchored on the
-pointwise operator between two products.
+A softmax is anchored on its operator or on a division of ``exp`` by its own sum; sigmoid and relu are
+anchored on the pointwise operator between two products.
 """
 
 from __future__ import annotations
@@ -11,9 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from attncompile.frontends.graph import Cast, Concatenate, Contract, Graph, Move, Node, Opaque, Pointwise, Reduce, Select, Softmax
+from attncompile.frontends.graph import (
+    Cast,
+    Concatenate,
+    Contract,
+    Graph,
+    Move,
+    Node,
+    Opaque,
+    Pointwise,
+    Reduce,
+    Select,
+    Softmax,
+)
 from attncompile.ir import Expr, Index, Kind, Load, simplify
-from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, where, walk
+from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, walk, where
 from attncompile.lift.interpret import Interpreter, Stop
 
 TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select)
@@ -73,10 +85,16 @@ def _divisions_by(graph: Graph, total: Reduce) -> Iterator[Anchor]:
 
 
 def _normalised_axis(graph: Graph, total: Reduce, division: Pointwise) -> int | None:
-    """The axis over which the numerator of a division is summed in its denominator, if that is what the two are."""
+    """The axis over which the numerator of a division is summed in its denominator, if that is what the two
+    are.
+    """
     numerator, denominator = division.operands
     shape = graph.infos[division.output].shape
-    if not isinstance(numerator, str) or not isinstance(denominator, str) or graph.infos[numerator].shape != shape:
+    if (
+        not isinstance(numerator, str)
+        or not isinstance(denominator, str)
+        or graph.infos[numerator].shape != shape
+    ):
         return None
     position = tuple(Index(f"y{n}") for n in range(len(shape)))
     extents = {index.name: size for index, size in zip(position, shape, strict=True)}
@@ -84,8 +102,9 @@ def _normalised_axis(graph: Graph, total: Reduce, division: Pointwise) -> int | 
     interpreter = Interpreter(graph, {total.output: row}, frozenset(), extents)
     below = graph.infos[denominator].shape
     offset = len(shape) - len(below)
-    found = interpreter.at(denominator, tuple(
-        ZERO if size == ONE else position[n + offset] for n, size in enumerate(below)))
+    found = interpreter.at(
+        denominator, tuple(ZERO if size == ONE else position[n + offset] for n, size in enumerate(below))
+    )
     if found != row.symbol or len(row.indices) != 1:
         return None
     (summed,) = total.axes
@@ -102,7 +121,9 @@ def _normalised_axis(graph: Graph, total: Reduce, division: Pointwise) -> int | 
 
 
 def logarithm(weight: Expr) -> Expr | None:
-    """The logit of an unnormalised weight: of ``exp(x)`` it is ``x``, of a weight that a mask sets to 0 it is −∞."""
+    """The logit of an unnormalised weight: of ``exp(x)`` it is ``x``, of a weight that a mask sets to 0 it is
+    −∞.
+    """
     match weight:
         case Const(0.0):
             return Const(-math.inf)
@@ -160,7 +181,8 @@ class Product:
 def scores_behind(graph: Graph, value: str) -> list[Product]:
     """The products from which a value is made pointwise; those of two activations first.
 
-    A product with parameters counts too: its query may be learned. Where it multiplies another product, it mixes scores.
+    A product with parameters counts too: its query may be learned. Where it multiplies another product, it
+        mixes scores.
     """
     plain: list[Product] = []
     learned: list[Product] = []
@@ -264,7 +286,11 @@ def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple
         known: outputs of the scores and of the products of known sites.
     """
     for node in graph.nodes:
-        if not isinstance(node, Contract) or node.output in known or any(n not in graph.varying for n in node.inputs):
+        if (
+            not isinstance(node, Contract)
+            or node.output in known
+            or any(n not in graph.varying for n in node.inputs)
+        ):
             continue
         pointwise = [user for user in graph.users.get(node.output, ()) if isinstance(user, Pointwise)]
         for user in pointwise:

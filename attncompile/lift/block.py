@@ -10,7 +10,19 @@ from dataclasses import replace
 import torch
 
 from attncompile.frontends.graph import Cast, Concatenate, Extents, Graph, Linear, Move, Pointwise
-from attncompile.ir import Expr, Index, Kind, Load, Operation, Position, Project, RefusalError, Spec, simplify
+from attncompile.ir import (
+    Expr,
+    Index,
+    Kind,
+    Load,
+    Operation,
+    Position,
+    Project,
+    RefusalError,
+    Size,
+    Spec,
+    simplify,
+)
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Apply, Const, loads, rewrite, substitute, symbols, walk
 from attncompile.lift.interpret import Interpreter
@@ -61,11 +73,17 @@ def _position(graph: Graph, spec: Spec, binding: Binding) -> tuple[Position, str
         return None
     info = graph.infos[binding.value]
     extents = {"d": channels, **{{"g": "h", "j": "i"}.get(a, a): s for a, s in sizes.items() if a != "d"}}
-    native = {k: graph.infos[binding.value].shape[n] for n, g in enumerate(binding.layout.groups) for k in g if len(g) == 1}
+    native = {
+        k: graph.infos[binding.value].shape[n]
+        for n, g in enumerate(binding.layout.groups)
+        for k in g
+        if len(g) == 1
+    }
     extents.update({{"g": "h", "j": "i"}.get(k, k): v for k, v in native.items()})
     try:
         element = Interpreter(graph, extents=extents).at(
-            binding.value, _element(binding.layout, {**sizes, **native}, info.shape))
+            binding.value, _element(binding.layout, {**sizes, **native}, info.shape)
+        )
     except RefusalError:
         return None
     rotated = [load for load in loads(element) if {Index("h"), Index("i"), _D} <= symbols(load)]
@@ -73,9 +91,15 @@ def _position(graph: Graph, spec: Spec, binding: Binding) -> tuple[Position, str
     if len(tensors) != 1:
         return None
     (source,) = tensors
-    anonymous = rewrite(element, lambda n: replace(n, tensor="x") if isinstance(n, Load) and n.tensor == source else None)
+    anonymous = rewrite(
+        element, lambda n: replace(n, tensor="x") if isinstance(n, Load) and n.tensor == source else None
+    )
     found = _rotary_map(anonymous, tuple(extents.items()))
-    return found and (replace(found, tensor=binding.name, out=f"{binding.name}_rotated"), source)
+    return (
+        None
+        if found is None
+        else (replace(found, tensor=binding.name, out=f"{binding.name}_rotated"), source)
+    )
 
 
 @functools.lru_cache(maxsize=128)  # the layers of a model rotate alike
@@ -96,22 +120,36 @@ def _rotary_map(element: Expr, extents: Extents) -> Position | None:
 
 
 _CONVENTIONS: dict[str, tuple[Callable[[int], _Partner], Callable[[int], _Partner]]] = {
-    "half": (lambda count: (count // 2, torch.arange(count) < count // 2),
-             lambda count: (-count // 2, torch.arange(count) >= count // 2)),
-    "interleaved": (lambda count: (1, torch.arange(count) % 2 == 0), lambda count: (-1, torch.arange(count) % 2 == 1)),
+    "half": (
+        lambda count: (count // 2, torch.arange(count) < count // 2),
+        lambda count: (-count // 2, torch.arange(count) >= count // 2),
+    ),
+    "interleaved": (
+        lambda count: (1, torch.arange(count) % 2 == 0),
+        lambda count: (-1, torch.arange(count) % 2 == 1),
+    ),
 }
 """How far away the partner of a channel is, and for which channels, by the number of rotated channels."""
 
 
 def _rotated_channels(element: Expr, channels: int) -> list[int]:
-    """How many of the first channels could be rotated: all, or those before a channel where the expression changes."""
-    edges = {int(c.value) for node in walk(element) if isinstance(node, Apply) and node.result is Kind.BOOL and _D in node.arguments
-             for c in node.arguments if isinstance(c, Const)}
+    """How many of the first channels could be rotated: all, or those before a channel where the expression
+    changes.
+    """
+    edges = {
+        int(c.value)
+        for node in walk(element)
+        if isinstance(node, Apply) and node.result is Kind.BOOL and _D in node.arguments
+        for c in node.arguments
+        if isinstance(c, Const)
+    }
     return [channels, *sorted((c for c in edges if 0 < c < channels and c % 2 == 0), reverse=True)]
 
 
 def _distances(load: Load, base: Load, channels: int) -> torch.Tensor | None:
-    """How far from the base the channel is that a load reads, for every channel; ``None`` if they differ otherwise."""
+    """How far from the base the channel is that a load reads, for every channel; ``None`` if they differ
+    otherwise.
+    """
     indices = {name: torch.zeros((), dtype=torch.int64) for name in "bhi"} | {"d": torch.arange(channels)}
     if load.tensor != base.tensor:
         return None
@@ -122,9 +160,12 @@ def _distances(load: Load, base: Load, channels: int) -> torch.Tensor | None:
     return sum((evaluate(by, Environment(indices)) for by in moved), torch.zeros(channels, dtype=torch.int64))
 
 
-def _rotary(element: Expr, rest: Expr | None, channels: int, convention: str, partners: tuple[_Partner, _Partner]
-            ) -> Position | None:
-    """Read cos and sin off an element that is linear in three neighbours of one tensor; then check the whole claim."""
+def _rotary(
+    element: Expr, rest: Expr | None, channels: int, convention: str, partners: tuple[_Partner, _Partner]
+) -> Position | None:
+    """Read cos and sin off an element that is linear in three neighbours of one tensor; then check the whole
+    claim.
+    """
     rotated = [load for load in loads(element) if {Index("h"), Index("i"), _D} <= symbols(load)]
     if len(rotated) != 3:
         return None
@@ -133,20 +174,38 @@ def _rotary(element: Expr, rest: Expr | None, channels: int, convention: str, pa
         if any(found is None for found in distances.values()):
             return None
         ahead, behind = (
-            next((load for load, found in distances.items() if found is not None and bool((found[where] == by).all())), None)
+            next(
+                (
+                    load
+                    for load, found in distances.items()
+                    if found is not None and bool((found[where] == by).all())
+                ),
+                None,
+            )
             for by, where in partners
         )
         if ahead is None or behind is None or ahead == behind:
             continue
-        after = Load(base.tensor, tuple(simplify(substitute(i, {_D: _D + channels})) for i in base.indices), base.element)
+        after = Load(
+            base.tensor,
+            tuple(simplify(substitute(i, {_D: _D + channels})) for i in base.indices),
+            base.element,
+        )
         if rest is not None and rest != after:
             continue  # the channels behind the rotated ones must pass through
-        cos = _zero_free(simplify(substitute(element, {base: Const(1.0), ahead: Const(0.0), behind: Const(0.0)})))
-        sin = _zero_free(simplify(substitute(element, {base: Const(0.0), ahead: Const(-1.0), behind: Const(1.0)})))
+        cos = _zero_free(
+            simplify(substitute(element, {base: Const(1.0), ahead: Const(0.0), behind: Const(0.0)}))
+        )
+        sin = _zero_free(
+            simplify(substitute(element, {base: Const(0.0), ahead: Const(-1.0), behind: Const(1.0)}))
+        )
         if {n.name for e in (cos, sin) for n in symbols(e) if isinstance(n, Index)} - {"b", "i", "d"}:
             continue
         position = Position("x", cos, sin, channels, convention)
-        steps = {base: torch.zeros(channels, dtype=torch.int64), **{k: v for k, v in distances.items() if v is not None}}
+        steps = {
+            base: torch.zeros(channels, dtype=torch.int64),
+            **{k: v for k, v in distances.items() if v is not None},
+        }
         if _confirmed(element, position, steps):
             return position
     return None
@@ -154,6 +213,7 @@ def _rotary(element: Expr, rest: Expr | None, channels: int, convention: str, pa
 
 def _zero_free(expr: Expr) -> Expr:
     """Drop products with a literal 0.0, which stand for the neighbours that were left out."""
+
     def visit(node: Expr) -> Expr | None:
         match node:
             case Const(value) if isinstance(value, float) and value == 0:
@@ -183,9 +243,13 @@ def _confirmed(element: Expr, position: Position, distances: Mapping[Load, torch
         shape = [position.channels if _D in symbols(index) else 2 for index in load.indices]
         drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
         tensors[load.tensor] = drawn if load.element is Kind.FLOAT else drawn.abs().round().long()
-    environment = Environment({"d": channels, **{n: torch.zeros((), dtype=torch.int64) for n in "bhi"}},
-                              {n.name: 2 for n in symbols(element) if not isinstance(n, Index)}, tensors)
-    # the element as a linear form of the neighbours: the coefficient of one is the form's value at 1 there and 0 elsewhere
+    environment = Environment(
+        {"d": channels, **{n: torch.zeros((), dtype=torch.int64) for n in "bhi"}},
+        {n.name: 2 for n in symbols(element) if isinstance(n, Size)},
+        tensors,
+    )
+    # the element as a linear form of the neighbours: the coefficient of one is the form's value at 1 there
+    # and 0 elsewhere
     total = torch.zeros(position.channels, dtype=torch.float64)
     for load, distance in distances.items():
         alone = substitute(element, {other: Const(1.0 if other == load else 0.0) for other in distances})
@@ -214,7 +278,12 @@ def rotary_base(graph: Graph, position: Position) -> float | None:
     """The base of the rotary frequencies ``base^(−2n/R)``, when they are a constant of the graph."""
     for load in loads(position.cos):
         given = graph.inputs.get(load.tensor)
-        if given is not None and given.value is not None and given.value.dim() == 1 and given.value.numel() > 1:
+        if (
+            given is not None
+            and given.value is not None
+            and given.value.dim() == 1
+            and given.value.numel() > 1
+        ):
             frequencies = given.value.double()
             ratio = float(frequencies[1] / frequencies[0])
             if 0 < ratio < 1:

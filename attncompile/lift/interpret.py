@@ -1,7 +1,8 @@
 """Interpretation: the element of a graph value at symbolic indices, as an expression.
 
-Walks back from a value through everything that is pointwise or moves data. What else it meets becomes a load of that
-value, unless the value depends on the thing being interpreted (the score, the weights): then it is refused.
+Walks back from a value through everything that is pointwise or moves data. What else it meets becomes a load
+of that value, unless the value depends on the thing being interpreted (the score, the weights): then it is
+refused.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import element_kind
 
 LARGEST = 400
-"""Nodes of an expression beyond which a captured value is loaded as a whole instead of being computed in place."""
+"""Nodes of an expression beyond which a captured value is loaded as a whole instead of being computed in
+place.
+"""
 
 
 @dataclass(frozen=True)
 class Stop:
     """A value at which interpretation ends with a symbol.
 
-    ``indices`` collects the index tuples it was reached at; a value that stands for one symbol must be reached at one.
+    ``indices`` collects the index tuples it was reached at; a value that stands for one symbol must be
+    reached at one.
     """
 
     symbol: Expr
@@ -62,7 +66,8 @@ class Interpreter:
     def __post_init__(self) -> None:
         self.simplifier = self.graph.simplifier(self.extents)
         self._known: dict[tuple[str, Indices], Expr] = {}
-        # what no stop lies behind is the same for every site of this shape: the layers of a model share their masks
+        # what no stop lies behind is the same for every site of this shape: the layers of a model share their
+        # masks
         shares = all(stop in self.dependent for stop in self.stops)
         self._shared = self.graph.elements(self.extents) if shares else self._known
 
@@ -104,8 +109,15 @@ class Interpreter:
         info = self.graph.infos[value]
         if not self.graph.is_readable(value):
             native = self.graph.describe(value)
-            raise RefusalError(Refusal("overwritten", f"{native.name} is read before something changes it in place",
-                                       native.name, native.source, "write the change as a new tensor"))
+            raise RefusalError(
+                Refusal(
+                    "overwritten",
+                    f"{native.name} is read before something changes it in place",
+                    native.name,
+                    native.source,
+                    "write the change as a new tensor",
+                )
+            )
         given = self.graph.inputs.get(value)
         kind = element_kind(info.dtype)
         if given is not None and given.value is not None and given.value.numel() == 1:
@@ -130,12 +142,19 @@ class Interpreter:
             case Fill(_, value):
                 return value
         native = self.graph.describe(node.output)
-        raise RefusalError(Refusal(
-            "uninterpreted-node", f"{native.what} is not a pointwise operation or a movement of data", native.name,
-            native.source, "attention is lifted through pointwise operations, views, slices, concatenations and gathers",
-        ))
+        raise RefusalError(
+            Refusal(
+                "uninterpreted-node",
+                f"{native.what} is not a pointwise operation or a movement of data",
+                native.name,
+                native.source,
+                "attention is lifted through pointwise operations, views, slices, concatenations and gathers",
+            )
+        )
 
-    def _pointwise(self, node: Pointwise, operator: str, operands: tuple[str | Expr, ...], indices: Indices) -> Expr:
+    def _pointwise(
+        self, node: Pointwise, operator: str, operands: tuple[str | Expr, ...], indices: Indices
+    ) -> Expr:
         values: list[Expr] = []
         rank = len(indices)
         for operand in operands:
@@ -145,10 +164,17 @@ class Interpreter:
             shape = self.graph.infos[operand].shape
             target = self.graph.infos[node.output].shape
             offset = rank - len(shape)
-            values.append(self.at(operand, tuple(
-                Const(0) if size == Const(1) and target[axis + offset] != Const(1) else indices[axis + offset]
-                for axis, size in enumerate(shape)
-            )))
+            values.append(
+                self.at(
+                    operand,
+                    tuple(
+                        Const(0)
+                        if size == Const(1) and target[axis + offset] != Const(1)
+                        else indices[axis + offset]
+                        for axis, size in enumerate(shape)
+                    ),
+                )
+            )
         return _typed(operator, values, element_kind(self.graph.infos[node.output].dtype))
 
     def _concatenated(self, parts: tuple[str, ...], axis: int, indices: Indices) -> Expr:
@@ -173,7 +199,7 @@ class Interpreter:
             result = _typed("where", [before_end, chosen, result], None)
         return result
 
-    def _selected(self, data: str, positions: tuple, wraps: bool, indices: Indices) -> Expr:  # type: ignore[type-arg]
+    def _selected(self, data: str, positions: tuple, wraps: bool, indices: Indices) -> Expr:
         found: list[Expr] = []
         for (tensor, index_map), size in zip(positions, self.graph.infos[data].shape, strict=True):
             if tensor is None:
@@ -184,7 +210,6 @@ class Interpreter:
                 position = where(position < 0, position + size, position)
             found.append(position)
         return self.at(data, tuple(found))
-
 
     def _never_negative(self, position: Expr) -> bool:
         """Whether a position counts from the start: by arithmetic, or because a constant table says so."""
@@ -208,10 +233,13 @@ def _typed(operator: str, values: list[Expr], kind: Kind | None) -> Expr:
     if operator == "where" and values[0].kind is not Kind.BOOL:
         values = [_as_kind(values[0], Kind.BOOL), *values[1:]]
     if row.result([v.kind for v in values]) is None:
-        to = kind if kind in (Kind.INT, Kind.FLOAT) else (
-            Kind.FLOAT if any(v.kind is Kind.FLOAT for v in values) else Kind.INT)
+        to = (
+            kind
+            if kind in (Kind.INT, Kind.FLOAT)
+            else (Kind.FLOAT if any(v.kind is Kind.FLOAT for v in values) else Kind.INT)
+        )
         first = values[:1] if operator == "where" else []
-        values = [*first, *(_as_kind(v, to) if v.kind is Kind.BOOL else v for v in values[len(first):])]
+        values = [*first, *(_as_kind(v, to) if v.kind is Kind.BOOL else v for v in values[len(first) :])]
     if operator == "div" and kind is Kind.INT:
         operator = "floordiv"
     return apply(operator, *values)

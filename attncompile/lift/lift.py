@@ -11,8 +11,9 @@ from attncompile.lift.prove import Prover
 from attncompile.lift.sites import find_sites
 
 
-def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *,
-               blocks: bool = True) -> Program:
+def lift_graph(
+    graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *, blocks: bool = True
+) -> Program:
     """State every attention site of a graph as a Spec.
 
     Args:

@@ -9,7 +9,9 @@ from attncompile.ir import Expr, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols
 
 HIDDEN = -1e4
-"""A logit at or below this hides a position: ``exp`` of the distance to any ordinary logit is 0 in every float type."""
+"""A logit at or below this hides a position: ``exp`` of the distance to any ordinary logit is 0 in every
+float type.
+"""
 
 ABSORBING = -1e30
 """Added to a score, a number at or below this swallows it in float32 and float64."""
@@ -24,7 +26,8 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
     """Write logits as ``where(mask, score, fill)``, exactly.
 
     Returns:
-        score, mask and fill; the fill is −∞ when nothing is masked. A hidden position keeps the value the model gives
+        score, mask and fill; the fill is −∞ when nothing is masked. A hidden position keeps the value the
+        model gives
         it: −∞, a large negative constant, or the score plus one.
     """
     parts: list[Expr] = []

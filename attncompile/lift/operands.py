@@ -1,9 +1,9 @@
-"""Operands of a contraction: which tensor a product reads, in which layout, and with which factor in front."""
+"""Operands of a contraction: which tensor a product reads, in which layout, with which factor."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attncompile.frontends.graph import Cast, Contract, Graph, Indices, Move, Pointwise
@@ -29,7 +29,9 @@ class Operand:
     factor: Expr
 
 
-def operand_indices(graph: Graph, node: Contract, side: str, output: Indices, summed: dict[str, Expr]) -> Indices:
+def operand_indices(
+    graph: Graph, node: Contract, side: str, output: Indices, summed: Mapping[str, Expr]
+) -> Indices:
     """The element of one side of a contraction that contributes to an output element."""
     name, labels = (node.left, node.left_labels) if side == "left" else (node.right, node.right_labels)
     position = {**dict(zip(node.output_labels, output, strict=True)), **summed}
@@ -41,7 +43,9 @@ def operand_indices(graph: Graph, node: Contract, side: str, output: Indices, su
 
 
 def label_sizes(graph: Graph, node: Contract) -> dict[str, Expr]:
-    """The size of each label of a contraction: of two sizes the one that is not 1, a constant before a symbol."""
+    """The size of each label of a contraction: of two sizes the one that is not 1, a constant before a
+    symbol.
+    """
     found: dict[str, Expr] = {}
     for name, labels in ((node.left, node.left_labels), (node.right, node.right_labels)):
         for label, size in zip(labels, graph.infos[name].shape, strict=True):
@@ -50,7 +54,9 @@ def label_sizes(graph: Graph, node: Contract) -> dict[str, Expr]:
     return found
 
 
-def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed: frozenset[Expr]) -> list[Operand]:
+def trace_operand(
+    interpreter: Interpreter, value: str, indices: Indices, summed: frozenset[Expr]
+) -> list[Operand]:
     """The tensors that a product could be said to read, nearest first.
 
     Follows movements of data, float casts and factors that do not depend on the summed indices.
@@ -64,7 +70,9 @@ def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed
         node = graph.producer.get(value)
         if isinstance(node, Move):
             value, indices = node.source, tuple(interpreter.simplifier(i) for i in node.index_map(indices))
-        elif isinstance(node, Cast) and element_kind(node.dtype) is element_kind(graph.infos[node.source].dtype):
+        elif isinstance(node, Cast) and element_kind(node.dtype) is element_kind(
+            graph.infos[node.source].dtype
+        ):
             value = node.source
         elif isinstance(node, Pointwise) and node.operator in ("mul", "div"):
             followed = _followed_factor(interpreter, node, indices, summed)
@@ -76,9 +84,10 @@ def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed
             return found
 
 
-def _followed_factor(interpreter: Interpreter, node: Pointwise, indices: Indices, summed: frozenset[Expr]
-                     ) -> tuple[str, Indices, Expr] | None:
-    """Through ``x · f`` or ``x / f``, when ``f`` is a number or a scalar that the summed index does not move."""
+def _followed_factor(
+    interpreter: Interpreter, node: Pointwise, indices: Indices, summed: frozenset[Expr]
+) -> tuple[str, Indices, Expr] | None:
+    """Through ``x · f`` or ``x / f``, when the summed index does not move the scalar ``f``."""
     graph = interpreter.graph
     target = graph.infos[node.output].shape
     for place, operand in enumerate(node.operands):
@@ -104,7 +113,9 @@ def _followed_factor(interpreter: Interpreter, node: Pointwise, indices: Indices
     return None
 
 
-def layout_of(graph: Graph, indices: Indices, shape: Indices, axes: dict[str, tuple[Expr, Expr]]) -> Layout | None:
+def layout_of(
+    graph: Graph, indices: Indices, shape: Indices, axes: Mapping[str, tuple[Expr, Expr]]
+) -> Layout | None:
     """The layout of a tensor whose element at ``indices`` is the Spec element at the axis symbols.
 
     Args:
@@ -114,13 +125,17 @@ def layout_of(graph: Graph, indices: Indices, shape: Indices, axes: dict[str, tu
         axes: Spec axis name to (the expression that runs over it, its size).
 
     Returns:
-        The layout, or ``None`` when the tensor holds other elements too, repeats elements, or is a slice: its linear
+        The layout, or ``None`` when the tensor holds other elements too, repeats elements, or is a slice: its
+            linear
         position must be exactly the row-major position over some order of the axes.
     """
     # an axis symbol may be compound (h // 3): a name of its own makes it an atom
     placeholder: dict[str, Expr] = {name: Index(f"axis_{name}") for name in axes}
     named = {symbol: name for name, symbol in placeholder.items()}
-    replaced = [_replace(index, {symbol: placeholder[name] for name, (symbol, _) in axes.items()}) for index in indices]
+    replaced = [
+        _replace(index, {symbol: placeholder[name] for name, (symbol, _) in axes.items()})
+        for index in indices
+    ]
     sizes = {name: size for name, (_, size) in axes.items()}
     groups: list[list[str]] = []
     used: list[str] = []
@@ -152,15 +167,16 @@ _SHARED = ("b", "h", "g")
 
 def _linear(indices: Sequence[Expr], sizes: Sequence[Expr]) -> tuple[Expr, Expr]:
     """The row-major position of an element, and the number of elements."""
-    position, count = ZERO, ONE
+    position: Expr = ZERO
+    count: Expr = ONE
     for index, size in zip(indices, sizes, strict=True):
         position = apply("add", apply("mul", position, size), index)
         count = apply("mul", count, size)
     return position, count
 
 
-def _replace(index: Expr, values: dict[Expr, Expr]) -> Expr:
-    compound = {k: v for k, v in values.items() if isinstance(k, Apply)}
-    simple = {k: v for k, v in values.items() if not isinstance(k, Apply)}
-    result = substitute(index, dict(compound)) if compound else index
-    return simplify(substitute(result, dict(simple)))
+def _replace(index: Expr, values: Mapping[Expr, Expr]) -> Expr:
+    """Compound expressions first, then symbols, so that the ``h`` in ``h // 3`` is left alone."""
+    compound: dict[Expr, Expr] = {old: new for old, new in values.items() if isinstance(old, Apply)}
+    simple = {old: new for old, new in values.items() if not isinstance(old, Apply)}
+    return simplify(substitute(substitute(index, compound), simple))

@@ -1,4 +1,6 @@
-"""What lifting returns: a program is the native graph and its attention sites, each stated as a Spec or refused."""
+"""What lifting returns: a program is the native graph and its attention sites, each stated as a Spec or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ class Layout:
     """How a native tensor holds the axes of a Spec tensor.
 
     Attributes:
-        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h", "d"))`` is a
-            ``[B, I, H·D]`` tensor; an empty group is an axis of size 1.
+        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h",
+            "d"))`` is a ``[B, I, H·D]`` tensor; an empty group is an axis of size 1.
     """
 
     groups: tuple[tuple[str, ...], ...]

@@ -1,7 +1,9 @@
-"""Proof by numbers: a region's native nodes and its Spec are run in float64 on fresh random inputs and must agree.
+"""Proof by numbers: a region's native nodes and its Spec are run in float64 on fresh random inputs and must
+agree.
 
-Symbolic sizes are instantiated small, so a proof is cheap; sites with the same structure share one. Inputs include
-hidden rows (integer and boolean masks are random), and every size that the example had in common stays common.
+Symbolic sizes are instantiated small, so a proof is cheap; sites with the same structure share one. Inputs
+include hidden rows (integer and boolean masks are random), and every size that the example had in common
+stays common.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from attncompile.ir.types import DTYPES, concrete
 from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 
 INSTANCES = ((2, 5, 7, 11, 3, 13), (3, 6, 4, 9, 5, 8))
-"""Values given to the symbolic sizes, one per distinct example size, in ascending order of the example sizes."""
+"""Values given to the symbolic sizes, one per distinct example size, in ascending order of the example sizes.
+"""
 
 LARGEST_MAP = 10**8
 """Elements of the attention map (all rows and heads) up to which a proof is computed."""
@@ -29,11 +32,15 @@ ENOUGH = 10**7
 """Elements of the attention map from which one instance is enough: its sizes are those of the model."""
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""Largest relative difference by the dtype that the region was run in: the rounding over the few hundred terms of a small
-instance stays far below it. Anything but float64 is run only where a fused native operator has no other form."""
+"""Largest relative difference by the dtype that the region was run in: the rounding over the few hundred
+terms of a small instance stays far below it. Anything but float64 is run only where a fused native operator
+has no other form.
+"""
 
 
-def canonical(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Mapping[str, int]) -> torch.Tensor:
+def canonical(
+    native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Mapping[str, int]
+) -> torch.Tensor:
     """A native tensor in the axis order of its Spec type; axes that the native tensor lacks are expanded."""
     names = [axis.name for axis in kind.axes]
     lengths = {axis.name: concrete(axis.size, sizes) for axis in kind.axes}
@@ -49,14 +56,17 @@ def canonical(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Map
 def _size_values(graph: Graph, exprs: list[Expr], instance: tuple[int, ...]) -> dict[str, int]:
     """Small values for the symbolic sizes that keep the example's coincidences.
 
-    Sizes with one example value get one value here; a size that in the example equals a compound size of the graph (the
-    length of a mask and ``cache + 1``) follows that compound size.
+    Sizes with one example value get one value here; a size that in the example equals a compound size of the
+    graph (the length of a mask and ``cache + 1``) follows that compound size.
     """
     symbols = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)}
     values = _plain_values(graph, symbols, instance)
     hints = {name: hint for name in symbols if (hint := graph.size_hints.get(name)) is not None}
-    compound = [e for e in dict.fromkeys(exprs) if not isinstance(e, Size | Const)
-                and all(n.name in hints for n in walk(e) if isinstance(n, Size))]
+    compound = [
+        e
+        for e in dict.fromkeys(exprs)
+        if not isinstance(e, Size | Const) and all(n.name in hints for n in walk(e) if isinstance(n, Size))
+    ]
     for name, hint in hints.items():
         for expr in compound:
             inside = {n.name for n in walk(expr) if isinstance(n, Size)}
@@ -68,7 +78,9 @@ def _size_values(graph: Graph, exprs: list[Expr], instance: tuple[int, ...]) -> 
 def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) -> dict[str, int]:
     hints = {name: graph.size_hints.get(name) for name in symbols}
     distinct = sorted({hint for hint in hints.values() if hint is not None})
-    values = {hint: instance[n % len(instance)] + 10 * (n // len(instance)) for n, hint in enumerate(distinct)}
+    values = {
+        hint: instance[n % len(instance)] + 10 * (n // len(instance)) for n, hint in enumerate(distinct)
+    }
     free = iter(range(len(distinct), len(distinct) + len(symbols)))
     return {
         name: values[hint] if hint is not None else instance[next(free) % len(instance)]
@@ -77,7 +89,8 @@ def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) ->
 
 
 def _random(kind: str, shape: list[int], generator: torch.Generator, compared: bool) -> torch.Tensor:
-    """Random values of a dtype; those that a mask compares are sometimes 0, and on the first of several rows always.
+    """Random values of a dtype; those that a mask compares are sometimes 0, and on the first of several rows
+    always.
 
     A mask of truth values or numbers so has visible and hidden positions and a row that sees nothing.
     """
@@ -100,8 +113,9 @@ def _compared(spec: Spec) -> frozenset[str]:
     def visit(expr: Expr, comparing: bool) -> None:
         if isinstance(expr, Load):
             (inside if comparing else elsewhere).add(expr.tensor)
-        below = isinstance(expr, Apply) and (expr.operator in ("lt", "le", "gt", "ge", "eq", "ne") or (
-            comparing and expr.operator != "where"))
+        below = isinstance(expr, Apply) and (
+            expr.operator in ("lt", "le", "gt", "ge", "eq", "ne") or (comparing and expr.operator != "where")
+        )
         for child in expr.children:
             visit(child, below)
 
@@ -139,7 +153,9 @@ def _structure(graph: Graph, site: Site) -> str:
     region = site.region
     assert region is not None and site.spec is not None
     fed = {binding.value for binding in region.inputs}
-    numbers: dict[str, int] = {name: n for n, name in enumerate(dict.fromkeys(b.value for b in region.inputs))}
+    numbers: dict[str, int] = {
+        name: n for n, name in enumerate(dict.fromkeys(b.value for b in region.inputs))
+    }
     text = [site.spec.fingerprint()] + [f"{b.name} {b.layout} {numbers[b.value]}" for b in region.inputs]
     needed, stack = set(), [b.value for b in region.outputs]
     while stack:
@@ -167,8 +183,9 @@ def _all_sizes(graph: Graph, region: Region) -> list[Expr]:
     return exprs
 
 
-def _bound_sizes(spec: Spec, feeds: Mapping[str, tuple[Binding, torch.Tensor]], graph: Graph, values: Mapping[str, int]
-                 ) -> dict[str, int]:
+def _bound_sizes(
+    spec: Spec, feeds: Mapping[str, tuple[Binding, torch.Tensor]], graph: Graph, values: Mapping[str, int]
+) -> dict[str, int]:
     """Values of the Spec's sizes, read off native shapes: an operand's axis has the native axes' size."""
     found: dict[str, int] = {}
     for value in spec.inputs:
@@ -209,37 +226,67 @@ def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str)
         try:
             sizes = {**values, **_bound_sizes(spec, named, graph, values)}
             elements = math.prod(concrete(spec.types()["q"].sizes[n], sizes) for n in range(3)) * concrete(
-                spec.types()["k"].sizes[2], sizes)
+                spec.types()["k"].sizes[2], sizes
+            )
             if elements > LARGEST_MAP:
-                return Refusal("unproven", f"the attention map has {elements:.2g} elements and its sizes are fixed, too many "
-                               "to compare", anchor, source, "capture the model with a dynamic or shorter length")
+                return Refusal(
+                    "unproven",
+                    f"the attention map has {elements:.2g} elements and its sizes are fixed, too many "
+                    "to compare",
+                    anchor,
+                    source,
+                    "capture the model with a dynamic or shorter length",
+                )
             native = graph.evaluate([b.value for b in region.outputs], feeds, values)
             types = spec.types()
-            tensors = {name: canonical(t, b.layout, types[name], sizes) if b.layout else t
-                       for name, (b, t) in named.items()}
+            tensors = {
+                name: canonical(t, b.layout, types[name], sizes) if b.layout else t
+                for name, (b, t) in named.items()
+            }
             stated = spec.interpret(tensors)
-            actuals = [canonical(native[b.value], b.layout, types[b.name], sizes) for b in region.outputs if b.layout]
+            actuals = [
+                canonical(native[b.value], b.layout, types[b.name], sizes) for b in region.outputs if b.layout
+            ]
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
-            return Refusal("unproven", f"region and Spec could not be compared: {str(error).splitlines()[0]}", anchor, source,
-                           "report this model: the lifted expression does not fit its region")
+            return Refusal(
+                "unproven",
+                f"region and Spec could not be compared: {str(error).splitlines()[0]}",
+                anchor,
+                source,
+                "report this model: the lifted expression does not fit its region",
+            )
         for actual, expected in zip(actuals, stated, strict=True):
             error_here = difference(actual, expected)
             if not error_here <= AGREEMENT[precision]:
-                return Refusal("disproved", f"region and Spec differ by {error_here:.3g} on random inputs", anchor, source,
-                               "report this model: the lifted expression is wrong for it")
+                return Refusal(
+                    "disproved",
+                    f"region and Spec differ by {error_here:.3g} on random inputs",
+                    anchor,
+                    source,
+                    "report this model: the lifted expression is wrong for it",
+                )
             worst = max(worst, error_here)
             told = told or not bool(expected.isnan().all())
-        cases.append(" ".join(f"{k}={v}" for k, v in sorted(sizes.items()) if k in ("B", "I", "J")) or "fixed sizes")
+        cases.append(
+            " ".join(f"{k}={v}" for k, v in sorted(sizes.items()) if k in ("B", "I", "J")) or "fixed sizes"
+        )
         if elements > ENOUGH:
             break
     if not told:
-        return Refusal("unproven", "no random input gave a result that is a number", anchor, source,
-                       "report this model: nothing was compared")
+        return Refusal(
+            "unproven",
+            "no random input gave a result that is a number",
+            anchor,
+            source,
+            "report this model: nothing was compared",
+        )
     return Proof(tuple(cases), worst)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest absolute difference over the larger of 1 and the largest value; infinite where only one side is NaN."""
+    """Largest absolute difference over the larger of 1 and the largest value; infinite where only one side is
+    NaN.
+    """
     if actual.shape != expected.shape or bool((actual.isnan() != expected.isnan()).any()):
         return math.inf
     both = ~expected.isnan()

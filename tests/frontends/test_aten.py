@@ -35,8 +35,15 @@ def truth(*shape: int) -> Callable[[], torch.Tensor]:
 
 
 INPUTS = {
-    "x": real(A, B, C), "y": real(A, B, C), "narrow": real(A, B, 1), "row": real(C), "n": whole(A, B), "m": whole(A, B),
-    "p": truth(A, B), "r": truth(A, B), "place": lambda: torch.randint(0, 3, (A, B)),
+    "x": real(A, B, C),
+    "y": real(A, B, C),
+    "narrow": real(A, B, 1),
+    "row": real(C),
+    "n": whole(A, B),
+    "m": whole(A, B),
+    "p": truth(A, B),
+    "r": truth(A, B),
+    "place": lambda: torch.randint(0, 3, (A, B)),
     "backward": lambda: torch.randint(-3, 3, (A, B)),
 }
 
@@ -60,95 +67,221 @@ def at(operation: str) -> Any:
 
 
 USES: tuple[Row, ...] = (
-    Row("mul", lambda x, narrow: x * narrow), Row("mul", lambda n: n * -3), Row("mul", lambda x, p: x * p[..., None]),
+    Row("mul", lambda x, narrow: x * narrow),
+    Row("mul", lambda n: n * -3),
+    Row("mul", lambda x, p: x * p[..., None]),
     Row("multiply", lambda x, row: at("multiply")(x, row)),
-    Row("exp", lambda x: x.exp()), Row("exp2", lambda x: x.exp2()), Row("log", lambda x: x.abs().log()),
-    Row("log2", lambda x: x.abs().log2()), Row("tanh", lambda x: x.tanh()), Row("sigmoid", lambda x: x.sigmoid()),
-    Row("sqrt", lambda x: x.abs().sqrt()), Row("rsqrt", lambda x: x.abs().rsqrt()), Row("abs", lambda n: n.abs()),
-    Row("pow", lambda x: x**3), Row("pow", lambda x: x.abs() ** 0.5), Row("sin", lambda x: x.sin()),
-    Row("cos", lambda x: x.cos()), Row("erf", lambda x: x.erf()), Row("floor", lambda x: x.floor()),
-    Row("ceil", lambda x: x.ceil()), Row("round", lambda x: (3 * x).round()), Row("relu", lambda x: x.relu()),
-    Row("minimum", lambda x, y: torch.minimum(x, y)), Row("maximum", lambda n, m: torch.maximum(n, m)),
-    Row("where", lambda p, n: torch.where(p, n, -1)), Row("where", lambda p, x, y: torch.where(p[..., None], x, y)),
-    *(Row(name, lambda n, m, name=name: at(name)(n, m)) for name in (
-        "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal")),
-    Row("lt", lambda x: x < 0.5), Row("eq", lambda n: n == 2.0), Row("gt", lambda n, x: n[..., None] > x),
-    Row("add", lambda x, y: torch.add(x, y, alpha=2)), Row("add", lambda n: n + 2), Row("add", lambda n, x: n[..., None] + x),
-    Row("add", lambda p, n: p + n), Row("sub", lambda n, m: torch.sub(n, m, alpha=3)), Row("sub", lambda x: x - 1),
-    Row("subtract", lambda x, y: at("subtract")(x, y)), Row("rsub", lambda x: 1 - x),
+    Row("exp", lambda x: x.exp()),
+    Row("exp2", lambda x: x.exp2()),
+    Row("log", lambda x: x.abs().log()),
+    Row("log2", lambda x: x.abs().log2()),
+    Row("tanh", lambda x: x.tanh()),
+    Row("sigmoid", lambda x: x.sigmoid()),
+    Row("sqrt", lambda x: x.abs().sqrt()),
+    Row("rsqrt", lambda x: x.abs().rsqrt()),
+    Row("abs", lambda n: n.abs()),
+    Row("pow", lambda x: x**3),
+    Row("pow", lambda x: x.abs() ** 0.5),
+    Row("sin", lambda x: x.sin()),
+    Row("cos", lambda x: x.cos()),
+    Row("erf", lambda x: x.erf()),
+    Row("floor", lambda x: x.floor()),
+    Row("ceil", lambda x: x.ceil()),
+    Row("round", lambda x: (3 * x).round()),
+    Row("relu", lambda x: x.relu()),
+    Row("minimum", lambda x, y: torch.minimum(x, y)),
+    Row("maximum", lambda n, m: torch.maximum(n, m)),
+    Row("where", lambda p, n: torch.where(p, n, -1)),
+    Row("where", lambda p, x, y: torch.where(p[..., None], x, y)),
+    *(
+        Row(name, lambda n, m, name=name: at(name)(n, m))
+        for name in (
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "eq",
+            "ne",
+            "less",
+            "less_equal",
+            "greater",
+            "greater_equal",
+            "not_equal",
+        )
+    ),
+    Row("lt", lambda x: x < 0.5),
+    Row("eq", lambda n: n == 2.0),
+    Row("gt", lambda n, x: n[..., None] > x),
+    Row("add", lambda x, y: torch.add(x, y, alpha=2)),
+    Row("add", lambda n: n + 2),
+    Row("add", lambda n, x: n[..., None] + x),
+    Row("add", lambda p, n: p + n),
+    Row("sub", lambda n, m: torch.sub(n, m, alpha=3)),
+    Row("sub", lambda x: x - 1),
+    Row("subtract", lambda x, y: at("subtract")(x, y)),
+    Row("rsub", lambda x: 1 - x),
     Row("rsub", lambda n, m: at("rsub")(n, m, alpha=2)),
-    Row("div", lambda x, y: x / y), Row("div", lambda n: n / 2), Row("div", lambda n, m: n / (m.abs() + 1)),
-    Row("div", lambda n: torch.div(n, 3, rounding_mode="floor")), Row("divide", lambda x: at("divide")(x, 4.0)),
-    Row("true_divide", lambda n: at("true_divide")(n, 4)), Row("reciprocal", lambda x: x.reciprocal()),
-    Row("neg", lambda x: -x), Row("neg", lambda n: -n), Row("floor_divide", lambda n: n // 3),
-    Row("floor_divide", lambda n: n // -3), Row("remainder", lambda n: n % 3), Row("remainder", lambda n: n % -3),
-    Row("bitwise_and", lambda p, r: at("bitwise_and")(p, r)), Row("__and__", lambda p, r: p & r),
-    Row("bitwise_or", lambda p, r: at("bitwise_or")(p, r)), Row("__or__", lambda p, r: p | r),
-    Row("bitwise_xor", lambda p, r: at("bitwise_xor")(p, r)), Row("__xor__", lambda p, r: p ^ r), Row("bitwise_not", lambda p: ~p),
-    Row("logical_and", lambda n, m: torch.logical_and(n, m)), Row("logical_or", lambda p, n: torch.logical_or(p, n)),
-    Row("logical_xor", lambda n, m: torch.logical_xor(n, m)), Row("logical_not", lambda n: torch.logical_not(n)),
-    Row("masked_fill", lambda x, p: x.masked_fill(p[..., None], -torch.inf)), Row("masked_fill", lambda n, p: n.masked_fill(p, 9)),
-    Row("clamp", lambda x: x.clamp(-0.5, 0.5)), Row("clamp", lambda n: n.clamp(max=2)), Row("clamp", lambda x: x.clamp(min=0)),
+    Row("div", lambda x, y: x / y),
+    Row("div", lambda n: n / 2),
+    Row("div", lambda n, m: n / (m.abs() + 1)),
+    Row("div", lambda n: torch.div(n, 3, rounding_mode="floor")),
+    Row("divide", lambda x: at("divide")(x, 4.0)),
+    Row("true_divide", lambda n: at("true_divide")(n, 4)),
+    Row("reciprocal", lambda x: x.reciprocal()),
+    Row("neg", lambda x: -x),
+    Row("neg", lambda n: -n),
+    Row("floor_divide", lambda n: n // 3),
+    Row("floor_divide", lambda n: n // -3),
+    Row("remainder", lambda n: n % 3),
+    Row("remainder", lambda n: n % -3),
+    Row("bitwise_and", lambda p, r: at("bitwise_and")(p, r)),
+    Row("__and__", lambda p, r: p & r),
+    Row("bitwise_or", lambda p, r: at("bitwise_or")(p, r)),
+    Row("__or__", lambda p, r: p | r),
+    Row("bitwise_xor", lambda p, r: at("bitwise_xor")(p, r)),
+    Row("__xor__", lambda p, r: p ^ r),
+    Row("bitwise_not", lambda p: ~p),
+    Row("logical_and", lambda n, m: torch.logical_and(n, m)),
+    Row("logical_or", lambda p, n: torch.logical_or(p, n)),
+    Row("logical_xor", lambda n, m: torch.logical_xor(n, m)),
+    Row("logical_not", lambda n: torch.logical_not(n)),
+    Row("masked_fill", lambda x, p: x.masked_fill(p[..., None], -torch.inf)),
+    Row("masked_fill", lambda n, p: n.masked_fill(p, 9)),
+    Row("clamp", lambda x: x.clamp(-0.5, 0.5)),
+    Row("clamp", lambda n: n.clamp(max=2)),
+    Row("clamp", lambda x: x.clamp(min=0)),
     Row("clamp_min", lambda x: at("clamp_min")(x, 0.1)),
-    Row("to", lambda n: n.to(torch.float32)), Row("to", lambda x: (2 * x).to(torch.int64)), Row("to", lambda n: n.to(torch.bool)),
-    Row("to", lambda x: x.to(torch.bool)), Row("to", lambda p: p.to(torch.int32)), Row("to", lambda x: x.double()),
-    Row("_to_copy", lambda p: at("_to_copy")(p, dtype=torch.float32)), Row("type_as", lambda n, x: n.type_as(x)),
-    Row("alias", lambda x: at("alias")(x)), Row("contiguous", lambda x: x.transpose(0, 2).contiguous()),
-    Row("clone", lambda x: x.clone()), Row("detach", lambda x: x.detach()),
+    Row("to", lambda n: n.to(torch.float32)),
+    Row("to", lambda x: (2 * x).to(torch.int64)),
+    Row("to", lambda n: n.to(torch.bool)),
+    Row("to", lambda x: x.to(torch.bool)),
+    Row("to", lambda p: p.to(torch.int32)),
+    Row("to", lambda x: x.double()),
+    Row("_to_copy", lambda p: at("_to_copy")(p, dtype=torch.float32)),
+    Row("type_as", lambda n, x: n.type_as(x)),
+    Row("alias", lambda x: at("alias")(x)),
+    Row("contiguous", lambda x: x.transpose(0, 2).contiguous()),
+    Row("clone", lambda x: x.clone()),
+    Row("detach", lambda x: x.detach()),
     Row("dropout", lambda x: torch.nn.functional.dropout(x, 0.5, False)),
-    Row("zeros", lambda x: torch.zeros(x.shape[0], 3)), Row("ones", lambda x: torch.ones(x.shape[1], dtype=torch.bool)),
-    Row("full", lambda x: torch.full((x.shape[1], 2), -torch.inf)), Row("new_zeros", lambda n: n.new_zeros(n.shape)),
-    Row("new_ones", lambda x: x.new_ones(x.shape)), Row("new_full", lambda x: x.new_full((x.shape[0],), 2.5)),
-    Row("zeros_like", lambda x: torch.zeros_like(x)), Row("ones_like", lambda n: torch.ones_like(n)),
-    Row("full_like", lambda n: torch.full_like(n, 3)), Row("full_like", lambda n: torch.full_like(n, 3, dtype=torch.float32)),
+    Row("zeros", lambda x: torch.zeros(x.shape[0], 3)),
+    Row("ones", lambda x: torch.ones(x.shape[1], dtype=torch.bool)),
+    Row("full", lambda x: torch.full((x.shape[1], 2), -torch.inf)),
+    Row("new_zeros", lambda n: n.new_zeros(n.shape)),
+    Row("new_ones", lambda x: x.new_ones(x.shape)),
+    Row("new_full", lambda x: x.new_full((x.shape[0],), 2.5)),
+    Row("zeros_like", lambda x: torch.zeros_like(x)),
+    Row("ones_like", lambda n: torch.ones_like(n)),
+    Row("full_like", lambda n: torch.full_like(n, 3)),
+    Row("full_like", lambda n: torch.full_like(n, 3, dtype=torch.float32)),
     Row("scalar_tensor", lambda x: at("scalar_tensor")(2.0) + x),
-    Row("arange", lambda x: torch.arange(x.shape[1])), Row("arange", lambda x: torch.arange(2, x.shape[1])),
-    Row("arange", lambda x: torch.arange(1, 9, 3)), Row("arange", lambda x: torch.arange(9, 1, -2)),
-    Row("arange", lambda x: torch.arange(x.shape[1], dtype=torch.float32)), Row("arange", lambda x: torch.arange(end=4)),
-    Row("tril", lambda x: x.tril()), Row("tril", lambda n: n.tril(diagonal=1)), Row("tril", lambda p: p.tril(-1)),
-    Row("triu", lambda x: x.triu(1)), Row("triu", lambda n: n.triu(-2)),
-    Row("view", lambda x: x.view(x.shape[0], -1)), Row("view", lambda x: x.view(-1, 2, 2)), Row("view", lambda n: n.view(-1, 1)),
-    Row("reshape", lambda x: x.transpose(0, 1).reshape(x.shape[1], -1)), Row("_unsafe_view", lambda x: at("_unsafe_view")(x, (-1, 4))),
-    Row("flatten", lambda x: x.flatten(1)), Row("flatten", lambda x: x.flatten()), Row("unflatten", lambda x: x.unflatten(-1, (2, 2))),
+    Row("arange", lambda x: torch.arange(x.shape[1])),
+    Row("arange", lambda x: torch.arange(2, x.shape[1])),
+    Row("arange", lambda x: torch.arange(1, 9, 3)),
+    Row("arange", lambda x: torch.arange(9, 1, -2)),
+    Row("arange", lambda x: torch.arange(x.shape[1], dtype=torch.float32)),
+    Row("arange", lambda x: torch.arange(end=4)),
+    Row("tril", lambda x: x.tril()),
+    Row("tril", lambda n: n.tril(diagonal=1)),
+    Row("tril", lambda p: p.tril(-1)),
+    Row("triu", lambda x: x.triu(1)),
+    Row("triu", lambda n: n.triu(-2)),
+    Row("view", lambda x: x.view(x.shape[0], -1)),
+    Row("view", lambda x: x.view(-1, 2, 2)),
+    Row("view", lambda n: n.view(-1, 1)),
+    Row("reshape", lambda x: x.transpose(0, 1).reshape(x.shape[1], -1)),
+    Row("_unsafe_view", lambda x: at("_unsafe_view")(x, (-1, 4))),
+    Row("flatten", lambda x: x.flatten(1)),
+    Row("flatten", lambda x: x.flatten()),
+    Row("unflatten", lambda x: x.unflatten(-1, (2, 2))),
     Row("view_as", lambda x, y: x.flatten(0, 1).view_as(y)),
-    Row("expand", lambda narrow: narrow.expand(-1, -1, 3)), Row("expand", lambda row, x: row.expand(x.shape[0], x.shape[1], -1)),
-    Row("expand_as", lambda narrow, x: narrow.expand_as(x)), Row("broadcast_to", lambda narrow, x: narrow.broadcast_to(x.shape)),
-    Row("transpose", lambda x: x.transpose(-1, 0)), Row("t", lambda n: n.t()), Row("swapaxes", lambda x: x.swapaxes(0, 1)),
-    Row("swapdims", lambda x: x.swapdims(-1, -2)), Row("numpy_T", lambda n: at("numpy_T")(n)), Row("mT", lambda x: at("mT")(x)),
-    Row("permute", lambda x: x.permute(2, 0, 1)), Row("permute", lambda x: x.permute(-1, 0, -2)),
-    Row("movedim", lambda x: x.movedim(0, -1)), Row("movedim", lambda x: torch.movedim(x, (0, 2), (1, 0))),
-    Row("unsqueeze", lambda x: x.unsqueeze(-1)), Row("unsqueeze", lambda x: x[:, None]),
-    Row("squeeze", lambda narrow: narrow.squeeze(-1)), Row("squeeze", lambda narrow: narrow.unsqueeze(0).squeeze()),
+    Row("expand", lambda narrow: narrow.expand(-1, -1, 3)),
+    Row("expand", lambda row, x: row.expand(x.shape[0], x.shape[1], -1)),
+    Row("expand_as", lambda narrow, x: narrow.expand_as(x)),
+    Row("broadcast_to", lambda narrow, x: narrow.broadcast_to(x.shape)),
+    Row("transpose", lambda x: x.transpose(-1, 0)),
+    Row("t", lambda n: n.t()),
+    Row("swapaxes", lambda x: x.swapaxes(0, 1)),
+    Row("swapdims", lambda x: x.swapdims(-1, -2)),
+    Row("numpy_T", lambda n: at("numpy_T")(n)),
+    Row("mT", lambda x: at("mT")(x)),
+    Row("permute", lambda x: x.permute(2, 0, 1)),
+    Row("permute", lambda x: x.permute(-1, 0, -2)),
+    Row("movedim", lambda x: x.movedim(0, -1)),
+    Row("movedim", lambda x: torch.movedim(x, (0, 2), (1, 0))),
+    Row("unsqueeze", lambda x: x.unsqueeze(-1)),
+    Row("unsqueeze", lambda x: x[:, None]),
+    Row("squeeze", lambda narrow: narrow.squeeze(-1)),
+    Row("squeeze", lambda narrow: narrow.unsqueeze(0).squeeze()),
     Row("squeeze", lambda narrow: narrow.squeeze((1, 2))),
-    Row("slice", lambda x: x[:, 1:]), Row("slice", lambda x: x[..., ::2]), Row("slice", lambda x: x[:, :-1]),
-    Row("slice", lambda x: x[:, -2:]), Row("slice", lambda x: x[..., 1:3]), Row("slice", lambda x: x[..., -3:-1]),
-    Row("slice", lambda x: x[..., 2:100]), Row("slice", lambda x, n: x[:, : n.shape[1]]),
-    Row("slice", lambda x: x[..., -100:2]), Row("slice", lambda x: x[:, -3:-1]), Row("slice", lambda x: x[:, 1:-1]),
-    Row("slice", lambda x: x[:, -4::2]), Row("slice", lambda x: x[1:, None, :, -1:]),
-    Row("narrow", lambda x: x.narrow(2, 1, 2)), Row("narrow", lambda x: x.narrow(-1, -3, 2)),
-    Row("select", lambda x: x[..., 1]), Row("select", lambda x: x[:, -1]), Row("select", lambda x: x.select(-1, -2)),
-    Row("flip", lambda x: x.flip(1)), Row("flip", lambda x: x.flip(0, -1)),
-    Row("repeat", lambda x: x.repeat(2, 1, 3)), Row("repeat", lambda x: x.repeat(2, 1, 1, 1)),
-    Row("repeat_interleave", lambda x: x.repeat_interleave(3, dim=1)), Row("repeat_interleave", lambda x: x.repeat_interleave(2, -1)),
-    Row("cat", lambda x, y: torch.cat([x, y], 1)), Row("cat", lambda x, narrow: torch.cat([x, narrow, x], -1)),
-    Row("concat", lambda x, y: at("concat")([x, y])), Row("stack", lambda x, y: torch.stack([x, y], -1)),
+    Row("slice", lambda x: x[:, 1:]),
+    Row("slice", lambda x: x[..., ::2]),
+    Row("slice", lambda x: x[:, :-1]),
+    Row("slice", lambda x: x[:, -2:]),
+    Row("slice", lambda x: x[..., 1:3]),
+    Row("slice", lambda x: x[..., -3:-1]),
+    Row("slice", lambda x: x[..., 2:100]),
+    Row("slice", lambda x, n: x[:, : n.shape[1]]),
+    Row("slice", lambda x: x[..., -100:2]),
+    Row("slice", lambda x: x[:, -3:-1]),
+    Row("slice", lambda x: x[:, 1:-1]),
+    Row("slice", lambda x: x[:, -4::2]),
+    Row("slice", lambda x: x[1:, None, :, -1:]),
+    Row("narrow", lambda x: x.narrow(2, 1, 2)),
+    Row("narrow", lambda x: x.narrow(-1, -3, 2)),
+    Row("select", lambda x: x[..., 1]),
+    Row("select", lambda x: x[:, -1]),
+    Row("select", lambda x: x.select(-1, -2)),
+    Row("flip", lambda x: x.flip(1)),
+    Row("flip", lambda x: x.flip(0, -1)),
+    Row("repeat", lambda x: x.repeat(2, 1, 3)),
+    Row("repeat", lambda x: x.repeat(2, 1, 1, 1)),
+    Row("repeat_interleave", lambda x: x.repeat_interleave(3, dim=1)),
+    Row("repeat_interleave", lambda x: x.repeat_interleave(2, -1)),
+    Row("cat", lambda x, y: torch.cat([x, y], 1)),
+    Row("cat", lambda x, narrow: torch.cat([x, narrow, x], -1)),
+    Row("concat", lambda x, y: at("concat")([x, y])),
+    Row("stack", lambda x, y: torch.stack([x, y], -1)),
     Row("stack", lambda x, y: torch.stack([x, y])),
-    Row("getitem", lambda x: x.chunk(2, -1)[1]), Row("getitem", lambda x: x.split([1, 3], -1)[1]), Row("getitem", lambda x: x.split(3, 2)[1]),
-    Row("getitem", lambda x: x.unbind(-1)[2]), Row("getitem", lambda x: torch.tensor_split(x, 2, -1)[1]),
-    Row("index", lambda row, place: row[place]), Row("index", lambda row, backward: row[backward]),
-    Row("index", lambda x, place: x[:, :, place]), Row("index", lambda x, place: x[:, place[0], 1:]),
-    Row("index", lambda x, place, backward: x[:, place, backward]), Row("index", lambda x, place: x[0, :, place]),
-    Row("index", lambda x, place: x[place % 2, :, place]), Row("index", lambda x, place: x[torch.arange(x.shape[0])[:, None], place]),
+    Row("getitem", lambda x: x.chunk(2, -1)[1]),
+    Row("getitem", lambda x: x.split([1, 3], -1)[1]),
+    Row("getitem", lambda x: x.split(3, 2)[1]),
+    Row("getitem", lambda x: x.unbind(-1)[2]),
+    Row("getitem", lambda x: torch.tensor_split(x, 2, -1)[1]),
+    Row("index", lambda row, place: row[place]),
+    Row("index", lambda row, backward: row[backward]),
+    Row("index", lambda x, place: x[:, :, place]),
+    Row("index", lambda x, place: x[:, place[0], 1:]),
+    Row("index", lambda x, place, backward: x[:, place, backward]),
+    Row("index", lambda x, place: x[0, :, place]),
+    Row("index", lambda x, place: x[place % 2, :, place]),
+    Row("index", lambda x, place: x[torch.arange(x.shape[0])[:, None], place]),
     Row("embedding", lambda x, place: torch.nn.functional.embedding(place, x[0])),
     Row("index_select", lambda x, place: x.index_select(1, place[0])),
     Row("gather", lambda x, place: x.gather(1, place[..., None].expand(-1, -1, 4))),
-    Row("copy", lambda x, narrow: x.clone().copy_(narrow)), Row("fill", lambda n: n.clone().fill_(3)), Row("zero", lambda x: x.clone().zero_()),
-    Row("add", lambda x, y: x.clone().add_(y)), Row("mul", lambda x: x.clone().mul_(2)),
+    Row("copy", lambda x, narrow: x.clone().copy_(narrow)),
+    Row("fill", lambda n: n.clone().fill_(3)),
+    Row("zero", lambda x: x.clone().zero_()),
+    Row("add", lambda x, y: x.clone().add_(y)),
+    Row("mul", lambda x: x.clone().mul_(2)),
     Row("masked_fill", lambda x, p: torch.zeros_like(x).masked_fill_(p[..., None], 1.0)),
 )
 
-NO_SINGLE_ELEMENT = {"matmul", "bmm", "mm", "baddbmm", "einsum", "linear", "addmm", "softmax", "_softmax", "log_softmax", "sum",
-                     "amax", "scaled_dot_product_attention"}
+NO_SINGLE_ELEMENT = {
+    "matmul",
+    "bmm",
+    "mm",
+    "baddbmm",
+    "einsum",
+    "linear",
+    "addmm",
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "sum",
+    "amax",
+    "scaled_dot_product_attention",
+}
 """Operations whose elements are made of many; the tables of attention show them."""
 
 CREATED_BY_TORCH_ALONE = {"lift_fresh", "lift_fresh_copy", "detach_"}
@@ -156,14 +289,17 @@ CREATED_BY_TORCH_ALONE = {"lift_fresh", "lift_fresh_copy", "detach_"}
 
 
 def as_module(function: Callable[..., torch.Tensor]) -> torch.nn.Module:
-    names = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
+    names = [
+        n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty
+    ]
 
     def forward(self: torch.nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         return function(**{**dict(zip(names, args, strict=False)), **kwargs})
 
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, keyword) for name in ("self", *names)])
+        [inspect.Parameter(name, keyword) for name in ("self", *names)]
+    )
     return type("Written", (torch.nn.Module,), {"forward": forward})()
 
 
@@ -181,10 +317,16 @@ def elements(graph: Graph, value: str, feeds: dict[str, torch.Tensor], sizes: di
 @pytest.mark.parametrize("row", USES, ids=lambda row: row.operation)
 def test_row(row: Row) -> None:
     module = as_module(row.function)
-    names = [n for n, p in inspect.signature(row.function).parameters.items() if p.default is inspect.Parameter.empty]
+    names = [
+        n
+        for n, p in inspect.signature(row.function).parameters.items()
+        if p.default is inspect.Parameter.empty
+    ]
     captured = capture_export(module, (), {name: INPUTS[name]() for name in names})
     graph = aten_graph(captured)
-    assert not [node for node in graph.nodes if isinstance(node, Opaque)], "a row of the table does not state this use"
+    assert not [node for node in graph.nodes if isinstance(node, Opaque)], (
+        "a row of the table does not state this use"
+    )
     used = {native.what for native in graph.natives.values()}
     assert used & {row.operation, f"{row.operation}_"}, f"torch wrote {used} instead"
     (output,) = graph.outputs
@@ -192,9 +334,14 @@ def test_row(row: Row) -> None:
     for length in (B, 7):
         fresh = {name: resized(INPUTS[name](), length) for name in names}
         with torch.no_grad():
-            expected = module(**{name: t.double() if t.is_floating_point() else t for name, t in fresh.items()})
-        sizes = {str(size): extent for name in names
-                 for size, extent in zip(graph.infos[name].shape, fresh[name].shape, strict=True)}
+            expected = module(
+                **{name: t.double() if t.is_floating_point() else t for name, t in fresh.items()}
+            )
+        sizes = {
+            str(size): extent
+            for name in names
+            for size, extent in zip(graph.infos[name].shape, fresh[name].shape, strict=True)
+        }
         found = elements(graph, output, fresh, sizes)
         assert tuple(found.shape) == tuple(expected.shape)
         if expected.is_floating_point():
@@ -229,8 +376,12 @@ MANY: tuple[tuple[str, Callable[..., torch.Tensor], type], ...] = (
 )
 
 
-@pytest.mark.parametrize(("name", "function", "kind"), MANY, ids=lambda value: value if isinstance(value, str) else "")
-def test_operations_over_many_elements_become_one_node(name: str, function: Callable[..., torch.Tensor], kind: type) -> None:
+@pytest.mark.parametrize(
+    ("name", "function", "kind"), MANY, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_operations_over_many_elements_become_one_node(
+    name: str, function: Callable[..., torch.Tensor], kind: type
+) -> None:
     inputs = {n: INPUTS[n]() for n in inspect.signature(function).parameters}
     graph = aten_graph(capture_export(as_module(function), (), inputs))
     assert [node for node in graph.nodes if isinstance(node, kind)]
@@ -239,6 +390,8 @@ def test_operations_over_many_elements_become_one_node(name: str, function: Call
 
 def test_what_is_not_stated_stays_opaque_and_keeps_its_inputs() -> None:
     """Values made through tuples depend on what made the tuple."""
-    graph = aten_graph(capture_export(as_module(lambda x: torch.topk(x, 2).values + 1), (), {"x": INPUTS["x"]()}))
+    graph = aten_graph(
+        capture_export(as_module(lambda x: torch.topk(x, 2).values + 1), (), {"x": INPUTS["x"]()})
+    )
     found = [node for node in graph.nodes if isinstance(node, Opaque)]
     assert found and all(node.inputs == ("x",) and node.output in graph.descendants("x") for node in found)

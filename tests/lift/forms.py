@@ -101,7 +101,8 @@ def _as_module(function: Callable[..., Any], held: Mapping[str, Any]) -> torch.n
 
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, keyword) for name in ("self", *names)])
+        [inspect.Parameter(name, keyword) for name in ("self", *names)]
+    )
     module = type("Written", (torch.nn.Module,), {"forward": forward})()
     for name, value in held.items():
         if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
@@ -117,7 +118,9 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[Form] = []
 
-    def row(self, held: Mapping[str, Any] | None = None, **expected: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def row(
+        self, held: Mapping[str, Any] | None = None, **expected: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Make the function a form of the table, named as the function is."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:

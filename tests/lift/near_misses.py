@@ -1,9 +1,8 @@
 """What looks like attention and must not be taken for something it is not.
 
-A row says what happens: ``kind`` of the refusal, or the exact score, mask and weight, or that there is no site at all.
+A row says what happens: ``kind`` of the refusal, or the exact score, mask and weight, or that there is no
+site at all.
 """
-
-# ruff: noqa: D103
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def weights_of(q, k):
     return torch.softmax(scores(q, k), -1)
 
 
-# --- lifted as what they are ------------------------------------------------------------------------------------------
+# --- lifted as what they are --------------------------------------------------------------------------------
 
 
 @row(score="0.5·s", key="index_select")
@@ -106,7 +105,7 @@ def weights_on_two_values(q, k, v):
     return merged(weights @ heads(v)) + merged(weights @ heads(q))
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------------------
 
 
 @row(kind="wrong-axis")
@@ -277,7 +276,7 @@ def fused_with_dropout(q, k, v):
     return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), dropout_p=0.5))
 
 
-# --- no attention -----------------------------------------------------------------------------------------------------
+# --- no attention -------------------------------------------------------------------------------------------
 
 
 @row({"classify": torch.nn.Linear(WIDTH, 5)}, sites=0)
@@ -290,14 +289,22 @@ def classifier_written_as_a_product(x, classify):
     return torch.softmax(x @ classify, -1)
 
 
-@row({"router": torch.nn.Linear(WIDTH, 3), "experts": torch.nn.Parameter(torch.randn(3, WIDTH, WIDTH))}, sites=0)
+@row(
+    {"router": torch.nn.Linear(WIDTH, 3), "experts": torch.nn.Parameter(torch.randn(3, WIDTH, WIDTH))},
+    sites=0,
+)
 def router_of_experts(x, router, experts):
     share = torch.softmax(router(x), -1)
     return torch.einsum("bne,bned->bnd", share, torch.einsum("bnc,ecd->bned", x, experts))
 
 
-@row({"router": torch.nn.Parameter(torch.randn(WIDTH, 3)), "experts": torch.nn.Parameter(torch.randn(3, WIDTH, WIDTH))},
-     sites=0)
+@row(
+    {
+        "router": torch.nn.Parameter(torch.randn(WIDTH, 3)),
+        "experts": torch.nn.Parameter(torch.randn(3, WIDTH, WIDTH)),
+    },
+    sites=0,
+)
 def router_written_as_a_product(x, router, experts):
     share = torch.softmax(x @ router, -1)
     return torch.einsum("bne,bned->bnd", share, torch.einsum("bnc,ecd->bned", x, experts))

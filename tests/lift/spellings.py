@@ -1,10 +1,8 @@
 """Ways in which people write attention, and what each of them says.
 
-A row states the canonical score, mask, KV head and so on of every site that its function holds. The functions are
-written as published models write them; sizes are tiny.
+A row states the canonical score, mask, KV head and so on of every site that its function holds. The functions
+are written as published models write them; sizes are tiny.
 """
-
-# ruff: noqa: D103, E731
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ LOWEST = torch.finfo(torch.float32).min
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()
 
 
-# --- the scale --------------------------------------------------------------------------------------------------------
+# --- the scale ----------------------------------------------------------------------------------------------
 
 
 @row(score="s")
@@ -76,7 +74,10 @@ def learned_scale_per_head(q, k, v, scale):
     return attend(dot(heads(q), heads(k)) * scale, heads(v))
 
 
-@row({"logit_scale": torch.nn.Parameter(torch.rand(HEADS, 1, 1))}, score="s·exp(min(4.605170185988092, logit_scale[h, 0, 0]))")
+@row(
+    {"logit_scale": torch.nn.Parameter(torch.rand(HEADS, 1, 1))},
+    score="s·exp(min(4.605170185988092, logit_scale[h, 0, 0]))",
+)
 def clamped_logit_scale_of_cosines(q, k, v, logit_scale):
     cosine = dot(F.normalize(heads(q), dim=-1), F.normalize(heads(k), dim=-1))
     return attend(cosine * torch.clamp(logit_scale, max=math.log(100.0)).exp(), heads(v))
@@ -105,7 +106,7 @@ def softcap(q, k, v):
     return attend(torch.tanh(dot(heads(q), heads(k)) * 0.5 / 2.0) * 2.0, heads(v))
 
 
-# --- layouts of the product -------------------------------------------------------------------------------------------
+# --- layouts of the product ---------------------------------------------------------------------------------
 
 
 def flat(x, count=HEADS):
@@ -212,7 +213,9 @@ def single_head(q, k, v):
 
 @row(score="0.5·s")
 def matrices_of_rank_five(q, k, v):
-    query, key, value = (x.view(x.shape[0], x.shape[1], 2, 3, CHANNELS).permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    query, key, value = (
+        x.view(x.shape[0], x.shape[1], 2, 3, CHANNELS).permute(0, 2, 3, 1, 4) for x in (q, k, v)
+    )
     return torch.softmax(query @ key.transpose(-1, -2) * 0.5, -1) @ value
 
 
@@ -228,7 +231,7 @@ def product_by_broadcast_and_sum(q, k, v):
     return attend(logits, heads(v))
 
 
-# --- grouped heads ----------------------------------------------------------------------------------------------------
+# --- grouped heads ------------------------------------------------------------------------------------------
 
 
 def repeated(x, times):
@@ -267,7 +270,9 @@ def grouped_by_broadcast_in_rank_five(q, k_few, v_few):
 @row(score="0.5·s", kv_head="h // 3")
 def grouped_einsum(q, k_few, v_few):
     b, n, _ = q.shape
-    logits = torch.einsum("bqgrd,bkgd->bgrqk", q.view(b, n, GROUPS, 3, CHANNELS), split_heads(k_few, GROUPS)) * 0.5
+    logits = (
+        torch.einsum("bqgrd,bkgd->bgrqk", q.view(b, n, GROUPS, 3, CHANNELS), split_heads(k_few, GROUPS)) * 0.5
+    )
     out = torch.einsum("bgrqk,bkgd->bqgrd", torch.softmax(logits, -1), split_heads(v_few, GROUPS))
     return out.reshape(b, n, -1)
 
@@ -296,7 +301,7 @@ def one_key_head_as_longer_rows(q, k_one, v_one):
     return (weights.view(b, n * HEADS, n) @ v_one).view(b, n, -1)
 
 
-# --- where queries, keys and values come from -------------------------------------------------------------------------
+# --- where queries, keys and values come from ---------------------------------------------------------------
 
 
 @row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s", block=("project",) * 3)
@@ -313,7 +318,9 @@ def packed_split(x, packed):
 
 @row({"packed": torch.nn.Linear(WIDTH, 3 * WIDTH)}, score="0.5·s")
 def packed_unbind(x, packed):
-    query, key, value = packed(x).view(x.shape[0], x.shape[1], 3, HEADS, CHANNELS).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (
+        packed(x).view(x.shape[0], x.shape[1], 3, HEADS, CHANNELS).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     return attend(dot(query, key) * 0.5, value)
 
 
@@ -358,7 +365,11 @@ def rotary_halves_of_position_ids(q, k, v, positions, frequency):
     return attend(dot(query, key) * 0.5, heads(v))
 
 
-@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position interleaved", "position interleaved"))
+@row(
+    {"frequency": 0.1 ** torch.arange(2)},
+    score="0.5·s",
+    block=("position interleaved", "position interleaved"),
+)
 def rotary_interleaved(q, k, v, frequency):
     angle = (torch.arange(q.shape[1])[:, None] * frequency).repeat_interleave(2, 1)
 
@@ -369,7 +380,9 @@ def rotary_interleaved(q, k, v, frequency):
     return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
 
 
-@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"), rotated=4)
+@row(
+    {"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"), rotated=4
+)
 def rotary_of_some_channels(q, k, v, frequency):
     angle = (torch.arange(q.shape[1])[:, None] * frequency).repeat(1, 2)
 
@@ -429,7 +442,7 @@ def pooling_by_one_learned_query(memory, seed):
     return torch.einsum("bn,bnc->bc", weights, memory)
 
 
-# --- biases -----------------------------------------------------------------------------------------------------------
+# --- biases -------------------------------------------------------------------------------------------------
 
 
 @row({"slopes": torch.rand(HEADS)}, score="0.5·s − slopes[h]·abs(j − i)")
@@ -457,15 +470,19 @@ def distance_buckets_through_embedding(q, k, v, table):
     return attend(dot(heads(q), heads(k)) + table(buckets).permute(2, 0, 1)[None], heads(v))
 
 
-@row({"table": torch.randn(49, HEADS), "places": torch.randint(0, 49, (QUERIES, QUERIES))},
-     score="0.5·s + table[places[i, j], h]")
+@row(
+    {"table": torch.randn(49, HEADS), "places": torch.randint(0, 49, (QUERIES, QUERIES))},
+    score="0.5·s + table[places[i, j], h]",
+)
 def window_bias_table_as_swin_reads_it(q, k, v, table, places):
     bias = table[places.view(-1)].view(QUERIES, QUERIES, -1).permute(2, 0, 1).contiguous()
     return attend(dot(heads(q) * 0.5, heads(k)) + bias.unsqueeze(0), heads(v))
 
 
-@row({"first": torch.randn(HEADS, 16, 16), "second": torch.randn(16, 16)},
-     score="0.5·s + first[h, i, j] + second[i, j]")
+@row(
+    {"first": torch.randn(HEADS, 16, 16), "second": torch.randn(16, 16)},
+    score="0.5·s + first[h, i, j] + second[i, j]",
+)
 def two_biases(q, k, v, first, second):
     n = q.shape[1]
     return attend(dot(heads(q), heads(k)) * 0.5 + first[:, :n, :n] + second[:n, :n], heads(v))
@@ -476,7 +493,7 @@ def bias_inside_the_scale(q, k, v, visible):
     return attend((dot(heads(q), heads(k)) + visible[:, None].float()) * 0.5, heads(v))
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------------
 
 
 @row(score="0.5·s", mask="j ≤ i")
@@ -514,8 +531,10 @@ def causal_buffer_as_gpt2_wrote_it(q, k, v, causal):
 
 
 # that the buffer holds zeros and ones is a fact about data: the expression stays as it is
-@row({"causal": CAUSAL[None, None].float()},
-     score="0.5·s·causal[0, 0, i, j] + 10000.0·causal[0, 0, i, j] − 10000.0")
+@row(
+    {"causal": CAUSAL[None, None].float()},
+    score="0.5·s·causal[0, 0, i, j] + 10000.0·causal[0, 0, i, j] − 10000.0",
+)
 def causal_by_arithmetic_of_a_buffer(q, k, v, causal):
     n = q.shape[1]
     mask = causal[:, :, :n, :n]
@@ -604,7 +623,7 @@ def weights_of_padded_queries_set_to_zero(q, k, v, keep):
     return merged(weights @ heads(v))
 
 
-# --- the weights ------------------------------------------------------------------------------------------------------
+# --- the weights --------------------------------------------------------------------------------------------
 
 
 @row({"head_mask": torch.rand(HEADS)}, score="0.5·s", weight="w·head_mask[h]")
@@ -668,7 +687,7 @@ def mask_written_in_slices(q, k, v):
     return attend(dot(heads(q), heads(k)) * 0.5 + mask, heads(v))
 
 
-# --- softmax written by hand ------------------------------------------------------------------------------------------
+# --- softmax written by hand --------------------------------------------------------------------------------
 
 
 @row(score="0.5·s")
@@ -715,7 +734,7 @@ def exponential_of_log_softmax(q, k, v):
     return merged(F.log_softmax(dot(heads(q), heads(k)) * 0.5, -1).exp() @ heads(v))
 
 
-# --- fused calls ------------------------------------------------------------------------------------------------------
+# --- fused calls --------------------------------------------------------------------------------------------
 
 
 @row(score="0.5·s")
@@ -730,7 +749,9 @@ def fused_causal(q, k, v):
 
 @row(score="0.25·s", mask="keep[b, j]")
 def fused_truth_mask_and_scale(q, k, v, keep):
-    return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), keep[:, None, None], scale=0.25))
+    return merged(
+        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), keep[:, None, None], scale=0.25)
+    )
 
 
 @row({"bias": torch.randn(HEADS, 16, 16)}, score="0.5·s + bias[h, i, j]")
@@ -741,8 +762,9 @@ def fused_float_mask(q, k, v, bias):
 
 @row(score="0.5·s", kv_head="h // 3", mask="j ≤ i")
 def fused_grouped(q, k_few, v_few):
-    out = F.scaled_dot_product_attention(heads(q), heads(k_few, GROUPS), heads(v_few, GROUPS), is_causal=True,
-                                         enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        heads(q), heads(k_few, GROUPS), heads(v_few, GROUPS), is_causal=True, enable_gqa=True
+    )
     return merged(out)
 
 
@@ -775,7 +797,7 @@ def fused_causal_of_a_cross_attention(q, memory):
     return F.scaled_dot_product_attention(heads(q), heads(memory), heads(memory), is_causal=True)
 
 
-# --- modules of torch -------------------------------------------------------------------------------------------------
+# --- modules of torch ---------------------------------------------------------------------------------------
 
 
 def _multihead():

@@ -1,4 +1,6 @@
-"""Near misses are lifted exactly, observed, or refused with the right kind; and a wrong Spec does not pass its proof."""
+"""Near misses are lifted exactly, observed, or refused with the right kind; and a wrong Spec does not pass
+its proof.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_near_miss(form: Form) -> None:
         assert site.status == expected.get("status", "refused" if kind else "lifted"), site.refusal
         assert (site.refusal.kind if site.refusal else None) == kind, site.refusal
         if kind:
-            assert site.refusal is not None and site.refusal.reason and site.refusal.node and site.refusal.source
+            assert (
+                site.refusal is not None and site.refusal.reason and site.refusal.node and site.refusal.source
+            )
         if site.spec is not None:
             attend = site.spec.attend()
             assert attend is not None and site.proof is not None
@@ -48,24 +52,44 @@ def test_every_kind_of_refusal_has_a_row() -> None:
     kinds = set(re.findall(r"(?:_refuse\(graph, |Refusal\(\s*)\"([a-z-]+)\"", sources))
     shown = {form.expected["kind"] for form in NEAR_MISSES.rows if "kind" in form.expected}
     # a proof fails only where the lifter itself is wrong, which the tests below bring about
-    assert kinds - shown <= {"disproved", "unproven", "ill-typed", "inner-output", "output-layout", "several-value-axes",
-                             "no-key-axis", "recursive-score"}
+    assert kinds - shown <= {
+        "disproved",
+        "unproven",
+        "ill-typed",
+        "inner-output",
+        "output-layout",
+        "several-value-axes",
+        "no-key-axis",
+        "recursive-score",
+    }
 
 
 TAMPERINGS: dict[str, tuple[str, Callable[[Attend], Attend]]] = {
-    "scale": ("scale_after_product", lambda a: dataclasses.replace(a, score=simplify(parse_expr("0.51 · s")))),
+    "scale": (
+        "scale_after_product",
+        lambda a: dataclasses.replace(a, score=simplify(parse_expr("0.51 · s"))),
+    ),
     "mask that hides one more key": (
-        "causal_by_comparing_positions", lambda a: dataclasses.replace(a, mask=simplify(parse_expr("j < i")))),
+        "causal_by_comparing_positions",
+        lambda a: dataclasses.replace(a, mask=simplify(parse_expr("j < i"))),
+    ),
     "mask forgotten": ("sliding_window", lambda a: dataclasses.replace(a, mask=parse_expr("j ≤ i"))),
     "mask invented": ("no_scale", lambda a: dataclasses.replace(a, mask=parse_expr("j ≤ i"))),
     "mask aligned to the other end": (
-        "cache_concatenated", lambda a: dataclasses.replace(a, mask=parse_expr("j ≤ i"))),
+        "cache_concatenated",
+        lambda a: dataclasses.replace(a, mask=parse_expr("j ≤ i")),
+    ),
     "fill": ("causal_with_lowest_number", lambda a: dataclasses.replace(a, fill=parse_expr("−2.0"))),
     "heads shared the other way": (
-        "grouped_repeat_interleave", lambda a: dataclasses.replace(a, kv_head=parse_expr("h % 2"))),
+        "grouped_repeat_interleave",
+        lambda a: dataclasses.replace(a, kv_head=parse_expr("h % 2")),
+    ),
     "weights not edited": ("weights_cubed", lambda a: dataclasses.replace(a, weight=parse_expr("w"))),
     "bias forgotten": ("alibi_in_the_graph", lambda a: dataclasses.replace(a, score=parse_expr("0.5 · s"))),
-    "normaliser": ("sigmoid_attention", lambda a: dataclasses.replace(a, norm=dataclasses.replace(a.norm, kind="relu"))),
+    "normaliser": (
+        "sigmoid_attention",
+        lambda a: dataclasses.replace(a, norm=dataclasses.replace(a.norm, kind="relu")),
+    ),
 }
 
 

@@ -43,8 +43,9 @@ def said(program: Program) -> list[tuple[str, str, str, str]]:
         assert site.spec is not None, site.refusal
         attend = site.spec.attend()
         assert attend is not None
-        found.append(tuple(print_expr(e, 4) for e in (attend.score, attend.mask, attend.kv_head)) + (print_expr(attend.fill),))
-    return list(dict.fromkeys(found))  # type: ignore[arg-type]
+        score, mask, kv_head = (print_expr(e, 4) for e in (attend.score, attend.mask, attend.kv_head))
+        found.append((score, mask, kv_head, print_expr(attend.fill)))
+    return list(dict.fromkeys(found))
 
 
 def hidden(implementation: Implementation) -> str:
@@ -61,27 +62,40 @@ def test_minilm(minilm_folder: Path, lifted: Callable[..., Program], implementat
         assert [type(op) for op in site.block] == [Project] * 3
         assert site.source and site.name.startswith("encoder.layer.")
     assert len({site.spec and str(site.spec.types()["q"]) for site in program.sites}) == 1
-    assert program.sites[0].spec is not None and str(program.sites[0].spec.types()["q"]) == "[B,12,I,32] float32"
+    assert (
+        program.sites[0].spec is not None and str(program.sites[0].spec.types()["q"]) == "[B,12,I,32] float32"
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_smollm2(smollm2_folder: Path, lifted: Callable[..., Program], implementation: Implementation) -> None:
+def test_smollm2(
+    smollm2_folder: Path, lifted: Callable[..., Program], implementation: Implementation
+) -> None:
     program = lifted(smollm2_folder, implementation)
     assert (len(program.sites), program.count("lifted")) == (30, 30)
-    assert said(program) == [("0.125·s", "j ≤ i and attention_mask[b, j] ≠ 0", "h // 3", hidden(implementation))]
+    assert said(program) == [
+        ("0.125·s", "j ≤ i and attention_mask[b, j] ≠ 0", "h // 3", hidden(implementation))
+    ]
     types = program.sites[0].spec.types() if program.sites[0].spec else {}
     assert (str(types["q"]), str(types["k"])) == ("[B,9,I,64] float32", "[B,3,I,64] float32")
     for site in program.sites:
         rotary = [op for op in site.block if isinstance(op, Position)]
-        assert [(op.tensor, op.convention, op.channels) for op in rotary] == [("q", "half", 64), ("k", "half", 64)]
+        assert [(op.tensor, op.convention, op.channels) for op in rotary] == [
+            ("q", "half", 64),
+            ("k", "half", 64),
+        ]
         assert all(rotary_base(program.graph, op) == pytest.approx(100_000) for op in rotary)
         assert sum(isinstance(op, Project) for op in site.block) == 3
     proofs = [site.proof for site in program.sites if site.proof]
-    assert proofs[0].shared_with == "" and {proof.shared_with for proof in proofs[1:]} == {program.sites[0].name}
+    assert proofs[0].shared_with == "" and {proof.shared_with for proof in proofs[1:]} == {
+        program.sites[0].name
+    }
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_whisper(whisper_folder: Path, lifted: Callable[..., Program], implementation: Implementation) -> None:
+def test_whisper(
+    whisper_folder: Path, lifted: Callable[..., Program], implementation: Implementation
+) -> None:
     program = lifted(whisper_folder, implementation)
     assert (len(program.sites), program.count("lifted")) == (12, 12)
     kinds: dict[str, set[tuple[str, str, str]]] = {}
@@ -90,7 +104,9 @@ def test_whisper(whisper_folder: Path, lifted: Callable[..., Program], implement
         attend, types = site.spec.attend(), site.spec.types()
         assert attend is not None and print_expr(attend.score) == "0.125·s"
         part = ".".join(p for p in site.name.split(".") if not p.isdigit()).removeprefix("model.")
-        kinds.setdefault(part, set()).add((print_expr(attend.mask), str(types["q"].size("i")), str(types["k"].size("j"))))
+        kinds.setdefault(part, set()).add(
+            (print_expr(attend.mask), str(types["q"].size("i")), str(types["k"].size("j")))
+        )
     assert kinds["encoder.layers.self_attn"] == {("true", "1500", "1500")}
     assert kinds["decoder.layers.encoder_attn"] == {("true", "I", "1500")}
     ((mask, queries, keys),) = kinds["decoder.layers.self_attn"]
@@ -113,13 +129,23 @@ def from_dynamo(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["minilm", pytest.param("smollm2", marks=pytest.mark.slow), pytest.param("whisper", marks=pytest.mark.slow)])
-def test_dynamo_says_the_same(name: str, implementation: Implementation, lifted: Callable[..., Program],
-                              request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "minilm",
+        pytest.param("smollm2", marks=pytest.mark.slow),
+        pytest.param("whisper", marks=pytest.mark.slow),
+    ],
+)
+def test_dynamo_says_the_same(
+    name: str, implementation: Implementation, lifted: Callable[..., Program], request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(f"{name}_folder")
     opened = open_model(folder, attn_implementation=implementation)
     args, kwargs = opened.example()
-    programs = [lift_graph(aten_graph(c), name, blocks=False) for c in from_dynamo(opened.model, args, kwargs)]
+    programs = [
+        lift_graph(aten_graph(c), name, blocks=False) for c in from_dynamo(opened.model, args, kwargs)
+    ]
     sites = [site for program in programs for site in program.sites]
     assert {site.status for site in sites} == {"lifted"}, [site.refusal for site in sites]
     exported = lifted(folder, implementation)
@@ -127,14 +153,19 @@ def test_dynamo_says_the_same(name: str, implementation: Implementation, lifted:
 
     def shapes(found: Any) -> list[tuple[str, str, int]]:
         # captured tensors have other names, and export proves lengths equal that Dynamo does not
-        return [(print_expr(a.score), print_expr(a.kv_head), len(site.spec.captured()))
-                for site in found if (a := site.spec.attend())]
+        return [
+            (print_expr(a.score), print_expr(a.kv_head), len(site.spec.captured()))
+            for site in found
+            if (a := site.spec.attend())
+        ]
 
     assert sorted(shapes(sites)) == sorted(shapes(exported.sites))
 
 
 def test_shared_masks_are_interpreted_once(smollm2_folder: Path, lifted: Callable[..., Program]) -> None:
-    """The layers of a model share what is not theirs: thirty layers ask little more of the interpreter than one."""
+    """The layers of a model share what is not theirs: thirty layers ask little more of the interpreter than
+    one.
+    """
     graph = lifted(smollm2_folder, "eager").graph
     fresh = aten_like(graph)
     find_sites(fresh)

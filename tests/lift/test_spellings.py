@@ -21,7 +21,9 @@ def stated(site: Site) -> dict[str, str]:
     assert site.spec is not None, site.refusal
     attend = site.spec.attend()
     assert attend is not None
-    expressions = {name: print_expr(getattr(attend, name)) for name in ("score", "mask", "fill", "weight", "kv_head")}
+    expressions = {
+        name: print_expr(getattr(attend, name)) for name in ("score", "mask", "fill", "weight", "kv_head")
+    }
     types = site.spec.types()
     sizes = {name: f"[{','.join(str(size) for size in types[name].sizes)}]" for name in ("q", "k", "v")}
     return {**expressions, **sizes, "norm": str(attend.norm)}
@@ -39,11 +41,15 @@ def test_spelling(form: Form) -> None:
     status, count = expected.pop("status", "lifted"), expected.pop("sites", 1)
     reason, around = expected.pop("reason", ""), expected.pop("block", None)
     rotated = expected.pop("rotated", None)
-    assert [site.status for site in program.sites] == [status] * count, [site.refusal for site in program.sites]
+    assert [site.status for site in program.sites] == [status] * count, [
+        site.refusal for site in program.sites
+    ]
     for site in program.sites:
         found = stated(site)
         assert {name: found[name] for name in {**DEFAULTS, **expected}} == {**DEFAULTS, **expected}
-        assert site.proof is not None and site.proof.cases and site.proof.max_error <= AGREEMENT[torch.float64]
+        assert (
+            site.proof is not None and site.proof.cases and site.proof.max_error <= AGREEMENT[torch.float64]
+        )
         assert site.spec is not None and parse_spec(print_spec(site.spec)) == site.spec
         assert reason in (site.refusal.reason if site.refusal else "")
         if around is not None:
@@ -54,7 +60,8 @@ def test_spelling(form: Form) -> None:
 
 
 def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...]) -> None:
-    """Read operands and results of the captured model on its example inputs, and compare with the Spec in float64.
+    """Read operands and results of the captured model on its example inputs, and compare with the Spec in
+    float64.
 
     The model runs in its own dtype, so the two agree to float32 rounding of sums of few terms.
     """
@@ -69,7 +76,9 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
                     if len(group) == 1 and str(types[binding.name].size(group[0])) in sizes:
                         sizes[str(types[binding.name].size(group[0]))] = int(extent)
         tensors = {
-            b.name: canonical(values[b.value], b.layout, types[b.name], sizes) if b.layout else values[b.value]
+            b.name: canonical(values[b.value], b.layout, types[b.name], sizes)
+            if b.layout
+            else values[b.value]
             for b in site.region.inputs
         }
         for binding, result in zip(site.region.outputs, site.spec.interpret(tensors), strict=True):
