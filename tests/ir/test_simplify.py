@@ -258,6 +258,8 @@ NOT_SAME = [
     ("0.0·s", "0.0", "0 · inf is NaN"),
     ("s / s", "1.0", "0 / 0 is NaN"),
     ("not (s < 3.0)", "s ≥ 3.0", "NaN is on neither side"),
+    ("not (s < i)", "s ≥ i", "NaN is on neither side"),
+    ("not (i < s)", "i ≥ s", "NaN is on neither side"),
     ("s = s", "true", "NaN is not itself"),
     ("s ≠ s", "false", "NaN is not itself"),
     ("min(s, inf)", "s", "not for NaN of every implementation"),
@@ -373,3 +375,15 @@ def test_deep_expressions_are_no_trouble() -> None:
     for expr in (deep, score):
         assert simplify(simplify(expr)) == simplify(expr)
         assert parse_expr(print_expr(simplify(score))) == simplify(score)
+
+
+def test_a_quotient_that_does_not_come_out_even_is_bounded_by_its_last_value() -> None:
+    extents = {"d": Const(10)}
+    assert simplify(read("d // 4 % 3"), extents) == read("d // 4")
+    assert simplify(read("d // 4 % 2"), extents) == read("d // 4 % 2")
+
+
+@pytest.mark.parametrize("text", ["5 // where(j ≤ i, 2, 0)", "5 % where(j ≤ i, 2, 0)"])
+def test_a_division_by_zero_on_the_side_not_taken_stays_untaken(text: str) -> None:
+    below = Environment({"i": torch.arange(4), "j": torch.zeros(4, dtype=torch.int64)})
+    assert torch.equal(evaluate(simplify(read(text)), below), evaluate(read(text), below))
