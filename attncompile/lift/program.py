@@ -17,10 +17,11 @@ class Layout:
     """How a native tensor holds the axes of a Spec tensor.
 
     Attributes:
-        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h", "d"))``
-            is a ``[B, I, H·D]`` tensor. An empty group is an axis of size 1, or goes on with the axis of the
-            group before it: ``(("b",), ("h",), (), ("i",), ("d",))`` is a ``[B, G, R, I, D]`` tensor of ``G·R``
-            heads. A Spec axis in no group has size 1, or (``b h g`` of an operand) is the same for all.
+        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h",
+            "d"))`` is a ``[B, I, H·D]`` tensor. An empty group is an axis of size 1, or goes on with the axis
+            of the group before it: ``(("b",), ("h",), (), ("i",), ("d",))`` is a ``[B, G, R, I, D]`` tensor
+            of ``G·R`` heads. A Spec axis in no group has size 1, or (``b h g`` of an operand) is the same for
+            all.
     """
 
     groups: tuple[tuple[str, ...], ...]
