@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def _reference(text: str) -> Implementation:
 
 @functools.lru_cache(maxsize=1024)
 def parsed(text: str) -> Spec:
-    """The Spec of a text, remembered."""
-    return parse_spec(text)
+    """The Spec of a text, remembered; line breaks may be written as :data:`LINE_BREAK`."""
+    return parse_spec(text.replace(LINE_BREAK, "\n"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,25 +77,41 @@ def _resolved(text: str, device_type: str) -> Implementation:
     return implementation(text)
 
 
-def bind(spec: Spec) -> Implementation:
+LINE_BREAK = "␤"
+"""Stands for a line break in the operator's argument: compilers print that argument into one line of code."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function of a Spec's inputs that computes it through the operator.
+
+    Attributes:
+        text: the operator's argument: the printed Spec in one line.
+        order: for each input of the text its position among the arguments.
+        takes: what to say when called with another number of tensors.
+    """
+
+    text: str
+    order: tuple[int, ...]
+    takes: str
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if len(tensors) != len(self.order):
+            raise ValueError(f"{self.takes}, got {len(tensors)}")
+        outputs = torch.ops.attncompile.run(self.text, [tensors[position] for position in self.order])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def bind(spec: Spec) -> Bound:
     """A function of a Spec's inputs, in the order of ``spec.inputs``, that computes it through the operator.
 
     It returns the outputs in order, a single tensor when there is one. Tracing sees the operator alone.
     """
-    text = print_spec(spec)
+    text = print_spec(spec).replace("\n", LINE_BREAK)
     names = [value.name for value in spec.inputs]
-    order = tuple(
-        names.index(value.name) for value in parsed(text).inputs
-    )  # reading back may reorder the inputs
-    takes = f"{spec.name} takes {len(names)} tensors ({', '.join(names)})"
-
-    def run_bound(*tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        if len(tensors) != len(order):
-            raise ValueError(f"{takes}, got {len(tensors)}")
-        outputs = torch.ops.attncompile.run(text, [tensors[position] for position in order])
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    return run_bound
+    # reading back may reorder the inputs
+    order = tuple(names.index(value.name) for value in parsed(text).inputs)
+    return Bound(text, order, f"{spec.name} takes {len(names)} tensors ({', '.join(names)})")
 
 
 def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -30,8 +30,13 @@ class FallbackWarning(UserWarning):
     """Some attention keeps its original computation; the message says which and why."""
 
 
-def attncompile(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
-                options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def attncompile(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
     """Compile one Dynamo graph.
 
     Args:
@@ -48,15 +53,17 @@ def attncompile(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any
     return _compile_rest(rewritten, example_inputs, chosen, mode)
 
 
-def _compile_rest(module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
-                  ) -> Callable[..., Any]:
+def _compile_rest(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
     if options.rest == "eager":
         return module.forward
     return inductor(module, example_inputs, mode_options(mode))
 
 
-def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, calls: Any
-               ) -> torch.fx.GraphModule:
+def _rewritten(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, calls: Any
+) -> torch.fx.GraphModule:
     """The graph with its attention rewritten, or the graph itself where that cannot be done."""
     device = _device(example_inputs)
     if device is not None and device not in SUPPORTED:
@@ -69,12 +76,16 @@ def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], opti
             log.info("attncompile: no attention in this graph of %d nodes", len(module.graph.nodes))
             return module
         if _trains(captured.graph_module):
-            _warn("the model is in training mode (dropout is active); its attention runs as it was. Call model.eval() for "
-                  "inference")
+            _warn(
+                "the model is in training mode (dropout is active); its attention runs as it was. Call model.eval() "
+                "for "
+                "inference"
+            )
             return module
         kind = device or "cpu"
-        decisions = decide(program, calls, lambda spec: choose_lowering(spec, kind),
-                           allow_untrained=options.allow_untrained)
+        decisions = decide(
+            program, calls, lambda spec: choose_lowering(spec, kind), allow_untrained=options.allow_untrained
+        )
         _report(program, decisions, options)
         if not any(decision.lowering for decision in decisions):
             return module
@@ -84,8 +95,11 @@ def _rewritten(module: torch.fx.GraphModule, example_inputs: Sequence[Any], opti
         return module
     except Exception as error:  # a defect of ours must not take the user's model down
         log.debug("attncompile failed", exc_info=True)
-        _warn(f"attention was not rewritten because of an internal error ({type(error).__name__}: {error}); the model runs as "
-              "it was. Please report this")
+        _warn(
+            f"attention was not rewritten because of an internal error ({type(error).__name__}: {error}); the model "
+            "runs as "
+            "it was. Please report this"
+        )
         return module
 
 
@@ -97,7 +111,12 @@ def _device(inputs: Sequence[Any]) -> str | None:
 def _trains(module: torch.fx.GraphModule) -> bool:
     """Whether a dropout of the graph is switched on, as it is in training mode whatever its probability."""
     for node in module.graph.nodes:
-        if node.op == "call_function" and "dropout" in str(node.target) and len(node.args) > 2 and node.args[2] is True:
+        if (
+            node.op == "call_function"
+            and "dropout" in str(node.target)
+            and len(node.args) > 2
+            and node.args[2] is True
+        ):
             return True
     return False
 
@@ -105,15 +124,21 @@ def _trains(module: torch.fx.GraphModule) -> bool:
 def _report(program: Program, decisions: Sequence[Decision], options: Options) -> None:
     kept = [d for d in decisions if d.lowering is None]
     if kept:
-        names = ", ".join(d.site.name for d in kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
-        _warn(f"{len(kept)} of {len(decisions)} attention sites keep their original computation: {names} ({kept[0].reason})")
+        names = ", ".join(d.site.name for d in kept[:3]) + (
+            f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        )
+        _warn(
+            f"{len(kept)} of {len(decisions)} attention sites keep their original computation: {names} "
+            f"({kept[0].reason})"
+        )
     for decision in decisions:
         if decision.passes and decision.passes.refused:
             name, reason = decision.passes.refused[0]
             _warn(f"pass {name} does not apply to {decision.site.name}: {reason}")
             break
     for decision in decisions:
-        line = f"{decision.site.name}: {decision.lowering.operator if decision.lowering else 'original'} ({decision.reason})"
+        operator = decision.lowering.operator if decision.lowering else "original"
+        line = f"{decision.site.name}: {operator} ({decision.reason})"
         log.info("attncompile: %s", line)
         if options.verbose:
             print(f"attncompile: {line}")
@@ -123,4 +148,13 @@ def _warn(message: str) -> None:
     warnings.warn(f"attncompile: {message}", FallbackWarning, stacklevel=2)
 
 
-__all__ = ["Decision", "FallbackWarning", "Options", "attncompile", "choose_lowering", "decide", "read_options", "rewrite"]
+__all__ = [
+    "Decision",
+    "FallbackWarning",
+    "Options",
+    "attncompile",
+    "choose_lowering",
+    "decide",
+    "read_options",
+    "rewrite",
+]

@@ -14,9 +14,15 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rest: Literal["inductor", "eager"] = Field("inductor", description="what compiles everything but attention")
-    passes: str = Field("fuse", description="passes to run on every site, such as 'fuse,sparsify.window(size=1024)'")
-    allow_untrained: bool = Field(False, description="allow passes that need training to keep the model's quality")
+    rest: Literal["inductor", "eager"] = Field(
+        "inductor", description="what compiles everything but attention"
+    )
+    passes: str = Field(
+        "fuse", description="passes to run on every site, such as 'fuse,sparsify.window(size=1024)'"
+    )
+    allow_untrained: bool = Field(
+        False, description="allow passes that need training to keep the model's quality"
+    )
     verbose: bool = Field(False, description="print one line per site")
 
 
@@ -32,10 +38,14 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})")
+            raise ValueError(
+                f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})"
+            )
     try:
         return Options(**(given or {}))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"option {name!r} of the attncompile back end: {first['msg']}, got {first['input']!r}") from None
+        raise ValueError(
+            f"option {name!r} of the attncompile back end: {first['msg']}, got {first['input']!r}"
+        ) from None

@@ -38,8 +38,13 @@ class Decision:
         return self.passes.spec if self.passes else self.site.spec
 
 
-def decide(program: Program, calls: tuple[PassCall, ...], choose: Callable[[Spec], Lowering], *, allow_untrained: bool = False
-           ) -> tuple[Decision, ...]:
+def decide(
+    program: Program,
+    calls: tuple[PassCall, ...],
+    choose: Callable[[Spec], Lowering],
+    *,
+    allow_untrained: bool = False,
+) -> tuple[Decision, ...]:
     """Run the passes on every site and choose its lowering; equal Specs share both."""
     known: dict[str, tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
@@ -56,7 +61,9 @@ def decide(program: Program, calls: tuple[PassCall, ...], choose: Callable[[Spec
     return tuple(made)
 
 
-def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Decision, ...]) -> torch.fx.GraphModule:
+def rewrite(
+    module: torch.fx.GraphModule, program: Program, decisions: tuple[Decision, ...]
+) -> torch.fx.GraphModule:
     """A copy of the graph in which every decided site is one module call; what it replaces is gone.
 
     Args:
@@ -80,7 +87,9 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
         (binding,) = region.outputs
         target = by_name[binding.value]
         shared = keys[number] is not None and keys.count(keys[number]) > 1
-        site = SiteModule(decision.spec, region, decision.lowering, program.graph.infos[binding.value].shape, shared)
+        site = SiteModule(
+            decision.spec, region, decision.lowering, program.graph.infos[binding.value].shape, shared
+        )
         arguments = [by_name[entry.value] for entry in region.inputs]
         with graph.inserting_before(target):
             if shared:
@@ -100,7 +109,11 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
 
 def _mask_key(decision: Decision) -> object | None:
     """What sites must have in common to share a mask: its definition, the captured tensors and the sizes."""
-    if decision.lowering is None or decision.lowering.operator not in ("sdpa", "blockwise") or decision.spec is None:
+    if (
+        decision.lowering is None
+        or decision.lowering.operator not in ("sdpa", "blockwise")
+        or decision.spec is None
+    ):
         return None
     key, region = mask_inputs(decision.spec), decision.site.region
     if key is None or region is None:

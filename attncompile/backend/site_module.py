@@ -13,7 +13,9 @@ from attncompile.ir.expr import Const, Expr
 from attncompile.lift.program import Layout, Region
 
 
-def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: dict[Expr, int]) -> torch.Tensor:
+def to_spec_axes(
+    native: torch.Tensor, layout: Layout, kind: TensorType, sizes: dict[Expr, int]
+) -> torch.Tensor:
     """A native tensor in the axis order of its Spec type, as views where possible.
 
     Args:
@@ -27,7 +29,9 @@ def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: 
         for axis in group:
             size = kind.size(axis)
             alone = len(group) == 1 and not isinstance(size, Const)
-            lengths[axis] = int(size.value) if isinstance(size, Const) else native.shape[place] if alone else -1
+            lengths[axis] = (
+                int(size.value) if isinstance(size, Const) else native.shape[place] if alone else -1
+            )
     wanted = [lengths[axis] for axis in layout.axes]
     split = native if layout.groups == tuple((axis,) for axis in layout.axes) else native.reshape(wanted)
     names = [axis.name for axis in kind.axes]
@@ -36,22 +40,36 @@ def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: 
     for name in names:
         if name not in present:
             result = result.unsqueeze(names.index(name))
-    sizes.update({
-        entry.size: extent for entry, extent in zip(kind.axes, result.shape, strict=True) if entry.name in present
-    })
+    sizes.update(
+        {
+            entry.size: extent
+            for entry, extent in zip(kind.axes, result.shape, strict=True)
+            if entry.name in present
+        }
+    )
     if len(present) < len(names):
-        result = result.expand([
-            -1 if entry.name in present else int(entry.size.value) if isinstance(entry.size, Const) else sizes.get(entry.size, 1)
-            for entry in kind.axes
-        ])
+        result = result.expand(
+            [
+                -1
+                if entry.name in present
+                else int(entry.size.value)
+                if isinstance(entry.size, Const)
+                else sizes.get(entry.size, 1)
+                for entry in kind.axes
+            ]
+        )
     return result
 
 
-def to_native_axes(result: torch.Tensor, layout: Layout, kind: TensorType, native_shape: tuple[Expr, ...]) -> torch.Tensor:
+def to_native_axes(
+    result: torch.Tensor, layout: Layout, kind: TensorType, native_shape: tuple[Expr, ...]
+) -> torch.Tensor:
     """A Spec result in the model's own layout."""
     names = [axis.name for axis in kind.axes]
     order = [names.index(axis) for axis in layout.axes]
-    rest = [place for place in range(len(names)) if place not in order]  # axes of size 1 that the model does not have
+    rest = [
+        place for place in range(len(names)) if place not in order
+    ]  # axes of size 1 that the model does not have
     ordered = result.permute([*order, *rest])
     if not rest and layout.groups == tuple((axis,) for axis in layout.axes):
         return ordered
@@ -72,7 +90,9 @@ class SiteModule(torch.nn.Module):
     Called with the native tensors of ``region.inputs`` in order, and a shared mask when ``takes_mask``.
     """
 
-    def __init__(self, spec: Spec, region: Region, lowering: Lowering, native_shape: tuple[Expr, ...], takes_mask: bool) -> None:
+    def __init__(
+        self, spec: Spec, region: Region, lowering: Lowering, native_shape: tuple[Expr, ...], takes_mask: bool
+    ) -> None:
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
         self.native_shape, self.takes_mask = native_shape, takes_mask
@@ -82,7 +102,9 @@ class SiteModule(torch.nn.Module):
         """The native tensors as the Spec's inputs."""
         sizes: dict[Expr, int] = {}
         return [
-            tensor if binding.layout is None else to_spec_axes(tensor, binding.layout, self.types[binding.name], sizes)
+            tensor
+            if binding.layout is None
+            else to_spec_axes(tensor, binding.layout, self.types[binding.name], sizes)
             for binding, tensor in zip(self.region.inputs, native, strict=True)
         ]
 
@@ -105,6 +127,7 @@ class MaskModule(torch.nn.Module):
     def forward(self, *native: torch.Tensor) -> torch.Tensor | None:
         site = self.inputs_of[0]
         tensors: Mapping[str, torch.Tensor] = {
-            binding.name: tensor for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
+            binding.name: tensor
+            for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
         }
         return visible_mask(site.spec, tensors)

@@ -17,7 +17,19 @@ from attncompile.frontends.errors import InputError
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
 
-TEXT_MODULES = ("pdb", "statistics", "argparse", "csv", "unittest", "heapq", "doctest", "subprocess", "ast", "random", "typing")
+TEXT_MODULES = (
+    "pdb",
+    "statistics",
+    "argparse",
+    "csv",
+    "unittest",
+    "heapq",
+    "doctest",
+    "subprocess",
+    "ast",
+    "random",
+    "typing",
+)
 """Modules of the standard library whose documentation serves as running text: English that every machine has."""
 
 
@@ -37,7 +49,11 @@ class Call:
     def kept(self) -> torch.Tensor | None:
         """Which positions are no padding: bool ``[batch, length]``, ``None`` without a padding mask."""
         mask = self.kwargs.get("attention_mask")
-        if self.kwargs.get("decoder_input_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        if (
+            self.kwargs.get("decoder_input_ids") is not None
+            or not isinstance(mask, torch.Tensor)
+            or mask.dim() != 2
+        ):
             return None
         return mask.bool()
 
@@ -81,7 +97,9 @@ def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
     if not isinstance(kwargs.get("input_ids"), torch.Tensor):
         return None
     positions = getattr(opened.config, "max_position_embeddings", length) or length
-    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
+    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][
+        : min(length, positions)
+    ]
     ids = torch.tensor([ids])
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
@@ -94,14 +112,20 @@ def named_outputs(result: Any) -> dict[str, torch.Tensor]:
     """The float tensors among a model's results, by name or number; caches are left out."""
     if isinstance(result, torch.Tensor):
         return {"output": result}
-    pairs = result.items() if hasattr(result, "items") else enumerate(result if isinstance(result, tuple | list) else ())
+    pairs = (
+        result.items()
+        if hasattr(result, "items")
+        else enumerate(result if isinstance(result, tuple | list) else ())
+    )
     return {
-        str(name): value for name, value in pairs if isinstance(value, torch.Tensor) and value.is_floating_point()
+        str(name): value
+        for name, value in pairs
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
 
 
 def without_padding(output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """The part of an output that does not belong to padded positions: those ``[batch, length, …]`` at kept positions."""
+    """The part of an output ``[batch, length, …]`` that does not belong to padded positions."""
     if kept is None or output.dim() < 2 or output.shape[:2] != kept.shape:
         return output
     return output[kept]
@@ -113,8 +137,9 @@ def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return math.exp(float(losses))
 
 
-def text_metrics(call: Call, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-                 ) -> Iterator[tuple[str, float, float | None]]:
+def text_metrics(
+    call: Call, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, float, float | None]]:
     """Name, value after and value before of what running text says about a change.
 
     Perplexity for logits over tokens, and for every output the mean cosine similarity of its vectors.

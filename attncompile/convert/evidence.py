@@ -45,11 +45,22 @@ class Outcome:
         return self.passes is not None and self.passes.lossy
 
 
-def make_plan(program: Program, target: Literal["onnx", "torch"], provider: str, passes: str, allow_untrained: bool, outcomes: Sequence[Outcome]
-              ) -> Plan:
+def make_plan(
+    program: Program,
+    target: Literal["onnx", "torch"],
+    provider: str,
+    passes: str,
+    allow_untrained: bool,
+    outcomes: Sequence[Outcome],
+) -> Plan:
     """The plan that these outcomes are."""
     return Plan(
-        schema=1, model=program.model, target=target, provider=provider, passes=passes, allow_untrained=allow_untrained,
+        schema=1,
+        model=program.model,
+        target=target,
+        provider=provider,
+        passes=passes,
+        allow_untrained=allow_untrained,
         sites=tuple(_site_plan(outcome) for outcome in outcomes),
     )
 
@@ -68,7 +79,9 @@ def _site_plan(outcome: Outcome) -> SitePlan:
     )
 
 
-def distances(call: Call, before: Outputs, after: Outputs, exact: Outputs | None, judged: bool) -> list[EndToEnd]:
+def distances(
+    call: Call, before: Outputs, after: Outputs, exact: Outputs | None, judged: bool
+) -> list[EndToEnd]:
     """How far every output is from the original, padded positions left out.
 
     A large float32 model is itself off by more than :data:`ABSOLUTE` from what it would give in exact arithmetic, so
@@ -102,16 +115,24 @@ def distances(call: Call, before: Outputs, after: Outputs, exact: Outputs | None
             found.append(measured(f"largest difference of {name}", None, apart, call.what, allowed))
             continue
         found.append(measured(f"largest difference of {name}", None, apart, call.what, None))
-        found.append(measured(f"error of {name} against float64", distance(reference, truth), distance(after[name], truth),
-                              call.what, allowed))
+        found.append(
+            measured(
+                f"error of {name} against float64",
+                distance(reference, truth),
+                distance(after[name], truth),
+                call.what,
+                allowed,
+            )
+        )
     return found
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a model in float64; a Hugging Face model uses SDPA there, whose rows without a visible key are no NaN."""
+    """A copy of a model in float64. A Hugging Face model uses SDPA there: its rows without a visible key are no NaN."""
     wide = copy.deepcopy(model).double().eval()
-    if hasattr(wide, "set_attn_implementation"):
-        wide.set_attn_implementation("sdpa")
+    choose_attention = getattr(wide, "set_attn_implementation", None)
+    if callable(choose_attention):
+        choose_attention("sdpa")
     return wide
 
 
@@ -119,7 +140,8 @@ def run_exact(model: torch.nn.Module, call: Call) -> dict[str, torch.Tensor]:
     """The outputs of a float64 model for a call."""
     args, kwargs = torch.utils._pytree.tree_map(
         lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
-        (call.args, dict(call.kwargs)))
+        (call.args, dict(call.kwargs)),
+    )
     with torch.no_grad():
         return outputs_of(model(*args, **kwargs))
 
@@ -129,44 +151,74 @@ def on_text(call: Call, before: Outputs, after: Outputs) -> list[EndToEnd]:
     return [measured(name, old, new, call.what, None) for name, new, old in text_metrics(call, before, after)]
 
 
-def make_certificate(plan: Plan, sites: Sequence[SiteCertificate], end_to_end: Sequence[EndToEnd]) -> Certificate:
+def make_certificate(
+    plan: Plan, sites: Sequence[SiteCertificate], end_to_end: Sequence[EndToEnd]
+) -> Certificate:
     """The certificate of a conversion."""
-    return Certificate(schema=1, model=plan.model, target=plan.target, plan=plan.digest(), sites=tuple(sites),
-                       end_to_end=tuple(end_to_end))
+    return Certificate(
+        schema=1,
+        model=plan.model,
+        target=plan.target,
+        plan=plan.digest(),
+        sites=tuple(sites),
+        end_to_end=tuple(end_to_end),
+    )
 
 
-def make_report(program: Program, plan: Plan, outcomes: Sequence[Outcome], certificate: Certificate,
-                measurements: Sequence[Measurement], notes: Sequence[str]) -> Report:
+def make_report(
+    program: Program,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    certificate: Certificate,
+    measurements: Sequence[Measurement],
+    notes: Sequence[str],
+) -> Report:
     """The report of a conversion: what was done at each site and why, with the measured errors."""
     evidence = {entry.site: entry for entry in certificate.sites}
     errors = [
-        Measurement(name=f"{entry.metric}, {entry.inputs}", before=entry.before, after=entry.after,
-                    note="judged" if entry.tolerance is not None else "reported")
+        Measurement(
+            name=f"{entry.metric}, {entry.inputs}",
+            before=entry.before,
+            after=entry.after,
+            note="judged" if entry.tolerance is not None else "reported",
+        )
         for entry in certificate.end_to_end
     ]
     return Report(
-        model=plan.model, target=plan.target, provider=plan.provider, passes=plan.passes,
+        model=plan.model,
+        target=plan.target,
+        provider=plan.provider,
+        passes=plan.passes,
         sites=tuple(_site_report(outcome, evidence.get(outcome.site.name)) for outcome in outcomes),
-        measurements=(*errors, *measurements), notes=(*program.notes, *notes),
+        measurements=(*errors, *measurements),
+        notes=(*program.notes, *notes),
     )
 
 
 def _site_report(outcome: Outcome, evidence: SiteCertificate | None) -> SiteReport:
     site, result = outcome.site, outcome.passes
     applied = [PassOutcome(name=call, applied=True) for call in result.applied] if result else []
-    refused = [PassOutcome(name=call, applied=False, reason=why) for call, why in result.refused] if result else []
+    refused = (
+        [PassOutcome(name=call, applied=False, reason=why) for call, why in result.refused] if result else []
+    )
     cases = evidence.cases if evidence else ()
     changes = [case.change for case in cases if case.change is not None]
     replaced = outcome.operator != "original"
     return SiteReport(
-        name=site.name, status=site.status, spec=str(site.spec) if site.spec else "",
-        spec_after=str(result.spec) if result and replaced else "", passes=(*applied, *refused),
-        operator=outcome.operator if replaced else "", why=outcome.reason,
+        name=site.name,
+        status=site.status,
+        spec=str(site.spec) if site.spec else "",
+        spec_after=str(result.spec) if result and replaced else "",
+        passes=(*applied, *refused),
+        operator=outcome.operator if replaced else "",
+        why=outcome.reason,
         max_error=max((case.max_abs for case in cases), default=None),
         relative_error=max((case.max_rel for case in cases), default=None),
-        change=max(changes, default=None), change_inputs="random inputs" if changes else "",
+        change=max(changes, default=None),
+        change_inputs="random inputs" if changes else "",
         source=site.source,
-        reason=site.refusal.reason if site.refusal else "", hint=site.refusal.hint if site.refusal else "",
+        reason=site.refusal.reason if site.refusal else "",
+        hint=site.refusal.hint if site.refusal else "",
     )
 
 

@@ -29,13 +29,20 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     with torch.no_grad(), _quiet():
         result = opened.model(*args, **kwargs)
         paths, leaves = leaf_paths(result), flatten(result)[0]
-        names = [path or "output" for path, leaf in zip(paths, leaves, strict=True)
-                 if isinstance(leaf, torch.Tensor)]
+        names = [
+            path or "output"
+            for path, leaf in zip(paths, leaves, strict=True)
+            if isinstance(leaf, torch.Tensor)
+        ]
         try:
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
         except Exception as error:
-            raise CaptureError("torch.onnx", opened.name, str(error).splitlines()[0],
-                               "convert it with --target torch instead") from error
+            raise CaptureError(
+                "torch.onnx",
+                opened.name,
+                str(error).splitlines()[0],
+                "convert it with --target torch instead",
+            ) from error
     assert exported is not None
     model = exported.model
     for value, name in zip(model.graph.outputs, names, strict=False):
@@ -60,10 +67,14 @@ def _name_axes(model: onnx_ir.Model, axes: tuple[dict[int, str], ...]) -> None:
     values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
     for value in values:
         if value.shape is not None:
-            value.shape = onnx_ir.Shape([
-                pattern.sub(lambda m: names[m[1]], str(size.value)) if isinstance(size, onnx_ir.SymbolicDim) and size.value
-                else size for size in value.shape
-            ])
+            value.shape = onnx_ir.Shape(
+                [
+                    pattern.sub(lambda m: names[m[1]], str(size.value))
+                    if isinstance(size, onnx_ir.SymbolicDim) and size.value
+                    else size
+                    for size in value.shape
+                ]
+            )
 
 
 @contextlib.contextmanager

@@ -48,7 +48,16 @@ from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes, run_passes
 from attncompile.plan.schema import Plan, SitePlan, save_plan
 from attncompile.report import Measurement, write_report
-from attncompile.verify import DRAWS, Certificate, Draw, EndToEnd, SiteCertificate, check_site, refused_site, save_certificate
+from attncompile.verify import (
+    DRAWS,
+    Certificate,
+    Draw,
+    EndToEnd,
+    SiteCertificate,
+    check_site,
+    refused_site,
+    save_certificate,
+)
 
 MODEL = "model.onnx"
 SOURCE = "source.json"
@@ -61,8 +70,18 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-COPIED = ("config.json", "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "preprocessor_config.json",
-          "generation_config.json", "1_Pooling", "modules.json", "sentence_bert_config.json")
+COPIED = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "1_Pooling",
+    "modules.json",
+    "sentence_bert_config.json",
+)
 """Files of a checkpoint that a user of the ONNX model still needs."""
 
 
@@ -107,7 +126,9 @@ def convert_onnx(
     requested = parse_passes(passes)
     with new_folder(out, overwrite=overwrite) as folder:
         progress("opening")
-        opened = open_model(target, attn_implementation=attn_implementation or "eager", allow_pickle=allow_pickle)  # type: ignore[arg-type]
+        opened = open_model(
+            target, attn_implementation=attn_implementation or "eager", allow_pickle=allow_pickle
+        )  # type: ignore[arg-type]
         source, notes = _source(opened, progress)
         onnx_ir.save(source, folder / "before.onnx", **_external(source, "before.onnx"))
         original = _Original(opened, folder / "before.onnx")
@@ -128,23 +149,37 @@ def convert_onnx(
                 break
             tried.append(f"with prefer={preference} the result did not agree and was dropped: {problem}")
         else:
-            raise InputError(f"the rewritten model does not agree with the original: {problem}", str(target),
-                             "nothing was written; please report this model")
+            raise InputError(
+                f"the rewritten model does not agree with the original: {problem}",
+                str(target),
+                "nothing was written; please report this model",
+            )
         progress("checking every site")
         sites = _site_certificates(rewritten, provider)
         plan = make_plan(rewritten.program, "onnx", provider, passes, allow_untrained, rewritten.outcomes)
         certificate = make_certificate(plan, sites, end_to_end)
         if not certificate.passed:
-            raise InputError(f"a site does not compute its Spec: {certificate.failures()[0]}", str(target),
-                             "nothing was written; please report this model")
+            raise InputError(
+                f"a site does not compute its Spec: {certificate.failures()[0]}",
+                str(target),
+                "nothing was written; please report this model",
+            )
         progress("measuring")
         measurements = _measure(original, folder, provider)
-        report = make_report(rewritten.program, plan, rewritten.outcomes, certificate, measurements,
-                             (*rewritten.notes, *written, *tried, *_slower(measurements)))
+        report = make_report(
+            rewritten.program,
+            plan,
+            rewritten.outcomes,
+            certificate,
+            measurements,
+            (*rewritten.notes, *written, *tried, *_slower(measurements)),
+        )
         save_plan(plan, folder / "plan.json")
         save_certificate(certificate, folder / "certificate.json")
         write_report(report, folder)
-        (folder / SOURCE).write_text(json.dumps(_source_record(target, opened, attn_implementation), indent=2) + "\n")
+        (folder / SOURCE).write_text(
+            json.dumps(_source_record(target, opened, attn_implementation), indent=2) + "\n"
+        )
         _copy_companions(opened, folder)
         for leftover in folder.glob("before.onnx*"):
             leftover.unlink()
@@ -162,28 +197,51 @@ def _source(opened: OpenedModel, progress: Progress) -> tuple[onnx_ir.Model, tup
 
 
 def _source_record(target: str | Path, opened: OpenedModel, attention: str | None) -> dict[str, str]:
-    return {"target": str(Path(target).resolve() if ":" not in str(target) else target), "kind": opened.kind,
-            "attn_implementation": attention or "eager"}
+    return {
+        "target": str(Path(target).resolve() if ":" not in str(target) else target),
+        "kind": opened.kind,
+        "attn_implementation": attention or "eager",
+    }
 
 
 def _external(model: onnx_ir.Model, name: str) -> dict[str, Any]:
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
     return {"external_data": f"{name}.data"} if size > LARGEST_FILE else {}
 
 
 def _quantizes_projections(requested: Sequence[PassCall]) -> bool:
-    return any(call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested)
+    return any(
+        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False)
+        for call in requested
+    )
 
 
-def _rewrite(model: onnx_ir.Model, name: str, requested: Sequence[PassCall], provider: Provider, prefer: str,
-             allow_untrained: bool, notes: tuple[str, ...]) -> _Rewritten:
+def _rewrite(
+    model: onnx_ir.Model,
+    name: str,
+    requested: Sequence[PassCall],
+    provider: Provider,
+    prefer: str,
+    allow_untrained: bool,
+    notes: tuple[str, ...],
+) -> _Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them."""
     raised = raise_opset(model)
     program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
-    values = {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values(),
-                                              *(o for node in model.graph for o in node.outputs))}
+    values = {
+        value.name: value
+        for value in (
+            *model.graph.inputs,
+            *model.graph.initializers.values(),
+            *(o for node in model.graph for o in node.outputs),
+        )
+    }
     shared: Shared = {}
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
@@ -195,7 +253,11 @@ def _rewrite(model: onnx_ir.Model, name: str, requested: Sequence[PassCall], pro
         try:
             choice = choose(result.spec, provider, prefer, opset=model.opset_imports.get("", 0))  # type: ignore[arg-type]
             if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
-                outcomes.append(Outcome(site, None, "original", f"already plain operators, which win here: {choice.reason}"))
+                outcomes.append(
+                    Outcome(
+                        site, None, "original", f"already plain operators, which win here: {choice.reason}"
+                    )
+                )
                 continue
             (binding,) = site.region.outputs
             assert binding.layout is not None
@@ -204,11 +266,23 @@ def _rewrite(model: onnx_ir.Model, name: str, requested: Sequence[PassCall], pro
             assert place is not None
             build = Builder(model.graph, site.name)
             operands = {
-                entry.name: Operand(values[entry.value], entry.layout.groups if entry.layout else
-                                    single_groups(axis.name for axis in result.spec.types()[entry.name].axes))
+                entry.name: Operand(
+                    values[entry.value],
+                    entry.layout.groups
+                    if entry.layout
+                    else single_groups(axis.name for axis in result.spec.types()[entry.name].axes),
+                )
                 for entry in site.region.inputs
             }
-            made = emit(result.spec, operands, {binding.name: binding.layout.groups}, choice.row, build, shared, provider)
+            made = emit(
+                result.spec,
+                operands,
+                {binding.name: binding.layout.groups},
+                choice.row,
+                build,
+                shared,
+                provider,
+            )
         except RefusalError as error:
             outcomes.append(Outcome(site, None, "original", str(error.refusal)))
             continue
@@ -222,7 +296,9 @@ def _rewrite(model: onnx_ir.Model, name: str, requested: Sequence[PassCall], pro
     done = tidy(model, provider)
     told = [f"around attention: {done}"]
     if not raised:
-        told.append(f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form")
+        told.append(
+            f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
+        )
     return _Rewritten(model, program, tuple(outcomes), choices, tuple(told))
 
 
@@ -236,7 +312,9 @@ def _write_model(model: onnx_ir.Model, folder: Path, quantize: bool) -> tuple[st
     count = quantize_projections(folder / "float.onnx", folder / MODEL)
     for stale in folder.glob("float.onnx*"):
         stale.unlink()
-    return (f"{count} projections multiply in INT8 (ONNX Runtime's dynamic quantiser); attention products stay in float",)
+    return (
+        f"{count} projections multiply in INT8 (ONNX Runtime's dynamic quantiser); attention products stay in float",
+    )
 
 
 def session(path: Path, provider: str, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -247,8 +325,11 @@ def session(path: Path, provider: str, threads: int | None = None) -> onnxruntim
     """
     wanted = PROVIDERS[provider]
     if wanted[0] not in onnxruntime.get_available_providers():
-        raise InputError(f"{wanted[0]} is not among the providers of the installed ONNX Runtime", path,
-                         "install onnxruntime-gpu, or use --provider cpu")
+        raise InputError(
+            f"{wanted[0]} is not among the providers of the installed ONNX Runtime",
+            path,
+            "install onnxruntime-gpu, or use --provider cpu",
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -256,7 +337,9 @@ def session(path: Path, provider: str, threads: int | None = None) -> onnxruntim
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(wanted))
     except Exception as error:
-        raise InputError(f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", path, "please report this") from error
+        raise InputError(
+            f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", path, "please report this"
+        ) from error
 
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:
@@ -274,8 +357,11 @@ def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndar
 def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Tensor]:
     """The float outputs of a model in ONNX Runtime, by name."""
     results = loaded.run(None, feeds(loaded, call))
-    named = {entry.name: torch.from_numpy(array) for entry, array in zip(loaded.get_outputs(), results, strict=True)
-             if isinstance(array, np.ndarray)}
+    named = {
+        entry.name: torch.from_numpy(array)
+        for entry, array in zip(loaded.get_outputs(), results, strict=True)
+        if isinstance(array, np.ndarray)
+    }
     return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
 
 
@@ -301,14 +387,17 @@ class _Original:
         return in_float64(self.opened.model)
 
 
-def _compare(original: _Original, file: Path, provider: str, lossy: bool, shift: int = 0
-             ) -> tuple[list[EndToEnd], str | None]:
+def _compare(
+    original: _Original, file: Path, provider: str, lossy: bool, shift: int = 0
+) -> tuple[list[EndToEnd], str | None]:
     """The evidence, and what is wrong with it."""
     found: list[EndToEnd] = []
     loaded = session(file, provider)
     for call in calls(original.opened, shift):
         try:
-            found += distances(call, original(call), run(loaded, call), original.exact(call), judged=not lossy)
+            found += distances(
+                call, original(call), run(loaded, call), original.exact(call), judged=not lossy
+            )
         except (ValueError, RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
             return found, f"on {call.what}: {str(error).splitlines()[0]}"
     text = text_call(original.opened) if original.opened.kind == "torch" else None
@@ -332,9 +421,14 @@ def _site_certificates(rewritten: _Rewritten, provider: Provider) -> list[SiteCe
         choice = rewritten.choices[name]
         key = (result.spec.fingerprint(), choice.row.operator)
         if key not in known:
-            known[key] = check_site(name, result.spec, _site_runner(result.spec, choice, provider),
-                                    operator=choice.row.operator, original=outcome.site.spec if result.lossy else None,
-                                    draws=(*DRAWS, LONG))
+            known[key] = check_site(
+                name,
+                result.spec,
+                _site_runner(result.spec, choice, provider),
+                operator=choice.row.operator,
+                original=outcome.site.spec if result.lossy else None,
+                draws=(*DRAWS, LONG),
+            )
         made.append(known[key].model_copy(update={"site": name, "spec": str(result.spec)}))
     return made
 
@@ -345,8 +439,11 @@ def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Any:
     operands: dict[str, Operand] = {}
     for value in spec.inputs:
         groups = single_groups(axis.name for axis in value.type.axes)
-        known = onnx_ir.Value(name=value.name, type=onnx_ir.TensorType(NUMPY_TYPES[value.type.dtype]),
-                              shape=onnx_ir.Shape([None] * len(groups)))
+        known = onnx_ir.Value(
+            name=value.name,
+            type=onnx_ir.TensorType(NUMPY_TYPES[value.type.dtype]),
+            shape=onnx_ir.Shape([None] * len(groups)),
+        )
         graph.inputs.append(known)
         operands[value.name] = Operand(known, groups)
     build = Builder(graph, "site")
@@ -358,7 +455,10 @@ def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     loaded = onnxruntime.InferenceSession(
-        onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString(), options, providers=list(PROVIDERS[provider]))
+        onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString(),
+        options,
+        providers=list(PROVIDERS[provider]),
+    )
     wanted = {entry.name for entry in loaded.get_inputs()}
 
     def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -377,7 +477,9 @@ ROUNDS = 7
 
 def _measure(original: _Original, folder: Path, provider: str) -> list[Measurement]:
     """Size and latency before and after, in one interleaved run of ONNX Runtime on this machine."""
-    sizes = [sum(path.stat().st_size for path in folder.glob(f"{name}*")) / 1e6 for name in ("before.onnx", MODEL)]
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob(f"{name}*")) / 1e6 for name in ("before.onnx", MODEL)
+    ]
     found = [Measurement(name="size", before=sizes[0], after=sizes[1], unit="MB", note="weights included")]
     before, after = session(folder / "before.onnx", provider), session(folder / MODEL, provider)
     for call in calls(original.opened)[-1:]:
@@ -392,16 +494,25 @@ def _measure(original: _Original, folder: Path, provider: str) -> list[Measureme
                 loaded.run(None, fed)
                 record.append(1e3 * (time.perf_counter() - start))
         medians = [float(np.median(record)) for record in times]
-        found.append(Measurement(name=f"latency, {call.what}", before=medians[0], after=medians[1], unit="ms",
-                                 note="median of interleaved runs; before is torch's own export"
-                                 if original.opened.kind == "torch" else "median of interleaved runs"))
+        found.append(
+            Measurement(
+                name=f"latency, {call.what}",
+                before=medians[0],
+                after=medians[1],
+                unit="ms",
+                note="median of interleaved runs; before is torch's own export"
+                if original.opened.kind == "torch"
+                else "median of interleaved runs",
+            )
+        )
     return found
 
 
 def _slower(measurements: Sequence[Measurement]) -> list[str]:
     return [
         f"SLOWER than before: {row.name} went from {row.before:.1f} to {row.after:.1f} ms on this machine"
-        for row in measurements if row.unit == "ms" and row.before is not None and row.after > 1.05 * row.before
+        for row in measurements
+        if row.unit == "ms" and row.before is not None and row.after > 1.05 * row.before
     ]
 
 
@@ -431,8 +542,9 @@ def verify_onnx(folder: Path, plan: Plan, shift: int) -> Certificate:
     if opened.kind == "torch":
         opened.model.eval()
     requested = parse_passes(plan.passes)
-    lossy = _quantizes_projections(requested) or any(site.applied and site.before != site.after and _lossy(site.applied)
-                                                     for site in plan.sites)
+    lossy = _quantizes_projections(requested) or any(
+        site.applied and site.before != site.after and _lossy(site.applied) for site in plan.sites
+    )
     original = _Original(opened, Path(target))
     end_to_end, problem = _compare(original, folder / MODEL, plan.provider, lossy, shift)
     if problem is not None and all(entry.passed for entry in end_to_end):
@@ -456,6 +568,6 @@ def _verified_site(site: SitePlan, provider: Provider) -> SiteCertificate:
         return refused_site(site.site, site.reason, parse_spec(site.before) if site.before else None)
     spec = parse_spec(site.after)
     choice = Choice(row_named(spec, site.operator), site.reason, ())
-    return check_site(site.site, spec, _site_runner(spec, choice, provider), operator=site.operator,
-                      draws=(*DRAWS, LONG))
-
+    return check_site(
+        site.site, spec, _site_runner(spec, choice, provider), operator=site.operator, draws=(*DRAWS, LONG)
+    )

@@ -34,7 +34,14 @@ from attncompile.lift import lift_graph
 from attncompile.passes import parse_passes
 from attncompile.plan.schema import Plan, load_plan, save_plan
 from attncompile.report import write_report
-from attncompile.verify import Certificate, EndToEnd, SiteCertificate, check_site, refused_site, save_certificate
+from attncompile.verify import (
+    Certificate,
+    EndToEnd,
+    SiteCertificate,
+    check_site,
+    refused_site,
+    save_certificate,
+)
 
 PROGRAM = "program.pt2"
 """The rewritten graph, for a model that has no configuration to be rebuilt from."""
@@ -63,10 +70,16 @@ def convert_torch(
     """
     requested = parse_passes(passes)
     if prefer != "fastest":
-        raise InputError(f"prefer={prefer!r} chooses among ONNX operators", str(target), "use --target onnx, or leave it out")
+        raise InputError(
+            f"prefer={prefer!r} chooses among ONNX operators",
+            str(target),
+            "use --target onnx, or leave it out",
+        )
     with new_folder(out, overwrite=overwrite) as folder:
         progress("opening")
-        opened = open_model(target, attn_implementation=attn_implementation or "sdpa", allow_pickle=allow_pickle)  # type: ignore[arg-type]
+        opened = open_model(
+            target, attn_implementation=attn_implementation or "sdpa", allow_pickle=allow_pickle
+        )  # type: ignore[arg-type]
         if opened.kind != "torch":
             raise InputError("an ONNX file has no PyTorch form here", opened.path, "use --target onnx")
         opened.model.eval()
@@ -77,10 +90,14 @@ def convert_torch(
         program = lift_graph(aten_graph(captured), opened.name, (*opened.notes, *captured.notes))
         if not program.sites:
             raise NoSiteError(str(target))
-        decisions = decide(program, requested, lambda spec: choose_lowering(spec, "cpu"), allow_untrained=allow_untrained)
+        decisions = decide(
+            program, requested, lambda spec: choose_lowering(spec, "cpu"), allow_untrained=allow_untrained
+        )
         progress("checking every site")
         sites = _site_certificates(decisions)
-        rewritten = dataclasses.replace(captured, graph_module=rewrite(captured.graph_module, program, decisions))
+        rewritten = dataclasses.replace(
+            captured, graph_module=rewrite(captured.graph_module, program, decisions)
+        )
         progress("comparing with the original")
         outcomes = [_outcome(decision) for decision in decisions]
         end_to_end = _compare(opened, captured, rewritten, any(outcome.lossy for outcome in outcomes))
@@ -88,8 +105,11 @@ def convert_torch(
         plan = make_plan(program, "torch", provider, passes, allow_untrained, outcomes)
         certificate = make_certificate(plan, sites, end_to_end)
         if not certificate.passed:
-            raise InputError(f"the rewritten model does not agree with the original: {certificate.failures()[0]}", str(target),
-                             "nothing was written; please report this model")
+            raise InputError(
+                f"the rewritten model does not agree with the original: {certificate.failures()[0]}",
+                str(target),
+                "nothing was written; please report this model",
+            )
         notes = [f"generated kernels in kernels/ run on CUDA devices; on a CPU {_operators(outcomes)} runs"]
         report = make_report(program, plan, outcomes, certificate, (), notes)
         _write_weights(opened, rewritten, folder)
@@ -121,8 +141,13 @@ def _site_certificates(decisions: tuple[Decision, ...]) -> list[SiteCertificate]
         key = spec.fingerprint()
         if key not in known:
             lossy = decision.passes is not None and decision.passes.lossy
-            known[key] = check_site(decision.site.name, spec, lowering.run, operator=lowering.operator,
-                                    original=decision.site.spec if lossy else None)
+            known[key] = check_site(
+                decision.site.name,
+                spec,
+                lowering.run,
+                operator=lowering.operator,
+                original=decision.site.spec if lossy else None,
+            )
         made.append(known[key].model_copy(update={"site": decision.site.name, "spec": str(spec)}))
     return made
 
@@ -139,13 +164,19 @@ def _compare(opened: OpenedModel, captured: Captured, rewritten: Captured, lossy
             except (ValueError, RuntimeError) as error:
                 if found:
                     continue  # sizes that the captured graph has fixed
-                raise InputError(f"the rewritten model does not run: {str(error).splitlines()[0]}", opened.name,
-                                 "nothing was written; please report this model") from error
+                raise InputError(
+                    f"the rewritten model does not run: {str(error).splitlines()[0]}",
+                    opened.name,
+                    "nothing was written; please report this model",
+                ) from error
             found += distances(call, before, after, run_exact(wide, call), judged=not lossy)
         text = text_call(opened)
         if text is not None and lossy:
-            found += on_text(text, outputs_of(opened.model(*text.args, **text.kwargs)),
-                             outputs_of(rewritten.run(text.args, text.kwargs)))
+            found += on_text(
+                text,
+                outputs_of(opened.model(*text.args, **text.kwargs)),
+                outputs_of(rewritten.run(text.args, text.kwargs)),
+            )
     return found
 
 
@@ -183,12 +214,16 @@ def _write_weights(opened: OpenedModel, rewritten: Captured, folder: Path) -> No
 def _write_kernels(decisions: tuple[Decision, ...], folder: Path) -> None:
     """One generated Triton module for each Spec that has one, named by the Spec's fingerprint."""
     folder.mkdir()
-    for spec in {d.spec.fingerprint(): d.spec for d in decisions if d.spec is not None and d.lowering is not None}.values():
+    for spec in {
+        d.spec.fingerprint(): d.spec for d in decisions if d.spec is not None and d.lowering is not None
+    }.values():
         if why_not_spec(spec) is None:
             (folder / f"attend_{spec.fingerprint()}.py").write_text(generate(spec).source, encoding="utf-8")
 
 
-def load_torch(folder: Path, plan: Plan, *, rest: str = "eager", device: str | None = None) -> torch.nn.Module:
+def load_torch(
+    folder: Path, plan: Plan, *, rest: str = "eager", device: str | None = None
+) -> torch.nn.Module:
     """Open what :func:`convert_torch` wrote.
 
     Args:
@@ -216,15 +251,22 @@ def verify_torch(folder: Path, plan: Plan, shift: int) -> Certificate:
         InputError: when the folder cannot be opened.
     """
     if (folder / PROGRAM).is_file():
-        raise InputError("a saved program has no original beside it to compare with", folder,
-                         "verify the conversion of a checkpoint folder")
+        raise InputError(
+            "a saved program has no original beside it to compare with",
+            folder,
+            "verify the conversion of a checkpoint folder",
+        )
     opened = open_model(folder, attn_implementation="sdpa")
     opened.model.eval()
     args, kwargs = opened.example()
     captured = capture_export(opened.model, args, kwargs)
     program = lift_graph(aten_graph(captured), plan.model, captured.notes)
-    decisions = decide(program, parse_passes(plan.passes), lambda spec: choose_lowering(spec, "cpu"),
-                       allow_untrained=plan.allow_untrained)
+    decisions = decide(
+        program,
+        parse_passes(plan.passes),
+        lambda spec: choose_lowering(spec, "cpu"),
+        allow_untrained=plan.allow_untrained,
+    )
     _require_plan(plan, decisions, folder)
     rewritten = dataclasses.replace(captured, graph_module=rewrite(captured.graph_module, program, decisions))
     lossy = any(decision.passes is not None and decision.passes.lossy for decision in decisions)
@@ -232,8 +274,13 @@ def verify_torch(folder: Path, plan: Plan, shift: int) -> Certificate:
     wide = in_float64(opened.model)
     with torch.no_grad():
         for call in calls(opened, shift):
-            found += distances(call, outputs_of(opened.model(*call.args, **call.kwargs)),
-                               outputs_of(rewritten.run(call.args, call.kwargs)), run_exact(wide, call), judged=not lossy)
+            found += distances(
+                call,
+                outputs_of(opened.model(*call.args, **call.kwargs)),
+                outputs_of(rewritten.run(call.args, call.kwargs)),
+                run_exact(wide, call),
+                judged=not lossy,
+            )
     return make_certificate(plan, _site_certificates(decisions), found)
 
 
@@ -243,8 +290,11 @@ def _require_plan(plan: Plan, decisions: tuple[Decision, ...], folder: Path) -> 
     planned = {site.site: site.fingerprint for site in plan.sites}
     if found != planned:
         names = sorted(set(found) ^ set(planned)) or [n for n in planned if planned[n] != found[n]]
-        raise InputError(f"the plan does not fit the checkpoint beside it: the site {names[0]} differs", folder,
-                         "convert the model again")
+        raise InputError(
+            f"the plan does not fit the checkpoint beside it: the site {names[0]} differs",
+            folder,
+            "convert the model again",
+        )
 
 
 __all__ = ["convert_torch", "load_plan", "load_torch", "verify_torch"]

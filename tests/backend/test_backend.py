@@ -26,15 +26,26 @@ def small_llama(attention: str = "sdpa", **changes: Any) -> LlamaForCausalLM:
     """Two layers, six query heads on two KV heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
+        vocab_size=99,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
     )
     return LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
 
 
 def small_bert(attention: str = "eager") -> BertModel:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
     return BertModel._from_config(config, attn_implementation=attention).eval()
 
 
@@ -64,7 +75,9 @@ def seen_by(decisions: list[Decision]) -> Any:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_decoder_equals_eager_where_rows_see_a_key(attention: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_equals_eager_where_rows_see_a_key(
+    attention: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from attncompile import backend
 
     decisions: list[Decision] = []
@@ -106,7 +119,9 @@ def test_generation_gives_the_tokens_of_eager(attention: str) -> None:
     call = tokens(2, 7)
     with torch.no_grad():
         expected = model.generate(**call, max_new_tokens=8, do_sample=False)
-        model.forward = torch.compile(model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"})
+        model.forward = torch.compile(
+            model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"}
+        )
         assert torch.equal(model.generate(**call, max_new_tokens=8, do_sample=False), expected)
 
 
@@ -183,7 +198,7 @@ def test_a_defect_of_ours_does_not_take_the_model_down(monkeypatch: pytest.Monke
 
 def test_a_window_changes_what_is_computed() -> None:
     model = small_llama()
-    options = {"rest": "eager", "passes": "fuse,sparsify.window(size=4)"}
+    options = {"rest": "eager", "passes": "fuse,sparsify.window(size=4, sinks=0)"}
     compiled = torch.compile(model, backend=attncompile, options=options)
     call = tokens(1, 16)
     call["attention_mask"].fill_(1)

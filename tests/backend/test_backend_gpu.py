@@ -50,7 +50,9 @@ def test_generation_gives_the_tokens_of_eager(attention: str) -> None:
     call = {name: tensor.cuda() for name, tensor in tokens(2, 7).items()}
     with torch.no_grad():
         expected = model.generate(**call, max_new_tokens=8, do_sample=False)
-        model.forward = torch.compile(model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"})
+        model.forward = torch.compile(
+            model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"}
+        )
         assert torch.equal(model.generate(**call, max_new_tokens=8, do_sample=False), expected)
 
 
@@ -60,4 +62,5 @@ def test_an_encoder_equals_eager() -> None:
     call = {name: tensor.cuda() for name, tensor in tokens(3, 40, "right").items()}
     with torch.no_grad():
         torch.testing.assert_close(
-            compiled(**call).last_hidden_state, model(**call).last_hidden_state, rtol=1e-4, atol=1e-5)
+            compiled(**call).last_hidden_state, model(**call).last_hidden_state, rtol=1e-4, atol=1e-5
+        )

@@ -65,7 +65,14 @@ def operators(path: Path) -> set[str]:
 
 def test_an_onnx_folder_is_complete_and_judged(llama_onnx: Path) -> None:
     names = {path.name for path in llama_onnx.iterdir()}
-    assert {"model.onnx", "plan.json", "report.json", "report.html", "certificate.json", "config.json"} <= names
+    assert {
+        "model.onnx",
+        "plan.json",
+        "report.json",
+        "report.html",
+        "certificate.json",
+        "config.json",
+    } <= names
     certificate, plan = load_certificate(llama_onnx / "certificate.json"), load_plan(llama_onnx / "plan.json")
     assert certificate.passed and certificate.plan == plan.digest()
     assert len(plan.sites) == len(certificate.sites) == 2
@@ -104,7 +111,9 @@ def test_verification_passes_and_notices_damage(llama_onnx: Path, tmp_path: Path
         (damaged / path.name).write_bytes(path.read_bytes())
     model = onnx.load(damaged / "model.onnx")
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.01), weight.name)
+    )
     onnx.save(model, damaged / "model.onnx")
     certificate = attncompile.verify(damaged)
     assert not certificate.passed and "logits" in certificate.failures()[0]
@@ -128,14 +137,21 @@ def test_onnx_goes_in_and_out(bert_folder: Path, tmp_path: Path) -> None:
 
 def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "window"
-    conversion = attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)", prefer="fused")
-    fused = [node for node in nodes(onnx.load(out / "model.onnx").graph) if node.op_type == "GroupQueryAttention"]
+    conversion = attncompile.convert(
+        llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)", prefer="fused"
+    )
+    fused = [
+        node for node in nodes(onnx.load(out / "model.onnx").graph) if node.op_type == "GroupQueryAttention"
+    ]
     windows = [a.i for node in fused for a in node.attribute if a.name == "local_window_size"]
     assert len(windows) == 2 and len(set(windows)) == 1
     assert "j > i − 8" in load_plan(out / "plan.json").sites[0].after
     report = conversion.report
     assert all(site.relative_error is not None and site.relative_error > 0 for site in report.sites)
-    assert any(row.name.startswith("largest difference of logits") and row.after > 1e-3 for row in report.measurements)
+    assert any(
+        row.name.startswith("largest difference of logits") and row.after > 1e-3
+        for row in report.measurements
+    )
 
 
 def test_a_window_equals_the_windowed_model(llama_folder: Path, tmp_path: Path) -> None:
@@ -173,7 +189,14 @@ def test_projections_are_quantised(bert_folder: Path, tmp_path: Path) -> None:
 
 def test_a_torch_folder_runs_generates_and_verifies(llama_torch: Path) -> None:
     names = {path.name for path in llama_torch.iterdir()}
-    assert {"model.safetensors", "plan.json", "report.json", "certificate.json", "kernels", "config.json"} <= names
+    assert {
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+        "certificate.json",
+        "kernels",
+        "config.json",
+    } <= names
     (kernel,) = (llama_torch / "kernels").glob("*.py")
     assert "attend" in kernel.read_text()
     compile(kernel.read_text(), str(kernel), "exec")

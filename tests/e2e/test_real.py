@@ -1,4 +1,4 @@
-"""The three real checkpoints and the two third-party files, end to end. Marked slow where a run takes over half a minute."""
+"""The three real checkpoints and the two third-party files, end to end; slow where a run takes over half a minute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from attncompile.frontends.checkpoint import open_model
 
 
 @pytest.mark.parametrize(("name", "sites"), [("minilm-int8.onnx", 6), ("paraphrase-minilm-l3.onnx", 3)])
-def test_third_party_files_go_in_and_out(onnx_files: dict[str, Path], tmp_path: Path, name: str, sites: int) -> None:
+def test_third_party_files_go_in_and_out(
+    onnx_files: dict[str, Path], tmp_path: Path, name: str, sites: int
+) -> None:
     source = next(path for path in onnx_files.values() if path.name == name)
     assert attncompile.lift(source).count("lifted") == sites
     conversion = attncompile.convert(source, tmp_path / "out")
@@ -32,7 +34,9 @@ def test_minilm_becomes_onnx(minilm_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2_folder", "whisper_folder"])
 @pytest.mark.parametrize("to", ["onnx", "torch"])
-def test_large_checkpoints_convert_and_verify(name: str, to: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_large_checkpoints_convert_and_verify(
+    name: str, to: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     conversion = attncompile.convert(request.getfixturevalue(name), tmp_path / "out", to=to)  # type: ignore[arg-type]
     assert conversion.certificate.passed
     assert all(site.status == "lifted" for site in conversion.report.sites)
@@ -45,7 +49,9 @@ def test_smollm2_generates_the_tokens_of_eager(smollm2_folder: Path, attention: 
     opened = open_model(smollm2_folder, attn_implementation=attention)  # type: ignore[arg-type]
     model, tokenizer = opened.model.eval(), opened.tokenizer
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
-    call = tokenizer(["The capital of France is", "Once upon a time there was a little"], return_tensors="pt", padding=True)
+    call = tokenizer(
+        ["The capital of France is", "Once upon a time there was a little"], return_tensors="pt", padding=True
+    )
     with torch.no_grad(), warnings.catch_warnings():
         expected = model.generate(**call, max_new_tokens=16, do_sample=False)
         warnings.simplefilter("error", FallbackWarning)
@@ -57,7 +63,7 @@ def test_smollm2_generates_the_tokens_of_eager(smollm2_folder: Path, attention: 
 def test_whisper_transcribes_like_eager(whisper_folder: Path) -> None:
     opened = open_model(whisper_folder)
     model = opened.model.eval()
-    args, kwargs = opened.example(1, 4)
+    _, kwargs = opened.example(1, 4)
     features = kwargs["input_features"]
     with torch.no_grad(), warnings.catch_warnings():
         expected = model.generate(features, max_new_tokens=16, do_sample=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -133,3 +134,11 @@ def test_a_device_without_implementation_is_named() -> None:
     operators._resolved.cache_clear()
     with pytest.raises(RuntimeError, match="nothing computes Specs on cpu"):
         operators.run(BY_NAME["causal"].spec, *inputs(BY_NAME["causal"]))
+
+
+def test_the_operator_s_argument_is_one_line_and_pickles() -> None:
+    """Inductor prints it into a line of the code it generates, and pickles what it compiles for its cache."""
+    spec = BY_NAME["causal"].spec
+    bound = operators.bind(spec)
+    assert "\n" not in bound.text and operators.parsed(bound.text).fingerprint() == spec.fingerprint()
+    assert pickle.loads(pickle.dumps(bound)) == bound
