@@ -39,7 +39,7 @@ from attncompile.convert.evidence import (
     run_exact,
 )
 from attncompile.convert.export import export_onnx
-from attncompile.frontends.checkpoint import OpenedModel, open_model
+from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.torch_internals import flatten
@@ -109,7 +109,7 @@ def convert_onnx(
     prefer: Prefer = "fastest",
     passes: str = "fuse",
     allow_untrained: bool = False,
-    attn_implementation: str | None = None,
+    attn_implementation: AttentionImplementation | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -128,7 +128,7 @@ def convert_onnx(
         progress("opening")
         opened = open_model(
             target, attn_implementation=attn_implementation or "eager", allow_pickle=allow_pickle
-        )  # type: ignore[arg-type]
+        )
         source, notes = _source(opened, progress)
         onnx_ir.save(source, folder / "before.onnx", **_external(source, "before.onnx"))
         original = _Original(opened, folder / "before.onnx")
@@ -225,7 +225,7 @@ def _rewrite(
     name: str,
     requested: Sequence[PassCall],
     provider: Provider,
-    prefer: str,
+    prefer: Prefer,
     allow_untrained: bool,
     notes: tuple[str, ...],
 ) -> _Rewritten:
@@ -251,7 +251,7 @@ def _rewrite(
             continue
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
         try:
-            choice = choose(result.spec, provider, prefer, opset=model.opset_imports.get("", 0))  # type: ignore[arg-type]
+            choice = choose(result.spec, provider, prefer, opset=model.opset_imports.get("", 0))
             if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
                 outcomes.append(
                     Outcome(

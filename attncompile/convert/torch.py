@@ -28,7 +28,7 @@ from attncompile.convert.evidence import (
 )
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export, exported_program
-from attncompile.frontends.checkpoint import OpenedModel, open_model, save_checkpoint
+from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model, save_checkpoint
 from attncompile.frontends.errors import InputError
 from attncompile.lift import lift_graph
 from attncompile.passes import parse_passes
@@ -55,7 +55,7 @@ def convert_torch(
     prefer: str = "fastest",
     passes: str = "fuse",
     allow_untrained: bool = False,
-    attn_implementation: str | None = None,
+    attn_implementation: AttentionImplementation | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -79,7 +79,7 @@ def convert_torch(
         progress("opening")
         opened = open_model(
             target, attn_implementation=attn_implementation or "sdpa", allow_pickle=allow_pickle
-        )  # type: ignore[arg-type]
+        )
         if opened.kind != "torch":
             raise InputError("an ONNX file has no PyTorch form here", opened.path, "use --target onnx")
         opened.model.eval()
