@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attncompile.frontends.graph import Graph
-from attncompile.lift.block import attach_block
-from attncompile.lift.program import Program
+from attncompile.ir import Position
+from attncompile.lift.block import attach_block, rotary_base
+from attncompile.lift.program import Program, Site
 from attncompile.lift.prove import Prover
 from attncompile.lift.sites import find_sites
 
@@ -28,5 +29,12 @@ def lift_graph(
     prover = Prover(graph, {})
     sites = tuple(prover.prove(site) for site in find_sites(graph))
     if blocks:
-        sites = tuple(replace(site, block=attach_block(graph, site)) for site in sites)
+        sites = tuple(_with_block(graph, site) for site in sites)
     return Program(model, graph, sites, notes)
+
+
+def _with_block(graph: Graph, site: Site) -> Site:
+    """The site with what surrounds it."""
+    block = attach_block(graph, site)
+    bases = (rotary_base(graph, operation) for operation in block if isinstance(operation, Position))
+    return replace(site, block=block, rotary_base=next(bases, None))

@@ -91,6 +91,7 @@ class Site:
         region: the nodes it stands for, unless refused.
         proof: numerical evidence, unless refused.
         anchor: name of the native node where it was found.
+        rotary_base: base of the rotary frequencies of its block, where they are a constant of the graph.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Site:
     region: Region | None = None
     proof: Proof | None = None
     anchor: str = ""
+    rotary_base: float | None = None
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def _facts(site: Site) -> list[tuple[str, str]]:
     rotated: dict[str, list[str]] = {}
     for operation in site.block:
         if isinstance(operation, Position):
-            text = f"rotary, {operation.channels} channels, {operation.convention}"
+            base = f", base {site.rotary_base:g}" if site.rotary_base is not None else ""
+            text = f"rotary, {operation.channels} channels, {operation.convention}{base}"
             rotated.setdefault(text, []).append(operation.tensor)
     facts += [("rope", f"{', '.join(names)}: {text}") for text, names in rotated.items()]
     projections = [operation for operation in site.block if isinstance(operation, Project)]
