@@ -5,8 +5,8 @@
 Peers are `torch.onnx.export(dynamo=True)` with eager and with sdpa attention; ours is `attncompile.convert`
 of the eager model with default options, which compares before it writes. Every round runs
 each of them once, in alternating order, and a ratio is median over median. Two readings are given: wall time
-with two threads, and processor time of one thread, which other programs on the machine disturb less. Ratios
-above 1 mean that ours is faster.
+with two threads that do not spin, and processor time of one thread, which other programs on the machine
+disturb less. Ratios above 1 mean that ours is faster.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # idle threads of one session would otherwise spin on the cores that the next one is timed on
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
