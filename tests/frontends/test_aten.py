@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from attncompile.frontends.aten import ROWS, aten_graph
+from attncompile.frontends.aten import aten_graph
+from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.capture import capture_export
 from attncompile.frontends.graph import Contract, Graph, Linear, Opaque, Reduce, Softmax
 from attncompile.ir import Index
@@ -289,9 +290,7 @@ CREATED_BY_TORCH_ALONE = {"lift_fresh", "lift_fresh_copy", "detach_"}
 
 
 def as_module(function: Callable[..., torch.Tensor]) -> torch.nn.Module:
-    names = [
-        n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty
-    ]
+    names = [n for n, p in inspect.signature(function).parameters.items() if p.default is inspect.Parameter.empty]
 
     def forward(self: torch.nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         return function(**{**dict(zip(names, args, strict=False)), **kwargs})
@@ -317,16 +316,10 @@ def elements(graph: Graph, value: str, feeds: dict[str, torch.Tensor], sizes: di
 @pytest.mark.parametrize("row", USES, ids=lambda row: row.operation)
 def test_row(row: Row) -> None:
     module = as_module(row.function)
-    names = [
-        n
-        for n, p in inspect.signature(row.function).parameters.items()
-        if p.default is inspect.Parameter.empty
-    ]
+    names = [n for n, p in inspect.signature(row.function).parameters.items() if p.default is inspect.Parameter.empty]
     captured = capture_export(module, (), {name: INPUTS[name]() for name in names})
     graph = aten_graph(captured)
-    assert not [node for node in graph.nodes if isinstance(node, Opaque)], (
-        "a row of the table does not state this use"
-    )
+    assert not [node for node in graph.nodes if isinstance(node, Opaque)], "a row of the table does not state this use"
     used = {native.what for native in graph.natives.values()}
     assert used & {row.operation, f"{row.operation}_"}, f"torch wrote {used} instead"
     (output,) = graph.outputs
@@ -334,9 +327,7 @@ def test_row(row: Row) -> None:
     for length in (B, 7):
         fresh = {name: resized(INPUTS[name](), length) for name in names}
         with torch.no_grad():
-            expected = module(
-                **{name: t.double() if t.is_floating_point() else t for name, t in fresh.items()}
-            )
+            expected = module(**{name: t.double() if t.is_floating_point() else t for name, t in fresh.items()})
         sizes = {
             str(size): extent
             for name in names
@@ -376,9 +367,7 @@ MANY: tuple[tuple[str, Callable[..., torch.Tensor], type], ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "kind"), MANY, ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("name", "function", "kind"), MANY, ids=lambda value: value if isinstance(value, str) else "")
 def test_operations_over_many_elements_become_one_node(
     name: str, function: Callable[..., torch.Tensor], kind: type
 ) -> None:
@@ -390,8 +379,6 @@ def test_operations_over_many_elements_become_one_node(
 
 def test_what_is_not_stated_stays_opaque_and_keeps_its_inputs() -> None:
     """Values made through tuples depend on what made the tuple."""
-    graph = aten_graph(
-        capture_export(as_module(lambda x: torch.topk(x, 2).values + 1), (), {"x": INPUTS["x"]()})
-    )
+    graph = aten_graph(capture_export(as_module(lambda x: torch.topk(x, 2).values + 1), (), {"x": INPUTS["x"]()}))
     found = [node for node in graph.nodes if isinstance(node, Opaque)]
     assert found and all(node.inputs == ("x",) and node.output in graph.descendants("x") for node in found)

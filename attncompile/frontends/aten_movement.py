@@ -1,0 +1,232 @@
+"""ATen operations that only move elements: views, copies, slices, repetitions, concatenations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attncompile.frontends import movement
+from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
+from attncompile.frontends.graph import Concatenate, Indices, Reduce
+from attncompile.ir import Expr, simplify
+from attncompile.ir.expr import ONE, ZERO, Const, apply
+from attncompile.ir.simplify import Simplifier
+
+
+def _same(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    return b.move(source, movement.identity, "same", b.shape(source))
+
+
+def _dropout(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    probability, training = args[1], args[2]
+    if training and probability:
+        raise Unstated
+    return _same(b, args, kwargs)
+
+
+def _view(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    return b.move(source, movement.reshape(b.shape(source), b.out.shape), "reshape", b.out.shape)
+
+
+def _expand(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    return b.move(source, movement.broadcast(b.shape(source), b.out.shape), "expand", b.out.shape)
+
+
+def _transpose(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    rank = len(b.shape(source))
+    order = list(range(rank))
+    if rank >= 2:
+        first, second = (axis_of(a, rank) for a in (args[1:3] if len(args) > 2 else (rank - 2, rank - 1)))
+        order[first], order[second] = order[second], order[first]
+    return b.move(source, movement.permute(order), "permute", b.out.shape)
+
+
+def _permute(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    rank = len(b.shape(source))
+    return b.move(source, movement.permute([axis_of(a, rank) for a in args[1]]), "permute", b.out.shape)
+
+
+def _movedim(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    rank = len(b.shape(source))
+    moved, targets = ([a] if isinstance(a, int) else list(a) for a in args[1:3])
+    placed = {axis_of(t, rank): axis_of(m, rank) for m, t in zip(moved, targets, strict=True)}
+    rest = iter(axis for axis in range(rank) if axis not in placed.values())
+    order = [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
+    return b.move(source, movement.permute(order), "permute", b.out.shape)
+
+
+def _unsqueeze(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    return b.move(source, movement.unsqueeze([axis_of(args[1], len(b.out.shape))]), "unsqueeze", b.out.shape)
+
+
+def _squeeze(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    asked = range(len(shape)) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
+    axes = [axis_of(a, len(shape)) for a in asked if shape[axis_of(a, len(shape))] == ONE]
+    return b.move(source, movement.squeeze(axes), "squeeze", b.out.shape)
+
+
+def _position(b: Builder, argument: Any, size: Expr) -> Expr:
+    """A start or index, counted from the end when negative."""
+    number = b.number(0 if argument is None else argument)
+    if isinstance(number, Const):
+        return simplify(size + number) if number.value < 0 else number
+    return number
+
+
+def _slice(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    axis = axis_of(args[1] if len(args) > 1 else 0, len(shape))
+    size, end, step = shape[axis], args[3] if len(args) > 3 else None, args[4] if len(args) > 4 else 1
+    start = _position(b, args[2] if len(args) > 2 else 0, size)
+    if step == 1 and (end is None or (isinstance(end, int) and end >= _NO_END)):
+        start = simplify(size - b.out.shape[axis])  # what is left says where it began, with torch's own clamping
+    elif not isinstance(start, Const) or not isinstance(size, Const):
+        start = start if Simplifier({}).nonnegative(start) else simplify(apply("max", start, ZERO))
+    else:
+        start = Const(min(max(start.value, 0), size.value))
+    return b.move(source, movement.slices(axis, start, step), "slice", b.out.shape)
+
+
+_NO_END = 2**63 - 1
+"""The end of a slice that has none."""
+
+
+def _narrow(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    axis = axis_of(args[1], len(b.shape(source)))
+    start = _position(b, args[2], b.shape(source)[axis])
+    return b.move(source, movement.slices(axis, start, 1), "slice", b.out.shape)
+
+
+def _select(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    axis = axis_of(args[1], len(shape))
+    return b.move(source, movement.select(axis, _position(b, args[2], shape[axis])), "select", b.out.shape)
+
+
+def _flip(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    return b.move(source, movement.flip([axis_of(a, len(shape)) for a in args[1]], shape), "flip", shape)
+
+
+def _repeat(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    offset = len(b.out.shape) - len(shape)
+
+    def index_map(indices: Indices) -> Indices:
+        return tuple(apply("mod", indices[axis + offset], size) for axis, size in enumerate(shape))
+
+    return b.move(source, index_map, "repeat", b.out.shape)
+
+
+def _repeat_interleave(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    repeats = b.number(args[1])
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+    if dim is None:
+        raise Unstated
+    axis = axis_of(dim, len(b.shape(source)))
+
+    def index_map(indices: Indices) -> Indices:
+        return (*indices[:axis], apply("floordiv", indices[axis], repeats), *indices[axis + 1 :])
+
+    return b.move(source, index_map, "repeat", b.out.shape)
+
+
+def _concatenate(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    parts = tuple(b.tensor(part) for part in args[0])
+    axis = axis_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), len(b.out.shape))
+    if any(len(b.shape(part)) != len(b.out.shape) for part in parts):
+        raise Unstated
+    return b.emit(Concatenate(b.name(), parts, axis), b.out)
+
+
+def _stack(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    axis = axis_of(args[1] if len(args) > 1 else 0, len(b.out.shape))
+    shape = (*b.out.shape[:axis], ONE, *b.out.shape[axis + 1 :])
+    parts = tuple(b.move(b.tensor(p), movement.unsqueeze([axis]), "unsqueeze", shape) for p in args[0])
+    return b.emit(Concatenate(b.name(), parts, axis), b.out)
+
+
+def _part(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """One result of a split, chunk or unbind."""
+    whole, number = args
+    if not isinstance(whole, torch.fx.Node) or not isinstance(whole.args[0], torch.fx.Node):
+        raise Unstated
+    kind = str(whole.target)
+    source = b.value(whole.args[0], whole)
+    rank = len(b.shape(source))
+    further: list[Any] = list(whole.args[1:])
+    parts = whole.meta["val"]
+    if kind.startswith("aten.max.dim") and number == 0:
+        return b.emit(
+            Reduce(b.name(), source, "max", (axis_of(further[0], rank),), bool(further[1:] and further[1])),
+            b.out,
+        )
+    if "unbind" in kind:
+        axis = axis_of(further[0] if further else 0, rank)
+        return b.move(source, movement.select(axis, Const(number)), "select", b.out.shape)
+    if not any(name in kind for name in ("split", "chunk")):
+        raise Unstated
+    dim: Any = further[1] if len(further) > 1 else whole.kwargs.get("dim", 0)
+    axis = axis_of(dim, rank)
+    start: Expr = ZERO
+    for part in parts[:number]:
+        start = simplify(start + b.size(part.shape[axis]))
+    return b.move(source, movement.slices(axis, start, 1), "slice", b.out.shape)
+
+
+MOVEMENT: dict[str, Row] = {
+    "alias": _same,
+    "contiguous": _same,
+    "clone": _same,
+    "detach": _same,
+    "detach_": _same,
+    "lift_fresh_copy": _same,
+    "lift_fresh": _same,
+    "dropout": _dropout,
+    "view": _view,
+    "view_as": _view,
+    "reshape": _view,
+    "_unsafe_view": _view,
+    "flatten": _view,
+    "unflatten": _view,
+    "expand": _expand,
+    "broadcast_to": _expand,
+    "expand_as": _expand,
+    "transpose": _transpose,
+    "t": _transpose,
+    "swapaxes": _transpose,
+    "swapdims": _transpose,
+    "numpy_T": _transpose,
+    "mT": _transpose,
+    "permute": _permute,
+    "movedim": _movedim,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "flip": _flip,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "cat": _concatenate,
+    "concat": _concatenate,
+    "stack": _stack,
+    "getitem": _part,
+}
+"""Operations that only move elements."""

@@ -1,0 +1,139 @@
+"""ATen operations whose elements are made of many: products, sums, maxima, softmax."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from attncompile.frontends import movement
+from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
+from attncompile.frontends.graph import Contract, Indices, Info, Linear, Pointwise, Reduce, Softmax
+from attncompile.ir.expr import ONE
+
+
+def _labels(count: int, offset: int = 0) -> tuple[str, ...]:
+    return tuple(f"batch{n + offset}" for n in range(count))
+
+
+def contract_matmul(left: Indices, right: Indices) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Labels of NumPy's ``matmul``, whose batch axes broadcast right-aligned."""
+    if len(left) < 2 or len(right) < 2:
+        raise Unstated
+    batch = max(len(left), len(right)) - 2
+    return (
+        (*_labels(len(left) - 2, batch - len(left) + 2), "row", "inner"),
+        (*_labels(len(right) - 2, batch - len(right) + 2), "inner", "column"),
+        (*_labels(batch), "row", "column"),
+    )
+
+
+def _matmul(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    left, right = b.tensor(args[0]), b.tensor(args[1])
+    labels = contract_matmul(b.shape(left), b.shape(right))
+    return b.emit(Contract(b.name(), left, right, *labels), b.out)
+
+
+def _baddbmm(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    product = _matmul(b, args[1:3], {})
+    scaled = b.pointwise("mul", b.number(kwargs.get("alpha", 1)), product)
+    if kwargs.get("beta", 1) == 0:
+        return scaled
+    added = b.pointwise("mul", b.number(kwargs.get("beta", 1)), b.tensor(args[0]))
+    return b.pointwise("add", scaled, added)
+
+
+def _einsum(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    equation, tensors = args[0].replace(" ", ""), args[1]
+    if len(tensors) != 2 or "." in equation:
+        raise Unstated
+    left, right = b.tensor(tensors[0]), b.tensor(tensors[1])
+    inputs, arrow, output = equation.partition("->")
+    first, second = inputs.split(",")
+    if not arrow:
+        output = "".join(sorted(c for c in set(first + second) if (first + second).count(c) == 1))
+    if len(set(first)) != len(first) or len(set(second)) != len(second):
+        raise Unstated
+    return b.emit(Contract(b.name(), left, right, tuple(first), tuple(second), tuple(output)), b.out)
+
+
+def _linear(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    bias = b.tensor(args[2]) if len(args) > 2 and args[2] is not None else None
+    return b.emit(Linear(b.name(), b.tensor(args[0]), b.tensor(args[1]), bias), b.out)
+
+
+def _addmm(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
+        raise Unstated
+    return b.emit(Linear(b.name(), b.tensor(args[1]), b.tensor(args[2]), b.tensor(args[0]), True), b.out)
+
+
+def _softmax(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    return b.emit(Softmax(b.name(), b.tensor(args[0]), axis_of(args[1], len(b.out.shape))), b.out)
+
+
+def _log_softmax(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    weights = b.emit(Softmax(b.name(), b.tensor(args[0]), axis_of(args[1], len(b.out.shape))), b.out)
+    return b.pointwise("log", weights)
+
+
+def _reduce(kind: Literal["sum", "max"]) -> Row:
+    def row(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+        source = b.tensor(args[0])
+        rank = len(b.shape(source))
+        asked = args[1] if len(args) > 1 else kwargs.get("dim")
+        if b.out.dtype == "bool" or (kind == "sum" and not b.info(source).dtype.startswith(("float", "bfloat"))):
+            raise Unstated
+        axes = range(rank) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
+        keeps = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+        summed = tuple(sorted(axis_of(a, rank) for a in axes))
+        factors = _factors(b, source) if kind == "sum" and len(summed) == 1 else None
+        if factors is None:
+            return b.emit(Reduce(b.name(), source, kind, summed, keeps), b.out)
+        labels = tuple(f"axis{n}" for n in range(rank))
+        kept = labels[: summed[0]] + labels[summed[0] + 1 :]
+        shape = b.shape(source)
+        left, right = factors
+        product = b.emit(
+            Contract(
+                b.name(),
+                left,
+                right,
+                labels[rank - len(b.shape(left)) :],
+                labels[rank - len(b.shape(right)) :],
+                kept,
+            ),
+            Info((*shape[: summed[0]], *shape[summed[0] + 1 :]), b.out.dtype),
+        )
+        return b.move(product, movement.unsqueeze(summed), "unsqueeze", b.out.shape) if keeps else product
+
+    return row
+
+
+def _factors(b: Builder, value: str) -> tuple[str, str] | None:
+    """The two tensors whose outer product a value is: its sum over an axis is then a contraction.
+
+    Each of the two lacks an axis; a product of equal shapes, or with a mask that only one side broadcasts, is
+    none.
+    """
+    match b.producer.get(value):
+        case Pointwise(_, "mul", (str(left), str(right))):
+            shape = b.shape(value)
+            lacking = [len(b.shape(f)) < len(shape) or ONE in b.shape(f) for f in (left, right)]
+            return (left, right) if all(lacking) and (b.shape(left) != shape or b.shape(right) != shape) else None
+    return None
+
+
+REDUCTION: dict[str, Row] = {
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    "linear": _linear,
+    "addmm": _addmm,
+    "softmax": _softmax,
+    "_softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "sum": _reduce("sum"),
+    "amax": _reduce("max"),
+}
+"""Operations whose elements are made of many."""

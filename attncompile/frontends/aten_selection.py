@@ -1,0 +1,84 @@
+"""ATen operations that choose elements by positions read from integer tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attncompile.frontends import movement
+from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
+from attncompile.frontends.aten_sizes import broadcast_shapes
+from attncompile.frontends.graph import Indices, Select
+
+
+def _index(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    data, selectors = b.tensor(args[0]), list(args[1])
+    shape = b.shape(data)
+    selectors += [None] * (len(shape) - len(selectors))
+    tensors = {axis: b.tensor(s) for axis, s in enumerate(selectors) if s is not None}
+    if any(b.info(t).dtype == "bool" for t in tensors.values()) or not tensors:
+        raise Unstated
+    axes = sorted(tensors)
+    common = broadcast_shapes([b.shape(t) for t in tensors.values()])
+    together = axes[-1] - axes[0] + 1 == len(axes)
+    first = axes[0] if together else 0
+    free = [axis for axis in range(len(shape)) if axis not in tensors]
+
+    def free_axis(axis: int) -> Callable[[Indices], Indices]:
+        place = free.index(axis)
+        where = place if place < first else place + len(common)
+        return lambda indices: (indices[where],)
+
+    def chosen(tensor: str) -> Callable[[Indices], Indices]:
+        inner = movement.broadcast(b.shape(tensor), common)
+        return lambda indices: inner(indices[first : first + len(common)])
+
+    positions = tuple(
+        (tensors[axis], chosen(tensors[axis])) if axis in tensors else (None, free_axis(axis))
+        for axis in range(len(shape))
+    )
+    return b.emit(Select(b.name(), data, positions), b.out)
+
+
+def _along(
+    b: Builder,
+    data: str,
+    axis: int,
+    index: str,
+    index_map: Callable[[Indices], Indices],
+    others: Callable[[int], int],
+    wraps: bool,
+) -> str:
+    rank = len(b.shape(data))
+
+    def keep(source_axis: int) -> Callable[[Indices], Indices]:
+        where = others(source_axis)
+        return lambda indices: (indices[where],)
+
+    positions = tuple((index, index_map) if a == axis else (None, keep(a)) for a in range(rank))
+    return b.emit(Select(b.name(), data, positions, wraps), b.out)
+
+
+def _embedding(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    table, index = b.tensor(args[0]), b.tensor(args[1])
+    rank = len(b.shape(index))
+    return _along(b, table, 0, index, lambda indices: indices[:rank], lambda axis: rank + axis - 1, False)
+
+
+def _index_select(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    data, axis, index = b.tensor(args[0]), axis_of(args[1], len(b.out.shape)), b.tensor(args[2])
+    return _along(b, data, axis, index, lambda indices: (indices[axis],), lambda a: a, False)
+
+
+def _gather(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    data, axis, index = b.tensor(args[0]), axis_of(args[1], len(b.out.shape)), b.tensor(args[2])
+    return _along(b, data, axis, index, lambda indices: indices, lambda a: a, False)
+
+
+SELECTION: dict[str, Row] = {
+    "index": _index,
+    "embedding": _embedding,
+    "index_select": _index_select,
+    "gather": _gather,
+}
+"""Operations that choose elements by positions read from integer tensors."""
