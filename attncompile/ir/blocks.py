@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from attncompile.ir.boxes import Boxes, Sight
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Apply, Expr, Index, Load, conjunction, conjuncts, symbols, walk
-from attncompile.ir.intervals import Interval, Visibility, classify
+from attncompile.ir.intervals import Interval, Visibility
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import simplify
 
@@ -52,6 +53,10 @@ def _edges(length: int, block: int) -> tuple[Any, Any]:
     return starts, np.minimum(starts + block, length) - 1
 
 
+_STRIP = 1 << 15
+"""Tiles that are classified at a time, so that memory does not grow with the square of the length."""
+
+
 def block_map(
     mask: Expr,
     query_length: int,
@@ -60,14 +65,21 @@ def block_map(
     block_query: int = 128,
     block_key: int = 128,
     ranges: Mapping[str, Interval] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> BlockMap:
     """Classify every tile of an attention map.
 
+    Exact for masks of integer comparisons (causal, window, prefix, chunked, dilated, neighbourhoods and what
+    they are combined to), and for what they load when the tensors are given. Only the result holds something
+    for every tile; nothing holds anything for every position.
+
     Args:
-        mask: truth value over ``b h i j``; what it loads counts as unknown unless ``ranges`` says more.
+        mask: truth value over ``b h i j``; what it loads counts as unknown unless ``ranges`` or ``tensors``
+            say more.
         query_length, key_length: sizes ``I`` and ``J``.
         block_query, block_key: tile sizes in positions.
         ranges: ranges of other symbols and of tensor elements.
+        tensors: values of tensors that the mask loads; ``b`` and ``h`` then need a range of one number.
 
     Raises:
         ValueError: for sizes below 1, or when the expression is no mask.
@@ -82,24 +94,22 @@ def block_map(
             raise ValueError(f"{name} must be at least 1, got {value}")
     query_low, query_high = _edges(query_length, block_query)
     key_low, key_high = _edges(key_length, block_key)
-    given = {
-        "I": Interval(query_length, query_length),
-        "J": Interval(key_length, key_length),
-        **(ranges or {}),
-    }
-    box = {
-        **given,
-        "i": Interval(query_low[:, None], query_high[:, None]),
-        "j": Interval(key_low[None, :], key_high[None, :]),
-    }
-    mask = simplify(mask)
-    visibility = np.array(np.broadcast_to(classify(mask, box), (len(query_low), len(key_low))))
-    rows, columns = np.nonzero(visibility == Visibility.MIXED)
-    tiles = _Boxes(
-        np.arange(len(rows)), query_low[rows], query_high[rows], key_low[columns], key_high[columns]
-    )
-    visibility[rows, columns] = _resolve(mask, tiles, given)
+    sight = Sight(mask, _given(query_length, key_length, ranges), tensors)
+    visibility = np.empty((len(query_low), len(key_low)), dtype=np.int8)
+    height = max(1, _STRIP // len(key_low))
+    for top in range(0, len(query_low), height):
+        low, high = query_low[top : top + height], query_high[top : top + height]
+        queries, keys = Interval(low[:, None], high[:, None]), Interval(key_low[None, :], key_high[None, :])
+        strip = np.array(np.broadcast_to(sight.classify(queries, keys), (len(low), len(key_low))))
+        rows, columns = np.nonzero(strip == Visibility.MIXED)
+        tiles = Boxes(np.arange(len(rows)), low[rows], high[rows], key_low[columns], key_high[columns])
+        strip[rows, columns] = _resolve(sight, tiles)
+        visibility[top : top + height] = strip
     return BlockMap(visibility, block_query, block_key, query_length, key_length)
+
+
+def _given(queries: int, keys: int, ranges: Mapping[str, Interval] | None) -> dict[str, Interval]:
+    return {"I": Interval(queries, queries), "J": Interval(keys, keys), **(ranges or {})}
 
 
 _PROBES = (
@@ -118,66 +128,23 @@ _PROBES = (
 )
 """Where a tile is looked at first: fractions of its query and key range."""
 _MOST_BOXES = 1 << 18
-"""Boxes in hand beyond which undecided tiles stay mixed."""
+"""Boxes of one tile beyond which it stays mixed."""
+_AT_ONCE = 4
+"""Boxes of one tile that are cut at a time."""
 
 
-@dataclass(frozen=True)
-class _Boxes:
-    """Boxes of positions, first and last, each part of a tile."""
-
-    tile: np.ndarray[Any, Any]
-    query_low: np.ndarray[Any, Any]
-    query_high: np.ndarray[Any, Any]
-    key_low: np.ndarray[Any, Any]
-    key_high: np.ndarray[Any, Any]
-
-    def __len__(self) -> int:
-        return len(self.tile)
-
-    def __getitem__(self, which: np.ndarray[Any, Any]) -> _Boxes:
-        return _Boxes(*(getattr(self, f.name)[which] for f in fields(self)))
-
-    @property
-    def are_points(self) -> np.ndarray[Any, Any]:
-        """Which boxes are one position."""
-        points: np.ndarray[Any, Any] = (self.query_low == self.query_high) & (self.key_low == self.key_high)
-        return points
-
-    def classified(self, mask: Expr, given: Mapping[str, Interval]) -> np.ndarray[Any, Any]:
-        """Visibility of the mask in each box."""
-        queries, keys = Interval(self.query_low, self.query_high), Interval(self.key_low, self.key_high)
-        return np.broadcast_to(classify(mask, {**given, "i": queries, "j": keys}), len(self))
-
-    def point(self, query: float, key: float) -> _Boxes:
-        """The position at these fractions of each box."""
-        i = np.round(self.query_low + query * (self.query_high - self.query_low))
-        j = np.round(self.key_low + key * (self.key_high - self.key_low))
-        return _Boxes(self.tile, i, i, j, j)
-
-    def halves(self) -> _Boxes:
-        """Each box cut in two across its longer side."""
-        tall = self.query_high - self.query_low >= self.key_high - self.key_low
-        middle_query = np.floor((self.query_low + self.query_high) / 2)
-        middle_key = np.floor((self.key_low + self.key_high) / 2)
-        first = (
-            self.tile,
-            self.query_low,
-            np.where(tall, middle_query, self.query_high),
-            self.key_low,
-            np.where(tall, self.key_high, middle_key),
-        )
-        second = (
-            self.tile,
-            np.where(tall, middle_query + 1, self.query_low),
-            self.query_high,
-            np.where(tall, self.key_low, middle_key + 1),
-            self.key_high,
-        )
-        return _Boxes(*(np.concatenate(sides) for sides in zip(first, second, strict=True)))
+def _rank(tile: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How many boxes of the same tile come before each."""
+    order = np.argsort(tile, kind="stable")
+    in_order = tile[order]
+    starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))[: len(in_order)]
+    rank = np.empty(len(tile), dtype=np.int64)
+    rank[order] = np.arange(len(tile)) - np.repeat(starts, np.diff([*starts, len(tile)]))
+    return rank
 
 
-def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Visibility of tiles that their own bounds leave undecided.
+def _resolve(sight: Sight, tiles: Boxes) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """Visibility of tiles that their own bounds leave undecided; ``tiles.tile`` counts them.
 
     A tile is mixed once a position of it is found that is not visible and one that is not hidden; otherwise
     it is cut into boxes until each is decided. A position that stays undecided (its mask loads a tensor)
@@ -185,7 +152,7 @@ def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.nda
     """
     not_hidden, not_visible = np.zeros(len(tiles), dtype=bool), np.zeros(len(tiles), dtype=bool)
 
-    def note(boxes: _Boxes, found: np.ndarray[Any, Any]) -> None:
+    def note(boxes: Boxes, found: np.ndarray[Any, Any]) -> None:
         points = boxes.are_points
         not_hidden[boxes.tile[(found == Visibility.ALL) | (points & (found == Visibility.MIXED))]] = True
         not_visible[boxes.tile[(found == Visibility.NONE) | (points & (found == Visibility.MIXED))]] = True
@@ -193,19 +160,48 @@ def _resolve(mask: Expr, tiles: _Boxes, given: Mapping[str, Interval]) -> np.nda
     for query, key in _PROBES:
         points = tiles[~(not_hidden & not_visible)].point(query, key)
         if len(points):
-            note(points, points.classified(mask, given))
-    boxes = tiles[~(not_hidden & not_visible)]
-    while len(boxes) and 2 * len(boxes) <= _MOST_BOXES:
+            note(points, sight.in_boxes(points))
+    groups = [tiles[~(not_hidden & not_visible)]]
+    seen = 0
+    while groups:
+        boxes = groups.pop()
+        boxes = boxes[~(not_hidden & not_visible)[boxes.tile]]
+        if not len(boxes):
+            continue
+        seen += len(boxes)
+        if seen > _MOST_BOXES * max(1, len(tiles)):
+            not_hidden[boxes.tile] = not_visible[boxes.tile] = True
+            continue
         boxes = boxes.halves()
-        found = boxes.classified(mask, given)
+        found = sight.in_boxes(boxes)
         note(boxes, found)
         boxes = boxes[(found == Visibility.MIXED) & ~boxes.are_points]
-        boxes = boxes[~(not_hidden & not_visible)[boxes.tile]]
-    not_hidden[boxes.tile] = not_visible[boxes.tile] = True
+        first = _rank(boxes.tile) < _AT_ONCE
+        groups += [boxes[~first], boxes[first]]  # depth first: one position of each kind is enough
     visible, hidden = not_hidden & ~not_visible, not_visible & ~not_hidden
-    return np.where(visible, Visibility.ALL, np.where(hidden, Visibility.NONE, Visibility.MIXED)).astype(
-        np.int8
-    )
+    return np.where(visible, Visibility.ALL, np.where(hidden, Visibility.NONE, Visibility.MIXED)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of an attention map is visible.
+
+    Attributes:
+        value: between 0 and 1.
+        exact: whether every undecided position was looked at; otherwise a fixed random choice of boxes stands
+            for all.
+    """
+
+    value: float
+    exact: bool
+
+
+_SMALLEST = 16
+"""Side of the boxes whose positions are looked at one by one."""
+_GRID = 64
+"""Tiles along each side that counting starts from."""
+_COUNTED, _CHOSEN = 1 << 18, 1 << 16
+"""Undecided boxes up to which all are cut further, and how many are chosen of more."""
 
 
 def density(
@@ -215,51 +211,95 @@ def density(
     *,
     sizes: Mapping[str, int] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    at: Mapping[str, int] | None = None,
 ) -> float:
+    """The value of :func:`visible_share`."""
+    return visible_share(mask, query_length, key_length, sizes=sizes, tensors=tensors, at=at).value
+
+
+def visible_share(
+    mask: Expr,
+    query_length: int,
+    key_length: int,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    at: Mapping[str, int] | None = None,
+) -> Share:
     """Share of visible positions in the map of one batch row and head.
 
-    Parts of the mask that load a tensor count as visible when ``tensors`` lacks it, so the result is then an
-    upper bound. Only tiles that intervals leave undecided are evaluated, one row of tiles at a time; nothing
-    of size ``I × J`` is kept.
+    Boxes that intervals decide are counted whole, the others are cut until they are small enough to look at
+    each position. Where there are too many of those (a dilated mask of a million tokens), a choice of them is
+    looked at, and the share is an estimate.
+
+    Args:
+        mask: truth value over ``b h i j``; parts that load a tensor count as visible when ``tensors`` lacks
+            it, so the result is then an upper bound.
+        query_length, key_length: sizes ``I`` and ``J``.
+        sizes: values of other sizes.
+        tensors: values of tensors that the mask loads.
+        at: batch row ``b`` and head ``h``; 0 each when left out.
     """
     known = tensors or {}
     parts = [
-        p
-        for p in conjuncts(simplify(mask))
-        if all(node.tensor in known for node in walk(p) if isinstance(node, Load))
+        p for p in conjuncts(simplify(mask)) if all(node.tensor in known for node in walk(p) if isinstance(node, Load))
     ]
     if not parts:
-        return 1.0
+        return Share(1.0, True)
     whole = conjunction(parts)
-    ranges = {name: Interval(value, value) for name, value in (sizes or {}).items()}
     names = {s.name for s in symbols(whole) if isinstance(s, Index)} - {"i", "j"}
-    ranges |= {name: Interval(0, 0) for name in names}
-    tiles = block_map(whole, query_length, key_length, ranges=ranges)
-    count = 0
-    for row, visibility in enumerate(tiles.visibility):
-        i = _positions(np.array([row]), tiles.block_query, query_length)
-        count += len(i) * len(
-            _positions(np.flatnonzero(visibility == Visibility.ALL), tiles.block_key, key_length)
-        )
-        j = _positions(np.flatnonzero(visibility == Visibility.MIXED), tiles.block_key, key_length)
-        environment = Environment(
-            indices={
-                "i": i[:, None],
-                "j": j[None, :],
-                **{name: torch.zeros((1, 1), dtype=torch.int64) for name in names},
-            },
-            sizes={"I": query_length, "J": key_length, **(sizes or {})},
-            tensors=known,
-        )
-        if len(j):
-            count += int(evaluate(whole, environment).expand(len(i), len(j)).sum())
-    return count / (query_length * key_length)
+    others = {name: (at or {}).get(name, 0) for name in sorted(names)}
+    numbers = {**(sizes or {}), **others}
+    ranges = {name: Interval(value, value) for name, value in numbers.items()}
+    sight = Sight(whole, _given(query_length, key_length, ranges), known)
+    environment = Environment(
+        indices={name: torch.full((1, 1, 1), value) for name, value in others.items()},
+        sizes={"I": query_length, "J": key_length, **(sizes or {})},
+        tensors=known,
+    )
+    count, weight, exact = 0.0, 1.0, True
+    boxes = _starting_boxes(query_length, key_length)
+    chosen = np.random.default_rng(0)
+    while len(boxes):
+        found = sight.in_boxes(boxes)
+        count += weight * float(boxes[found == Visibility.ALL].positions.sum())
+        boxes = boxes[found == Visibility.MIXED]
+        small = boxes.positions <= _SMALLEST**2
+        for part in boxes[small].parts():
+            count += weight * _visible_positions(whole, part, environment)
+        boxes = boxes[~small]
+        if len(boxes) > _COUNTED:
+            exact = False
+            kept = np.sort(chosen.choice(len(boxes), _CHOSEN, replace=False))
+            weight *= float(boxes.positions.sum() / boxes[kept].positions.sum())
+            boxes = boxes[kept]
+        boxes = boxes.halves()
+    return Share(min(count / (query_length * key_length), 1.0), exact)
 
 
-def _positions(tiles: np.ndarray[Any, Any], block: int, length: int) -> torch.Tensor:
-    """The positions that some tiles cover: int64, in order."""
-    covered = (tiles[:, None] * block + np.arange(block)[None, :]).reshape(-1)
-    return torch.from_numpy(covered[covered < length])
+def _starting_boxes(queries: int, keys: int) -> Boxes:
+    side = max(_SMALLEST, math.ceil(max(queries, keys) / _GRID))
+    query_low, query_high = _edges(queries, side)
+    key_low, key_high = _edges(keys, side)
+    rows, columns = (part.reshape(-1) for part in np.indices((len(query_low), len(key_low))))
+    return Boxes(np.arange(len(rows)), query_low[rows], query_high[rows], key_low[columns], key_high[columns])
+
+
+def _visible_positions(mask: Expr, boxes: Boxes, environment: Environment) -> int:
+    """How many positions of small boxes the mask leaves visible."""
+    if not len(boxes):
+        return 0
+
+    def line(low: Any, high: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start, last = torch.from_numpy(low).long()[:, None], torch.from_numpy(high).long()[:, None]
+        positions = start + torch.arange(int((high - low).max()) + 1)[None, :]
+        return positions, positions <= last
+
+    i, query_inside = line(boxes.query_low, boxes.query_high)
+    j, key_inside = line(boxes.key_low, boxes.key_high)
+    grid = {**environment.indices, "i": i[:, :, None], "j": j[:, None, :]}
+    seen = evaluate(mask, replace(environment, indices=grid))
+    return int((seen & query_inside[:, :, None] & key_inside[:, None, :]).sum())
 
 
 @dataclass(frozen=True)
@@ -299,14 +339,3 @@ def key_bounds(mask: Expr) -> KeyBounds:
 
 def _is_limit(expr: Expr) -> bool:
     return expr.kind is Kind.INT and not any(node == KEY or isinstance(node, Load) for node in walk(expr))
-
-
-def picture(mask: Expr, query_length: int, key_length: int, *, columns: int = 32) -> str:
-    """A small picture of the mask: full blocks where all is visible, light where part is, blank where none
-    is.
-
-    A character stands for twice as many queries as keys, as characters are twice as high as wide.
-    """
-    block = max(1, math.ceil(max(query_length, key_length) / columns))
-    tiles = block_map(mask, query_length, key_length, block_query=2 * block, block_key=block).visibility
-    return "\n".join("".join(" ░█"[tile] for tile in row) for row in tiles)

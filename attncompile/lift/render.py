@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from attncompile.ir import Attend, Expr, Operation, Position, Project, Size, Spec, print_expr, print_spec
-from attncompile.ir.blocks import density, picture
+from attncompile.ir.blocks import density
+from attncompile.ir.picture import picture
 from attncompile.ir.expr import TRUE, Const, conjunction, conjuncts, loads, walk
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import concrete
