@@ -12,11 +12,11 @@ import contextlib
 import copy
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,21 +58,28 @@ def build(model_type: str, attention: Attention = "eager", seed: int = 0) -> Bui
         raise BuildError(f"transformers {transformers.__version__} has no model type {model_type!r}")
     need, met = need_of(model_type), []
     with _quiet(), torch.no_grad():
-        for step in STEPS:
-            try:
-                config = _config(model_type, need, step)
-            except Exception as error:
-                met.append(f"configuration: {_said(error)}")
-                continue
-            for model in _models(config, attention, seed, met):
-                for names in proposals(model, need.inputs):
-                    try:
-                        inputs = arguments(model, model.config, names, seed)
-                        model(**copy.deepcopy(inputs))
-                        return model, (), inputs
-                    except Exception as error:
-                        met.append(f"{type(model).__name__}({', '.join(names)}): {_said(error)}")
+        configs = list(_configs(model_type, need, met))
+        for kind in _classes(transformers.CONFIG_MAPPING[model_type], need):
+            for config in configs:
+                model = _model(kind, config, attention, seed, met)
+                inputs = None if model is None else _inputs_that_run(model, need, seed, met)
+                if model is not None and inputs is not None:
+                    return model, (), inputs
     raise BuildError(f"{model_type}: " + " | ".join(dict.fromkeys(met)))
+
+
+def _inputs_that_run(model: torch.nn.Module, need: Need, seed: int, met: list[str]) -> Inputs | None:
+    """The fullest inputs that the model takes; what stood in the way of others goes to ``met``."""
+    for names, turned in itertools.product(proposals(model, need.inputs), (False, True)):
+        if turned and "input_features" not in names:
+            continue
+        try:
+            inputs = arguments(model, model.config, names, seed, turned)
+            model(**copy.deepcopy(inputs))
+            return inputs
+        except Exception as error:
+            met.append(f"{type(model).__name__}({', '.join(names)}): {_said(error)}")
+    return None
 
 
 def _said(error: Exception) -> str:
@@ -95,6 +102,15 @@ def _merged(config: Config, over: Mapping[str, Any]) -> Config:
         old = merged.get(name)
         merged[name] = _merged(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
     return merged
+
+
+def _configs(model_type: str, need: Need, met: list[str]) -> Iterator[Any]:
+    """Small configurations of a type, the smallest first."""
+    for step in STEPS[:1] if need.afresh else STEPS:
+        try:
+            yield _config(model_type, need, step)
+        except Exception as error:
+            met.append(f"configuration: {_said(error)}")
 
 
 def _config(model_type: str, need: Need, step: Ladder) -> Any:
@@ -134,51 +150,56 @@ def _without_downloads(config: Config) -> Config:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def _classes(config: Any) -> list[type[torch.nn.Module]]:
+def _classes(config_kind: type[Any], need: Need) -> list[type[torch.nn.Module]]:
     """Model classes of a configuration: the base model, then others of its file, those that generate first."""
+    name = config_kind.__module__.replace(".configuration_", ".modeling_")
     found: list[type[torch.nn.Module]] = []
     with contextlib.suppress(Exception):
-        base = transformers.MODEL_MAPPING[type(config)]
+        base = transformers.MODEL_MAPPING[config_kind]
         found += list(base) if isinstance(base, list | tuple) else [base]
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
     with contextlib.suppress(Exception):
         module = importlib.import_module(name)
+        if need.model:
+            return [getattr(module, need.model)]
         beside = [
             kind
             for kind in vars(module).values()
             if inspect.isclass(kind)
             and issubclass(kind, transformers.PreTrainedModel)
             and kind.__module__ == name
-            and kind.config_class is type(config)
+            and kind.config_class is config_kind
             and not kind.__name__.endswith("PreTrainedModel")
         ]
-        beside.sort(key=lambda kind: ("Generation" not in kind.__name__, "CausalLM" not in kind.__name__, len(kind.__name__)))
+        beside.sort(
+            key=lambda kind: ("Generation" not in kind.__name__, "CausalLM" not in kind.__name__, len(kind.__name__))
+        )
         found += [kind for kind in beside if kind not in found]
     return found[:MOST_CLASSES]
 
 
-def _models(config: Any, attention: Attention, seed: int, met: list[str]) -> Iterator[torch.nn.Module]:
-    """A model of each class that can be made; what stood in the way of the others goes to ``met``."""
-    for kind in _classes(config):
-        try:
-            with torch.device("meta"):
-                sketch = kind._from_config(copy.deepcopy(config), attn_implementation=attention)
-            size = sum(parameter.numel() for parameter in sketch.parameters())
-        except Exception:
-            size = 0  # some models compute while they are made, which "meta" cannot
-        if size > MOST_PARAMETERS:
-            met.append(f"{kind.__name__}: {size / 1e6:.0f} million parameters")
-            continue
-        try:
-            torch.manual_seed(seed)
-            model = kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32).eval()
-        except Exception as error:
-            met.append(f"{kind.__name__}: {_said(error)}")
-            continue
-        with contextlib.suppress(Exception):  # the default kernel of experts has no ONNX form
-            model.set_experts_implementation("batched_mm")
-        _make_different(model)
-        yield model
+def _model(
+    kind: type[torch.nn.Module], config: Any, attention: Attention, seed: int, met: list[str]
+) -> torch.nn.Module | None:
+    """A model of a class, or None and a line in ``met`` that says why not."""
+    try:
+        with torch.device("meta"):
+            sketch = kind._from_config(copy.deepcopy(config), attn_implementation=attention)
+        size = sum(parameter.numel() for parameter in sketch.parameters())
+    except Exception:
+        size = 0  # some models compute while they are made, which "meta" cannot
+    if size > MOST_PARAMETERS:
+        met.append(f"{kind.__name__}: {size / 1e6:.0f} million parameters")
+        return None
+    try:
+        torch.manual_seed(seed)
+        model = kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32).eval()
+    except Exception as error:
+        met.append(f"{kind.__name__}: {_said(error)}")
+        return None
+    with contextlib.suppress(Exception):  # the default kernel of experts has no ONNX form
+        model.set_experts_implementation("batched_mm")
+    _make_different(model)
+    return model
 
 
 def _make_different(model: torch.nn.Module) -> None:
@@ -201,4 +222,4 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-__all__ = ["Attention", "BuildError", "Built", "build", "model_types", "replace"]
+__all__ = ["Attention", "BuildError", "Built", "build", "model_types"]

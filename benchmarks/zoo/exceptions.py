@@ -15,11 +15,13 @@ class Need:
         config: values over the small configuration; nested mappings are merged.
         inputs: arguments to give though the signature calls them optional.
         afresh: whether ``config`` goes to the configuration class alone, because its defaults depend on each other.
+        model: class to take, where the base model is no model by itself.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     afresh: bool = False
+    model: str = ""
 
 
 SERIES = Need(
@@ -43,6 +45,13 @@ SEGMENT_ANYTHING = Need(
 )  # fmt: skip
 BLOCKS_OF_FOUR = Need({"block_size": 4, "num_random_blocks": 2})
 WINDOW_OF_SIXTEEN = Need({"attention_window": [16, 16]})
+FEW_FILTERS = Need(
+    {
+        part: {"num_filters": 2}
+        for part in ("audio_config", "semantic_model_config", "acoustic_tokenizer_encoder_config",
+                     "semantic_tokenizer_encoder_config")
+    }
+)  # fmt: skip
 BACKBONE = {
     "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1],
 }  # fmt: skip
@@ -67,8 +76,9 @@ NEEDS: Mapping[str, Need] = {
     ),
     "decision_transformer": Need(
         {"n_layer": 2, "n_head": 4, "hidden_size": 64},
-        ("states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"),
+        ("states", "actions", "rewards", "returns_to_go", "timesteps"),
     ),
+    "deepseek_v2": Need({"num_experts_per_tok": 2}),
     "donut-swin": Need({"window_size": 4}),
     "dpt": Need(
         {
@@ -110,10 +120,14 @@ NEEDS: Mapping[str, Need] = {
     "sam": SEGMENT_ANYTHING,
     "sam_hq": SEGMENT_ANYTHING,
     "siglip2": Need(inputs=("pixel_attention_mask", "spatial_shapes")),
+    "speecht5": Need(model="SpeechT5ForSpeechToText"),
+    "swin": Need({"image_size": 224, "embed_dim": 32}),
     "time_series_transformer": SERIES,
     "timesfm": Need({"context_length": 64, "horizon_length": 32}),
     "transfo-xl": Need({"cutoffs": []}),
     "udop": Need(inputs=("bbox",)),
+    "vibevoice": FEW_FILTERS,
+    "vibevoice_asr": FEW_FILTERS,
     "vilt": Need({"image_size": 96, "patch_size": 16}, ("pixel_values",)),
     "visual_bert": Need(inputs=("visual_embeds",)),
     "yolos": Need({"image_size": [96, 96]}),

@@ -315,9 +315,12 @@ def proposals(model: torch.nn.Module, extra: tuple[str, ...]) -> Iterator[tuple[
                 yield ordered
 
 
-def arguments(model: torch.nn.Module, config: Any, names: tuple[str, ...], seed: int) -> Inputs:
+def arguments(
+    model: torch.nn.Module, config: Any, names: tuple[str, ...], seed: int, channels_first: bool = False
+) -> Inputs:
     """The named arguments of one call.
 
+    ``channels_first`` turns speech features from [batch, frames, bins] to [batch, bins, frames] or back.
     Raises LookupError for a name that no row of `ARGUMENTS` knows.
     """
     torch.manual_seed(seed)
@@ -326,6 +329,8 @@ def arguments(model: torch.nn.Module, config: Any, names: tuple[str, ...], seed:
         if name not in ARGUMENTS:
             raise LookupError(f"{type(model).__name__} takes {name}, which no row of ARGUMENTS makes")
         made[name] = ARGUMENTS[name](Request(model, config, made))
+    if channels_first and "input_features" in made:
+        made["input_features"] = made["input_features"].transpose(-1, -2).contiguous()
     if "use_cache" in inspect.signature(model.forward).parameters:
         made["use_cache"] = False
     return made

@@ -27,13 +27,22 @@ class Ladder:
     Attributes:
         widths: whether widths, heads and feed-forward sizes shrink, or only depth, experts and vocabulary.
         grouped: whether models that repeat key/value heads keep fewer of them than query heads.
+        sections: whether rotary sections are said where the configuration leaves them to the modelling code, whose
+            defaults are for large heads.
     """
 
     widths: bool = True
     grouped: bool = True
+    sections: bool = False
 
 
-STEPS = (Ladder(), Ladder(grouped=False), Ladder(widths=False))
+STEPS = (
+    Ladder(),
+    Ladder(sections=True),
+    Ladder(grouped=False),
+    Ladder(grouped=False, sections=True),
+    Ladder(widths=False),
+)
 
 
 @dataclass
@@ -112,21 +121,31 @@ def _role(names: str, size: Callable[[Scale, str, int], int] | int, **options: b
 
 ROLES = (
     # fields that look like another role and are none
-    _role(r"num_feat_extract_layers|max_window_layers|num_hidden_groups|xpath_unit_hidden_size|num_channels", lambda s, n, v: v),
+    _role(
+        r"num_feat_extract_layers|max_window_layers|num_hidden_groups|xpath_unit_hidden_size|num_channels",
+        lambda s, n, v: v,
+    ),
     _role(r"num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers", 0),
-    _role(r"(.*_)?(num_)?(hidden_|n_)?layers?|n_layers?|depth|(.*_)?depth|num_blocks|n_blocks|.*_num_layers"
-          r"|num_layers_per_stack|num_self_attends_per_block", _depth),
+    _role(
+        r"(.*_)?(num_)?(hidden_|n_)?layers?|n_layers?|depth|(.*_)?depth|num_blocks|n_blocks|.*_num_layers"
+        r"|num_layers_per_stack|num_self_attends_per_block",
+        _depth,
+    ),
     _role(r".*(key_value|kv)_(n_)?heads|multi_query_group_num", _key_value_heads, width=True),
-    _role(r"linear_(num_)?(key_|value_)?(num_)?heads|index_n_heads", HEADS, width=True),
-    _role(r"mamba_n_heads|mamba_num_heads", 8, width=True),
-    _role(r"(.*_)?(n_|num_)?heads?|nhead", HEADS, width=True),
     _role(r"qk_rope_head_dim|rotary_dim", HEAD // 2, width=True),
     _role(r"mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size", HEAD, width=True),
     _role(r".*head_dim|.*head_size|d_kv|d_head|kv_channels|.*dim_head|key_dim", _head, width=True),
+    _role(r"linear_(num_)?(key_|value_)?(num_)?heads|index_n_heads", HEADS, width=True),
+    _role(r"mamba_n_heads|mamba_num_heads", 8, width=True),
+    _role(r"(.*_)?(n_|num_)?heads?|nhead", HEADS, width=True),
     _role(r".*_lora_rank", WIDTH // 2, width=True),
-    _role(r"(.*_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|mlp_dim|feed_?forward_(hidden_)?(size|dim))"
-          r"|d_ff|dff|dim_ff|d_inner|n_inner|inner_dim|dim_feedforward|intermediate_size_mlp|(.*_)?linear_units"
-          r"|moe_(latent|hidden)_size", FEED_FORWARD, width=True),
+    _role(
+        r"(.*_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|mlp_dim|feed_?forward_(hidden_)?(size|dim))"
+        r"|d_ff|dff|dim_ff|d_inner|n_inner|inner_dim|dim_feedforward|intermediate_size_mlp|(.*_)?linear_units"
+        r"|moe_(latent|hidden)_size",
+        FEED_FORWARD,
+        width=True,
+    ),
     _role(r"(num_|n_)?(local_|routed_|moe_)?experts|moe_num_experts", EXPERTS),
     _role(r"n_group|topk_group", 1),
     _role(r"(num_|n_)?experts_per_tok(en)?|moe_(top_?)?k|top_k_experts|num_experts_per_token", 2),
@@ -135,10 +154,14 @@ ROLES = (
     _role(r"image_size|img_size|crop_size|input_size|max_img_size|pretrain(ing)?_image_size", _image, grows=True),
     _role(r"num_queries|num_query|num_query_tokens|num_latents|(.*_)?n(um)?_latents", QUERIES),
     _role(r"max_source_positions", 48),
-    _role(r"(.*_)?(hidden_size|hidden_dim|d_model|embed_dim|embedding_dim|embedding_size|n_embd|emb_dim|model_dim"
-          r"|projection_dim|projection_size|output_dim|codevector_dim|attention_dim|embed_size)|dim|dim_model|d_embed"
-          r"|word_embed_proj_dim|d_latents|out_hidden_size|entity_emb_size|hidden_size_per_layer_input|output_channels"
-          r"|text_hidden_size|input_dim|max_relative_positions|mask_feature_size", _width, width=True),
+    _role(
+        r"(.*_)?(hidden_size|hidden_dim|d_model|embed_dim|embedding_dim|embedding_size|n_embd|emb_dim|model_dim"
+        r"|projection_dim|projection_size|output_dim|codevector_dim|attention_dim|embed_size)|dim|dim_model|d_embed"
+        r"|word_embed_proj_dim|d_latents|out_hidden_size|entity_emb_size|hidden_size_per_layer_input|output_channels"
+        r"|text_hidden_size|input_dim|max_relative_positions|mask_feature_size",
+        _width,
+        width=True,
+    ),
 )
 
 
@@ -148,7 +171,9 @@ def _role_of(name: str) -> Role | None:
 
 # --- other kinds of fields ----------------------------------------------------------------------------------------
 
-TOKENS = re.compile(r".*(token_ids?|token_index|_token|start_id|end_id|bos_id|eos_id|pad_id)|(bos|eos|pad|sep|cls|mask)_id")
+TOKENS = re.compile(
+    r".*(token_ids?|token_index|_token|start_id|end_id|bos_id|eos_id|pad_id)|(bos|eos|pad|sep|cls|mask)_id"
+)
 NO_TOKENS = re.compile(r"tag_pad_id|subs_pad_id|.*xpath.*|default_prompt_id")
 STAGES = ("depths", "num_block_repeats", "blocks_per_stage", "encoder_layers_list")
 STAGE_SIZES = ("num_heads", "num_attention_heads", "hidden_sizes", "embed_dims", "embed_dim")
@@ -182,13 +207,13 @@ def _small_token(scale: Scale, value: Any) -> Any:
     return scale.tokens.setdefault(value, VOCABULARY - 1 - len(scale.tokens))
 
 
-def _rotary(config: Any) -> Any:
+def _rotary(config: Any, step: Ladder) -> Any:
     """Sections of a rotary position map share out half a head."""
     if not isinstance(config, dict):
         return config
-    small = {name: _rotary(value) for name, value in config.items()}
+    small = {name: _rotary(value, step) for name, value in config.items()}
     sections = config.get("mrope_section")
-    if isinstance(sections, list) and len(sections) == 3:
+    if (isinstance(sections, list) and len(sections) == 3) or (step.sections and "rope_type" in config):
         small["mrope_section"] = [2, 3, 3] if config.get("partial_rotary_factor", 1) == 1 else [1, 1, 2]
     return small
 
@@ -203,6 +228,8 @@ def _small_list(scale: Scale, name: str, value: list[Any] | tuple[Any, ...]) -> 
         return type(value)(_image(scale, name, one) for one in value)
     if role is not None and role.size is _width and name == "conv_dim":
         return [WIDTH // 2 for _ in value]
+    if name in ("decoder_in_channels", "feat_channels") and scale.step.widths:
+        return [WIDTH for _ in value]
     return value
 
 
@@ -227,8 +254,13 @@ def small_config(given: Mapping[str, Any], step: Ladder, tokens: dict[int, int] 
             if name == "per_layer_config":
                 small[name] = {key: part for key, part in value.items() if int(key) < scale.depth}
             elif name.startswith("rope_"):
-                small[name] = _rotary(value)
-            elif name in ("id2label", "label2id", "quantization_config", "task_specific_params"):
+                small[name] = _rotary(value, step)
+            elif not all(isinstance(key, str) for key in value) or name in (
+                "id2label",
+                "label2id",
+                "quantization_config",
+                "task_specific_params",
+            ):
                 small[name] = value
             else:
                 small[name] = small_config(value, step, tokens)
