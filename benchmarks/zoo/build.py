@@ -183,7 +183,7 @@ def _model(
     """A model of a class, or None and a line in ``met`` that says why not."""
     try:
         with torch.device("meta"):
-            sketch = kind._from_config(copy.deepcopy(config), attn_implementation=attention)
+            sketch = _made(kind, config, attention)
         size = sum(parameter.numel() for parameter in sketch.parameters())
     except Exception:
         size = 0  # some models compute while they are made, which "meta" cannot
@@ -192,7 +192,7 @@ def _model(
         return None
     try:
         torch.manual_seed(seed)
-        model = kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32).eval()
+        model = _made(kind, config, attention).eval()
     except Exception as error:
         met.append(f"{kind.__name__}: {_said(error)}")
         return None
@@ -200,6 +200,17 @@ def _model(
         model.set_experts_implementation("batched_mm")
     _make_different(model)
     return model
+
+
+def _made(kind: type[torch.nn.Module], config: Any, attention: Attention) -> torch.nn.Module:
+    """The model with an implementation of attention: sdpa also in part, where a part of the model has no sdpa."""
+    try:
+        return kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    except ValueError as error:
+        if attention != "sdpa" or "does not support an attention implementation" not in str(error):
+            raise
+        # without a wish every part takes sdpa if it has it, and is eager otherwise
+        return kind._from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def _make_different(model: torch.nn.Module) -> None:

@@ -121,7 +121,7 @@ NEEDS: Mapping[str, Need] = {
     "sam_hq": SEGMENT_ANYTHING,
     "siglip2": Need(inputs=("pixel_attention_mask", "spatial_shapes")),
     "speecht5": Need(model="SpeechT5ForSpeechToText"),
-    "swin": Need({"image_size": 224, "embed_dim": 32}),
+    "swin": Need({"image_size": 224}),
     "time_series_transformer": SERIES,
     "timesfm": Need({"context_length": 64, "horizon_length": 32}),
     "transfo-xl": Need({"cutoffs": []}),

@@ -61,10 +61,11 @@ SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
 # Movements that are no views (views are known by their schema) and not tagged pointwise.
 MOVEMENTS = frozenset(
     {
-        "_reshape_alias", "_to_copy", "_unsafe_view", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "diagonal_copy",
-        "flip", "gather", "im2col", "index", "index_add", "index_put", "index_select", "lift_fresh", "masked_scatter",
-        "narrow_copy", "repeat", "repeat_interleave", "roll", "scatter", "select_scatter", "slice_scatter", "stack",
-        "take_along_dim", "tril", "triu", "unfold_copy", "_unsafe_index", "masked_fill", "where", "amax", "nan_to_num",
+        "_reshape_alias", "_to_copy", "_unsafe_index", "_unsafe_view", "amax", "cat", "clone", "constant_pad_nd",
+        "contiguous", "copy", "diagonal_copy", "flip", "gather", "im2col", "index", "index_add", "index_put",
+        "index_select", "lift_fresh", "masked_fill", "masked_scatter", "nan_to_num", "narrow_copy", "repeat",
+        "repeat_interleave", "roll", "scatter", "select_scatter", "slice_scatter", "stack", "take_along_dim", "tril",
+        "triu", "unfold_copy", "where",
     }
 )  # fmt: skip
 
