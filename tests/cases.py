@@ -178,6 +178,8 @@ CASES: tuple[Case, ...] = (
         """, CROSS, "no power of two"),
     _padded("empty-rows-nan", note="fill −∞: such a row is NaN"),
     _padded("empty-rows-lowest", FLOAT32_LOWEST, note="a finite fill: such a row is the mean over all keys"),
+    _padded("empty-rows-lowest-zero", FLOAT32_LOWEST, f"{SOFTMAX}, empty rows zero",
+            "a finite fill leaves no row empty, whatever the norm says of empty rows"),
     _padded("empty-rows-constant", "−10000.0", note="a finite fill too near to absorb scores"),
     _padded("empty-rows-shifted", "0.25·s − 10000.0", note="a fill that reads the score: an additive mask"),
     _case("log-sum-exp", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\n{SOFTMAX}\nlse    lse\ngives  out, lse",

@@ -19,7 +19,7 @@ import torch
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.choose import Choice, Prefer, choose, row_named
 from attncompile.codegen.onnx.emit import emit
-from attncompile.codegen.onnx.expressions import Shared
+from attncompile.codegen.onnx.expressions import Scopes
 from attncompile.codegen.onnx.layouts import Operand, single_groups
 from attncompile.codegen.onnx.quantize import quantize_projections
 from attncompile.codegen.onnx.tidy import raise_opset, tidy
@@ -42,6 +42,7 @@ from attncompile.convert.export import export_onnx
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.torch_internals import flatten
 from attncompile.ir import RefusalError, Spec, parse_spec
 from attncompile.lift import Program, lift_graph
@@ -234,15 +235,8 @@ def _rewrite(
     program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
-    values = {
-        value.name: value
-        for value in (
-            *model.graph.inputs,
-            *model.graph.initializers.values(),
-            *(o for node in model.graph for o in node.outputs),
-        )
-    }
-    shared: Shared = {}
+    values = {value.name: value for value in nested_values(model.graph)}
+    scopes = Scopes(model.graph)
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
     for site in program.sites:
@@ -251,7 +245,17 @@ def _rewrite(
             continue
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
         try:
-            choice = choose(result.spec, provider, prefer, opset=model.opset_imports.get("", 0))
+            (binding,) = site.region.outputs
+            assert binding.layout is not None
+            old = values[binding.value]
+            place = old.producer()
+            assert place is not None
+            opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
+            choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside)
+            if place.op_type == choice.row.operator and not result.lossy:
+                reason = f"it is {place.op_type} already: {choice.reason}"
+                outcomes.append(Outcome(site, None, "original", reason))
+                continue
             if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
                 outcomes.append(
                     Outcome(
@@ -259,11 +263,6 @@ def _rewrite(
                     )
                 )
                 continue
-            (binding,) = site.region.outputs
-            assert binding.layout is not None
-            old = values[binding.value]
-            place = old.producer()
-            assert place is not None
             build = Builder(model.graph, site.name)
             operands = {
                 entry.name: Operand(
@@ -280,7 +279,7 @@ def _rewrite(
                 {binding.name: binding.layout.groups},
                 choice.row,
                 build,
-                shared,
+                scopes.at(place),
                 provider,
             )
         except RefusalError as error:

@@ -290,9 +290,9 @@ def _onnx_integers(
     rows = _table_rows(model, name)
     if rows is None or rows <= 2:
         return (
-            torch.ones(*shape, dtype=torch.int64)
+            torch.ones(tuple(shape), dtype=torch.int64)
             if name.endswith("mask")
-            else torch.zeros(*shape, dtype=torch.int64)
+            else torch.zeros(tuple(shape), dtype=torch.int64)
         )
     ids = _skewed_ids(rows)
     return ids[torch.arange(math.prod(shape)) % len(ids)].reshape(*shape)

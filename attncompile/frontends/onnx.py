@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import InlinePass
 
 from attncompile.frontends.graph import (
     Graph,
@@ -24,6 +23,14 @@ from attncompile.frontends.graph import (
     Opaque,
     RefusedAttention,
     Role,
+)
+from attncompile.frontends.onnx_bodies import (
+    bodies_of,
+    carried,
+    hidden_attention,
+    nested_nodes,
+    prepare,
+    starts,
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
@@ -47,43 +54,31 @@ def onnx_graph(model: ir.Model) -> Graph:
     """The Graph view of an ONNX model.
 
     Values keep their names, and natives are the nodes by name. So that both can be named, the model is
-    prepared in
-    place, without changing what it computes: functions are inlined, nameless nodes and values get names, node
-    names become unique.
+    prepared in place, without changing what it computes: functions are inlined, nameless nodes and values get
+    names, and names become unique.
+
+    Nodes in the bodies of ``If``, ``Loop`` and ``Scan`` are part of the view, in front of the node that holds
+    them, which reads what they capture and what they return. What a body is given round by round is an input.
 
     Raises:
         ValueError: when the model has no graph inputs' types to start from.
     """
-    _prepare(model)
+    prepare(model)
     sizes = SizeNames()
     for value in model.graph.inputs:
         for dim in value.shape or ():
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and str(dim.value).isidentifier():
                 sizes.declare(str(dim.value))
     inference = Inference(model, sizes)
+    growing: set[tuple[str, int]] = set()
     while True:
-        # once two sizes are proven equal, everything before that point is stated again with one name
-        before = sizes.merged
-        view = _View(model, sizes, inference)
+        # once two sizes are proven equal, or the state of a loop is found to change its size, everything
+        # before that point is stated again
+        before = sizes.merged, len(growing)
+        view = _View(model, sizes, inference, growing)
         view.build()
-        if sizes.merged == before:
+        if (sizes.merged, len(growing)) == before:
             return view.graph()
-
-
-def _prepare(model: ir.Model) -> None:
-    if model.functions:
-        InlinePass()(model)
-    seen: set[str] = set()
-    for number, node in enumerate(model.graph):
-        name = node.name or f"{node.op_type}_{number}"
-        while name in seen:
-            name += f"_{number}"
-        seen.add(name)
-        node.name = name
-        for position, output in enumerate(node.outputs):
-            # '#' marks what lies between the parts of one native node
-            if output.name is None or ("#" in output.name and not output.is_graph_output()):
-                output.name = f"{name}_output_{position}"
 
 
 @dataclass
@@ -93,6 +88,7 @@ class _View:
     model: ir.Model
     sizes: SizeNames
     inference: Inference
+    growing: set[tuple[str, int]]
     infos: dict[str, Info] = field(default_factory=dict)
     known: dict[str, Known] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
@@ -105,15 +101,46 @@ class _View:
 
     def build(self) -> None:
         graph = self.model.graph
-        for name, value in graph.initializers.items():
-            if value.const_value is not None:
-                self._constant(name, value.const_value, "parameter")
+        self._stored(graph)
         for value in graph.inputs:
             if value.name and value.name not in self.inputs:
                 self.inputs[value.name] = GraphInput(value.name, "user")
                 self._describe(value)
         for node in graph:
             self._add(node)
+
+    def _stored(self, graph: ir.Graph) -> None:
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                self._constant(name, value.const_value, "parameter")
+
+    def _body(self, node: ir.Node, body: ir.Graph, module: str) -> None:
+        """Everything in a body, from what it is given in its first round."""
+        self._stored(body)
+        for value, first, axis in starts(node, body):
+            if not value.name or value.name in self.inputs:
+                continue
+            self.inputs[value.name] = GraphInput(value.name, "user")
+            info = self.infos.get(first.name or "") if first is not None and value.shape is None else None
+            if info is None:
+                self._describe(value)
+                continue
+            shape = [size for n, size in enumerate(info.shape) if axis is None or n != axis % len(info.shape)]
+            for n in range(len(shape)):
+                if (value.name, n) in self.growing:
+                    shape[n] = self.sizes.symbol(f"{value.name}_dim_{n}")
+            self.infos[value.name] = Info(tuple(shape), info.dtype)
+        for inner in body:
+            self._add(inner, module)
+        for state, following in carried(node, body):
+            before, after = self.infos.get(state.name or ""), self.infos.get(following.name or "")
+            if state.shape is not None or before is None or state.name is None:
+                continue
+            for n, size in enumerate(before.shape):
+                # the size of a state that a round changes is any number
+                same = after is not None and len(after.shape) == len(before.shape) and after.shape[n] == size
+                if not same:
+                    self.growing.add((state.name, n))
 
     def _constant(self, name: str, tensor: ir.TensorProtocol, role: Role) -> None:
         self.constants.add(name)
@@ -129,10 +156,16 @@ class _View:
         if shape is not None and value.name:
             self.infos[value.name] = Info(shape, dtype or "float32")
 
-    def _add(self, node: ir.Node) -> None:
+    def _add(self, node: ir.Node, around: str = "") -> None:
+        """State a node; ``around`` is the module of the node whose body it is in."""
         names = reads(node)
         name = node.name or ""
-        module, module_type = self._module(node, names)
+        module, module_type = _stated_module(node)
+        module = module or around or self._module_nearby(names)
+        for _, body in bodies_of(node):
+            self._body(node, body, module)
+            returned = (value.name for value in body.outputs if value.name)
+            names += [value for value in dict.fromkeys(returned) if value not in names]
         self.natives[name] = NativeNode(name, node.op_type, module, _source(node), module_type)
         outputs = [output for output in node.outputs if output.name]
         for output in outputs:
@@ -202,6 +235,10 @@ class _View:
             self.constants.add(b.output)
             self._finish(b, fills(b, known))
             return
+        hidden = hidden_attention(self.model, b.node) if self.model.functions and not b.position else None
+        if hidden is not None:
+            self._opaque(b, output, RefusedAttention(b.output, names, b.node.op_type, hidden))
+            return
         row = rows_of(b.node.domain).get(b.node.op_type)
         if row is not None and (b.position == 0 or b.node.op_type in EVERY_OUTPUT):
             try:
@@ -230,27 +267,24 @@ class _View:
         try:
             self.infos[b.output] = Info(*opaque_info(b))
         except (Unstated, ValueError, IndexError):
+            self._describe_result(b, output)
+
+    def _describe_result(self, b: Builder, output: ir.Value) -> None:
+        """Shape and dtype of an ``If``'s output are what its branches agree on, of others what is declared."""
+        branches = [body.outputs[b.position].name for _, body in bodies_of(b.node)]
+        infos = [self.infos.get(name or "") for name in branches]
+        if b.node.op_type == "If" and infos and infos[0] is not None and len(set(infos)) == 1:
+            self.infos[b.output] = infos[0]
+        else:
             self._describe(output)
 
-    def _module(self, node: ir.Node, names: Iterable[str]) -> tuple[str, str]:
-        """Path and class of the module a node belongs to.
-
-        The exporter's metadata says it, or the node's name; otherwise it is the innermost module that holds
-        all parameters nearby.
-        """
-        scopes = _listed(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
-        if len(scopes) > 1:
-            # the last entry is the operation itself
-            classes = _listed(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
-            return scopes[-2], classes[-2].rsplit(".", 1)[-1] if len(classes) > 1 else ""
-        for name in (node.name or "", *(output.name or "" for output in node.outputs)):
-            if "/" in name.strip("/"):
-                return ".".join(name.strip("/").split("/")[:-1]), ""
+    def _module_nearby(self, names: Iterable[str]) -> str:
+        """The innermost module that holds all parameters that a node reads, or those that its inputs belong to."""
         own = [name.rsplit(".", 1)[0] for name in names if name in self.inputs and _PARAMETER.fullmatch(name)]
         near = own or [
             self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants
         ]
-        return _common_path(near), ""
+        return _common_path(near)
 
     def graph(self) -> Graph:
         """The finished view.
@@ -263,7 +297,7 @@ class _View:
         for name, given in self.inputs.items():
             if given.value is not None and given.value.numel() <= LONGEST:
                 signature[name] = f"{self.infos[name].dtype} {given.value.tolist()}"
-        for node in self.model.graph:
+        for node in nested_nodes(self.model.graph):
             for position, output in enumerate(node.outputs):
                 name = output.name or ""
                 if name in self.inputs:
@@ -287,6 +321,25 @@ class _View:
             dict(self.sizes.display),
             precision=evaluator.precision,
         )
+
+
+def _stated_module(node: ir.Node) -> tuple[str, str]:
+    """Path and class of the module a node belongs to, as metadata or the node's name say it.
+
+    Metadata is the exporter's, or that of an earlier conversion by attncompile.
+    """
+    site = node.metadata_props.get("attncompile.site")
+    if site:
+        return site, ""
+    scopes = _listed(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
+    if len(scopes) > 1:
+        # the last entry is the operation itself
+        classes = _listed(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
+        return scopes[-2], classes[-2].rsplit(".", 1)[-1] if len(classes) > 1 else ""
+    for name in (node.name or "", *(output.name or "" for output in node.outputs)):
+        if "/" in name.strip("/"):
+            return ".".join(name.strip("/").split("/")[:-1]), ""
+    return "", ""
 
 
 _PARAMETER = re.compile(r"[\w.]+\.\w+")
@@ -326,6 +379,9 @@ def _signature(node: ir.Node) -> str:
 
 
 def _attribute_text(attribute: ir.Attr) -> str:
+    if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        graphs = [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
+        return " ".join(_signature(node) for graph in graphs for node in nested_nodes(graph))
     if attribute.type is not ir.AttributeType.TENSOR:
         return str(attribute.value)
     tensor = attribute.as_tensor()

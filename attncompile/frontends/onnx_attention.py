@@ -10,11 +10,13 @@ import onnx_ir as ir
 
 from attncompile.frontends import movement
 from attncompile.frontends.graph import (
+    Cast,
     Concatenate,
     Fill,
     FusedAttention,
     IndexMap,
     Indices,
+    Move,
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Row
 from attncompile.frontends.onnx_known import DTYPE_NAMES
@@ -262,6 +264,68 @@ def _multi_head_attention(b: Builder) -> str:
     )
 
 
+def _group_query_attention(b: Builder) -> str:
+    """com.microsoft ``GroupQueryAttention`` on a whole prompt: causal, perhaps within a window.
+
+    It is given the number of keys of each row less one; only where that is the length of the keys by the
+    graph itself are all of them seen.
+    """
+    for number in (1, 2):
+        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
+    _refuse_inputs(
+        b,
+        {
+            3: "a past key",
+            4: "a past value",
+            7: "rotary angles",
+            8: "rotary angles",
+            9: "positions",
+            11: "a sink for each head",
+            12: "scales of a quantised cache",
+            13: "scales of a quantised cache",
+        },
+    )
+    _refuse_other_outputs(b)
+    for name in ("do_rotary", "smooth_softmax", "qk_output"):
+        _refuse_unless(not b.attribute(name, 0), f"its attribute {name} is set")
+    heads = int(b.attribute("num_heads")), int(b.attribute("kv_num_heads"))
+    queries, keys = (_heads(b, b.tensor(n), heads[n]).length for n in (0, 1))
+    b.sizes.prove_equal(queries, keys)
+    whole = _only_element(b, b.input(5)) == simplify(keys - 1) and _only_element(b, b.input(6)) == keys
+    _refuse_unless(whole, "which keys it sees depends on lengths that it is given (seqlens_k)")
+    visible = [Index("j") <= Index("i")]
+    window = int(b.attribute("local_window_size", -1))
+    if window >= 0:
+        visible.append(Index("j") > Index("i") - window)
+    return _fused(
+        b,
+        b.tensor(0),
+        b.tensor(1),
+        b.tensor(2),
+        heads,
+        mask=b.tensor(10) if b.input(10) is not None else None,
+        causal=simplify(apply("and", *visible)),
+        scale=b.attribute("scale"),
+        mask_fill=-math.inf,
+        softcap=float(b.attribute("softcap", 0.0)),
+        empty="zero",
+        dtype=b.dtype(b.tensor()),
+    )
+
+
+def _only_element(b: Builder, value: str | None) -> Expr | None:
+    """What every element of a tensor is, where the graph says so."""
+    while value is not None:
+        known = b.known.get(value)
+        if known is not None:
+            return known.items[0] if len(set(known.items)) == 1 else None
+        node = b.producer.get(value)
+        if isinstance(node, Fill):
+            return node.value
+        value = node.source if isinstance(node, Move | Cast) else None
+    return None
+
+
 LOWEST = -3.4028234663852886e38
 """The lowest float32, which ONNX Runtime gives a position that a causal call hides."""
 
@@ -279,7 +343,7 @@ CALLS: dict[str, Row] = {"Attention": _attention}
 # fmt: off
 CONTRIB_CALLS: dict[str, Row] = {
     "MultiHeadAttention": _multi_head_attention,
-    "GroupQueryAttention": _refused("which keys it sees depends on the cache lengths (seqlens_k)"),
+    "GroupQueryAttention": _group_query_attention,
     "Attention": _refused("it holds the projections of query, key and value"),
     "QAttention": _refused("it holds quantised projections of query, key and value"),
     "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),

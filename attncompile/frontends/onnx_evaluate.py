@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention_1 as ReferenceAttention
 
 from attncompile.frontends.graph import GraphInput
+from attncompile.frontends.onnx_bodies import bodies_of, nested_graphs, nested_nodes
 from attncompile.frontends.onnx_known import Known
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.types import DTYPES, concrete
@@ -27,11 +28,8 @@ _STANDARD = ("", "ai.onnx", "ai.onnx.ml")
 def reads(node: ir.Node) -> list[str]:
     """Names of the values a node reads, those that its subgraphs take from outside included."""
     found = [value.name for value in node.inputs if value is not None and value.name]
-    for attribute in node.attributes.values():
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            graphs = [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value
-            for graph in graphs:
-                found += _taken_from_outside(graph)
+    for _, graph in bodies_of(node):
+        found += _taken_from_outside(graph)
     return list(dict.fromkeys(found))
 
 
@@ -110,7 +108,8 @@ class OnnxEvaluator:
         """The nodes between some values and the stops, in graph order, and the other values that they start
         from."""
         if not self._producers:
-            self._producers.update({o.name: n for n in self.model.graph for o in n.outputs if o.name})
+            everywhere = nested_nodes(self.model.graph)
+            self._producers.update({o.name: n for n in everywhere for o in n.outputs if o.name})
         needed: set[str] = set()
         leaves: list[str] = []
         seen = set(stop)
@@ -126,7 +125,7 @@ class OnnxEvaluator:
                 continue
             needed.add(node.name or "")
             stack += reads(node)
-        return [node for node in self.model.graph if node.name in needed], leaves
+        return [node for node in nested_nodes(self.model.graph) if node.name in needed], leaves
 
     def _part(
         self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
@@ -147,9 +146,11 @@ class OnnxEvaluator:
 
     def _stored(self, name: str) -> np.ndarray:
         node = self._producers.get(name)
-        tensor = (
-            constant_tensor(node) if node is not None else self.model.graph.initializers[name].const_value
-        )
+        if node is not None:
+            tensor = constant_tensor(node)
+        else:
+            holder = next(g for g in nested_graphs(self.model.graph) if name in g.initializers)
+            tensor = holder.initializers[name].const_value
         if tensor is None:
             raise ValueError(f"the constant {name!r} has no data")
         return tensor.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -85,4 +86,13 @@ def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         except onnx.shape_inference.InferenceError:
             return {}
-    return {info.name: info.type for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    return dict(_named_types(inferred.graph))
+
+
+def _named_types(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TypeProto]]:
+    """The types written on a graph's values and on those of the bodies inside it."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _named_types(body)
+    yield from ((info.name, info.type) for info in (*graph.input, *graph.value_info, *graph.output))

@@ -286,6 +286,7 @@ def _zero_rows_follow(attend: Attend, place: Place) -> bool:
         attend.norm.kind == "softmax"
         and attend.norm.empty == "zero"
         and not attend.lse
+        and additive_fill(attend) == -math.inf
         and score is not None
         and not may_be_infinite(score.bias)
         and "h" not in {n.name for n in _indices(attend.mask)}
@@ -307,7 +308,9 @@ def _without_empty_rows(
     if _zero_rows_follow(attend, place):
         seen = build("Unsqueeze", _rows(writer, simplify(attend.mask), seen=True), build.constant([1]))
         return build("Mul", product, seen)
-    if never_empty(attend, place.types) and not may_be_infinite(simplify(attend.score)):
+    low = additive_fill(attend)
+    finite = low is not None and math.isfinite(low)
+    if (finite or never_empty(attend, place.types)) and not may_be_infinite(simplify(attend.score)):
         return product
     largest = build("ReduceMax", logits, build.constant([3]), keepdims=1)
     empty = build("Equal", largest, build.constant(-math.inf, writer.dtype))
@@ -346,7 +349,8 @@ def multi_head_attention(attend: Attend, place: Place) -> Made:
     parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
     score, mask, low = scaled(attend), simplify(attend.mask), additive_fill(attend)
     assert score is not None and low is not None
-    patched = mask != TRUE and attend.norm.empty == "zero" and not never_empty(attend, place.types)
+    zeroed = attend.norm.empty == "zero" and math.isinf(low)
+    patched = mask != TRUE and zeroed and not never_empty(attend, place.types)
     extra = additive_mask(writer, mask, MASKED if patched else low, score.bias, square=True)
     out = build(
         "MultiHeadAttention",

@@ -140,7 +140,8 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
     if _may_be_empty(attend, types):
         if provider != "cpu":
             return "what MultiHeadAttention gives on CUDA for a query that sees no key has not been verified"
-        if attend.norm.empty == "zero" and _reads_head(attend):
+        zeroed = attend.norm.empty == "zero" and math.isinf(additive_fill(attend) or 0)
+        if zeroed and _reads_head(attend):
             return "MultiHeadAttention: rows without a key must be zero, and the mask differs by head"
     return None
 

@@ -138,6 +138,8 @@ def choose(
     prefer: Prefer = "fastest",
     lengths: Sequence[int] = LENGTHS,
     opset: int = 23,
+    *,
+    switch: bool = True,
 ) -> Choice:
     """The operator for the Spec's Attend or Scan.
 
@@ -147,6 +149,8 @@ def choose(
         prefer: ``fastest`` by measurement, the fastest ``fused`` operator, or the ``decomposed`` form.
         lengths: lengths the model will be used with; each counts alike.
         opset: the model's standard opset.
+        switch: whether two operators may be switched by length at run time; a site in a branch is in such a
+            switch already.
 
     Raises:
         RefusalError: for a Spec without an Attend or Scan.
@@ -177,7 +181,7 @@ def choose(
         )
     best = max(known, key=lambda row: speeds[row.operator] or 0.0)
     speed = speeds[best.operator] or 0.0
-    pair = _pair(spec, known, provider, lengths)
+    pair = _pair(spec, known, provider, lengths) if switch else None
     if pair is not None and pair[1] > max(speed, 1.0) * WORTH_BRANCHING:
         best, speed = pair
     if prefer == "fastest" and speed <= 1.0:

@@ -8,7 +8,8 @@ share its nodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -21,8 +22,37 @@ from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import TensorType
 
-Shared = dict[Hashable, ir.Value]
+Shared = MutableMapping[Hashable, ir.Value]
 """What has been built already, by meaning; one for a model (its sites in graph order)."""
+
+
+class Scopes:
+    """What has been built, for a graph and each body inside it: a body sees what is around it, not the reverse."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._holder: dict[ir.Graph, ir.Graph | ir.Function | None] = {}
+        for node in graph.all_nodes():
+            for attribute in node.attributes.values():
+                if attribute.type is ir.AttributeType.GRAPH:
+                    self._holder[attribute.value] = node.graph
+                elif attribute.type is ir.AttributeType.GRAPHS:
+                    self._holder.update(dict.fromkeys(attribute.value, node.graph))
+        self._found: dict[object, ChainMap[Hashable, ir.Value]] = {}
+
+    def at(self, node: ir.Node) -> Shared:
+        """What a new node in front of this one may read."""
+        return self._of(node.graph)
+
+    def is_body(self, node: ir.Node) -> bool:
+        """Whether a node is in a body."""
+        return node.graph in self._holder
+
+    def _of(self, graph: ir.Graph | ir.Function | None) -> ChainMap[Hashable, ir.Value]:
+        if graph not in self._found:
+            inside = isinstance(graph, ir.Graph) and graph in self._holder
+            outer = self._of(self._holder[graph]).maps if inside else []  # type: ignore[index]
+            self._found[graph] = ChainMap({}, *outer)
+        return self._found[graph]
 
 
 @dataclass

@@ -84,10 +84,30 @@ def redirect(old: ir.Value, new: ir.Value) -> None:
         old.name, new.name = f"{name}.before", name
 
 
-class Builder:
-    """Collects new nodes in order and puts them in front of a node of the graph.
+def _graph_of(node: ir.Node, default: ir.Graph) -> ir.Graph | ir.Function:
+    return node.graph if node.graph is not None else default
 
-    Every call makes one node; constants become initialisers, equal ones of a model shared by content.
+
+def _names_in(graph: ir.Graph) -> set[str]:
+    """The names in a graph and its bodies, read once and kept with the graph; builders add theirs."""
+    found: set[str] | None = graph.meta.get(_NAMES)
+    if found is None:
+        found = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())}
+        for node in graph.all_nodes():
+            found.add(node.name or "")
+            found.update(output.name or "" for output in node.outputs)
+        graph.meta[_NAMES] = found
+    return found
+
+
+_NAMES = "attncompile.names"
+
+
+class Builder:
+    """Collects new nodes in order and puts them in front of a node of the graph, or of a body inside it.
+
+    Every call makes one node; constants become initialisers of the graph, which its bodies see too, equal
+    ones of a model shared by content.
     """
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
@@ -95,11 +115,16 @@ class Builder:
         self.nodes: list[ir.Node] = []
         self._name = name
         self._count = 0
+        self._taken = _names_in(graph)
 
     def fresh(self, label: str) -> str:
-        """A name that nothing in the graph has yet."""
-        self._count += 1
-        return f"{self._name}.{label}.{self._count}"
+        """A name that nothing in the graph has yet; an earlier conversion may have left such names."""
+        while True:
+            self._count += 1
+            name = f"{self._name}.{label}.{self._count}"
+            if name not in self._taken:
+                self._taken.add(name)
+                return name
 
     def constant(self, value: Any, dtype: str = "int64") -> ir.Value:
         """An initialiser of these numbers."""
@@ -144,14 +169,14 @@ class Builder:
 
     def insert_before(self, place: ir.Node) -> None:
         """Put the collected nodes into the graph, just before ``place``."""
-        self.graph.insert_before(place, self.nodes)
+        _graph_of(place, self.graph).insert_before(place, self.nodes)
         if any(node.domain == MICROSOFT for node in self.nodes):
             self.graph.opset_imports.setdefault(MICROSOFT, 1)
         self.nodes = []
 
     def insert_after(self, place: ir.Node) -> None:
         """Put the collected nodes into the graph, just after ``place``."""
-        self.graph.insert_after(place, self.nodes)
+        _graph_of(place, self.graph).insert_after(place, self.nodes)
         if any(node.domain == MICROSOFT for node in self.nodes):
             self.graph.opset_imports.setdefault(MICROSOFT, 1)
         self.nodes = []

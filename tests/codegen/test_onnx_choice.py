@@ -72,6 +72,10 @@ def test_short_and_long_prompts_get_their_own_operator() -> None:
     assert operator.startswith("Attention up to ") and operator.endswith("GroupQueryAttention")
 
 
+def test_no_switch_inside_a_switch() -> None:
+    assert choose(PROMPT, lengths=[128, 2048], switch=False).row.operator == "Attention"
+
+
 def test_fixed_length_overrides_the_expected_ones() -> None:
     fixed = parse_spec(str(PROMPT).replace("I,64", "128,64").replace("[B,I]", "[B,128]"))
     assert choose(fixed, lengths=[2048]).reason.count("128 tokens") == 1
