@@ -158,34 +158,41 @@ def convert(
     _check_choice("prefer", prefer)
     if attn_implementation is not None:
         _check_choice("attn_implementation", attn_implementation)
-    settings: dict[str, Any] = {
-        "provider": provider,
-        "prefer": prefer,
-        "passes": passes,
-        "allow_untrained": allow_untrained,
-        "attn_implementation": attn_implementation,
-        "allow_pickle": allow_pickle,
-        "overwrite": overwrite,
-        "progress": progress,
-    }
+    from attncompile.convert.frame import Options
+
+    options = Options(
+        provider=provider,
+        prefer=prefer,
+        passes=passes,
+        allow_untrained=allow_untrained,
+        attn_implementation=attn_implementation,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        progress=progress,
+    )
     if to == "onnx":
         from attncompile.convert.onnx import convert_onnx
 
-        return convert_onnx(target, Path(out), **settings)
+        return convert_onnx(target, Path(out), options)
     from attncompile.convert.torch import convert_torch
 
-    return convert_torch(target, Path(out), **settings)
+    return convert_torch(target, Path(out), options)
 
 
 FRESH = 5
 """Added to the lengths of the inputs that a conversion was checked on, so that a verification sees others."""
 
 
-def verify(folder: str | Path) -> Certificate:
+def verify(folder: str | Path, *, allow_pickle: bool = False) -> Certificate:
     """Compute the certificate of a conversion again, on inputs that the conversion did not see.
 
+    Args:
+        folder: what :func:`convert` wrote.
+        allow_pickle: read the original's weights where they only exist as pickle (as plain tensors).
+
     Raises:
-        InputError: when the folder is no conversion, or its plan does not belong to its certificate.
+        InputError: when the folder is no conversion, its plan does not belong to its certificate, or the original
+            that it is compared with is no longer there or has changed.
         ValueError: when its plan or certificate is damaged.
     """
     folder, plan = _conversion(folder)
@@ -197,10 +204,10 @@ def verify(folder: str | Path) -> Certificate:
     if plan.target == "onnx":
         from attncompile.convert.onnx import verify_onnx
 
-        return verify_onnx(folder, plan, FRESH)
+        return verify_onnx(folder, plan, FRESH, allow_pickle=allow_pickle)
     from attncompile.convert.torch import verify_torch
 
-    return verify_torch(folder, plan, FRESH)
+    return verify_torch(folder, plan, FRESH, allow_pickle=allow_pickle)
 
 
 def load(folder: str | Path, *, rest: Rest = "eager", device: str | None = None) -> torch.nn.Module:

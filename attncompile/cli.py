@@ -181,6 +181,7 @@ def convert(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote")],
+    allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> int:
     """Compute the certificate of a conversion again on fresh inputs; exit 1 when it fails."""
@@ -189,7 +190,7 @@ def verify(
 
     with _progress() as progress:
         progress("verifying")
-        certificate = api.verify(folder)
+        certificate = api.verify(folder, allow_pickle=allow_pickle)
     _show(certificate_text(certificate))
     return DONE if certificate.passed else FAILED
 

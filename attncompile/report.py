@@ -57,8 +57,10 @@ class SiteReport(_Data):
         max_error: largest absolute error of what computes it now against its Spec in float64, over the inputs
             of the certificate; None where the original was kept.
         relative_error: the same as a share of the largest output.
-        change: relative distance of the output from the original's, where a lossy pass changed the function;
-            None where none did. Measured on `change_inputs`.
+        change: relative distance of the output from the original's, where a lossy pass changed the function:
+            ``‖after − before‖ / ‖before‖`` on real text, the largest difference as a share of the largest output on
+            random inputs; None where none did. Measured on `change_inputs`.
+        change_max: largest absolute difference of both on real text; None where there was none.
         source: source line in the model.
         reason, hint: why it was refused or only observed, and what would help.
     """
@@ -73,6 +75,7 @@ class SiteReport(_Data):
     max_error: float | None = None
     relative_error: float | None = None
     change: float | None = None
+    change_max: float | None = None
     change_inputs: str = ""
     source: str = ""
     reason: str = ""
@@ -181,8 +184,7 @@ def _text_lines(report: Report) -> list[str]:
     lines += [f"{name} applied at {_count(applied.count(name), 'site')}" for name in dict.fromkeys(applied)]
     refused = [(p.name, p.reason) for site in report.sites for p in site.passes if not p.applied]
     lines += [
-        f"{name} refused at {_count(refused.count((name, why)), 'site')}: {why}"
-        for name, why in dict.fromkeys(refused)
+        f"{name} refused at {_count(refused.count((name, why)), 'site')}: {why}" for name, why in dict.fromkeys(refused)
     ]
     errors = [site.max_error for site in report.sites if site.max_error is not None]
     if errors:
@@ -190,11 +192,19 @@ def _text_lines(report: Report) -> list[str]:
     changes = [site for site in report.sites if site.change is not None]
     if changes:
         worst = max(changes, key=lambda site: site.change or 0.0)
+        absolute = "" if worst.change_max is None else f", at most {worst.change_max:.2g} an element"
         lines.append(
-            f"largest change of a site's output {worst.change:.2g} ({worst.name}, {worst.change_inputs})"
+            f"largest change of a site's output {worst.change:.2g} relative{absolute} ({worst.name}, on "
+            f"{worst.change_inputs})"
         )
     lines += _distance_lines([(row.name, row.after) for row in report.measurements if row.before is None])
-    lines += [_measurement_text(row) for row in report.measurements if row.before is not None]
+    pairs = [(row.name, row.before, row.after) for row in report.measurements if row.before is not None]
+    lines += _error_lines([pair for pair in pairs if pair[0].startswith(_ERROR)])
+    lines += [
+        _measurement_text(row)
+        for row in report.measurements
+        if row.before is not None and not row.name.startswith(_ERROR)
+    ]
     return lines + [f"note: {note}" for note in report.notes]
 
 
@@ -215,6 +225,23 @@ def _distance_lines(rows: Sequence[tuple[str, float]]) -> list[str]:
         else f"{name} {values[0]:.4g}"
         for name, values in found.items()
     ]
+
+
+_ERROR = "error of "
+"""How the names of errors before and after begin; what they were measured on follows the first comma."""
+
+
+def _error_lines(rows: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Errors before and after, one line for each on the input where it grew most (or shrank least)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, before, after in rows:
+        found.setdefault(name.partition(",")[0], []).append((before, after))
+    lines = []
+    for name, pairs in found.items():
+        before, after = max(pairs, key=lambda pair: pair[1] - pair[0])
+        where = f"worst of {len(pairs)} inputs" if len(pairs) > 1 else "1 input"
+        lines.append(f"{name} {before:.2g} → {after:.2g} ({where})")
+    return lines
 
 
 def _ratio(before: float, after: float) -> str:
@@ -256,18 +283,12 @@ def certificate_text(certificate: Certificate) -> str:
         ]
         suffix = f" where {allowed:.2g} is allowed" if allowed is not None else ""
         lines += [line + suffix for line in _distance_lines(rows)]
-    lines += [
-        f"{entry.metric}, {entry.inputs}: {entry.before:.4g} → {entry.after:.4g}"
-        for entry in certificate.end_to_end
-        if entry.before is not None
-    ]
+    pairs = [(e.metric, e.inputs, e.before, e.after) for e in certificate.end_to_end if e.before is not None]
+    lines += _error_lines([(f"{m}, {on}", b, a) for m, on, b, a in pairs if m.startswith(_ERROR)])
+    lines += [f"{m}, {on}: {b:.4g} → {a:.4g}" for m, on, b, a in pairs if not m.startswith(_ERROR)]
     lines += [f"FAILED: {failure}" for failure in certificate.failures()]
-    judged = not certificate.end_to_end or any(
-        entry.tolerance is not None for entry in certificate.end_to_end
-    )
-    approximate = (
-        "" if judged else ": every site computes its Spec; the whole is approximate and only measured"
-    )
+    judged = not certificate.end_to_end or any(entry.tolerance is not None for entry in certificate.end_to_end)
+    approximate = "" if judged else ": every site computes its Spec; the whole is approximate and only measured"
     return "\n".join([*lines, f"verified{approximate}" if certificate.passed else "NOT VERIFIED"])
 
 
@@ -342,6 +363,7 @@ def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
                 "max_error": None,
                 "relative_error": None,
                 "change": None,
+                "change_max": None,
                 "spec": site.spec.replace(site.name, "", 1),
                 "spec_after": site.spec_after.replace(site.name, "", 1),
             }
@@ -381,7 +403,8 @@ def _site_block(names: list[str], site: SiteReport) -> str:
         lines.append(f"<p>Error against its Spec {site.max_error:.2g}{relative}</p>")
     if site.change is not None:
         on = f" on {say(site.change_inputs)}" if site.change_inputs else ""
-        lines.append(f"<p>Output changed by {site.change:.2g}{on}</p>")
+        absolute = "" if site.change_max is None else f", at most {site.change_max:.2g} an element"
+        lines.append(f"<p>Output changed by {site.change:.2g} relative{absolute}{on}</p>")
     drawn = "".join(_figure(text) for text in dict.fromkeys((site.spec, site.spec_after)) if text)
     return f'<section class="site"><div>{"".join(lines)}</div><div>{drawn}</div></section>\n'
 

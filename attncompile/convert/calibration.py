@@ -49,11 +49,7 @@ class Call:
     def kept(self) -> torch.Tensor | None:
         """Which positions are no padding: bool ``[batch, length]``, ``None`` without a padding mask."""
         mask = self.kwargs.get("attention_mask")
-        if (
-            self.kwargs.get("decoder_input_ids") is not None
-            or not isinstance(mask, torch.Tensor)
-            or mask.dim() != 2
-        ):
+        if self.kwargs.get("decoder_input_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return None
         return mask.bool()
 
@@ -97,9 +93,7 @@ def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
     if not isinstance(kwargs.get("input_ids"), torch.Tensor):
         return None
     positions = getattr(opened.config, "max_position_embeddings", length) or length
-    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][
-        : min(length, positions)
-    ]
+    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
     ids = torch.tensor([ids])
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
@@ -113,15 +107,9 @@ def named_outputs(result: Any) -> dict[str, torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return {"output": result}
     pairs = (
-        result.items()
-        if hasattr(result, "items")
-        else enumerate(result if isinstance(result, tuple | list) else ())
+        result.items() if hasattr(result, "items") else enumerate(result if isinstance(result, tuple | list) else ())
     )
-    return {
-        str(name): value
-        for name, value in pairs
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
+    return {str(name): value for name, value in pairs if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
 def without_padding(output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

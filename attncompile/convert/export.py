@@ -29,11 +29,7 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     with torch.no_grad(), _quiet():
         result = opened.model(*args, **kwargs)
         paths, leaves = leaf_paths(result), flatten(result)[0]
-        names = [
-            path or "output"
-            for path, leaf in zip(paths, leaves, strict=True)
-            if isinstance(leaf, torch.Tensor)
-        ]
+        names = [path or "output" for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
         try:
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,116 +12,125 @@ import torch
 from attncompile.backend import attncompile
 from attncompile.backend.choose import choose_lowering
 from attncompile.backend.rewrite import Decision, decide, rewrite
-from attncompile.codegen.triton import generate
-from attncompile.codegen.triton.structure import why_not_spec
-from attncompile.convert.artifact import Conversion, NoSiteError, Progress, new_folder, silent
-from attncompile.convert.calibration import calls, text_call
-from attncompile.convert.evidence import (
-    Outcome,
-    distances,
-    in_float64,
-    make_certificate,
-    make_plan,
-    make_report,
-    on_text,
-    outputs_of,
-    run_exact,
-)
+from attncompile.convert.artifact import Conversion
+from attncompile.convert.calibration import Call, text_call
+from attncompile.convert.change import Change, changes_in_torch
+from attncompile.convert.comparison import DoesNotRunError, Run, Runs, compare_runs, in_float64, outputs_of
+from attncompile.convert.evidence import Outcome, make_certificate
+from attncompile.convert.frame import Made, Options, conversion, lossy_rewrites, plan_is_lossy, require_sites
+from attncompile.convert.kernels import require_kernels, write_kernels
+from attncompile.convert.source import read_source, reopen, require_weights
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export, exported_program
-from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model, save_checkpoint
+from attncompile.frontends.checkpoint import OpenedModel, open_model, save_checkpoint
 from attncompile.frontends.errors import InputError
-from attncompile.lift import lift_graph
-from attncompile.passes import parse_passes
-from attncompile.plan.schema import Plan, load_plan, save_plan
-from attncompile.report import write_report
-from attncompile.verify import (
-    Certificate,
-    EndToEnd,
-    SiteCertificate,
-    check_site,
-    refused_site,
-    save_certificate,
-)
+from attncompile.frontends.torch_internals import unflatten
+from attncompile.lift import Program, lift_graph
+from attncompile.passes import PassCall, parse_passes
+from attncompile.plan.schema import Plan
+from attncompile.verify import Certificate, SiteCertificate, check_site, refused_site
 
 PROGRAM = "program.pt2"
 """The rewritten graph, for a model that has no configuration to be rebuilt from."""
 
 
-def convert_torch(
-    target: str | Path,
-    out: Path,
-    *,
-    provider: str = "cpu",
-    prefer: str = "fastest",
-    passes: str = "fuse",
-    allow_untrained: bool = False,
-    attn_implementation: AttentionImplementation | None = None,
-    allow_pickle: bool = False,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> Conversion:
-    """Write a folder that :func:`load_torch` opens.
-
-    The arguments are those of :func:`attncompile.convert`. ``prefer`` has no meaning here and must be ``fastest``.
+def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion:
+    """Write a folder that :func:`load_torch` opens. ``options.prefer`` has no meaning here and must be ``fastest``.
 
     Raises:
         InputError: when the target is no PyTorch model, no site is found, or ``out`` cannot be written.
         ValueError: for passes that cannot be read.
     """
-    requested = parse_passes(passes)
-    if prefer != "fastest":
+    if options.prefer != "fastest":
         raise InputError(
-            f"prefer={prefer!r} chooses among ONNX operators",
+            f"prefer={options.prefer!r} chooses among ONNX operators",
             str(target),
             "use --target onnx, or leave it out",
         )
-    with new_folder(out, overwrite=overwrite) as folder:
-        progress("opening")
-        opened = open_model(
-            target, attn_implementation=attn_implementation or "sdpa", allow_pickle=allow_pickle
-        )
+
+    def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         if opened.kind != "torch":
             raise InputError("an ONNX file has no PyTorch form here", opened.path, "use --target onnx")
-        opened.model.eval()
-        progress("capturing the graph")
-        args, kwargs = opened.example()
-        captured = capture_export(opened.model, args, kwargs)
-        progress("finding attention")
-        program = lift_graph(aten_graph(captured), opened.name, (*opened.notes, *captured.notes))
-        if not program.sites:
-            raise NoSiteError(str(target))
-        decisions = decide(
-            program, requested, lambda spec: choose_lowering(spec, "cpu"), allow_untrained=allow_untrained
-        )
-        progress("checking every site")
-        sites = _site_certificates(decisions)
-        rewritten = dataclasses.replace(
-            captured, graph_module=rewrite(captured.graph_module, program, decisions)
-        )
-        progress("comparing with the original")
-        outcomes = [_outcome(decision) for decision in decisions]
-        end_to_end = _compare(opened, captured, rewritten, any(outcome.lossy for outcome in outcomes))
-        progress("writing")
-        plan = make_plan(program, "torch", provider, passes, allow_untrained, outcomes)
-        certificate = make_certificate(plan, sites, end_to_end)
-        if not certificate.passed:
-            raise InputError(
-                f"the rewritten model does not agree with the original: {certificate.failures()[0]}",
-                str(target),
-                "nothing was written; please report this model",
-            )
-        notes = [f"generated kernels in kernels/ run on CUDA devices; on a CPU {_operators(outcomes)} runs"]
-        report = make_report(program, plan, outcomes, certificate, (), notes)
-        _write_weights(opened, rewritten, folder)
-        _write_kernels(decisions, folder / "kernels")
-        save_plan(plan, folder / "plan.json")
-        save_certificate(certificate, folder / "certificate.json")
-        write_report(report, folder)
-    return Conversion(out, "torch", report, certificate)
+        return _made(target, opened, requested, folder, options)
+
+    return conversion(target, out, options, "torch", "sdpa", make)
 
 
-def _operators(outcomes: list[Outcome]) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Rewritten:
+    """A model's graph, what was lifted from it, what was decided, and the graph after that."""
+
+    captured: Captured
+    program: Program
+    decisions: tuple[Decision, ...]
+    result: Captured
+
+
+def _rewritten(
+    opened: OpenedModel, name: str, requested: tuple[PassCall, ...], allow_untrained: bool, target: str | Path
+) -> _Rewritten:
+    args, kwargs = opened.example()
+    captured = capture_export(opened.model, args, kwargs)
+    program = lift_graph(aten_graph(captured), name, (*opened.notes, *captured.notes))
+    require_sites(program, target)
+    decisions = decide(program, requested, lambda spec: choose_lowering(spec, "cpu"), allow_untrained=allow_untrained)
+    module = rewrite(captured.graph_module, program, decisions)
+    return _Rewritten(captured, program, decisions, dataclasses.replace(captured, graph_module=module))
+
+
+def _runs(opened: OpenedModel, captured: Captured, converted: Run) -> Runs:
+    return Runs(
+        original=lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
+        converted=converted,
+        unrewritten=_graph_run(captured),
+        exact=in_float64(opened.model),
+    )
+
+
+def _graph_run(captured: Captured) -> Run:
+    return lambda call: outputs_of(captured.run(call.args, call.kwargs))
+
+
+def _made(
+    target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
+) -> Made:
+    options.progress("finding attention")
+    rewritten = _rewritten(opened, opened.name, requested, options.allow_untrained, target)
+    options.progress("checking every site")
+    sites = _site_certificates(rewritten.decisions)
+    options.progress("comparing with the original")
+    outcomes = tuple(_outcome(decision) for decision in rewritten.decisions)
+    runs = _runs(opened, rewritten.captured, _graph_run(rewritten.result))
+    try:
+        compared = compare_runs(opened, runs, lossy=any(outcome.lossy for outcome in outcomes))
+    except DoesNotRunError as error:
+        raise InputError(
+            f"the rewritten model does not run: {error}",
+            opened.name,
+            "nothing was written; please report this model",
+        ) from error
+    changes, told = _changes(opened, rewritten.captured, outcomes)
+    options.progress("writing")
+    _write_weights(opened, rewritten.result, folder)
+    specs = [d.spec for d in rewritten.decisions if d.spec is not None and d.lowering is not None]
+    write_kernels(specs, folder)
+    kernels = f"generated kernels in kernels/ run on CUDA devices; on a CPU {_operators(outcomes)} runs"
+    return Made(rewritten.program, outcomes, tuple(sites), compared, changes, notes=(kernels, *told))
+
+
+def _changes(
+    opened: OpenedModel, captured: Captured, outcomes: Sequence[Outcome]
+) -> tuple[dict[str, Change], list[str]]:
+    """How far lossy passes moved each site on running text, and what there is to say about it."""
+    rewrites = lossy_rewrites(outcomes)
+    text = text_call(opened) if rewrites else None
+    if text is not None:
+        return changes_in_torch(captured, text, rewrites), []
+    said = "the model takes no text, so the change of each site is measured on random inputs only"
+    return {}, [said] if rewrites else []
+
+
+def _operators(outcomes: Sequence[Outcome]) -> str:
     return " and ".join(sorted({outcome.operator for outcome in outcomes}))
 
 
@@ -152,34 +162,6 @@ def _site_certificates(decisions: tuple[Decision, ...]) -> list[SiteCertificate]
     return made
 
 
-def _compare(opened: OpenedModel, captured: Captured, rewritten: Captured, lossy: bool) -> list[EndToEnd]:
-    """Original and rewritten graph on fresh calls and on running text."""
-    found: list[EndToEnd] = []
-    wide = in_float64(opened.model)
-    with torch.no_grad():
-        for call in calls(opened):
-            try:
-                before = outputs_of(opened.model(*call.args, **call.kwargs))
-                after = outputs_of(rewritten.run(call.args, call.kwargs))
-            except (ValueError, RuntimeError) as error:
-                if found:
-                    continue  # sizes that the captured graph has fixed
-                raise InputError(
-                    f"the rewritten model does not run: {str(error).splitlines()[0]}",
-                    opened.name,
-                    "nothing was written; please report this model",
-                ) from error
-            found += distances(call, before, after, run_exact(wide, call), judged=not lossy)
-        text = text_call(opened)
-        if text is not None and lossy:
-            found += on_text(
-                text,
-                outputs_of(opened.model(*text.args, **text.kwargs)),
-                outputs_of(rewritten.run(text.args, text.kwargs)),
-            )
-    return found
-
-
 class _Program(torch.nn.Module):
     """A captured graph as a module: what it was given as values are its buffers."""
 
@@ -197,7 +179,7 @@ class _Program(torch.nn.Module):
         flat = self.captured.flat_inputs(args, kwargs)
         flat = [getattr(self, name) if name else value for name, value in zip(self.names, flat, strict=True)]
         results = self.graph_module(*flat)
-        return torch.utils._pytree.tree_unflatten(list(results), self.captured.output_structure)
+        return unflatten(results, self.captured.output_structure)
 
 
 def _write_weights(opened: OpenedModel, rewritten: Captured, folder: Path) -> None:
@@ -211,20 +193,8 @@ def _write_weights(opened: OpenedModel, rewritten: Captured, folder: Path) -> No
     torch.export.save(program, folder / PROGRAM)
 
 
-def _write_kernels(decisions: tuple[Decision, ...], folder: Path) -> None:
-    """One generated Triton module for each Spec that has one, named by the Spec's fingerprint."""
-    folder.mkdir()
-    for spec in {
-        d.spec.fingerprint(): d.spec for d in decisions if d.spec is not None and d.lowering is not None
-    }.values():
-        if why_not_spec(spec) is None:
-            (folder / f"attend_{spec.fingerprint()}.py").write_text(generate(spec).source, encoding="utf-8")
-
-
-def load_torch(
-    folder: Path, plan: Plan, *, rest: str = "eager", device: str | None = None
-) -> torch.nn.Module:
-    """Open what :func:`convert_torch` wrote.
+def load_torch(folder: Path, plan: Plan, *, rest: str = "eager", device: str | None = None) -> torch.nn.Module:
+    """Open what :func:`convert_torch` wrote. Kernels are generated again; those in the folder are only compared.
 
     Args:
         folder: the folder; plan: its plan.
@@ -233,7 +203,11 @@ def load_torch(
 
     Returns:
         The model. Its ``forward`` is compiled with the plan's passes; ``generate`` and everything else is its own.
+
+    Raises:
+        InputError: when the folder cannot be opened, or a kernel in it is not what would run.
     """
+    require_kernels(plan, folder)
     if (folder / PROGRAM).is_file():
         return torch.export.load(folder / PROGRAM).module()
     model = open_model(folder, attn_implementation="sdpa").model.eval()
@@ -244,44 +218,42 @@ def load_torch(
     return model
 
 
-def verify_torch(folder: Path, plan: Plan, shift: int) -> Certificate:
+def verify_torch(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = False) -> Certificate:
     """The certificate of a folder, computed again on other inputs than the conversion saw.
 
+    A checkpoint is its own original, and its weights are compared with those that were converted by their hash. A
+    saved program is compared with the model that it was made from, which is opened again.
+
     Raises:
-        InputError: when the folder cannot be opened.
+        InputError: when the folder cannot be opened, or the original is no longer there or has changed.
     """
-    if (folder / PROGRAM).is_file():
-        raise InputError(
-            "a saved program has no original beside it to compare with",
-            folder,
-            "verify the conversion of a checkpoint folder",
-        )
-    opened = open_model(folder, attn_implementation="sdpa")
-    opened.model.eval()
-    args, kwargs = opened.example()
-    captured = capture_export(opened.model, args, kwargs)
-    program = lift_graph(aten_graph(captured), plan.model, captured.notes)
-    decisions = decide(
-        program,
-        parse_passes(plan.passes),
-        lambda spec: choose_lowering(spec, "cpu"),
-        allow_untrained=plan.allow_untrained,
-    )
-    _require_plan(plan, decisions, folder)
-    rewritten = dataclasses.replace(captured, graph_module=rewrite(captured.graph_module, program, decisions))
-    lossy = any(decision.passes is not None and decision.passes.lossy for decision in decisions)
-    found: list[EndToEnd] = []
-    wide = in_float64(opened.model)
-    with torch.no_grad():
-        for call in calls(opened, shift):
-            found += distances(
-                call,
-                outputs_of(opened.model(*call.args, **call.kwargs)),
-                outputs_of(rewritten.run(call.args, call.kwargs)),
-                run_exact(wide, call),
-                judged=not lossy,
-            )
-    return make_certificate(plan, _site_certificates(decisions), found)
+    require_kernels(plan, folder)
+    saved = (folder / PROGRAM).is_file()
+    if saved:
+        opened = reopen(folder, allow_pickle=allow_pickle)
+    else:
+        opened = open_model(folder, attn_implementation="sdpa")
+        opened.model.eval()
+        require_weights(read_source(folder), opened, folder)
+    rewritten = _rewritten(opened, plan.model, parse_passes(plan.passes), plan.allow_untrained, folder)
+    _require_plan(plan, rewritten.decisions, folder)
+    converted = _program_run(folder / PROGRAM) if saved else _graph_run(rewritten.result)
+    runs = _runs(opened, rewritten.captured, converted)
+    try:
+        compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift)
+    except DoesNotRunError as error:
+        raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
+    return make_certificate(plan, _site_certificates(rewritten.decisions), compared.entries)
+
+
+def _program_run(file: Path) -> Run:
+    """A saved program."""
+    module = torch.export.load(file).module()
+
+    def run(call: Call) -> dict[str, torch.Tensor]:
+        return outputs_of(module(*call.args, **call.kwargs))
+
+    return run
 
 
 def _require_plan(plan: Plan, decisions: tuple[Decision, ...], folder: Path) -> None:
@@ -295,6 +267,3 @@ def _require_plan(plan: Plan, decisions: tuple[Decision, ...], folder: Path) -> 
             folder,
             "convert the model again",
         )
-
-
-__all__ = ["convert_torch", "load_plan", "load_torch", "verify_torch"]

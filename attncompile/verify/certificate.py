@@ -101,6 +101,7 @@ class EndToEnd(Record):
         inputs: what it was measured on, in words.
         tolerance: how far ``after`` may be from ``before`` (from 0 for a distance); ``null`` where it is only
             reported.
+        error: both are errors, so ``after`` may be any amount smaller than ``before``.
         passed: within the tolerance, or only reported.
     """
 
@@ -109,26 +110,36 @@ class EndToEnd(Record):
     after: float
     inputs: str
     tolerance: float | None
+    error: bool = False
     passed: bool
 
     @model_validator(mode="after")
     def _is_consistent(self) -> EndToEnd:
-        if self.passed != _near_enough(self.before, self.after, self.tolerance):
+        if self.passed != _near_enough(self.before, self.after, self.tolerance, self.error):
             raise ValueError(f"{self.metric}: passed is {self.passed}, but {self.before} → {self.after} with "
                              f"the tolerance {self.tolerance} says otherwise")
         return self
 
 
-def _near_enough(before: float | None, after: float, tolerance: float | None) -> bool:
-    return tolerance is None or abs(after - (before or 0.0)) <= tolerance
+def _near_enough(before: float | None, after: float, tolerance: float | None, error: bool) -> bool:
+    if tolerance is None:
+        return True
+    grown = after - (before or 0.0)
+    return (grown if error else abs(grown)) <= tolerance
 
 
 def measured(
-    metric: str, before: float | None, after: float, inputs: str, tolerance: float | None
+    metric: str,
+    before: float | None,
+    after: float,
+    inputs: str,
+    tolerance: float | None,
+    *,
+    error: bool = False,
 ) -> EndToEnd:
     """An end-to-end entry, judged by its tolerance; without one it is only reported."""
-    return EndToEnd(metric=metric, before=before, after=after, inputs=inputs, tolerance=tolerance,
-                    passed=_near_enough(before, after, tolerance))
+    return EndToEnd(metric=metric, before=before, after=after, inputs=inputs, tolerance=tolerance, error=error,
+                    passed=_near_enough(before, after, tolerance, error))
 
 
 class Certificate(Record):

@@ -84,7 +84,7 @@ def test_text_says_operators_refusals_and_numbers(report: Report) -> None:
     assert "1 site kept as it was: it runs over <queries>" in lines
     assert "sparsify.window(size=4) applied at 2 sites" in lines
     assert "quantize.int8 refused at 1 site: its scores are biased" in lines
-    assert "largest change of a site's output 0.04 (layer.1, 512 tokens)" in lines
+    assert "largest change of a site's output 0.04 relative (layer.1, on 512 tokens)" in lines
     assert "latency 1×128 20 ms → 10 ms (2.00 times less)" in lines
 
 

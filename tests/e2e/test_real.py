@@ -14,9 +14,7 @@ from attncompile.frontends.checkpoint import open_model
 
 
 @pytest.mark.parametrize(("name", "sites"), [("minilm-int8.onnx", 6), ("paraphrase-minilm-l3.onnx", 3)])
-def test_third_party_files_go_in_and_out(
-    onnx_files: dict[str, Path], tmp_path: Path, name: str, sites: int
-) -> None:
+def test_third_party_files_go_in_and_out(onnx_files: dict[str, Path], tmp_path: Path, name: str, sites: int) -> None:
     source = next(path for path in onnx_files.values() if path.name == name)
     assert attncompile.lift(source).count("lifted") == sites
     conversion = attncompile.convert(source, tmp_path / "out")

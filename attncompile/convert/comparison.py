@@ -1,0 +1,223 @@
+"""Original and result on the same calls: what was run, how far apart it is, and what is judged.
+
+A large float32 model is itself off by more than :data:`ABSOLUTE` from what it would give in exact arithmetic, so two
+correct orders of its sums differ by that much. Where the original can be run in float64, what is judged is therefore
+that its error does not grow by more than :data:`ABSOLUTE`.
+
+Where the result runs in another runtime than the original, that runtime rounds in its own way before anything is
+rewritten. The yardstick is then the *unrewritten* export in the same runtime: its error is what may not grow. PyTorch's
+own error is stated beside it, and the export itself is held to PyTorch: by half of the digits that its dtype has, for
+rounding stays far below that and a wrong export does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attncompile.convert.calibration import Call, calls, named_outputs, text_call, text_metrics, without_padding
+from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.verify import EndToEnd, compare, measured
+from attncompile.verify.tolerance import largest
+
+ABSOLUTE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How much the error of a whole model's outputs may grow by exact rewrites, by dtype; absolute."""
+
+Outputs = Mapping[str, torch.Tensor]
+Run = Callable[[Call], Outputs]
+
+
+class DoesNotRunError(ValueError):
+    """The result cannot be run on a call that the original takes, or lacks an output."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The forms of one model that are compared; each gives a call's outputs by name.
+
+    Attributes:
+        original: the model that was given.
+        converted: the result.
+        unrewritten: what the result was made from, in the result's runtime: no site replaced.
+        exact: the original in float64; ``None`` for an ONNX file, which has one precision.
+        runtime: name of the result's runtime where the original has another one.
+    """
+
+    original: Run
+    converted: Run
+    unrewritten: Run
+    exact: Run | None = None
+    runtime: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found.
+
+    Attributes:
+        entries: for the certificate.
+        notes: what the reader should know about them.
+    """
+
+    entries: tuple[EndToEnd, ...]
+    notes: tuple[str, ...] = ()
+
+    def problem(self) -> str | None:
+        """The first entry that is beyond its tolerance, in words."""
+        for entry in self.entries:
+            if not entry.passed:
+                before = "" if entry.before is None else f" where it was {entry.before:.3g}"
+                return (
+                    f"{entry.metric} is {entry.after:.3g}{before} on {entry.inputs}, and {entry.tolerance:.2g} "
+                    f"{'more ' if entry.before is not None else ''}is allowed"
+                )
+        return None
+
+
+def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0) -> Compared:
+    """Run all forms on fresh calls, and after lossy passes on running text too.
+
+    Args:
+        opened: the original, for making calls.
+        runs: what to run.
+        lossy: whether the result may compute something else; then nothing is judged.
+        shift: added to the lengths of the calls, so that a verification sees others than the conversion.
+
+    Raises:
+        DoesNotRunError: when the result fails on a call, and what it was made from does not.
+    """
+    entries: list[EndToEnd] = []
+    notes: list[str] = []
+    ran = 0
+    with torch.no_grad():
+        for call in calls(opened, shift):
+            converted = _converted(runs, call, notes)
+            if converted is not None:
+                ran += 1
+                entries += distances(call, runs, converted, judged=not lossy)
+        if not ran:
+            raise DoesNotRunError("; ".join(notes))
+        text = text_call(opened) if lossy else None
+        converted = _converted(runs, text, notes) if text is not None else None
+        if text is not None and converted is not None:
+            found = text_metrics(text, runs.original(text), converted)
+            entries += [measured(name, old, new, text.what, None) for name, new, old in found]
+    return Compared(tuple(entries), (*notes, *runtime_notes(entries, runs.runtime)))
+
+
+def _converted(runs: Runs, call: Call, notes: list[str]) -> Outputs | None:
+    """The result's outputs; ``None``, with a note, for a call that the exported graph does not take either."""
+    try:
+        return runs.converted(call)
+    except (ValueError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        try:
+            runs.unrewritten(call)
+        except (ValueError, RuntimeError):
+            notes.append(f"{call.what} was not compared: the exported graph has fixed sizes ({said})")
+            return None
+        raise DoesNotRunError(f"on {call.what}: {said}") from error
+
+
+def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> list[EndToEnd]:
+    """How far every output is from the original and from float64, padded positions left out.
+
+    Args:
+        call: what to run.
+        runs: the other forms.
+        converted: the result's outputs for the call.
+        judged: whether to judge at all; otherwise everything is only reported.
+
+    Raises:
+        DoesNotRunError: when an output is missing.
+        ValueError: when one has another shape.
+    """
+    kept = call.kept()
+    original = runs.original(call)
+    exact = runs.exact(call) if runs.exact is not None else {}
+    plain = runs.unrewritten(call) if runs.runtime and exact else {}
+    found: list[EndToEnd] = []
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        comparison = compare(without_padding(one, kept), without_padding(other, kept))
+        return comparison.max_abs if not comparison.misplaced else math.inf
+
+    def state(metric: str, before: float | None, after: float, allowed: float | None, error: bool = False) -> None:
+        found.append(measured(metric, before, after, call.what, allowed if judged else None, error=error))
+
+    for name, reference in original.items():
+        if name not in converted:
+            raise DoesNotRunError(f"the result has no output {name!r}; it has {', '.join(converted)}")
+        allowed = ABSOLUTE.get(reference.dtype, ABSOLUTE[torch.float32])
+        truth = exact.get(name)
+        apart = distance(converted[name], reference)
+        if truth is None or not without_padding(truth, kept).isfinite().all():
+            state(f"largest difference of {name}", None, apart, allowed)
+            continue
+        state(f"largest difference of {name}", None, apart, None)
+        own, after = distance(reference, truth), distance(converted[name], truth)
+        if name not in plain:
+            state(f"error of {name} against float64", own, after, allowed, error=True)
+            continue
+        runtime = distance(plain[name], truth)
+        from_plain = distance(converted[name], plain[name])
+        state(f"largest difference of {name} from the unrewritten export", None, from_plain, None)
+        half_the_digits = math.sqrt(torch.finfo(reference.dtype).eps) * largest(without_padding(truth, kept))
+        state(_OF_THE_EXPORT.format(name), own, runtime, max(allowed, half_the_digits), error=True)
+        metric = f"error of {name} against float64 in {runs.runtime} before and after rewriting"
+        state(metric, runtime, after, allowed, error=True)
+    return found
+
+
+_OF_THE_EXPORT = "error of {} against float64 in PyTorch and in the unrewritten export"
+
+
+def runtime_notes(entries: Sequence[EndToEnd], runtime: str) -> list[str]:
+    """For every output that the runtime rounds worse than PyTorch before anything is rewritten, a sentence.
+
+    Worse means by more than :data:`ABSOLUTE` allows in float32.
+    """
+    start, end = _OF_THE_EXPORT.split("{}")
+    worst: dict[str, EndToEnd] = {}
+    for entry in entries:
+        if not (entry.metric.startswith(start) and entry.metric.endswith(end)) or entry.before is None:
+            continue
+        grown = entry.after - entry.before
+        known = worst.get(entry.metric)
+        if grown > ABSOLUTE[torch.float32] and (known is None or entry.after > known.after):
+            worst[entry.metric] = entry
+    return [
+        f"{runtime}'s own rounding of this model, unrewritten: the error of "
+        f"{metric.removeprefix(start).removesuffix(end)} against float64 is {entry.after:.2g}, PyTorch's is "
+        f"{entry.before:.2g} ({entry.inputs})"
+        for metric, entry in worst.items()
+    ]
+
+
+def in_float64(model: torch.nn.Module) -> Run:
+    """A copy of a model that runs in float64.
+
+    A Hugging Face model uses SDPA there: its rows without a visible key are no NaN.
+    """
+    wide = copy.deepcopy(model).double().eval()
+    choose_attention = getattr(wide, "set_attn_implementation", None)
+    if callable(choose_attention):
+        choose_attention("sdpa")
+
+    def run(call: Call) -> Outputs:
+        args, kwargs = torch.utils._pytree.tree_map(
+            lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+            (call.args, dict(call.kwargs)),
+        )
+        return outputs_of(wide(*args, **kwargs))
+
+    return run
+
+
+def outputs_of(result: object) -> dict[str, torch.Tensor]:
+    """A model's float outputs by name, detached, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in named_outputs(result).items()}

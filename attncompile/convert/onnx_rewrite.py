@@ -1,0 +1,160 @@
+"""Attention of an ONNX model replaced: lifted, passed through the passes, written in the operators that win."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir
+
+from attncompile.codegen.onnx.capabilities import Provider
+from attncompile.codegen.onnx.choose import Choice, Prefer, choose
+from attncompile.codegen.onnx.emit import emit
+from attncompile.codegen.onnx.expressions import Scopes, Shared
+from attncompile.codegen.onnx.layouts import Operand, single_groups
+from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy
+from attncompile.codegen.onnx.values import Builder, redirect
+from attncompile.convert.evidence import Outcome
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_bodies import nested_values
+from attncompile.ir import RefusalError, Spec
+from attncompile.lift import Program, Site, lift_graph
+from attncompile.passes import PassCall, PassResult, run_passes
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model after its sites were replaced.
+
+    Attributes:
+        model: the ONNX model; program: what was lifted from it.
+        outcomes: one per site; choices: the operator rows of replaced sites by name.
+        notes: what else was rewritten.
+        changed: whether anything was.
+        outputs: of each lifted site, its native result before and after by name.
+    """
+
+    model: onnx_ir.Model
+    program: Program
+    outcomes: tuple[Outcome, ...]
+    choices: Mapping[str, Choice]
+    notes: tuple[str, ...]
+    changed: bool
+    outputs: Mapping[str, tuple[str, str]]
+
+
+def rewrite_onnx(
+    model: onnx_ir.Model,
+    name: str,
+    requested: Sequence[PassCall],
+    provider: Provider,
+    prefer: Prefer,
+    allow_untrained: bool,
+    notes: tuple[str, ...],
+) -> Rewritten:
+    """Lift the model, replace every site in place, and tidy what is around them.
+
+    Args:
+        model: changed in place.
+        name: of the model, for the program.
+        requested: passes to run on every site.
+        provider: where it will run; prefer: how operators are chosen.
+        allow_untrained: allow passes that ruin a model that was not trained for them.
+        notes: of the export, to keep with the program.
+    """
+    raised = raise_opset(model)
+    program = lift_graph(onnx_graph(model), name, notes)
+    # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
+    calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
+    values = {value.name: value for value in nested_values(model.graph)}
+    scopes = Scopes(model.graph)
+    outcomes: list[Outcome] = []
+    choices: dict[str, Choice] = {}
+    outputs: dict[str, tuple[str, onnx_ir.Value]] = {}
+    for site in program.sites:
+        if site.status != "lifted" or site.spec is None or site.region is None:
+            outcomes.append(Outcome(site, None, "original", str(site.refusal)))
+            continue
+        (binding,) = site.region.outputs
+        outputs[site.name] = (binding.value, values[binding.value])
+        result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
+        try:
+            place = values[site.region.outputs[0].value].producer()
+            assert place is not None
+            opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
+            choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside)
+            if place.op_type == choice.row.operator and not result.lossy:
+                reason = f"it is {place.op_type} already: {choice.reason}"
+                outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
+                continue
+            if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
+                reason = f"already plain operators, which win here: {choice.reason}"
+                outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
+                continue
+            made = _replace(model, values, site, result, choice, scopes.at(place), provider)
+        except RefusalError as error:
+            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", str(error.refusal)))
+            continue
+        outcomes.append(Outcome(site, result, choice.row.operator, choice.reason))
+        choices[site.name] = choice
+        outputs[site.name] = (binding.value, made)
+    done = tidy(model, provider)
+    told = [f"around attention: {done}"]
+    if not raised:
+        told.append(
+            f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
+        )
+    return Rewritten(
+        model,
+        program,
+        tuple(outcomes),
+        choices,
+        tuple(told),
+        bool(choices) or done != Tidied(0, 0, 0, 0),
+        # named by now; what tidying merged or dropped keeps a name that the model no longer has
+        {site: (old, str(value.name)) for site, (old, value) in outputs.items()},
+    )
+
+
+def _untouched(spec: Spec, result: PassResult) -> PassResult:
+    """What the passes said of a site that stays as it was: their refusals, and none applied."""
+    return PassResult(spec, (), result.refused)
+
+
+def _replace(
+    model: onnx_ir.Model,
+    values: Mapping[str | None, onnx_ir.Value],
+    site: Site,
+    result: PassResult,
+    choice: Choice,
+    shared: Shared,
+    provider: Provider,
+) -> onnx_ir.Value:
+    """Put the operator's nodes in the place of a site, and give their result.
+
+    Raises:
+        RefusalError: where the operator cannot express the Spec.
+    """
+    assert site.region is not None
+    (binding,) = site.region.outputs
+    assert binding.layout is not None
+    old = values[binding.value]
+    place = old.producer()
+    assert place is not None
+    build = Builder(model.graph, site.name)
+    types = result.spec.types()
+    operands = {
+        entry.name: Operand(
+            values[entry.value],
+            entry.layout.groups if entry.layout else single_groups(axis.name for axis in types[entry.name].axes),
+        )
+        for entry in site.region.inputs
+    }
+    outputs = {binding.name: binding.layout.groups}
+    made = emit(result.spec, operands, outputs, choice.row, build, shared, provider)
+    for node in build.nodes:
+        node.metadata_props["attncompile.site"] = site.name
+        node.metadata_props["attncompile.spec"] = str(result.spec)
+    build.insert_before(place)
+    redirect(old, made[binding.name])
+    return made[binding.name]

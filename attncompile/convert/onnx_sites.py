@@ -1,0 +1,104 @@
+"""Every site of a conversion to ONNX as a model of its own in ONNX Runtime, compared with its Spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir
+import torch
+
+from attncompile.codegen.onnx.capabilities import Provider
+from attncompile.codegen.onnx.choose import Choice, row_named
+from attncompile.codegen.onnx.emit import emit
+from attncompile.codegen.onnx.layouts import Operand, single_groups
+from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
+from attncompile.convert.frame import is_lossy
+from attncompile.convert.onnx_rewrite import Rewritten
+from attncompile.convert.runtime import session
+from attncompile.ir import Spec, parse_spec
+from attncompile.plan.schema import Plan
+from attncompile.verify import DRAWS, Draw, SiteCertificate, check_site, refused_site
+
+LONG = Draw(760, "random", 5)
+"""One more random input for sites: above the length at which a chosen operator may give way to another."""
+
+
+def site_certificates(rewritten: Rewritten, provider: Provider) -> list[SiteCertificate]:
+    """One entry per site, each distinct Spec run once as a model of its own."""
+    known: dict[tuple[str, str], SiteCertificate] = {}
+    made = []
+    for outcome in rewritten.outcomes:
+        name, result = outcome.site.name, outcome.passes
+        if result is None or name not in rewritten.choices:
+            made.append(refused_site(name, outcome.reason, outcome.site.spec))
+            continue
+        original = outcome.site.spec if result.lossy else None
+        made.append(_checked(name, result.spec, rewritten.choices[name], provider, known, original))
+    return made
+
+
+def verified_sites(plan: Plan, provider: Provider) -> list[SiteCertificate]:
+    """The sites of a plan, run again.
+
+    Raises:
+        ValueError: when the plan names an operator that is not known.
+    """
+    known: dict[tuple[str, str], SiteCertificate] = {}
+    made = []
+    for site in plan.sites:
+        if site.operator == "original" or not site.after:
+            spec = parse_spec(site.before) if site.before else None
+            made.append(refused_site(site.site, site.reason, spec))
+            continue
+        spec = parse_spec(site.after)
+        choice = Choice(row_named(spec, site.operator), site.reason, ())
+        original = parse_spec(site.before) if site.before and is_lossy(site) else None
+        made.append(_checked(site.site, spec, choice, provider, known, original))
+    return made
+
+
+def _checked(
+    name: str,
+    spec: Spec,
+    choice: Choice,
+    provider: Provider,
+    known: dict[tuple[str, str], SiteCertificate],
+    original: Spec | None,
+) -> SiteCertificate:
+    """A site compared with its Spec, once for equal Specs and operators."""
+    key = (spec.fingerprint(), choice.row.operator)
+    if key not in known:
+        runner = _site_runner(spec, choice, provider)
+        known[key] = check_site(
+            name, spec, runner, operator=choice.row.operator, original=original, draws=(*DRAWS, LONG)
+        )
+    return known[key].model_copy(update={"site": name, "spec": str(spec)})
+
+
+def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A site alone, as a model in ONNX Runtime."""
+    graph = onnx_ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1}, name="site")
+    operands: dict[str, Operand] = {}
+    for value in spec.inputs:
+        groups = single_groups(axis.name for axis in value.type.axes)
+        known = onnx_ir.Value(
+            name=value.name,
+            type=onnx_ir.TensorType(NUMPY_TYPES[value.type.dtype]),
+            shape=onnx_ir.Shape([None] * len(groups)),
+        )
+        graph.inputs.append(known)
+        operands[value.name] = Operand(known, groups)
+    build = Builder(graph, "site")
+    made = emit(spec, operands, {}, choice.row, build, {}, provider)
+    graph.extend(build.nodes)
+    for name in spec.outputs:
+        made[name].dtype = onnx_ir.DataType.FLOAT
+        graph.outputs.append(made[name])
+    loaded = session(onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString(), provider)
+    wanted = {entry.name for entry in loaded.get_inputs()}
+
+    def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fed = {v.name: t.numpy() for v, t in zip(spec.inputs, tensors, strict=True) if v.name in wanted}
+        return tuple(torch.from_numpy(array) for array in loaded.run(None, fed))
+
+    return computed

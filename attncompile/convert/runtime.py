@@ -1,0 +1,90 @@
+"""A model in ONNX Runtime: its file, a session on a provider, and calls of a PyTorch model as its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import torch
+
+from attncompile.convert.calibration import Call
+from attncompile.frontends.errors import InputError
+from attncompile.frontends.torch_internals import flatten
+
+PROVIDERS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+
+LARGEST_FILE = 1_900_000_000
+"""Bytes of weights beyond which they go into a file beside the model: a protobuf holds two gigabytes."""
+
+
+def save(model: onnx_ir.Model, path: Path) -> None:
+    """Write a model, large weights beside it."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > LARGEST_FILE else {}
+    onnx_ir.save(model, path, **beside)
+
+
+def session(model: Path | bytes, provider: str, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A session on the provider, for a file or for a model's bytes.
+
+    Raises:
+        InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
+    """
+    wanted = PROVIDERS[provider]
+    name = model if isinstance(model, Path) else "the model"
+    if wanted[0] not in onnxruntime.get_available_providers():
+        raise InputError(
+            f"{wanted[0]} is not among the providers of the installed ONNX Runtime",
+            name,
+            "install onnxruntime-gpu, or use --provider cpu",
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        given = str(model) if isinstance(model, Path) else model
+        return onnxruntime.InferenceSession(given, options, providers=list(wanted))
+    except Exception as error:
+        raise InputError(
+            f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
+        ) from error
+
+
+def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:
+    """The arguments of a call as an ONNX model takes them: by name where names agree, else by order."""
+    tensors = {name: value for name, value in call.kwargs.items() if isinstance(value, torch.Tensor)}
+    leaves = [leaf for leaf in flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, torch.Tensor)]
+    wanted = [entry.name for entry in loaded.get_inputs()]
+    by_name = all(name in tensors for name in wanted)
+    return {
+        name: (tensors[name] if by_name else leaf).detach().cpu().numpy()
+        for name, leaf in zip(wanted, leaves if not by_name else wanted, strict=False)
+    }
+
+
+def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Tensor]:
+    """The float outputs of a model in ONNX Runtime, by name.
+
+    Raises:
+        RuntimeError: when ONNX Runtime does not run the call; its own errors share no other base.
+    """
+    try:
+        results = loaded.run(None, feeds(loaded, call))
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+    named = {
+        entry.name: torch.from_numpy(array)
+        for entry, array in zip(loaded.get_outputs(), results, strict=True)
+        if isinstance(array, np.ndarray)
+    }
+    return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}

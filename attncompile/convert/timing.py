@@ -1,0 +1,88 @@
+"""Size and latency before and after, in ONNX Runtime on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from attncompile.convert.calibration import Call
+from attncompile.convert.runtime import feeds
+from attncompile.report import Measurement
+
+WARM_UP = 3
+ROUNDS = 7
+"""Interleaved repetitions between two looks at the medians."""
+
+SETTLED = 0.01
+"""The ratio of both medians has settled when one more set of rounds moves it by less than this share."""
+
+SECONDS = 30.0
+"""Time after which the medians are taken as they are."""
+
+
+def size_measurement(before: Path, after: Path) -> Measurement:
+    """Size of both models with the files of their weights, in megabytes."""
+    sizes = [sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6 for path in (before, after)]
+    return Measurement(name="size", before=sizes[0], after=sizes[1], unit="MB", note="weights included")
+
+
+def latency_measurement(
+    before: onnxruntime.InferenceSession, after: onnxruntime.InferenceSession, call: Call, what: str
+) -> Measurement:
+    """Latency of both sessions on a call, in milliseconds; ``what`` says what ``before`` is."""
+    runs = [_runner(loaded, call) for loaded in (before, after)]
+    medians, rounds, settled = interleaved_medians(runs)
+    note = f"medians of {rounds} interleaved runs" + ("" if settled else ", not settled: the machine is busy")
+    return Measurement(
+        name=f"latency, {call.what}",
+        before=1e3 * medians[0],
+        after=1e3 * medians[1],
+        unit="ms",
+        note=f"{note}; before is {what}",
+    )
+
+
+def _runner(loaded: onnxruntime.InferenceSession, call: Call) -> Callable[[], object]:
+    fed = feeds(loaded, call)
+    return lambda: loaded.run(None, fed)
+
+
+def interleaved_medians(
+    runs: Sequence[Callable[[], object]], seconds: float = SECONDS
+) -> tuple[list[float], int, bool]:
+    """Median seconds of each function, taken in turns until the ratio of the first two medians settles.
+
+    Returns:
+        The medians, how often each was run, and whether the ratio settled within the time.
+    """
+    for _ in range(WARM_UP):
+        for run in runs:
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    last = 0.0
+    while True:
+        for _ in range(ROUNDS):
+            for record, run in zip(times, runs, strict=True):
+                start = time.perf_counter()
+                run()
+                record.append(time.perf_counter() - start)
+        medians = [float(np.median(record)) for record in times]
+        ratio = medians[0] / medians[1]
+        settled = abs(ratio - last) < SETTLED * ratio
+        if settled or time.perf_counter() > end:
+            return medians, len(times[0]), settled
+        last = ratio
+
+
+def slower(measurements: Sequence[Measurement]) -> list[str]:
+    """A sentence for every latency that grew by more than a twentieth."""
+    return [
+        f"SLOWER than before: {row.name} went from {row.before:.1f} to {row.after:.1f} ms on this machine"
+        for row in measurements
+        if row.unit == "ms" and row.before is not None and row.after > 1.05 * row.before
+    ]
