@@ -1,294 +1,403 @@
-"""The block around a site: rotary position maps and projections, recognised by what they compute."""
+"""The block around a site: what makes its operands and what becomes of its output, recognised by what it computes.
+
+From each operand the walk goes back against the flow of data, with the indices of the element that the attention
+reads, through movements and casts, and names what it meets: rotary position maps, normalisations, caches, linear
+maps. From the output it goes forward: gates, and the output projection.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-import torch
-
-from attncompile.frontends.graph import Cast, Concatenate, Extents, Graph, Linear, Move, Pointwise
-from attncompile.ir import (
-    Expr,
-    Index,
-    Kind,
-    Load,
-    Operation,
-    Position,
-    Project,
-    RefusalError,
-    Size,
-    Spec,
-    simplify,
-)
-from attncompile.ir.evaluate import Environment, evaluate
-from attncompile.ir.expr import Apply, Const, loads, rewrite, substitute, symbols, walk
-from attncompile.lift.interpret import Interpreter
+from attncompile.frontends.graph import Cast, Concatenate, Graph, Indices, Linear, Move, Node, Opaque, Pointwise
+from attncompile.ir import Expr, Index, Load, Operation, Position, Project, RefusalError, Spec, print_expr, simplify
+from attncompile.ir.expr import Const, loads, rewrite, substitute, symbols, walk
+from attncompile.lift.frequencies import read_frequencies
+from attncompile.lift.interpret import LARGEST, Interpreter
+from attncompile.lift.norms import cuts, recognise_norm
 from attncompile.lift.program import Binding, Layout, Site
+from attncompile.lift.rotary import SOURCE, rotary_map
+from attncompile.lift.step import Step
 
-_D = Index("d")
-_Partner = tuple[int, torch.Tensor]
+_D, _I = Index("d"), Index("i")
+_ROLES = {"g": "h", "j": "i", "e": "d"}
+"""Axes of key and value under the names that queries have: one walk serves all three."""
+
+_LONGEST = 64
+"""Nodes that a walk passes."""
 
 
-def attach_block(graph: Graph, site: Site) -> tuple[Operation, ...]:
-    """What surrounds a site's operands: position maps of query and key, and the projections behind them."""
+def attach_block(graph: Graph, site: Site) -> tuple[tuple[Operation, ...], tuple[Step, ...]]:
+    """What surrounds a site: position maps and projections of its operands as operations, and every step.
+
+    Steps stand in the order of data flow: those that make ``q``, then ``k``, ``v``, then those after the output.
+    """
     if site.region is None or site.spec is None:
-        return ()
-    found: list[Operation] = []
+        return (), ()
+    operations: list[Operation] = []
+    steps: list[Step] = []
     for binding in site.region.inputs[:3]:
-        value, name = binding.value, binding.name
-        position = _position(graph, site.spec, binding)
-        if position is not None:
-            operation, value = position
-            found.append(operation)
-        heads = simplify(site.spec.types()[name].sizes[1])
-        project = _project(graph, value, name, int(heads.value) if isinstance(heads, Const) else 1)
-        if project is not None:
-            found.append(project)
-    return tuple(found)
+        walked = _Walk(graph, site.spec, binding)
+        operations += walked.operations
+        steps += reversed(walked.steps)
+    return tuple(operations), (*steps, *_after(graph, site.region.outputs[0].value))
 
 
-def _element(layout: Layout, sizes: Mapping[str, Expr], shape: tuple[Expr, ...]) -> tuple[Expr, ...]:
+def _shown(graph: Graph, value: str) -> str:
+    """What a person calls a value."""
+    given = graph.inputs.get(value)
+    return given.name if given else graph.describe(value).name
+
+
+def _element(layout: Layout, sizes: Mapping[str, Expr]) -> Indices:
     """Native indices of the Spec element at its axis symbols."""
     indices: list[Expr] = []
     for group in layout.groups:
         index: Expr = Const(0)
         for axis in group:
-            index = index * sizes[axis] + Index({"g": "h", "j": "i", "e": "d"}.get(axis, axis))
+            index = index * sizes[axis] + Index(_ROLES.get(axis, axis))
         indices.append(simplify(index))
     return tuple(indices)
 
 
-def _position(graph: Graph, spec: Spec, binding: Binding) -> tuple[Position, str] | None:
-    """A rotary map that makes this operand, and the value it rotates."""
-    node = graph.producer.get(binding.value)
-    if not isinstance(node, Pointwise | Concatenate) or binding.layout is None or binding.name == "v":
-        return None
-    kind = spec.types()[binding.name]
-    sizes = {axis.name: axis.size for axis in kind.axes}
-    channels = simplify(sizes["d"])
-    if not isinstance(channels, Const):
-        return None
-    info = graph.infos[binding.value]
-    extents = {"d": channels, **{{"g": "h", "j": "i"}.get(a, a): s for a, s in sizes.items() if a != "d"}}
-    native = {
-        k: graph.infos[binding.value].shape[n]
-        for n, g in enumerate(binding.layout.groups)
-        for k in g
-        if len(g) == 1
-    }
-    extents.update({{"g": "h", "j": "i"}.get(k, k): v for k, v in native.items()})
-    try:
-        element = Interpreter(graph, extents=extents).at(
-            binding.value, _element(binding.layout, {**sizes, **native}, info.shape)
-        )
-    except RefusalError:
-        return None
-    rotated = [load for load in loads(element) if {Index("h"), Index("i"), _D} <= symbols(load)]
-    tensors = {load.tensor for load in rotated}
-    if len(tensors) != 1:
-        return None
-    (source,) = tensors
-    anonymous = rewrite(
-        element, lambda n: replace(n, tensor="x") if isinstance(n, Load) and n.tensor == source else None
-    )
-    found = _rotary_map(anonymous, tuple(extents.items()))
-    return (
-        None
-        if found is None
-        else (replace(found, tensor=binding.name, out=f"{binding.name}_rotated"), source)
-    )
+@dataclass
+class _Walk:
+    """Back from one operand of a site; ``steps`` are nearest first."""
 
+    graph: Graph
+    spec: Spec
+    binding: Binding
+    operations: list[Operation] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
-@functools.lru_cache(maxsize=128)  # the layers of a model rotate alike
-def _rotary_map(element: Expr, extents: Extents) -> Position | None:
-    """The position map that an element of its result states, whichever part of the channels it rotates."""
-    sizes = dict(extents)
-    channels = sizes["d"]
-    assert isinstance(channels, Const)
-    for count in _rotated_channels(element, int(channels.value)):
-        part = simplify(element, {**sizes, "d": Const(count)})
-        left = int(channels.value) - count
-        rest = simplify(substitute(element, {_D: _D + count}), {**sizes, "d": Const(left)}) if left else None
-        for convention, (ahead, behind) in _CONVENTIONS.items():
-            found = _rotary(part, rest, count, convention, (ahead(count), behind(count)))
+    def __post_init__(self) -> None:
+        self.name = self.binding.name
+        kind = self.spec.types()[self.name]
+        sizes = {axis.name: axis.size for axis in kind.axes}
+        layout = self.binding.layout
+        shape = self.graph.infos[self.binding.value].shape
+        groups = layout.groups if layout is not None else ()
+        # native sizes, where an axis stands alone: the Spec's are renamed
+        sizes |= {group[0]: shape[n] for n, group in enumerate(groups) if len(group) == 1}
+        self.extents = {_ROLES.get(axis, axis): size for axis, size in sizes.items()}
+        self.channels = simplify(self.extents["d"])
+        heads = simplify(kind.sizes[1])
+        self.heads = int(heads.value) if isinstance(heads, Const) else 1
+        if layout is not None:
+            self._follow(self.binding.value, _element(layout, sizes))
+
+    def _note(self, kind: str, value: str, **facts: object) -> None:
+        self.steps.append(Step(self.name, kind, _shown(self.graph, value), facts))
+
+    def _follow(self, value: str, indices: Indices, projected: bool = False) -> None:
+        """Name what makes a value, until nothing is recognised or the state of the model is reached."""
+        for _ in range(_LONGEST):
+            node = self.graph.producer.get(value)
+            if isinstance(node, Move):
+                value, indices = node.source, self._simplified(node.index_map(indices))
+                continue
+            if isinstance(node, Cast):
+                value = node.source
+                continue
+            found = self._rotary(value, indices) or self._norm(value, indices)
             if found is not None:
-                return found
-    return None
+                value, indices = found
+                continue
+            if isinstance(node, Concatenate):
+                parts = list(self._parts(node, indices))
+                if self._cache(node, indices):
+                    value, indices = node.parts[-1], parts[-1][1]
+                    continue
+                if _D in symbols(indices[node.axis]):
+                    self._joined(node, parts)
+                return
+            written = _written(node) if isinstance(node, Opaque) else None
+            if written is not None and isinstance(node, Opaque):
+                self._note("cache", value, form="written in place", past=_shown(self.graph, node.reads[0]))
+                value = written
+                continue
+            if isinstance(node, Linear):
+                self._linear(node, indices, projected)
+                inner = self._narrower(node)
+                if inner is None:
+                    return
+                value, indices, projected = node.source, (*indices[:-1], _D), True
+                continue
+            if isinstance(node, Pointwise):
+                moved = self._scaled(node, indices)
+                if moved is None:
+                    return
+                value, indices = moved
+                continue
+            return
 
+    def _simplified(self, indices: Indices) -> Indices:
+        simplifier = self.graph.simplifier(self.extents)
+        return tuple(simplifier(index) for index in indices)
 
-_CONVENTIONS: dict[str, tuple[Callable[[int], _Partner], Callable[[int], _Partner]]] = {
-    "half": (
-        lambda count: (count // 2, torch.arange(count) < count // 2),
-        lambda count: (-count // 2, torch.arange(count) >= count // 2),
-    ),
-    "interleaved": (
-        lambda count: (1, torch.arange(count) % 2 == 0),
-        lambda count: (-1, torch.arange(count) % 2 == 1),
-    ),
-}
-"""How far away the partner of a channel is, and for which channels, by the number of rotated channels."""
+    # --- what is recognised ---------------------------------------------------------------------------------
 
-
-def _rotated_channels(element: Expr, channels: int) -> list[int]:
-    """How many of the first channels could be rotated: all, or those before a channel where the expression
-    changes.
-    """
-    edges = {
-        int(c.value)
-        for node in walk(element)
-        if isinstance(node, Apply) and node.result is Kind.BOOL and _D in node.arguments
-        for c in node.arguments
-        if isinstance(c, Const)
-    }
-    return [channels, *sorted((c for c in edges if 0 < c < channels and c % 2 == 0), reverse=True)]
-
-
-def _distances(load: Load, base: Load, channels: int) -> torch.Tensor | None:
-    """How far from the base the channel is that a load reads, for every channel; ``None`` if they differ
-    otherwise.
-    """
-    indices = {name: torch.zeros((), dtype=torch.int64) for name in "bhi"} | {"d": torch.arange(channels)}
-    if load.tensor != base.tensor:
-        return None
-    apart = [simplify(one - other) for one, other in zip(load.indices, base.indices, strict=True)]
-    moved = [by for by in apart if by != Const(0)]
-    if len(moved) > 1 or any(symbols(by) - {_D} for by in moved):
-        return None
-    return sum((evaluate(by, Environment(indices)) for by in moved), torch.zeros(channels, dtype=torch.int64))
-
-
-def _rotary(
-    element: Expr, rest: Expr | None, channels: int, convention: str, partners: tuple[_Partner, _Partner]
-) -> Position | None:
-    """Read cos and sin off an element that is linear in three neighbours of one tensor; then check the whole
-    claim.
-    """
-    rotated = [load for load in loads(element) if {Index("h"), Index("i"), _D} <= symbols(load)]
-    if len(rotated) != 3:
-        return None
-    for base in rotated:
-        distances = {load: _distances(load, base, channels) for load in rotated if load != base}
-        if any(found is None for found in distances.values()):
+    def _rotary(self, value: str, indices: Indices) -> tuple[str, Indices] | None:
+        """A rotary map that makes the value at these indices, and what it rotates."""
+        if self.name == "v" or not isinstance(self.graph.producer.get(value), Pointwise | Concatenate):
             return None
-        ahead, behind = (
-            next(
-                (
-                    load
-                    for load, found in distances.items()
-                    if found is not None and bool((found[where] == by).all())
-                ),
-                None,
-            )
-            for by, where in partners
-        )
-        if ahead is None or behind is None or ahead == behind:
-            continue
-        after = Load(
-            base.tensor,
-            tuple(simplify(substitute(i, {_D: _D + channels})) for i in base.indices),
-            base.element,
-        )
-        if rest is not None and rest != after:
-            continue  # the channels behind the rotated ones must pass through
-        cos = _zero_free(
-            simplify(substitute(element, {base: Const(1.0), ahead: Const(0.0), behind: Const(0.0)}))
-        )
-        sin = _zero_free(
-            simplify(substitute(element, {base: Const(0.0), ahead: Const(-1.0), behind: Const(1.0)}))
-        )
-        if {n.name for e in (cos, sin) for n in symbols(e) if isinstance(n, Index)} - {"b", "i", "d"}:
-            continue
-        position = Position("x", cos, sin, channels, convention)
-        steps = {
-            base: torch.zeros(channels, dtype=torch.int64),
-            **{k: v for k, v in distances.items() if v is not None},
-        }
-        if _confirmed(element, position, steps):
-            return position
-    return None
-
-
-def _zero_free(expr: Expr) -> Expr:
-    """Drop products with a literal 0.0, which stand for the neighbours that were left out."""
-
-    def visit(node: Expr) -> Expr | None:
-        match node:
-            case Const(value) if isinstance(value, float) and value == 0:
-                return Const(0.0)  # the sign of zero is of no interest here, and keeps equal branches apart
-            case Apply("mul", arguments) if Const(0.0) in arguments:
-                return Const(0.0)
+        if not isinstance(self.channels, Const) or not any(_D in symbols(index) for index in indices):
+            return None
+        for source in self._rotated(value):
+            interpreter = Interpreter(self.graph, extents=self.extents, loaded=frozenset([source]))
+            try:
+                element = interpreter.at(value, indices)
+            except RefusalError:
+                continue
+            read = [load for load in loads(element) if load.tensor == source]
+            if len(read) < 3 or sum(1 for _ in walk(element)) > LARGEST:
+                continue
+            found = rotary_map(_anonymous(element, source), tuple(self.extents.items()))
+            if found is None:
+                continue
+            position, base = found
+            position = replace(position, tensor=self.name, out=f"{self.name}_rotated")
+            self.operations.append(position)
+            frequencies = read_frequencies(self.graph, position)
+            facts: dict[str, object] = {"convention": position.convention, "channels": position.channels}
+            facts["of"] = int(self.channels.value)
+            if frequencies is not None:
+                facts |= {"base": frequencies.base, "scaling": frequencies.scaling}
+                facts |= {"factor": frequencies.factor, "attention_factor": frequencies.attention}
+            self._note("rotary", value, **facts)
+            return source, base
         return None
 
-    while (shorter := simplify(rewrite(expr, visit))) != expr:
-        expr = shorter
-    return expr
+    def _rotated(self, value: str) -> Iterator[str]:
+        """What could be rotated to make a value: what is read more than once on the way, nearest first."""
+        graph, seen, readers = self.graph, {value}, dict[str, int]()
+        stack = [value]
+        while stack and len(seen) < _LONGEST:
+            node = graph.producer.get(stack.pop())
+            if not isinstance(node, Pointwise | Concatenate | Move | Cast):
+                continue
+            for name in node.inputs:
+                readers[name] = readers.get(name, 0) + 1
+                if name not in seen and name in graph.varying:
+                    seen.add(name)
+                    stack.append(name)
+        wide = [
+            name for name in seen - {value} if readers[name] > 1 and graph.is_readable(name) and name in graph.producer
+        ]
+        return iter(sorted(wide, key=lambda name: -graph.position[name])[:8])
+
+    def _norm(self, value: str, indices: Indices) -> tuple[str, Indices] | None:
+        """A normalisation that makes the value, and what it normalises."""
+        axis = next((n for n, index in enumerate(indices) if _D in symbols(index)), None)
+        if axis is None or not isinstance(self.graph.producer.get(value), Pointwise | Opaque):
+            return None
+        norm = recognise_norm(self.graph, value, axis)
+        if norm is None:
+            return None
+        each = "head" if self.channels == Const(norm.channels) else "position"
+        self._note(
+            "norm",
+            value,
+            form=norm.kind,
+            channels=norm.channels,
+            over=each,
+            epsilon=norm.epsilon,
+            weights=list(norm.weights),
+        )
+        return norm.source, indices
+
+    def _parts(self, node: Concatenate, indices: Indices) -> Iterator[tuple[str, Indices, Expr, Expr]]:
+        """The parts of a concatenation: value, indices, where it begins and how long it is."""
+        begin: Expr = Const(0)
+        for part in node.parts:
+            length = self.graph.infos[part].shape[node.axis]
+            inside = simplify(indices[node.axis] - begin)
+            yield part, (*indices[: node.axis], inside, *indices[node.axis + 1 :]), begin, length
+            begin = simplify(begin + length)
+
+    def _cache(self, node: Concatenate, indices: Indices) -> bool:
+        """Whether a concatenation puts new keys or values behind those of earlier steps."""
+        if self.name == "q" or _I not in symbols(indices[node.axis]) or len(node.parts) != 2:
+            return False
+        past = node.parts[0]
+        while isinstance(made := self.graph.producer.get(past), Move | Cast):
+            past = made.source
+        given = self.graph.inputs.get(past)
+        if given is None or given.role not in ("user", "buffer"):
+            return False
+        self._note("cache", node.output, form="concatenated", past=given.name)
+        return True
+
+    def _joined(self, node: Concatenate, parts: list[tuple[str, Indices, Expr, Expr]]) -> None:
+        """Channels from several places, each with steps of its own (multi-head latent attention)."""
+        channels, outer = self.channels, self.extents
+        for part, indices, begin, length in reversed(parts):
+            start = simplify(indices[node.axis] - _D)
+            first = simplify(Const(0) - start)
+            self.extents = {**outer, "d": length}
+            self.channels = simplify(length)
+            count = len(self.steps)
+            moved = tuple(simplify(substitute(index, {_D: _D + first})) for index in indices)
+            self._follow(part, self._simplified(moved))
+            last = simplify(begin + length - 1)
+            where = f"channels {print_expr(begin)}–{print_expr(last)}"
+            self.steps[count:] = [replace(step, part=step.part or where) for step in self.steps[count:]]
+        self.channels, self.extents = channels, outer
+
+    def _linear(self, node: Linear, indices: Indices, inner: bool) -> None:
+        """A linear map: which outputs of it the operand reads says whether it is shared with others."""
+        graph, shape = self.graph, self.graph.infos[node.weight].shape
+        outputs, inputs = reversed(shape) if node.transposed else shape
+        names = [_shown(graph, name) for name in (node.source, node.weight)]
+        bias = _shown(graph, node.bias) if node.bias else ""
+        facts: dict[str, object] = {"source": names[0], "kernel": names[1], "bias": bias}
+        facts |= {"inputs": _number(inputs), "outputs": _number(outputs)}
+        read, whole = self._outputs_read(indices[-1]), simplify(outputs)
+        if not inner and read is not None and isinstance(whole, Const) and read < int(whole.value):
+            facts |= {"form": "packed", "reads": print_expr(indices[-1])}
+        self._note("linear", node.output, **facts)
+        if not inner and not any(isinstance(operation, Project) for operation in self.operations):
+            self.operations.append(Project(names[0], names[1], bias, self.heads, self.name))
+
+    def _outputs_read(self, index: Expr) -> int | None:
+        """How many outputs of a linear map an index runs over."""
+        count = 1
+        for symbol in symbols(index):
+            size = self.extents.get(symbol.name) if isinstance(symbol, Index) else None
+            size = simplify(size) if size is not None else None
+            if not isinstance(size, Const):
+                return None
+            count *= int(size.value)
+        return count
+
+    def _narrower(self, node: Linear) -> Linear | None:
+        """The first half of a low-rank map: a linear map to fewer channels, at most normalised in between."""
+        start = self._unmoved(node.source)
+        for value in (start, *(earlier for earlier, _ in cuts(self.graph, start))):
+            made = self.graph.producer.get(value)
+            if not isinstance(made, Linear):
+                continue
+            shapes = (self.graph.infos[name].shape for name in (made.output, made.source, node.output))
+            sizes = [simplify(shape[-1]) for shape in shapes]
+            rank, *wider = [size.value if isinstance(size, Const) else None for size in sizes]
+            if rank is None or any(other is None or rank >= other for other in wider):
+                return None
+            if value != start:
+                norm = recognise_norm(self.graph, start, len(self.graph.infos[start].shape) - 1)
+                if norm is None or self._unmoved(norm.source) != value:
+                    return None
+            return made
+        return None
+
+    def _unmoved(self, value: str) -> str:
+        """What a value is before movements and casts."""
+        while isinstance(node := self.graph.producer.get(value), Move | Cast):
+            value = node.source
+        return value
+
+    def _scaled(self, node: Pointwise, indices: Indices) -> tuple[str, Indices] | None:
+        """A factor or a summand made of parameters and constants; the operand's own value goes on."""
+        own = [x for x in node.operands if isinstance(x, str) and x in self.graph.varying]
+        if node.operator not in ("mul", "add", "div") or len(own) != 1:
+            return None
+        if node.operator == "div" and node.operands[0] != own[0]:
+            return None
+        if self.graph.infos[own[0]].shape != self.graph.infos[node.output].shape:
+            return None
+        others = [x if isinstance(x, str) else print_expr(x, 4) for x in node.operands if x != own[0]]
+        shown = ", ".join(_shown(self.graph, x) if x in self.graph.infos else x for x in others)
+        self._note("bias" if node.operator == "add" else "scale", node.output, operator=node.operator, by=shown)
+        return own[0], indices
 
 
-def _confirmed(element: Expr, position: Position, distances: Mapping[Load, torch.Tensor]) -> bool:
-    """Compare element and claim on random numbers for every channel."""
-    generator = torch.Generator().manual_seed(0)
-    channels = torch.arange(position.channels)
-    x = torch.randn(position.channels, dtype=torch.float64, generator=generator)
-    if position.convention == "half":
-        first, second = x.chunk(2)
-        partner = torch.cat([-second, first])
-    else:
-        partner = torch.stack([-x[1::2], x[0::2]], dim=-1).flatten()
-    others = [load for load in loads(element) if load not in distances]
-    tensors = {}
-    for load in others:
-        shape = [position.channels if _D in symbols(index) else 2 for index in load.indices]
-        drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
-        tensors[load.tensor] = drawn if load.element is Kind.FLOAT else drawn.abs().round().long()
-    environment = Environment(
-        {"d": channels, **{n: torch.zeros((), dtype=torch.int64) for n in "bhi"}},
-        {n.name: 2 for n in symbols(element) if isinstance(n, Size)},
-        tensors,
+def _anonymous(element: Expr, tensor: str) -> Expr:
+    """An element with one of its tensors under the name that stands for all: layers of a model then look alike."""
+    return rewrite(
+        element, lambda node: replace(node, tensor=SOURCE) if isinstance(node, Load) and node.tensor == tensor else None
     )
-    # the element as a linear form of the neighbours: the coefficient of one is the form's value at 1 there
-    # and 0 elsewhere
-    total = torch.zeros(position.channels, dtype=torch.float64)
-    for load, distance in distances.items():
-        alone = substitute(element, {other: Const(1.0 if other == load else 0.0) for other in distances})
-        source = (channels + distance).clamp(0, position.channels - 1)
-        total = total + evaluate(alone, environment).expand(position.channels) * x[source]
-    cos, sin = evaluate(position.cos, environment), evaluate(position.sin, environment)
-    return bool(torch.allclose(total, x * cos + partner * sin, rtol=1e-9, atol=1e-9))
 
 
-def _project(graph: Graph, value: str, name: str, heads: int) -> Project | None:
-    """The linear map that makes a value, looking through movements and casts."""
-    node = graph.producer.get(value)
+def _number(size: Expr) -> int | str:
+    size = simplify(size)
+    return int(size.value) if isinstance(size, Const) else print_expr(size)
+
+
+_WRITES = {"index_copy": 3, "index_put": 2, "scatter": 3, "slice_scatter": 1, "ScatterND": 2, "ScatterElements": 2}
+"""Operations that write into a copy of their first input, and which input they write (ATen, ONNX)."""
+
+
+def _written(node: Opaque) -> str | None:
+    """What an operation writes into a buffer, if that is what it does."""
+    name = node.what.removeprefix("aten.").split(".")[0].rstrip("_")
+    return node.reads[-1] if name in _WRITES and len(node.reads) > 1 else None
+
+
+# --- after the site -----------------------------------------------------------------------------------------
+
+
+def _after(graph: Graph, value: str) -> Iterator[Step]:
+    """Gates and the output projection."""
+    for _ in range(_LONGEST):
+        users = graph.users.get(value, ())
+        if len(users) != 1:
+            return
+        (user,) = users
+        if isinstance(user, Linear):
+            names = [_shown(graph, name) for name in (user.weight, *([user.bias] if user.bias else []))]
+            shape = graph.infos[user.weight].shape
+            outputs, inputs = reversed(shape) if user.transposed else shape
+            facts: dict[str, object] = {"kernel": names[0], "bias": names[1] if user.bias else ""}
+            facts |= {"inputs": _number(inputs), "outputs": _number(outputs)}
+            yield Step("out", "linear", _shown(graph, user.output), facts)
+            return
+        if isinstance(user, Pointwise) and user.operator == "mul":
+            gate = _gate(graph, next((x for x in user.operands if isinstance(x, str) and x != value), None))
+            if gate is None:
+                return
+            yield Step("out", "gate", _shown(graph, user.output), gate)
+        elif isinstance(user, Opaque):
+            norm = recognise_norm(graph, user.output, len(graph.infos[user.output].shape) - 1)
+            if norm is None:
+                return
+            facts = {"form": norm.kind, "channels": norm.channels, "epsilon": norm.epsilon}
+            facts["weights"] = list(norm.weights)
+            yield Step("out", "norm", _shown(graph, user.output), facts)
+        elif not isinstance(user, Move | Cast):
+            return
+        value = user.output
+
+
+def _gate(graph: Graph, value: str | None) -> dict[str, object] | None:
+    """A factor that is a sigmoid of something that varies: its function and the linear map behind it."""
+    node = _moved(graph, value)
+    if not isinstance(node, Pointwise) or node.output not in graph.varying:
+        return None
+    function = "sigmoid"
+    if node.operator == "mul":  # x · sigmoid(x)
+        made = (graph.producer.get(x) for x in node.operands if isinstance(x, str))
+        inner = [x for x in made if isinstance(x, Pointwise) and x.operator == "sigmoid"]
+        if len(inner) != 1 or inner[0].operands[0] not in node.operands:
+            return None
+        function, node = "silu", inner[0]
+    if node.operator != "sigmoid" or not isinstance(node.operands[0], str):
+        return None
+    facts: dict[str, object] = {"function": function}
+    behind = _moved(graph, node.operands[0])
+    if isinstance(behind, Linear):
+        facts |= {"kernel": _shown(graph, behind.weight), "bias": _shown(graph, behind.bias) if behind.bias else ""}
+    return facts
+
+
+def _moved(graph: Graph, value: str | None) -> Node | None:
+    """What makes a value, before movements and casts."""
+    node = graph.producer.get(value or "")
     while isinstance(node, Move | Cast):
         node = graph.producer.get(node.source)
-    if not isinstance(node, Linear):
-        return None
-
-    def shown(native: str) -> str:
-        given = graph.inputs.get(native)
-        return given.name if given else native
-
-    return Project(shown(node.source), shown(node.weight), shown(node.bias) if node.bias else "", heads, name)
+    return node
 
 
 def rotary_base(graph: Graph, position: Position) -> float | None:
-    """The base of the rotary frequencies ``base^(−2n/R)``, when they are a constant of the graph."""
-    for load in loads(position.cos):
-        given = graph.inputs.get(load.tensor)
-        if (
-            given is not None
-            and given.value is not None
-            and given.value.dim() == 1
-            and given.value.numel() > 1
-        ):
-            frequencies = given.value.double()
-            ratio = float(frequencies[1] / frequencies[0])
-            if 0 < ratio < 1:
-                base = ratio ** (-given.value.numel())
-                expected = base ** (-torch.arange(given.value.numel()) / given.value.numel())
-                if torch.allclose(expected.double(), frequencies, rtol=1e-3):
-                    return round(base, -int(math.log10(base)) + 3) if base >= 10 else base
-    return None
+    """The base of the rotary frequencies ``base^(−2n/R)``, where they are constants of the graph."""
+    found = read_frequencies(graph, position)
+    return found.base if found else None

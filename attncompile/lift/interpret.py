@@ -55,12 +55,14 @@ class Interpreter:
         stops: values that end the walk with a symbol.
         dependent: values that must be interpreted down to a stop; they can not be loaded.
         extents: sizes of the index symbols.
+        loaded: values that are loaded without looking at what makes them.
     """
 
     graph: Graph
     stops: Mapping[str, Stop] = field(default_factory=dict)
     dependent: frozenset[str] = frozenset()
     extents: Mapping[str, Expr] = field(default_factory=dict)
+    loaded: frozenset[str] = frozenset()
     simplifier: Simplifier = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Interpreter:
         self._known: dict[tuple[str, Indices], Expr] = {}
         # what no stop lies behind is the same for every site of this shape: the layers of a model share their
         # masks
-        shares = all(stop in self.dependent for stop in self.stops)
+        shares = not self.loaded and all(stop in self.dependent for stop in self.stops)
         self._shared = self.graph.elements(self.extents) if shares else self._known
 
     def at(self, value: str, indices: Indices) -> Expr:
@@ -91,7 +93,7 @@ class Interpreter:
                 stop.indices.append(indices)
             return stop.symbol
         node = self.graph.producer.get(value)
-        if node is None:
+        if node is None or value in self.loaded:
             return self._load(value, indices)
         if value in self.dependent:
             return self.simplifier(self._stated(node, indices))

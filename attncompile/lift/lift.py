@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attncompile.frontends.graph import Graph
-from attncompile.ir import Position
-from attncompile.lift.block import attach_block, rotary_base
+from attncompile.lift.anchors import normalisers
+from attncompile.lift.block import attach_block
+from attncompile.lift.guard import find_guard
 from attncompile.lift.program import Program, Site
 from attncompile.lift.prove import Prover
+from attncompile.lift.refusals import complete, nearest
 from attncompile.lift.sites import find_sites
 
 
-def lift_graph(
-    graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *, blocks: bool = True
-) -> Program:
+def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *, blocks: bool = True) -> Program:
     """State every attention site of a graph as a Spec.
 
     Args:
@@ -30,11 +30,27 @@ def lift_graph(
     sites = tuple(prover.prove(site) for site in find_sites(graph))
     if blocks:
         sites = tuple(_with_block(graph, site) for site in sites)
-    return Program(model, graph, sites, notes)
+    return Program(model, graph, _explained(graph, sites), notes)
 
 
 def _with_block(graph: Graph, site: Site) -> Site:
-    """The site with what surrounds it."""
-    block = attach_block(graph, site)
-    bases = (rotary_base(graph, operation) for operation in block if isinstance(operation, Position))
-    return replace(site, block=block, rotary_base=next(bases, None))
+    """The site with what surrounds it, and the mask that its score may hide."""
+    block, steps = attach_block(graph, site)
+    return replace(site, block=block, steps=steps, guarded=find_guard(site.spec) if site.spec else None)
+
+
+def _explained(graph: Graph, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """The sites, each refusal with a suggested edit, and with the nearest thing that was recognised."""
+    if all(site.refusal is None for site in sites):
+        return sites
+    anchors = tuple(normalisers(graph)) if any(site.status == "refused" for site in sites) else ()
+    return tuple(
+        replace(
+            site,
+            refusal=complete(site.refusal),
+            nearest=nearest(graph, site.anchor, anchors) if site.status == "refused" else "",
+        )
+        if site.refusal
+        else site
+        for site in sites
+    )

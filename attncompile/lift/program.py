@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attncompile.ir import Operation, Refusal, Spec
+from attncompile.lift.guard import Guard
+from attncompile.lift.step import Step
 
 Status = Literal["lifted", "observed", "refused"]
 
@@ -91,7 +93,9 @@ class Site:
         region: the nodes it stands for, unless refused.
         proof: numerical evidence, unless refused.
         anchor: name of the native node where it was found.
-        rotary_base: base of the rotary frequencies of its block, where they are a constant of the graph.
+        steps: every operation around it that was recognised, in the order of data flow.
+        guarded: the mask that terms of its score are under facts about data, where there are such.
+        nearest: of a refused site, the nearest thing that was recognised.
     """
 
     name: str
@@ -103,7 +107,9 @@ class Site:
     region: Region | None = None
     proof: Proof | None = None
     anchor: str = ""
-    rotary_base: float | None = None
+    steps: tuple[Step, ...] = ()
+    guarded: Guard | None = None
+    nearest: str = ""
 
 
 @dataclass(frozen=True)

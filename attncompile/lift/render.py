@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from attncompile.ir import Attend, Expr, Operation, Position, Project, Size, Spec, print_expr, print_spec
-from attncompile.ir.blocks import density
-from attncompile.ir.picture import picture
-from attncompile.ir.expr import TRUE, Const, conjunction, conjuncts, loads, walk
+import torch
+
+from attncompile.ir import Attend, Expr, Index, Project, Size, Spec, print_expr, print_spec
+from attncompile.ir.blocks import visible_share
+from attncompile.ir.expr import TRUE, Const, conjunction, conjuncts, loads, symbols, walk
+from attncompile.ir.intervals import Interval
+from attncompile.ir.picture import Tiles, drawn_text, mask_tiles
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import concrete
+from attncompile.lift.guard import Guard
 from attncompile.lift.program import Program, Site
+from attncompile.lift.refusals import CHECKS
+from attncompile.lift.step import drawn
 
 DIGITS = 4
 """Significant digits of real constants in text for people."""
@@ -30,16 +36,19 @@ class Density:
         share: between 0 and 1.
         bound: whether the mask also reads tensors, so that less may be visible.
         queries, keys: the size of the map.
+        exact: whether every position was counted, not only a choice of them.
     """
 
     share: float
     bound: bool
     queries: int
     keys: int
+    exact: bool = True
 
     def __str__(self) -> str:
         lengths = f"{self.queries}" if self.queries == self.keys else f"{self.queries} × {self.keys}"
-        return f"density {'≤ ' if self.bound else ''}{100 * self.share:.4g} % at {lengths}"
+        sign = "≤ " if self.bound else "" if self.exact else "≈ "
+        return f"density {sign}{100 * self.share:.4g} % at {lengths}"
 
 
 def map_sizes(spec: Spec, sequence: int) -> dict[str, int]:
@@ -56,33 +65,99 @@ def map_sizes(spec: Spec, sequence: int) -> dict[str, int]:
     return {name: 1 if name in batches else sequence for name in sorted(names)}
 
 
-def site_density(spec: Spec, sequence: int = SEQUENCE) -> Density | None:
-    """How much of its map a site sees at a length; None for a Spec that is not one attention.
+Tensors = Mapping[str, torch.Tensor]
+"""Example values of the tensors that masks read, by the names in ``given``."""
 
-    Axes of fixed size keep it. What the mask reads from tensors counts as visible.
+
+def site_density(
+    spec: Spec, sequence: int = SEQUENCE, *, guard: Guard | None = None, values: Tensors | None = None
+) -> Density | None:
+    """How much of its map a site sees at a length, on average over batch and heads; None for a Spec that is not one
+    attention.
+
+    Axes of fixed size keep it. What the mask reads from tensors counts as visible unless ``values`` says what they
+    hold; what a ``guard`` hides counts as hidden.
+
+    Raises:
+        ValueError: when values do not fit the tensors of the Spec.
     """
     attend = spec.attend()
     if attend is None:
         return None
-    queries, keys, sizes = _map(spec, attend, sequence)
-    return Density(density(attend.mask, queries, keys, sizes=sizes), bool(loads(attend.mask)), queries, keys)
+    mask, known = _whole_mask(attend, guard), _fitting(spec, values)
+    queries, keys, sizes = _map(spec, attend, sequence, known)
+    rows, heads = (concrete(size, sizes) for size in spec.types()[attend.query].sizes[:2])
+    read = symbols(mask)
+    places = [
+        {"b": b, "h": h}
+        for b in range(rows if Index("b") in read and known else 1)
+        for h in range(heads if Index("h") in read else 1)
+    ]
+    shares = [visible_share(mask, queries, keys, sizes=sizes, tensors=known, at=at) for at in places]
+    bound = any(load.tensor not in known for load in loads(mask))
+    share = sum(found.value for found in shares) / len(shares)
+    return Density(share, bound, queries, keys, all(found.exact for found in shares))
 
 
-def mask_picture(spec: Spec, sequence: int = SEQUENCE) -> str:
-    """A small picture of the mask, queries downward; what it reads from tensors counts as visible.
+def mask_tiles_of(
+    spec: Spec,
+    sequence: int = SEQUENCE,
+    *,
+    guard: Guard | None = None,
+    values: Tensors | None = None,
+    columns: int = 32,
+) -> Tiles | None:
+    """The mask of the first batch row and head as tiles, queries downward; what it reads from tensors without
+    values counts as visible.
 
-    Empty where every key is visible, and for a Spec that is not one attention.
+    None where every key is visible, and for a Spec that is not one attention.
     """
     attend = spec.attend()
     if attend is None:
-        return ""
-    stated = conjunction([part for part in conjuncts(attend.mask) if not loads(part)])
-    queries, keys, _ = _map(spec, attend, sequence)
-    return picture(stated, queries, keys) if stated != TRUE else ""
+        return None
+    known = _fitting(spec, values)
+    parts = conjuncts(_whole_mask(attend, guard))
+    stated = conjunction([part for part in parts if all(load.tensor in known for load in loads(part))])
+    queries, keys, sizes = _map(spec, attend, sequence, known)
+    numbers = {**sizes, "b": 0, "h": 0}
+    ranges = {name: Interval(value, value) for name, value in numbers.items()}
+    tiles = mask_tiles(stated, queries, keys, columns=columns, ranges=ranges, tensors=known)
+    return tiles if stated != TRUE else None
 
 
-def _map(spec: Spec, attend: Attend, sequence: int) -> tuple[int, int, dict[str, int]]:
+def mask_picture(
+    spec: Spec, sequence: int = SEQUENCE, *, guard: Guard | None = None, values: Tensors | None = None
+) -> str:
+    """The tiles of :func:`mask_tiles_of` as text; empty where there are none."""
+    tiles = mask_tiles_of(spec, sequence, guard=guard, values=values)
+    return "" if tiles is None else drawn_text(tiles)
+
+
+def _whole_mask(attend: Attend, guard: Guard | None) -> Expr:
+    return attend.mask if guard is None else simplify(conjunction([*conjuncts(attend.mask), *conjuncts(guard.mask)]))
+
+
+def _fitting(spec: Spec, values: Tensors | None) -> dict[str, torch.Tensor]:
+    """The values that a Spec reads; a tensor of another rank is no value of it."""
+    types = {value.name: value.type for value in spec.captured()}
+    found = {name: tensor for name, tensor in (values or {}).items() if name in types}
+    for name, tensor in found.items():
+        if tensor.dim() != len(types[name].axes):
+            raise ValueError(
+                f"the tensor {name!r} has shape {tuple(tensor.shape)}, but {spec.name} reads {name}{types[name]}"
+            )
+    return found
+
+
+def _map(
+    spec: Spec, attend: Attend, sequence: int, known: Mapping[str, torch.Tensor]
+) -> tuple[int, int, dict[str, int]]:
+    """Queries, keys and sizes of a map; example values bring their own sizes."""
     sizes, types = map_sizes(spec, sequence), spec.types()
+    for name, tensor in known.items():
+        for size, extent in zip(types[name].sizes, tensor.shape, strict=True):
+            if isinstance(size, Size):
+                sizes[size.name] = int(extent)
     return concrete(types[attend.query].sizes[2], sizes), concrete(types[attend.key].sizes[2], sizes), sizes
 
 
@@ -97,6 +172,7 @@ def render_site(
     count: int = 1,
     block: bool = False,
     picture: bool = False,
+    values: Tensors | None = None,
 ) -> str:
     """A site as a few lines: its Spec, what surrounds it, density, status and source.
 
@@ -105,8 +181,9 @@ def render_site(
         sequence: length that the density is stated for.
         name: what to call it instead of its own name.
         count: how many sites the text stands for.
-        block: print every operation around it, with the names of its weights.
+        block: print every operation around it, in the order of data flow.
         picture: draw the mask.
+        values: example values of tensors that masks read.
     """
     name = name or site.name
     shown = f"{count} sites {site.status}" if count > 1 else site.status
@@ -115,19 +192,27 @@ def render_site(
     else:
         head, *rest = print_spec(site.spec, DIGITS).splitlines()
         lines = [head.replace(site.spec.name, name, 1) + f"   {shown}", *rest]
-        found = site_density(site.spec, sequence)
+        found = site_density(site.spec, sequence, guard=site.guarded, values=values)
         lines += [f"  {key:<6} {text}" for key, text in _facts(site)]
         if found:
             lines = [line + f"      {found}" if line.startswith("  norm ") else line for line in lines]
-    lines += [f"  {'block':<6} {_operation_text(operation)}" for operation in site.block if block]
+    if block and site.steps:
+        lines += [f"  {'block' if number == 0 else '':<6} {line}" for number, line in enumerate(drawn(site.steps))]
+    if site.nearest:
+        lines.append(f"  found  {site.nearest}")
     if site.refusal is not None:
         where = f" (at {site.refusal.node})" if site.refusal.node else ""
         lines.append(f"  why    {site.refusal.reason}{where}")
+        check = CHECKS.get(site.refusal.kind)
+        lines += [f"  check  {site.refusal.kind}: {check.asks}"] if check else []
         lines += [f"  hint   {site.refusal.hint}"] if site.refusal.hint else []
+    if site.refusal is not None and site.refusal.source and site.refusal.source != site.source:
+        lines.append(f"  line   {site.refusal.source}")
     if site.source:
         lines.append(f"  source {site.source}")
     if picture and site.spec is not None:
-        lines += [f"    {row}".rstrip() for row in mask_picture(site.spec, sequence).splitlines()]
+        drawing = mask_picture(site.spec, sequence, guard=site.guarded, values=values)
+        lines += [f"    {row}".rstrip() for row in drawing.splitlines()]
     return "\n".join(lines)
 
 
@@ -135,6 +220,8 @@ def _facts(site: Site) -> list[tuple[str, str]]:
     """What a reader would otherwise have to work out from the Spec and its block."""
     assert site.spec is not None
     facts = []
+    if site.guarded is not None:
+        facts.append(("guard", str(site.guarded)))
     attend = site.spec.attend()
     if attend is not None:
         types = site.spec.types()
@@ -142,11 +229,9 @@ def _facts(site: Site) -> list[tuple[str, str]]:
         if heads != shared:
             facts.append(("heads", _sharing(heads, shared)))
     rotated: dict[str, list[str]] = {}
-    for operation in site.block:
-        if isinstance(operation, Position):
-            base = f", base {site.rotary_base:g}" if site.rotary_base is not None else ""
-            text = f"rotary, {operation.channels} channels, {operation.convention}{base}"
-            rotated.setdefault(text, []).append(operation.tensor)
+    for step in site.steps:
+        if step.kind == "rotary":
+            rotated.setdefault(str(step), []).append(step.operand)
     facts += [("rope", f"{', '.join(names)}: {text}") for text, names in rotated.items()]
     projections = [operation for operation in site.block if isinstance(operation, Project)]
     if projections:
@@ -177,20 +262,6 @@ def _projection_text(projections: Sequence[Project]) -> str:
     return "; ".join(f"{', '.join(names)}: {kind}" for kind, names in maps.items())
 
 
-def _operation_text(operation: Operation) -> str:
-    made = ", ".join(operation.results())
-    settings = []
-    if isinstance(operation, Position):
-        settings = [
-            f"cos = {print_expr(operation.cos, DIGITS)}",
-            f"sin = {print_expr(operation.sin, DIGITS)}",
-        ]
-    if isinstance(operation, Project):
-        settings = [f"{operation.heads} heads"]
-    text = f"{made} = {operation.keyword}({', '.join(operation.operands())})"
-    return text + (f"  {', '.join(settings)}" if settings else "")
-
-
 # --- a program ----------------------------------------------------------------------------------------------
 
 
@@ -201,6 +272,7 @@ def render_program(
     every: bool = False,
     block: bool = False,
     picture: bool = False,
+    values: Tensors | None = None,
 ) -> str:
     """A program as text: its sites, alike ones together, and one line that counts them.
 
@@ -210,10 +282,11 @@ def render_program(
         every: print each site, also when it is like another.
         block: print every operation around the sites.
         picture: draw the masks.
+        values: example values of tensors that masks read.
     """
     groups = [(site.name, (site,)) for site in program.sites] if every else alike(program.sites)
     parts = [
-        render_site(sites[0], sequence, name=name, count=len(sites), block=block, picture=picture)
+        render_site(sites[0], sequence, name=name, count=len(sites), block=block, picture=picture, values=values)
         for name, sites in groups
     ]
     parts += [f"note: {note}" for note in program.notes]
