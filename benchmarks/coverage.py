@@ -206,7 +206,7 @@ def write_table(rows: Sequence[Row]) -> None:
     for row in rows:
         if "truth" in row:
             kinds.setdefault(row["model_type"], {"modality": row["modality"]})[row["attention"]] = row["truth"]
-    lines = ["model_type\teager\tsdpa\tmodality"]
+    lines = [f"# transformers {transformers.__version__}", "model_type\teager\tsdpa\tmodality"]
     for kind, cells in sorted(kinds.items()):
         if cells.get("eager") or cells.get("sdpa"):
             lines.append(

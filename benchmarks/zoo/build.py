@@ -126,8 +126,16 @@ def _config(model_type: str, need: Need, step: Ladder) -> Any:
         except Exception:
             plain = {key: value for key, value in small.items() if key not in ("model_type", "transformers_version")}
             config = kind(**copy.deepcopy(plain))
-    config.use_cache = False
+    _without_cache(config)
     return config
+
+
+def _without_cache(config: Any) -> None:
+    """One forward pass needs no cache, and torch.export knows none as a result."""
+    config.use_cache = False
+    for part in vars(config).values():
+        if isinstance(part, transformers.PretrainedConfig) and part is not config:
+            _without_cache(part)
 
 
 def _without_downloads(config: Config) -> Config:

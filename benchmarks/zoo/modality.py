@@ -21,6 +21,12 @@ PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
 TRANSCRIBE = frozenset({"input_features", "input_values"})
 
 
+def _has_part(config: Any) -> bool:
+    """Whether a configuration holds one of sight or sound, at any depth."""
+    parts = {name: part for name, part in vars(config).items() if hasattr(part, "to_dict") and part is not config}
+    return any(name in PARTS or _has_part(part) for name, part in parts.items())
+
+
 def modality_of(config: Any, inputs: Iterable[str]) -> Modality:
     """The modality of a model from the parts of its configuration and the inputs that it was given.
 
@@ -29,7 +35,7 @@ def modality_of(config: Any, inputs: Iterable[str]) -> Modality:
     """
     given = set(inputs)
     found = [kind for kind, names in KINDS if names & given]
-    if any(hasattr(getattr(config, part, None), "to_dict") for part in PARTS) and "text" in found:
+    if _has_part(config) and "text" in found:
         return "multimodal"
     if given & TRANSCRIBE and "input_ids" not in given:
         return "audio"

@@ -23,8 +23,8 @@ Row = dict[str, Any]
 Task = dict[str, Any]
 
 
-class OverLimit(Exception):
-    """A task took longer than it may."""
+class OverLimit(BaseException):
+    """A task took longer than it may. No error, so that nobody who goes on after errors goes on after this."""
 
 
 @dataclass
