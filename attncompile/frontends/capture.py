@@ -143,9 +143,7 @@ def capture_export(
     inputs = tuple(_exported_inputs(program))
     placeholders = zip(_placeholders(graph_module), inputs, strict=True)
     tensors = [
-        node
-        for node, entry in placeholders
-        if entry.role == "user" and isinstance(node.meta.get("val"), torch.Tensor)
+        node for node, entry in placeholders if entry.role == "user" and isinstance(node.meta.get("val"), torch.Tensor)
     ]
     axes, size_names = _named_axes(tensors, wanted, notes)
     notes.extend(_mutation_notes(program))
@@ -156,8 +154,7 @@ def capture_export(
         graph_module=graph_module,
         inputs=inputs,
         outputs=tuple(
-            path or f"output_{index}"
-            for index, path in enumerate(torch_internals.leaf_paths(placeholder_outputs))
+            path or f"output_{index}" for index, path in enumerate(torch_internals.leaf_paths(placeholder_outputs))
         ),
         origin="export",
         notes=tuple(dict.fromkeys(notes)),
@@ -267,9 +264,7 @@ def _shape_tree(
 ) -> Any:
     """``dynamic_shapes`` for torch.export: one Dim per name, or an automatic one per axis."""
     names = {name for found in axes for name in found.values()}
-    dims: dict[str, Any] = {
-        name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names
-    }
+    dims: dict[str, Any] = {name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names}
     shapes = torch.export.ShapesCollection()
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     for tensor, found in zip(tensors, axes, strict=True):
@@ -393,9 +388,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     _adopt_calling_convention(graph_module, traced)
     return Captured(
         graph_module=traced,
-        inputs=tuple(
-            _dynamo_input(node, given) for node, given in zip(placeholders, example_inputs, strict=True)
-        ),
+        inputs=tuple(_dynamo_input(node, given) for node, given in zip(placeholders, example_inputs, strict=True)),
         outputs=tuple(f"output_{index}" for index, _ in enumerate(_results(traced))),
         origin="dynamo",
         dynamic_axes={
@@ -406,13 +399,12 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     )
 
 
-def _lost_in_tracing(
-    before: torch.fx.GraphModule, after: torch.fx.GraphModule, inputs: Sequence[Any]
-) -> str | None:
+def _lost_in_tracing(before: torch.fx.GraphModule, after: torch.fx.GraphModule, inputs: Sequence[Any]) -> str | None:
     """Why the traced graph is not the same function, or None.
 
-    Two things vanish without an error: a custom backward, once its forward has been traced through, and
-    values that a function transform such as vmap held while the tracer looked.
+    Three things vanish without an error: a custom backward, once its forward has been traced through; what a
+    function transform such as vmap does to the values inside it; and values that only existed while the tracer
+    looked.
     """
     differentiates = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
@@ -421,15 +413,16 @@ def _lost_in_tracing(
         lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
         if lost:
             return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
+    transforms = torch_internals.function_transforms(before)
+    if transforms:
+        return f"it computes inside {', '.join(sorted(transforms))} of torch.func, which ATen does not hold"
     for node in after.graph.nodes:
         if node.op == "get_attr" and torch_internals.is_fake(getattr(after, node.target, None)):
-            return "a value escaped from a function transform such as vmap"
+            return f"the value {node.target} existed only while the graph was traced"
     return None
 
 
-def _with_fixed_module_floats(
-    graph_module: torch.fx.GraphModule, inputs: Sequence[Any]
-) -> torch.fx.GraphModule:
+def _with_fixed_module_floats(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
     """A copy in which ``.item()`` of a float that a module owns is the float itself, guarded."""
     graph = torch.fx.Graph()
     copies: dict[torch.fx.Node, torch.fx.Node] = {}

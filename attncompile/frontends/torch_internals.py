@@ -146,10 +146,28 @@ def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def higher_order_calls(graph_module: torch.fx.GraphModule) -> set[str]:
     """Names of the operators that take graphs themselves: cond, flex_attention, autograd_function_apply."""
     return {
-        str(node.target)
-        for node in graph_module.graph.nodes
-        if isinstance(node.target, torch._ops.HigherOrderOperator)
+        str(node.target) for node in graph_module.graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)
     }
+
+
+def function_transforms(graph_module: torch.fx.GraphModule) -> set[str]:
+    """The transforms that a graph from Dynamo enters: vmap, grad (vjp and jacrev too) or jvp.
+
+    Inside, a value is wrapped: its shape is not what a node's metadata says to anyone else. What tracing makes of such
+    calls differs between versions of torch: values get lost (2.13), or the calls stay in the graph (2.11).
+    """
+    called = (
+        str(getattr(node.target, "__name__", ""))
+        for module in graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if node.op == "call_function"
+    )
+    return {name[: -len(_ENTERS)].lstrip("_") for name in called if name.endswith(_ENTERS)}
+
+
+_ENTERS = "_increment_nesting"
+"""How the name of a call that enters a function transform ends, as in ``_vmap_increment_nesting``."""
 
 
 # --- export -------------------------------------------------------------------------------------------------

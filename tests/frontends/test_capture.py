@@ -349,9 +349,7 @@ def test_floats_of_modules_are_constants_with_a_guard(rest: str) -> None:
     check(3, 0.25)
     compilations = len(backend.captured)
     multiplications = [
-        node.args[1]
-        for node in backend.captured[-1].graph_module.graph.nodes
-        if str(node.target) == "aten.mul.Tensor"
+        node.args[1] for node in backend.captured[-1].graph_module.graph.nodes if str(node.target) == "aten.mul.Tensor"
     ]
     assert 0.5 in multiplications
     check(5, 0.75)  # another size and another float of the caller: the same graph
@@ -392,7 +390,9 @@ LOSSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
         lambda x: StraightThrough.apply(x) * 2,
         "autograd_function_apply has a gradient of its own",
     ),
-    "vmap": (lambda x: torch.vmap(lambda row: row * 2)(x), "escaped from a function transform"),
+    "vmap": (lambda x: torch.vmap(lambda row: row * 2)(x), "inside vmap of torch.func"),
+    "grad": (lambda x: torch.func.grad(lambda y: (y * y).sum())(x), "inside grad of torch.func"),
+    "vjp": (lambda x: torch.func.vjp(torch.sin, x)[1](x)[0], "inside grad of torch.func"),
 }
 
 
