@@ -23,7 +23,7 @@ class DeviceFunction:
     """A function of ``b h i j`` (and ``s``) that the Spec decides.
 
     Attributes:
-        name: ``score``, ``visible`` or ``edit``.
+        name: ``score``, ``visible``, ``edit`` or ``sink``.
         docstring: the expression as the Spec prints it.
         parameters: identifiers that it takes; inside the kernel they have the same names.
         lines: statements before the last.
@@ -77,6 +77,7 @@ class DenseForward:
         score: the logit from the raw score, or ``None`` when it is the raw score.
         visible: the mask, or ``None`` when all is visible.
         edit: factor of the normalised weight, or ``None``.
+        sink: logit of a key without a value, over ``b h i``, or ``None``.
         kv_head: source of the KV head over ``h``.
         runs: limits of the key loops.
         latest_first: start with the last queries: where they have the most keys.
@@ -95,6 +96,7 @@ class DenseForward:
     score: DeviceFunction | None
     visible: DeviceFunction | None
     edit: DeviceFunction | None
+    sink: DeviceFunction | None
     kv_head: str
     runs: KeyRuns
     latest_first: bool
@@ -153,12 +155,12 @@ class DenseForward:
         """Device functions that the skeleton itself calls."""
         if not self.softmax:
             return ()
-        return ("update_edited",) if self.edit else ("update",)
+        return ("update_edited" if self.edit else "update", *(["join_sink"] if self.sink else []))
 
     def source(self) -> str:
         """The functions and the kernel as text."""
         own = [device_function(name) for name in self.device_functions()]
-        spec = [function.source() for function in (self.score, self.visible, self.edit) if function]
+        spec = [function.source() for function in (self.score, self.visible, self.edit, self.sink) if function]
         return "\n\n\n".join([*own, *spec, self._kernel()])
 
     def _kernel(self) -> str:
@@ -396,6 +398,12 @@ class DenseForward:
     def _store(self) -> list[str]:
         queries = self.lengths[1]
         lines = []
+        if self.sink:
+            lines += [
+                *signature("sink_logit = sink", self.sink.parameters, "", inside=4).splitlines(),
+                "sink_logit = tl.reshape(sink_logit + tl.zeros([BLOCK_I, 1], tl.float32), [BLOCK_I])",
+                f"accumulator, peak, total = join_sink(accumulator, peak, total, sink_logit * {LOG2E!r})",
+            ]
         if self.softmax:
             lines += [
                 "# A row that saw no key gives zeros.",

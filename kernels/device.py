@@ -70,3 +70,12 @@ def update_edited(accumulator, peak, total, logits, factor, value_tile, SCALE: t
     edited = (weights * factor).to(value_tile.dtype)
     accumulator = tl.dot(edited, value_tile, accumulator, input_precision="ieee")
     return accumulator, new_peak, total
+
+
+@triton.jit
+def join_sink(accumulator, peak, total, logit):
+    """The last step of an online softmax with a sink: one key more, whose value is zero. The logit is in base 2."""
+    new_peak = tl.maximum(peak, logit)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key, and a sink of -inf
+    rescale = tl.exp2(peak - shift)
+    return accumulator * rescale[:, None], new_peak, total * rescale + tl.exp2(logit - shift)

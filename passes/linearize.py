@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from attncompile.ir import Scan, Spec, simplify
+from attncompile.ir import NO_SINK, Scan, Spec, simplify
 from attncompile.ir.affine import affine
 from attncompile.ir.expr import WEIGHT, Const, Index
 from attncompile.ir.expr import apply as operator_on
@@ -41,6 +41,8 @@ def why_not(spec: Spec, options: DecayOptions) -> str | None:
     split = affine(attend.score)
     if split is None or not isinstance(split.slope, Const) or split.offset != Const(0.0):
         return f"a scan has a constant scale and no bias, the score is {attend.score}"
+    if attend.sink != NO_SINK:
+        return f"a scan has no place for the sink {attend.sink}"
     if attend.lse or attend.weight != WEIGHT:
         return "a scan has no normalised weights to edit or sum"
     return None

@@ -109,6 +109,35 @@ CASES: tuple[Case, ...] = (
     _case("sink-window", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (j > i − 4 or j < 2)\n{SOFTMAX}", SELF),
     _case("sink-window-long", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (j > i − 40 or j < 3)\n{SOFTMAX}",
           LONG),
+    _case("sink-logits", """
+        attend  q[B,4,I,16]  k,v[B,2,J,16]  float32
+        score  0.25·s
+        mask   j ≤ i and j > i − 4
+        sink   sinks[h]
+        kv_head h // 2
+        norm   softmax (float32)
+        given  sinks[4]:float32
+        """, {"B": 2, "I": 9, "J": 13}, "gpt-oss: a learned logit per head"),
+    _case("softmax-plus-one", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s
+        mask   j ≤ i and attention_mask[b, j] ≠ 0
+        sink   0.0
+        norm   softmax (float32)
+        given  attention_mask[B,I]:int64
+        """, {"B": 6, "I": 13}, "rows without a key give zero, whatever the normaliser says", empty_rows=True),
+    _case("sink-lse", """
+        attend  q,k,v[B,4,I,16]  float32
+        score  0.25·s + bias[h, i, j]
+        mask   true
+        weight 0.5·w
+        sink   sinks[b, i] − 0.25·float(h)
+        norm   softmax (float32)
+        lse    lse
+        given  bias[4,I,I]:float32
+        given  sinks[B,I]:float32
+        gives  out, lse
+        """, {"B": 2, "I": 70}, "a sink that differs by row, and the log-sum-exp with it"),
     _case("prefix", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i or j < 5\n{SOFTMAX}", SELF),
     _case("dilated", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i and (i + j) % 3 = 0\n{SOFTMAX}", SELF,
           "some rows empty", empty_rows=True),

@@ -3,6 +3,7 @@
 from attncompile.ir.expr import Expr, Index, Load, Size
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import (
+    NO_SINK,
     Attend,
     Cache,
     Normalizer,
@@ -20,6 +21,7 @@ from attncompile.ir.text import parse_expr, print_expr
 from attncompile.ir.types import Axis, TensorType, Value, tensor_type
 
 __all__ = [
+    "NO_SINK",
     "Attend",
     "Axis",
     "Cache",

@@ -218,8 +218,7 @@ class Normalizer:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of "
-                    f"{', '.join(allowed)}"
+                    f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of {', '.join(allowed)}"
                 )
 
     def __str__(self) -> str:
@@ -241,11 +240,15 @@ class Normalizer:
         return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
 
 
+NO_SINK = Const(-math.inf)
+"""The sink of a softmax over the keys alone."""
+
 _ATTEND_FIELDS = (
     ("score", Kind.FLOAT, ("b", "h", "i", "j", "s", "a tensor")),
     ("mask", Kind.BOOL, ("b", "h", "i", "j", "a tensor")),
     ("fill", Kind.FLOAT, ("b", "h", "i", "j", "s", "a tensor")),
     ("weight", Kind.FLOAT, ("b", "h", "i", "j", "w", "a tensor")),
+    ("sink", Kind.FLOAT, ("b", "h", "i", "a tensor")),
     ("kv_head", Kind.INT, ("h",)),
 )
 """The expressions of an ``Attend``: field, kind, and what it may read."""
@@ -256,8 +259,9 @@ class Attend(Operation):
     """``out[b,h,i,e] = Σ_j weight(norm_j(logit[b,h,i,j])) · v[b,g,j,e]`` with ``g = kv_head(h)``.
 
     The raw score is ``s = Σ_d q[b,h,i,d] · k[b,g,j,d]``; the logit is ``score(s, b, h, i, j)`` where the mask
-    holds, else ``fill``. ``lse`` is the log of the sum of exponentials of the logits (natural log, softmax
-    only).
+    holds, else ``fill``. A softmax with a ``sink`` counts one key more, whose logit is the sink and whose value is
+    zero: ``weight_j = exp(logit_j) / (Σ_j exp(logit_j) + exp(sink))``. ``lse`` is the log of that denominator (natural
+    log, softmax only).
 
     Attributes:
         query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
@@ -265,11 +269,13 @@ class Attend(Operation):
         mask: truth value over ``b h i j`` and captured tensors; true is visible.
         fill: logit of a masked position, −∞ unless the model uses a finite number; may read the score.
         weight: edit of the normalised weight, an expression over ``w b h i j`` (``w`` when there is none).
+        sink: logit of the key without a value, over ``b h i`` and captured tensors; −∞ when there is none.
         kv_head: KV head that a query head reads, an integer expression over ``h``.
         norm: the normaliser.
         out, lse: result names; an empty ``lse`` is not computed.
 
-    Follows: Vaswani et al. 2017 (arXiv:1706.03762), grouped heads as in arXiv:2305.13245.
+    Follows: Vaswani et al. 2017 (arXiv:1706.03762), grouped heads as in arXiv:2305.13245, sinks as in gpt-oss
+    (arXiv:2508.10925); a sink of 0 is softmax1 (Miller 2023).
     """
 
     keyword: ClassVar[str] = "attend"
@@ -281,6 +287,7 @@ class Attend(Operation):
     mask: Expr = TRUE
     fill: Expr = Const(-math.inf)
     weight: Expr = WEIGHT
+    sink: Expr = NO_SINK
     kv_head: Expr = Index("h")
     norm: Normalizer = Normalizer()
     out: str = result("out")
@@ -305,6 +312,8 @@ class Attend(Operation):
         self.check_kv_heads(self.kv_head, query.axes[1].size, self.key, key.axes[1])
         if self.lse and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a log-sum-exp, the normaliser is {self.norm}")
+        if self.sink != NO_SINK and self.norm.kind != "softmax":
+            raise ValueError(f"attend: only softmax has a sink ({self.sink}), the normaliser is {self.norm}")
         axes = (*query.axes[:3], value.axes[3])
         made = {self.out: TensorType(axes, query.dtype)}
         if self.lse:
@@ -333,6 +342,10 @@ class Attend(Operation):
         visible = evaluate(self.mask, environment)
         return torch.where(visible, score, evaluate(self.fill, environment).to(dtype))
 
+    def sinks(self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype) -> torch.Tensor:
+        """The sink's logit, broadcastable to ``[b,h,i,1]``."""
+        return evaluate(self.sink, self.environment(tensors, sizes, dtype)).to(dtype)
+
     def kv_heads(self, heads: int, device: torch.device | str, sizes: Mapping[str, int]) -> torch.Tensor:
         """KV head of each query head: int64 ``[h]``."""
         grid = {"h": torch.arange(heads, device=device)}
@@ -344,6 +357,11 @@ class Attend(Operation):
         logits = self.logits(tensors, sizes, dtype)
         made: dict[str, torch.Tensor] = {}
         if self.norm.kind == "softmax":
+            keys = logits.shape[-1]
+            if self.sink != NO_SINK:
+                logits = torch.cat(
+                    [logits, self.sinks(tensors, sizes, dtype).expand(*logits.shape[:3], 1)], dim=-1
+                )
             if self.lse:
                 made[self.lse] = torch.logsumexp(logits, dim=-1)
             if self.norm.empty == "zero":
@@ -352,11 +370,12 @@ class Attend(Operation):
                 weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
             else:
                 weights = torch.softmax(logits, dim=-1)
+            weights = weights[..., :keys]
         else:
             weights = torch.sigmoid(logits) if self.norm.kind == "sigmoid" else torch.relu(logits)
         if self.weight != WEIGHT:
             weights = evaluate(self.weight, self.environment(tensors, sizes, dtype, weight=weights)).expand(
-                logits.shape
+                weights.shape
             )
         value = tensors[self.value].to(dtype)[:, self.kv_heads(logits.shape[1], logits.device, sizes)]
         made[self.out] = torch.einsum("bhij,bhje->bhie", weights, value)

@@ -88,11 +88,14 @@ def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) ->
     }
 
 
-def _random(kind: str, shape: list[int], generator: torch.Generator, compared: bool) -> torch.Tensor:
+def _random(
+    kind: str, shape: list[int], generator: torch.Generator, compared: bool, longest: int
+) -> torch.Tensor:
     """Random values of a dtype; those that a mask compares are sometimes 0, and on the first of several rows
     always.
 
-    A mask of truth values or numbers so has visible and hidden positions and a row that sees nothing.
+    A mask of truth values or numbers so has visible and hidden positions and a row that sees nothing. One
+    number is the longest axis: where they are lengths, some row is as long as it may be.
     """
     dtype = DTYPES[kind]
     if dtype.is_floating_point and not compared:
@@ -102,7 +105,12 @@ def _random(kind: str, shape: list[int], generator: torch.Generator, compared: b
         shown.view(-1, shape[-1])[0] = False
     if dtype.is_floating_point:
         return torch.randn(shape, dtype=torch.float64, generator=generator) * shown
-    return (torch.randint(1, 4, shape, generator=generator) * shown if compared else shown).to(dtype)
+    if not compared:
+        return shown.to(dtype)
+    numbers = torch.randint(1, 4, shape, generator=generator) * shown
+    if numbers.numel():
+        numbers.view(-1)[-1] = min(longest, torch.iinfo(dtype).max if dtype is not torch.bool else 1)
+    return numbers.to(dtype)
 
 
 def _compared(spec: Spec) -> frozenset[str]:
@@ -173,9 +181,12 @@ def _structure(graph: Graph, site: Site) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
-def _all_sizes(graph: Graph, region: Region) -> list[Expr]:
-    """Every axis size in and around a region."""
+def _all_sizes(graph: Graph, spec: Spec, region: Region) -> list[Expr]:
+    """Every axis size in and around a region, and the graph's sizes that the Spec's expressions read."""
     exprs: list[Expr] = [s for b in (*region.inputs, *region.outputs) for s in graph.infos[b.value].shape]
+    stated = [e for operation in spec.operations for e in operation.expressions()]
+    stated += [size for value in spec.inputs for size in value.type.sizes]
+    exprs += {node for e in stated for node in walk(e) if isinstance(node, Size) and node.name in graph.size_hints}
     inside = set(region.nodes)
     for value, info in graph.infos.items():
         if graph.owner.get(value) in inside:
@@ -203,84 +214,140 @@ def _bound_sizes(
     return found
 
 
-def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str) -> Proof | Refusal:
-    """Run both sides on random instances."""
-    exprs = _all_sizes(graph, region)
-    free = any(isinstance(node, Size) for expr in exprs for node in walk(expr))
-    worst = 0.0
-    told = False
+@dataclass(frozen=True)
+class _Comparison:
+    """Region and Spec on one random instance.
+
+    Attributes:
+        error: largest relative difference of an output.
+        told: whether some output held a number that is no NaN.
+        elements: of the attention map.
+        sizes: of the axes.
+    """
+
+    error: float
+    told: bool
+    elements: int
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in sorted(self.sizes.items()) if k in ("B", "I", "J")) or "fixed sizes"
+
+
+class _TooLarge(Exception):
+    """The map has more elements than a proof computes."""
+
+
+def _feeds(
+    graph: Graph, spec: Spec, region: Region, values: Mapping[str, int], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Random operands. Integers that no input decides, such as the buckets of relative positions, are computed: they
+    may be positions in a table, which random numbers could leave.
+    """
     compared = _compared(spec)
-    fed, wanted = [b.value for b in region.inputs], [b.value for b in region.outputs]
-    precision = graph.precision(wanted, fed) if graph.precision else torch.float64
-    cases: list[str] = []
-    for number, instance in enumerate(INSTANCES if free else INSTANCES[:1]):
-        values = _size_values(graph, exprs, instance)
-        generator = torch.Generator().manual_seed(number)
-        feeds: dict[str, torch.Tensor] = {}
-        for binding in region.inputs:
-            info = graph.infos[binding.value]
-            if binding.value not in feeds:
-                shape = [concrete(s, values) for s in info.shape]
-                feeds[binding.value] = _random(info.dtype, shape, generator, binding.name in compared)
-        named = {b.name: (b, feeds[b.value]) for b in region.inputs}
-        try:
-            sizes = {**values, **_bound_sizes(spec, named, graph, values)}
-            elements = math.prod(concrete(spec.types()["q"].sizes[n], sizes) for n in range(3)) * concrete(
-                spec.types()["k"].sizes[2], sizes
+    feeds: dict[str, torch.Tensor] = {}
+    shapes = [graph.infos[binding.value].shape for binding in region.inputs]
+    longest = max((concrete(size, values) for shape in shapes for size in shape), default=1)
+    for binding in region.inputs:
+        info = graph.infos[binding.value]
+        if binding.value in feeds:
+            continue
+        integer = not DTYPES[info.dtype].is_floating_point and info.dtype != "bool"
+        if binding.layout is None and integer and binding.value not in graph.varying:
+            feeds.update(graph.evaluate([binding.value], {}, values))
+        else:
+            shape = [concrete(s, values) for s in info.shape]
+            feeds[binding.value] = _random(
+                info.dtype, shape, generator, binding.name in compared, longest
             )
-            if elements > LARGEST_MAP:
-                return Refusal(
-                    "unproven",
-                    f"the attention map has {elements:.2g} elements and its sizes are fixed, too many "
-                    "to compare",
-                    anchor,
-                    source,
-                    "capture the model with a dynamic or shorter length",
-                )
-            native = graph.evaluate([b.value for b in region.outputs], feeds, values)
-            types = spec.types()
-            tensors = {
-                name: canonical(t, b.layout, types[name], sizes) if b.layout else t
-                for name, (b, t) in named.items()
-            }
-            stated = spec.interpret(tensors)
-            actuals = [
-                canonical(native[b.value], b.layout, types[b.name], sizes) for b in region.outputs if b.layout
-            ]
-        except (ValueError, RuntimeError, IndexError, KeyError) as error:
-            return Refusal(
-                "unproven",
-                f"region and Spec could not be compared: {str(error).splitlines()[0]}",
-                anchor,
-                source,
-                "report this model: the lifted expression does not fit its region",
-            )
-        for actual, expected in zip(actuals, stated, strict=True):
-            error_here = difference(actual, expected)
-            if not error_here <= AGREEMENT[precision]:
-                return Refusal(
-                    "disproved",
-                    f"region and Spec differ by {error_here:.3g} on random inputs",
-                    anchor,
-                    source,
-                    "report this model: the lifted expression is wrong for it",
-                )
-            worst = max(worst, error_here)
-            told = told or not bool(expected.isnan().all())
-        cases.append(
-            " ".join(f"{k}={v}" for k, v in sorted(sizes.items()) if k in ("B", "I", "J")) or "fixed sizes"
-        )
-        if elements > ENOUGH:
+    return feeds
+
+
+def _run_both(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int], seed: int) -> _Comparison:
+    """Run both sides on one random instance.
+
+    Raises:
+        _TooLarge: with the number of elements of the map.
+        ValueError, RuntimeError, IndexError, KeyError: when a side can not be run at these sizes.
+    """
+    feeds = _feeds(graph, spec, region, values, torch.Generator().manual_seed(seed))
+    named = {b.name: (b, feeds[b.value]) for b in region.inputs}
+    sizes = {**values, **_bound_sizes(spec, named, graph, values)}
+    types = spec.types()
+    elements = math.prod(concrete(types["q"].sizes[n], sizes) for n in range(3)) * concrete(types["k"].sizes[2], sizes)
+    if elements > LARGEST_MAP:
+        raise _TooLarge(elements)
+    native = graph.evaluate([b.value for b in region.outputs], feeds, values)
+    tensors = {name: canonical(t, b.layout, types[name], sizes) if b.layout else t for name, (b, t) in named.items()}
+    stated = spec.interpret(tensors)
+    actuals = [canonical(native[b.value], b.layout, types[b.name], sizes) for b in region.outputs if b.layout]
+    return _Comparison(
+        max(difference(actual, expected) for actual, expected in zip(actuals, stated, strict=True)),
+        any(not bool(expected.isnan().all()) for expected in stated),
+        elements,
+        sizes,
+    )
+
+
+def _instances(graph: Graph, spec: Spec, region: Region) -> list[dict[str, int]]:
+    """Values of the symbolic sizes to run on, and at the end those of the example, which surely fit together."""
+    exprs = _all_sizes(graph, spec, region)
+    names = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)}
+    small = [_size_values(graph, exprs, instance) for instance in (INSTANCES if names else INSTANCES[:1])]
+    if not names or any(name not in graph.size_hints for name in names):
+        return small
+    return [*small, {**small[0], **{name: graph.size_hints[name] for name in names}}]
+
+
+def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str) -> Proof | Refusal:
+    """Run both sides on random instances: two small ones, and the example's sizes where a small one does not run."""
+
+    def refusal(kind: str, reason: str, hint: str) -> Refusal:
+        return Refusal(kind, reason, anchor, source, hint)
+
+    precision = torch.float64
+    if graph.precision:
+        precision = graph.precision([b.value for b in region.outputs], [b.value for b in region.inputs])
+    done: list[_Comparison] = []
+    problem = ""
+    for number, values in enumerate(_instances(graph, spec, region)):
+        if number >= len(INSTANCES) and not problem:
             break
-    if not told:
-        return Refusal(
+        try:
+            found = _run_both(graph, spec, region, values, number)
+        except _TooLarge as error:
+            if done:
+                break
+            return refusal(
+                "unproven",
+                f"the attention map has {error.args[0]:.2g} elements and its sizes are fixed, too many to compare",
+                "capture the model with a dynamic or shorter length",
+            )
+        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            problem = str(error).splitlines()[0]
+            continue
+        if not found.error <= AGREEMENT[precision]:
+            return refusal(
+                "disproved",
+                f"region and Spec differ by {found.error:.3g} on random inputs",
+                "report this model: the lifted expression is wrong for it",
+            )
+        done.append(found)
+        if found.elements > ENOUGH:
+            break
+    if not done:
+        return refusal(
+            "unproven",
+            f"region and Spec could not be compared: {problem}",
+            "report this model: the lifted expression does not fit its region",
+        )
+    if not any(found.told for found in done):
+        return refusal(
             "unproven",
             "no random input gave a result that is a number",
-            anchor,
-            source,
             "report this model: nothing was compared",
         )
-    return Proof(tuple(cases), worst)
+    return Proof(tuple(str(found) for found in done), max(found.error for found in done))
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

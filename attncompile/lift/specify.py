@@ -188,6 +188,7 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
         naming.expr(mask),
         naming.expr(_real(fill)),
         naming.expr(weight),
+        naming.expr(_real(statement.sink)),
         kv_head,
         statement.normalizer,
     )

@@ -24,6 +24,7 @@ from attncompile.ir import (
     RefusalError,
     simplify,
 )
+from attncompile.ir.ops import NO_SINK
 from attncompile.ir.expr import (
     ONE,
     SCORE,
@@ -47,6 +48,9 @@ from attncompile.lift.anchors import (
 from attncompile.lift.interpret import Interpreter, Stop
 from attncompile.lift.operands import Operand, label_sizes, operand_indices, trace_operand
 
+MOST_SINKS = 16
+"""Positions beside the keys up to which a normaliser is stated with a sink."""
+
 BATCH, HEAD, QUERY, KEY, CHANNEL, VALUE_CHANNEL = (Index(name) for name in "bhijde")
 
 
@@ -61,6 +65,7 @@ class Statement:
         output: the value that is replaced, and its element's indices.
         anchor: the value that names the site.
         inner: values strictly between the operands and the output.
+        sink: logit of what the normaliser counts beside the keys, −∞ where there is nothing.
     """
 
     logits: Expr
@@ -74,6 +79,7 @@ class Statement:
     normalizer: Normalizer
     anchor: str
     inner: frozenset[str]
+    sink: Expr = NO_SINK
 
 
 class NoSite(Exception):
@@ -210,7 +216,7 @@ def _state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract
             product.output,
         )
     at_anchor = _only(graph, weights.stops[anchor.output], "normaliser", anchor.output)
-    _check_axis(graph, anchor, at_anchor, extents["j"])
+    beside = _beside_keys(graph, anchor, at_anchor, extents["j"])
 
     rows = {} if anchor.axis is None else _row_maxima(graph, anchor, behind)
     lifted = Interpreter(graph, {score.output: Stop(SCORE), **rows}, behind, extents)
@@ -220,6 +226,7 @@ def _state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract
             graph, "unknown-normaliser", "the maximum that is subtracted is not that of a row", anchor.output
         )
     at_score = _only(graph, lifted.stops[score.output], "score product", score.output)
+    sink = _sink(graph, anchor, at_anchor, beside, Interpreter(graph, {score.output: Stop(SCORE), **rows}, behind, extents))
     extents["d"] = label_sizes(graph, score)[score.summed[0]]
     plain = Interpreter(graph, {}, behind, extents)
     traced = {}
@@ -300,13 +307,18 @@ def _state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract
         Normalizer(anchor.kind, graph.infos[anchor.output].dtype, empty),
         anchor.output,
         inner,
+        renamed(sink),
     )
 
 
-def _check_axis(graph: Graph, anchor: Anchor, at_anchor: Indices, keys: Expr) -> None:
-    """The normaliser must run over all the keys, and over nothing else."""
+def _beside_keys(graph: Graph, anchor: Anchor, at_anchor: Indices, keys: Expr) -> tuple[Expr, ...]:
+    """The positions of the normaliser that are no keys; it must run over all the keys.
+
+    Raises:
+        RefusalError: when it runs over another axis, or over more than a fixed number of other positions.
+    """
     if anchor.axis is None:
-        return
+        return ()
     along = at_anchor[anchor.axis]
     if KEY not in symbols(along) or any(
         KEY in symbols(x) for n, x in enumerate(at_anchor) if n != anchor.axis
@@ -320,14 +332,43 @@ def _check_axis(graph: Graph, anchor: Anchor, at_anchor: Indices, keys: Expr) ->
             "normalise over the keys",
         )
     normalised = graph.infos[anchor.output].shape[anchor.axis]
-    if along != KEY or simplify(normalised) != simplify(keys):
+    first, others = simplify(along - KEY), simplify(normalised - keys)
+    if not (isinstance(first, Const) and isinstance(others, Const) and 0 <= first.value <= others.value <= MOST_SINKS):
         raise refuse(
             graph,
             "partial-normaliser",
             f"the normaliser runs over {normalised} positions, the product with the values over {keys}",
             anchor.output,
-            "weights that are sliced after the normaliser (sink columns) are not lifted yet",
+            "only a fixed number of further positions (sink columns) may be normalised with the keys",
         )
+    leading = int(first.value)
+    return (
+        *(Const(n) for n in range(leading)),
+        *(simplify(keys + n) for n in range(leading, int(others.value))),
+    )
+
+
+def _sink(
+    graph: Graph, anchor: Anchor, at_anchor: Indices, beside: Sequence[Expr], interpreter: Interpreter
+) -> Expr:
+    """One logit for all that is normalised with the keys: the log of the sum of their exponentials."""
+    found: list[Expr] = []
+    for position in beside:
+        assert anchor.axis is not None
+        place = (*at_anchor[: anchor.axis], position, *at_anchor[anchor.axis + 1 :])
+        logit = _as_logits(graph, anchor, interpreter.at(anchor.source, place))
+        if SCORE in symbols(logit) or KEY in symbols(logit):
+            raise refuse(
+                graph,
+                "partial-normaliser",
+                f"position {position} of the normaliser is a score too, but no value belongs to it",
+                anchor.output,
+                "normalise over the keys that have values",
+            )
+        found.append(logit if logit.kind is Kind.FLOAT else apply("float", logit))
+    if not found:
+        return NO_SINK
+    return found[0] if len(found) == 1 else apply("log", apply("add", *(apply("exp", logit) for logit in found)))
 
 
 def _row_maxima(graph: Graph, anchor: Anchor, behind: frozenset[str]) -> dict[str, Stop]:

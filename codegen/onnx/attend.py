@@ -37,7 +37,7 @@ from attncompile.codegen.onnx.reading import (
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.expr import TRUE, WEIGHT, Expr, Index, walk
-from attncompile.ir.ops import Attend, Types
+from attncompile.ir.ops import NO_SINK, Attend, Types
 from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify
 
@@ -220,7 +220,8 @@ def decomposition(attend: Attend, place: Place) -> Made:
     axes = tuple(axis.name for axis in place.types[attend.out].axes)
     made = result(place, attend.out, product, single_groups(axes), attend.query)
     if attend.lse:
-        sums = build("ReduceLogSumExp", logits, build.constant([3]), keepdims=0)
+        counted = logits if attend.sink == NO_SINK else _with_sink(attend, writer, logits)
+        sums = build("ReduceLogSumExp", counted, build.constant([3]), keepdims=0)
         made[attend.lse] = Operand(sums, single_groups(axes[:3]))
     return made
 
@@ -271,12 +272,22 @@ def _logits(
 
 def _weights(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
     build = writer.build
-    if attend.norm.kind == "softmax":
+    if attend.sink != NO_SINK:
+        weights = build("Softmax", _with_sink(attend, writer, logits), axis=-1)
+        weights = build("Slice", weights, build.constant([0]), build.constant([-1]), build.constant([3]))
+    elif attend.norm.kind == "softmax":
         weights = build("Softmax", logits, axis=-1)
     else:
         weights = build("Sigmoid" if attend.norm.kind == "sigmoid" else "Relu", logits)
     edit = simplify(attend.weight)
     return weights if edit == WEIGHT else replace(writer, weight=weights).write(edit)
+
+
+def _with_sink(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
+    """The logits with the sink as one more column."""
+    build = writer.build
+    rows = build("Concat", build("Shape", logits, start=0, end=3), build.constant([1]), axis=0)
+    return build("Concat", logits, build("Expand", writer.write(simplify(attend.sink)), rows), axis=-1)
 
 
 def _zero_rows_follow(attend: Attend, place: Place) -> bool:
@@ -285,6 +296,7 @@ def _zero_rows_follow(attend: Attend, place: Place) -> bool:
     return (
         attend.norm.kind == "softmax"
         and attend.norm.empty == "zero"
+        and attend.sink == NO_SINK
         and not attend.lse
         and additive_fill(attend) == -math.inf
         and score is not None
@@ -303,7 +315,7 @@ def _without_empty_rows(
 ) -> ir.Value:
     """Zero where no key is visible, when the Attend asks for that."""
     build = place.build
-    if attend.norm.kind != "softmax" or attend.norm.empty != "zero":
+    if attend.norm.kind != "softmax" or attend.norm.empty != "zero" or attend.sink != NO_SINK:
         return product
     if _zero_rows_follow(attend, place):
         seen = build("Unsqueeze", _rows(writer, simplify(attend.mask), seen=True), build.constant([1]))

@@ -32,7 +32,7 @@ from attncompile.codegen.onnx.reading import (
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
 from attncompile.codegen.onnx.values import MICROSOFT
 from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
-from attncompile.ir.ops import Attend, Scan, Types
+from attncompile.ir.ops import NO_SINK, Attend, Scan, Types
 from attncompile.ir.refusal import RefusalError
 from attncompile.ir.rows import ABSORBING, extents, never_empty
 from attncompile.ir.simplify import simplify
@@ -87,6 +87,8 @@ def _fused(name: str, attend: Attend, types: Types) -> str | None:
     """What no fused operator can do."""
     if attend.norm.kind != "softmax":
         return f"{name} normalises by softmax only, this is {attend.norm}"
+    if attend.sink != NO_SINK:
+        return f"{name} is not given sinks ({attend.sink})"
     if attend.lse:
         return f"{name} does not give the log-sum-exp"
     if simplify(attend.weight) != WEIGHT:

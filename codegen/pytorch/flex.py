@@ -15,7 +15,7 @@ import torch
 
 from attncompile.codegen.pytorch.form import NEGLIGIBLE
 from attncompile.codegen.pytorch.grid import Map
-from attncompile.ir import Attend, Expr, Kind, Refusal, TensorType, grouped, simplify
+from attncompile.ir import NO_SINK, Attend, Expr, Kind, Refusal, TensorType, grouped, simplify
 from attncompile.ir.affine import affine
 from attncompile.ir.evaluate import evaluate
 from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Apply, Const, Index, Load, Score, Size, symbols
@@ -118,6 +118,7 @@ class FlexForm:
         score: the new score, over ``s b h i j``.
         mask: what becomes the block mask, ``true`` for none.
         edit: factor of the output over ``b h i``, or ``None``.
+        sink: logit over ``b h i`` of a key without a value, or ``None``.
         empty: what a row without a key has to be set to: ``nan``, the ``mean`` over all keys, or nothing
             (flex gives 0).
         enable_gqa: key heads are shared as ``h // n``.
@@ -126,6 +127,7 @@ class FlexForm:
     score: Expr
     mask: Expr
     edit: Expr | None
+    sink: Expr | None
     empty: Literal["", "nan", "mean"]
     enable_gqa: bool
 
@@ -152,6 +154,8 @@ def flex_form(attend: Attend, kinds: Mapping[str, TensorType]) -> FlexForm | Ref
     infinite = fill == Const(-math.inf)
     negligible = absorbing(fill) or (isinstance(fill, Const) and fill.value <= NEGLIGIBLE)
     proven = never_empty(attend, kinds)
+    if attend.sink != NO_SINK and mask != TRUE and not infinite and not proven:
+        return refuse(f"the sink {attend.sink} of a row without a key, whose fill is {fill}")
     if attend.lse and mask != TRUE and not infinite and not proven:
         return refuse(f"the log-sum-exp of a row without a key, whose fill is {fill}")
     hidden = mask == TRUE or infinite or negligible
@@ -160,6 +164,7 @@ def flex_form(attend: Attend, kinds: Mapping[str, TensorType]) -> FlexForm | Ref
         score=score,
         mask=mask if hidden else TRUE,
         edit=None if weight.slope == Const(1.0) else weight.slope,
+        sink=None if attend.sink == NO_SINK else attend.sink,
         empty=_empty(attend, infinite) if hidden and not proven else "",
         enable_gqa=heads != total,
     )
@@ -238,7 +243,12 @@ def attend_flex(attend: Attend, form: FlexForm, where: Map, source: str) -> dict
         call = _compiled(source)
     out, lse = call(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=1.0,
                     enable_gqa=form.enable_gqa, return_lse=True)
-    if form.empty:
+    if form.sink is not None:
+        # flex gives 0 for a row without a key, and −∞ for its log-sum-exp: the sink takes all the weight
+        sink = evaluate(form.sink, where.environment(torch.float32)).to(lse.dtype).expand(*lse.shape, 1)[..., 0]
+        total = torch.logaddexp(lse, sink)
+        out, lse = (out * torch.exp(lse - total)[..., None]).to(out.dtype), total
+    elif form.empty:
         nothing = (lse == -math.inf)[..., None]
         mean = value.mean(2, keepdim=True).repeat_interleave(query.shape[1] // value.shape[1], 1)
         out = out.masked_fill(nothing, math.nan) if form.empty == "nan" else torch.where(nothing, mean, out)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attncompile.ir import Attend, Refusal, TensorType, grouped, simplify
+from attncompile.ir import NO_SINK, Attend, Refusal, TensorType, grouped, simplify
 from attncompile.ir.affine import affine
 from attncompile.ir.expr import TRUE, WEIGHT, Const, Expr, Index, Size, substitute, symbols
 from attncompile.ir.rows import absorbing, extents, never_empty
@@ -94,6 +94,8 @@ def additive_form(attend: Attend, types: Mapping[str, TensorType]) -> AdditiveFo
 
     if attend.norm.kind != "softmax":
         return refuse(f"the normaliser {attend.norm.kind}")
+    if attend.sink != NO_SINK:
+        return refuse(f"the sink {attend.sink}")
     if attend.lse:
         return refuse("the log-sum-exp as a result")
     score, weight, fill = affine(attend.score), affine(attend.weight, WEIGHT), affine(attend.fill)

@@ -64,7 +64,7 @@ def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
 
 
 def _expressions(parts: Dense) -> tuple[Expr, ...]:
-    return (parts.score, parts.mask, *(() if parts.edit is None else (parts.edit,)))
+    return tuple(expr for expr in (parts.score, parts.mask, parts.edit, parts.sink) if expr is not None)
 
 
 def _skeleton(
@@ -81,14 +81,16 @@ def _skeleton(
     score = None if parts.score == SCORE else function_of("score", parts.score, pairs)
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
+    sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
-    parameters = [name for function in (score, visible, edit) if function for name in function.parameters]
+    parameters = [name for function in (score, visible, edit, sink) if function for name in function.parameters]
     return DenseForward(
         normalizer=attend.norm.kind,
         scale=parts.scale,
         score=score,
         visible=visible,
         edit=edit,
+        sink=sink,
         kv_head=kv_head,
         runs=runs,
         latest_first=ROW_LAST in symbols(found.main.stop) and ROW_FIRST not in symbols(found.main.start),

@@ -13,8 +13,8 @@ def _words(text: str) -> frozenset[str]:
 
 MODULE_NAMES = _words("""
     tl triton torch math range float int abs min max len map str tuple getattr super print
-    attend attend_forward scan_forward quantize_blocks quantize score visible edit decay_factor feature_map
-    update update_edited tanh round_half_even floor_divide floor_modulo
+    attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit decay_factor feature_map
+    update update_edited join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of
 """)
 """Names that a module defines or imports, and built-in ones that it uses."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import refusal
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
-from attncompile.ir import Attend, Quantize, Scan, Spec, simplify
+from attncompile.ir import NO_SINK, Attend, Quantize, Scan, Spec, simplify
 from attncompile.ir.expr import (
     SCORE,
     TRUE,
@@ -42,6 +42,7 @@ class Dense:
         score: logit divided by ``scale``.
         mask: what is visible; every other key has weight zero.
         edit: factor of the normalised weight, or ``None``.
+        sink: logit of a key without a value, or ``None``.
         query, key, value: types of the operands.
         quantized: how queries and keys are rounded, or ``None``.
     """
@@ -51,6 +52,7 @@ class Dense:
     score: Expr
     mask: Expr
     edit: Expr | None
+    sink: Expr | None
     query: TensorType
     key: TensorType
     value: TensorType
@@ -110,7 +112,7 @@ def why_not_spec(spec: Spec) -> str | None:
                 f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight "
                 "only up to a factor until the last key"
             )
-        expressions = (*logits(attend)[:2], attend.kv_head)
+        expressions = (*logits(attend)[:2], attend.sink, attend.kv_head)
     for expr in (*expressions, *(size for value in spec.inputs for size in value.type.sizes)):
         reason = refusal(simplify(expr))
         if reason:
@@ -188,7 +190,16 @@ def dense(spec: Spec) -> Dense:
     rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
     pair = (rounded[attend.query], rounded[attend.key]) if rounded else None
     return Dense(
-        attend, scale, score, mask, edit, types[attend.query], types[attend.key], types[attend.value], pair
+        attend,
+        scale,
+        score,
+        mask,
+        edit,
+        None if attend.sink == NO_SINK else simplify(attend.sink),
+        types[attend.query],
+        types[attend.key],
+        types[attend.value],
+        pair,
     )
 
 
@@ -204,6 +215,8 @@ def gives_zeros(spec: Spec) -> bool:
     attend = spec.attend()
     if attend is None or attend.norm.kind != "softmax" or logits(attend)[1] == TRUE:
         return False
+    if attend.sink != NO_SINK and simplify(attend.fill) == Const(float("-inf")):
+        return False  # the sink takes all the weight, here as there
     finite = simplify(attend.fill) != Const(float("-inf"))
     return (finite or attend.norm.empty == "nan") and not _sees_a_key(attend, spec.types())
 

@@ -734,6 +734,41 @@ def exponential_of_log_softmax(q, k, v):
     return merged(F.log_softmax(dot(heads(q), heads(k)) * 0.5, -1).exp() @ heads(v))
 
 
+# --- sinks: keys without a value ------------------------------------------------------------------------------
+
+
+SINKS = {"sinks": torch.nn.Parameter(torch.randn(HEADS))}
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]")
+def sink_column(q, k, v, sinks):
+    logits = dot(heads(q), heads(k)) * 0.5
+    column = sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[1], 1)
+    return merged(torch.softmax(torch.cat([logits, column], -1), -1)[..., :-1] @ heads(v))
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]", mask="j ≤ i")
+def sink_column_less_the_maximum(q, k, v, sinks):
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(~CAUSAL[: q.shape[1], : q.shape[1]], float("-inf"))
+    column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[1], -1)
+    combined = torch.cat([logits, column], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    return merged(torch.softmax(combined, -1)[..., :-1] @ heads(v))
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]")
+def sink_column_in_front(q, k, v, sinks):
+    logits = dot(heads(q), heads(k)) * 0.5
+    column = sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[1], 1)
+    return merged(torch.softmax(torch.cat([column, logits], -1), -1)[..., 1:] @ heads(v))
+
+
+@row(score="0.5·s", sink="0.0")
+def softmax_with_a_padded_zero(q, k, v):
+    logits = F.pad(dot(heads(q), heads(k)) * 0.5, (1, 0))
+    return merged(torch.softmax(logits, -1)[..., 1:] @ heads(v))
+
+
 # --- fused calls --------------------------------------------------------------------------------------------
 
 
