@@ -17,7 +17,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -56,7 +56,7 @@ def build(model_type: str, attention: Attention = "eager", seed: int = 0) -> Bui
     """
     if model_type not in transformers.CONFIG_MAPPING:
         raise BuildError(f"transformers {transformers.__version__} has no model type {model_type!r}")
-    need, met = need_of(model_type), []
+    need, met = need_of(model_type), list[str]()
     with _quiet(), torch.no_grad():
         configs = list(_configs(model_type, need, met))
         for kind in _classes(transformers.CONFIG_MAPPING[model_type], need):
@@ -158,10 +158,10 @@ def _without_downloads(config: Config) -> Config:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def _classes(config_kind: type[Any], need: Need) -> list[type[torch.nn.Module]]:
+def _classes(config_kind: type[Any], need: Need) -> list[Any]:
     """Model classes of a configuration: the base model, then others of its file, those that generate first."""
     name = config_kind.__module__.replace(".configuration_", ".modeling_")
-    found: list[type[torch.nn.Module]] = []
+    found: list[Any] = []
     with contextlib.suppress(Exception):
         base = transformers.MODEL_MAPPING[config_kind]
         found += list(base) if isinstance(base, list | tuple) else [base]
@@ -185,9 +185,7 @@ def _classes(config_kind: type[Any], need: Need) -> list[type[torch.nn.Module]]:
     return found[:MOST_CLASSES]
 
 
-def _model(
-    kind: type[torch.nn.Module], config: Any, attention: Attention, seed: int, met: list[str]
-) -> torch.nn.Module | None:
+def _model(kind: Any, config: Any, attention: Attention, seed: int, met: list[str]) -> torch.nn.Module | None:
     """A model of a class, or None and a line in ``met`` that says why not."""
     try:
         with torch.device("meta"):
@@ -200,25 +198,26 @@ def _model(
         return None
     try:
         torch.manual_seed(seed)
-        model = _made(kind, config, attention).eval()
+        model: Any = _made(kind, config, attention).eval()
     except Exception as error:
         met.append(f"{kind.__name__}: {_said(error)}")
         return None
     with contextlib.suppress(Exception):  # the default kernel of experts has no ONNX form
         model.set_experts_implementation("batched_mm")
     _make_different(model)
-    return model
+    return cast(torch.nn.Module, model)
 
 
-def _made(kind: type[torch.nn.Module], config: Any, attention: Attention) -> torch.nn.Module:
+def _made(kind: Any, config: Any, attention: Attention) -> torch.nn.Module:
     """The model with an implementation of attention: sdpa also in part, where a part of the model has no sdpa."""
     try:
-        return kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+        model = kind._from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
     except ValueError as error:
         if attention != "sdpa" or "does not support an attention implementation" not in str(error):
             raise
         # without a wish every part takes sdpa if it has it, and is eager otherwise
-        return kind._from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = kind._from_config(copy.deepcopy(config), dtype=torch.float32)
+    return cast(torch.nn.Module, model)
 
 
 def _make_different(model: torch.nn.Module) -> None:

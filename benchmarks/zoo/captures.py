@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir
@@ -273,7 +273,7 @@ def onnx_torchscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Argume
     buffer = io.BytesIO()
     with torch.no_grad(), quiet():
         torch.onnx.export(
-            flat, tensors, buffer, input_names=flat.names, dynamic_axes=axes, opset_version=17, dynamo=False
+            flat, tensors, cast(Any, buffer), input_names=flat.names, dynamic_axes=axes, opset_version=17, dynamo=False
         )
     exported = onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
     finding.capture_s = time.perf_counter() - start

@@ -296,8 +296,7 @@ def proposals(model: torch.nn.Module, extra: tuple[str, ...]) -> Iterator[tuple[
     open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.values())
     required = [name for name, one in signature.items() if one.default is one.empty and one.kind in named]
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in signature else []
-    mains = [getattr(model, "main_input_name", None), *MAIN]
-    mains = [name for name in dict.fromkeys(mains) if name in signature]
+    mains = [name for name in dict.fromkeys((getattr(model, "main_input_name", ""), *MAIN)) if name in signature]
     bases = [["input_ids", other, *decoder] for other in BESIDE_TEXT if {"input_ids", other} <= signature.keys()]
     bases += [base for name in mains for base in (([name, *decoder], [name]) if decoder else ([name],))]
     given: list[tuple[str, ...]] = []

@@ -43,4 +43,8 @@ def modality_of(config: Any, inputs: Iterable[str]) -> Modality:
         return "multimodal" if "input_ids" in given else found[1]
     if found:
         return found[0]
+    if given & {"past_values"}:
+        return "other"
+    if hasattr(config, "image_size") or hasattr(config, "patch_size"):
+        return "vision"
     return "text" if hasattr(config, "vocab_size") else "other"

@@ -123,7 +123,7 @@ def _peers(rows: Sequence[Row], table: Table) -> list[str]:
     ours = [
         row for row in rows if row["model_type"] in types and row["attention"] == "eager" and row["capture"] in CAPTURES
     ]
-    lines = []
+    lines: list[Sequence[Any]] = []
     for name in CAPTURES:
         own = [row for row in ours if row["capture"] == name]
         if own:

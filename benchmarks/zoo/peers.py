@@ -6,14 +6,14 @@ import collections
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import onnx_ir
 import torch
 
-from benchmarks.zoo.captures import Arguments, quiet, torch_onnx
+from benchmarks.zoo.captures import Arguments, quiet
 
 Peer = Callable[[torch.nn.Module, Sequence[Any], Arguments], int]
 
@@ -50,7 +50,7 @@ def inductor(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> 
         return run
 
     def back_end(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_fx(graph, inputs, inner_compile=run_graph)
+        return cast(Any, compile_fx(graph, inputs, inner_compile=cast(Any, run_graph)))
 
     with (
         torch.no_grad(),
@@ -65,10 +65,14 @@ def onnxscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -
     """Attention operators that onnxscript's fusions for ONNX Runtime put into the exported model."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    exported = torch_onnx(model, args, kwargs)
-    before = _operators(exported)
-    with quiet():
-        optimised, counts = optimize_for_ort(exported)
+    with torch.no_grad(), quiet():
+        # with the sizes of the example, which its patterns match best
+        program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        if exported is None:
+            raise ValueError("torch.onnx.export gave no program")
+        before = _operators(exported.model)
+        optimised, counts = optimize_for_ort(exported.model)
     return max(_operators(optimised) - before, int(counts.get("sdpa", 0)))
 
 
