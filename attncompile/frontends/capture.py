@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from attncompile.frontends import torch_internals
+from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 
@@ -227,6 +228,7 @@ def _export(
 ) -> torch.export.ExportedProgram:
     """Export with named axes, corrected as torch suggests; then with axes that torch may fix itself; then
     with fixed sizes. Every retreat leaves a note."""
+    register_containers(model)
     if any(axes):
         shapes = _shape_tree(model, args, kwargs, axes, named=True)
         for _ in range(_ROUNDS_OF_REFINEMENT):

@@ -13,7 +13,7 @@ from attncompile.lift.prove import AGREEMENT, canonical, difference
 from tests.lift.forms import Form
 from tests.lift.spellings import SPELLINGS
 
-DEFAULTS = {"mask": "true", "kv_head": "h", "weight": "w"}
+DEFAULTS = {"mask": "true", "kv_head": "h", "weight": "w", "sink": "−inf"}
 
 
 def stated(site: Site) -> dict[str, str]:
@@ -22,7 +22,7 @@ def stated(site: Site) -> dict[str, str]:
     attend = site.spec.attend()
     assert attend is not None
     expressions = {
-        name: print_expr(getattr(attend, name)) for name in ("score", "mask", "fill", "weight", "kv_head")
+        name: print_expr(getattr(attend, name)) for name in ("score", "mask", "fill", "weight", "sink", "kv_head")
     }
     types = site.spec.types()
     sizes = {name: f"[{','.join(str(size) for size in types[name].sizes)}]" for name in ("q", "k", "v")}
