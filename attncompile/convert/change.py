@@ -109,14 +109,19 @@ def changes_in_onnx(model: onnx_ir.Model, call: Call, provider: str, rewrites: S
         call: what it runs on; provider: where.
         rewrites: sites that were lifted from the same model.
     """
-    raise_opset(model)
-    onnx_graph(model)  # gives nameless values the names that the sites know
+    name_values(model)
     natives = observed(model, call, provider, {name for one in rewrites for name in one.operands})
     return {
         one.site.name: one.change(natives, call.what)
         for one in rewrites
         if all(name in natives for name in one.operands)
     }
+
+
+def name_values(model: onnx_ir.Model) -> None:
+    """Bring a model to the opset and the names of values that its sites were lifted with, in place."""
+    raise_opset(model)
+    onnx_graph(model)
 
 
 def observed(model: onnx_ir.Model, call: Call, provider: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -142,4 +147,4 @@ def observed(model: onnx_ir.Model, call: Call, provider: str, names: Iterable[st
     }
 
 
-__all__ = ["Change", "Rewrite", "changes_in_onnx", "changes_in_torch", "difference", "observed"]
+__all__ = ["Change", "Rewrite", "changes_in_onnx", "changes_in_torch", "difference", "name_values", "observed"]

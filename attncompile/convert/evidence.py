@@ -8,6 +8,8 @@ from typing import Literal
 
 from attncompile.convert.change import Change
 from attncompile.lift import Program, Site
+from attncompile.lift.refusals import failed_check
+from attncompile.lift.step import drawn as drawn_block
 from attncompile.passes import PassResult
 from attncompile.plan.schema import Plan, Refused, SitePlan
 from attncompile.report import Measurement, PassOutcome, Report, SiteReport
@@ -145,4 +147,7 @@ def _site_report(outcome: Outcome, evidence: SiteCertificate | None, change: Cha
         source=site.source,
         reason=site.refusal.reason if site.refusal else "",
         hint=site.refusal.hint if site.refusal else "",
+        nearest=site.nearest,
+        check=failed_check(site.refusal) if site.refusal else "",
+        block=tuple(drawn_block(site.steps)) if site.steps else (),
     )

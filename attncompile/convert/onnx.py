@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ import onnxruntime
 
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.quantize import quantize_projections
-from attncompile.codegen.onnx.tidy import raise_opset
 from attncompile.convert.artifact import Conversion
-from attncompile.convert.calibration import calls, text_call
-from attncompile.convert.change import Change, changes_in_onnx, difference, observed
+from attncompile.convert.calibration import Call, calls, text_call
+from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
 from attncompile.convert.comparison import (
     DoesNotRunError,
     Run,
@@ -45,7 +44,6 @@ from attncompile.convert.timing import latency_measurement, size_measurement, sl
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.onnx import onnx_graph
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
 from attncompile.report import Measurement
@@ -198,29 +196,43 @@ def _changes(
     text = text_call(opened)
     if text is None:
         return {}, ["the model takes no text, so the change of each site is measured on random inputs only"]
+    found: dict[str, Change] = {}
+    if quantised:
+        outputs = {
+            site.name: site.region.outputs[0].value
+            for site in rewritten.program.sites
+            if site.status == "lifted" and site.region is not None
+        }
+        found |= _quantised_changes(outputs, folder, text, provider)
+    found |= changes_in_onnx(onnx_ir.load(folder / BEFORE), text, provider, rewrites)
+    missing = len({one.site.name for one in rewrites} - set(found))
+    told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
+    return found, told if missing else []
+
+
+def _quantised_changes(outputs: Mapping[str, str], folder: Path, text: Call, provider: str) -> dict[str, Change]:
+    """The change of each site's output, by name, when the projections of the unrewritten model are quantised.
+
+    The rewritten model has other values between its nodes, so the same quantiser is run on the model before.
+
+    Args:
+        outputs: native result of each site.
+        folder: with the unrewritten model; text: what both run on; provider: where.
+    """
     before = onnx_ir.load(folder / BEFORE)
-    if not quantised:
-        found = changes_in_onnx(before, text, provider, rewrites)
-        return found, _not_observed(len(rewrites) - len(found))
-    # the products around the sites changed too, so each output is compared with all that comes before it
-    raise_opset(before)
-    onnx_graph(before)
-    names = rewritten.outputs
-    natives = observed(before, text, provider, {old for old, _ in names.values()})
-    results = observed(onnx_ir.load(folder / MODEL), text, provider, {new for _, new in names.values()})
-    inputs = f"{text.what}, with everything before it quantised too"
-    found = {
-        site: difference([results[new]], [natives[old]], inputs)
-        for site, (old, new) in names.items()
-        if old in natives and new in results
+    name_values(before)
+    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+        plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
+        save(before, plain)
+        quantize_projections(plain, quantised)
+        natives = observed(before, text, provider, outputs.values())
+        results = observed(onnx_ir.load(quantised), text, provider, outputs.values())
+    inputs = f"{text.what}, with the projections before it quantised too"
+    return {
+        site: difference([results[name]], [natives[name]], inputs)
+        for site, name in outputs.items()
+        if name in natives and name in results
     }
-    return found, _not_observed(len(names) - len(found))
-
-
-def _not_observed(count: int) -> list[str]:
-    """A sentence about sites whose values cannot be read while the model runs."""
-    said = f"{count} sites lie inside If or Loop, or were merged: their change is measured on random inputs only"
-    return [said] if count else []
 
 
 def _measurements(

@@ -31,7 +31,6 @@ class Rewritten:
         outcomes: one per site; choices: the operator rows of replaced sites by name.
         notes: what else was rewritten.
         changed: whether anything was.
-        outputs: of each lifted site, its native result before and after by name.
     """
 
     model: onnx_ir.Model
@@ -40,7 +39,6 @@ class Rewritten:
     choices: Mapping[str, Choice]
     notes: tuple[str, ...]
     changed: bool
-    outputs: Mapping[str, tuple[str, str]]
 
 
 def rewrite_onnx(
@@ -70,13 +68,10 @@ def rewrite_onnx(
     scopes = Scopes(model.graph)
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
-    outputs: dict[str, tuple[str, onnx_ir.Value]] = {}
     for site in program.sites:
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
             continue
-        (binding,) = site.region.outputs
-        outputs[site.name] = (binding.value, values[binding.value])
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
         try:
             place = values[site.region.outputs[0].value].producer()
@@ -91,29 +86,19 @@ def rewrite_onnx(
                 reason = f"already plain operators, which win here: {choice.reason}"
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
                 continue
-            made = _replace(model, values, site, result, choice, scopes.at(place), provider)
+            _replace(model, values, site, result, choice, scopes.at(place), provider)
         except RefusalError as error:
             outcomes.append(Outcome(site, _untouched(site.spec, result), "original", str(error.refusal)))
             continue
         outcomes.append(Outcome(site, result, choice.row.operator, choice.reason))
         choices[site.name] = choice
-        outputs[site.name] = (binding.value, made)
     done = tidy(model, provider)
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
         )
-    return Rewritten(
-        model,
-        program,
-        tuple(outcomes),
-        choices,
-        tuple(told),
-        bool(choices) or done != Tidied(0, 0, 0, 0),
-        # named by now; what tidying merged or dropped keeps a name that the model no longer has
-        {site: (old, str(value.name)) for site, (old, value) in outputs.items()},
-    )
+    return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
 
 
 def _untouched(spec: Spec, result: PassResult) -> PassResult:
@@ -129,12 +114,8 @@ def _replace(
     choice: Choice,
     shared: Shared,
     provider: Provider,
-) -> onnx_ir.Value:
-    """Put the operator's nodes in the place of a site, and give their result.
-
-    Raises:
-        RefusalError: where the operator cannot express the Spec.
-    """
+) -> None:
+    """Put the operator's nodes in the place of a site. Raises RefusalError where it cannot express the Spec."""
     assert site.region is not None
     (binding,) = site.region.outputs
     assert binding.layout is not None
@@ -157,4 +138,3 @@ def _replace(
         node.metadata_props["attncompile.spec"] = str(result.spec)
     build.insert_before(place)
     redirect(old, made[binding.name])
-    return made[binding.name]
