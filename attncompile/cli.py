@@ -27,6 +27,7 @@ from attncompile import __version__
 if TYPE_CHECKING:
     from attncompile.convert.artifact import Progress
     from attncompile.lift import Program, Site
+    from attncompile.lift.render import Tensors
 
 # Click's base of all errors about arguments. Some releases of typer bring a copy of click instead of
 # importing it, so it is taken from where both have it.
@@ -105,11 +106,16 @@ def inspect(
         Literal["sdpa", "eager"],
         typer.Option(help="which implementation a Hugging Face folder is loaded with"),
     ] = "sdpa",
-    every: Annotated[
-        bool, typer.Option("--all", help="print each site, also when it is like another")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="print each site, also when it is like another")] = False,
     block: Annotated[bool, typer.Option("--block", help="print the operations around each site")] = False,
     picture: Annotated[bool, typer.Option("--picture", help="draw the masks")] = False,
+    picture_to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the masks as pictures: FILE.svg or FILE.png")
+    ] = None,
+    values: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="an .npz of tensors that masks read, by name: densities are then exact"),
+    ] = None,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> int:
@@ -117,12 +123,18 @@ def inspect(
     from attncompile.api import lift
     from attncompile.lift.render import render_program
 
+    if picture_to is not None and picture_to.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"--picture-to {picture_to}: a picture is .svg or .png")
+    tensors = _read_values(values) if values is not None else None
     with _progress() as progress:
         program = lift(model, attn_implementation=attn, allow_pickle=allow_pickle, progress=progress)
     if json is not None:
-        _write_json(json, program_data(program, seq))
+        _write_file(json, json_text.dumps(program_data(program, seq, tensors), ensure_ascii=False, indent=2) + "\n")
     if json != "-":
-        _show(render_program(program, seq, every=every, block=block, picture=picture))
+        _show(render_program(program, seq, every=every, block=block, picture=picture, values=tensors))
+    if picture_to is not None:
+        for name, file in _write_pictures(program, picture_to, seq, tensors):
+            print(f"{file}: {name}", file=sys.stderr)
     if not program.sites:
         print(f"error: {nothing_found(program)}", file=sys.stderr)
         return NOTHING_FOUND
@@ -151,9 +163,7 @@ def convert(
         Literal["sdpa", "eager"] | None,
         typer.Option(help="which implementation a Hugging Face folder is loaded with"),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> int:
@@ -220,12 +230,12 @@ def passes(debug: Debug = False) -> int:
 # --- what is printed ----------------------------------------------------------------------------------------
 
 
-def program_data(program: Program, seq: int) -> dict[str, Any]:
+def program_data(program: Program, seq: int, values: Tensors | None = None) -> dict[str, Any]:
     """What ``inspect --json`` writes: every site, Specs in the form that parses back."""
     return {
         "schema": 1,
         "model": program.model,
-        "sites": [_site_data(site, seq) for site in program.sites],
+        "sites": [_site_data(site, seq, values) for site in program.sites],
         "summary": {
             "sites": len(program.sites),
             "lifted": program.count("lifted"),
@@ -235,11 +245,13 @@ def program_data(program: Program, seq: int) -> dict[str, Any]:
     }
 
 
-def _site_data(site: Site, seq: int) -> dict[str, Any]:
+def _site_data(site: Site, seq: int, values: Tensors | None) -> dict[str, Any]:
     from attncompile.ir import print_spec
+    from attncompile.lift.refusals import failed_check
     from attncompile.lift.render import site_density
+    from attncompile.lift.step import as_data
 
-    density = site_density(site.spec, seq) if site.spec else None
+    density = site_density(site.spec, seq, guard=site.guarded, values=values) if site.spec else None
     return {
         "name": site.name,
         "status": site.status,
@@ -248,6 +260,13 @@ def _site_data(site: Site, seq: int) -> dict[str, Any]:
         "hint": site.refusal.hint if site.refusal else None,
         "source": site.source,
         "density": density.share if density else None,
+        "guard": str(site.guarded) if site.guarded else None,
+        "block": as_data(site.steps),
+        "kind": site.refusal.kind if site.refusal else None,
+        "check": failed_check(site.refusal) if site.refusal else None,
+        "node": site.refusal.node if site.refusal else None,
+        "line": site.refusal.source if site.refusal else None,
+        "nearest": site.nearest or None,
     }
 
 
@@ -274,21 +293,54 @@ def pass_text(rewrite: Any) -> str:
     return "\n".join(lines)
 
 
-def _write_json(file: str, data: dict[str, Any]) -> None:
+def _write_file(file: str, content: str | bytes) -> None:
     from attncompile.frontends.errors import InputError
 
-    text = json_text.dumps(data, ensure_ascii=False, indent=2) + "\n"
+    data = content.encode() if isinstance(content, str) else content
     if file == "-":
-        print(text, end="")
+        print(data.decode(), end="")
         return
     path = Path(file).expanduser()
     scratch = path.with_name(f".{path.name}.part")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(data)
         scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise InputError(f"cannot be written ({error.strerror})", path, "choose another FILE") from error
+
+
+def _write_pictures(program: Program, file: Path, seq: int, values: Tensors | None) -> Iterator[tuple[str, Path]]:
+    """One picture for each different mask: FILE, then FILE-2 and so on; gives the sites that each is of."""
+    from attncompile.ir.picture import drawn_png, drawn_svg
+    from attncompile.lift.render import alike, mask_tiles_of
+
+    drawings: dict[bytes, list[str]] = {}
+    for name, (site, *_) in alike(program.sites):
+        tiles = mask_tiles_of(site.spec, seq, guard=site.guarded, values=values, columns=128) if site.spec else None
+        if tiles is not None:
+            drawing = drawn_svg(tiles).encode() if file.suffix == ".svg" else drawn_png(tiles)
+            drawings.setdefault(drawing, []).append(name)
+    for number, (drawing, names) in enumerate(drawings.items(), start=1):
+        path = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
+        _write_file(str(path), drawing)
+        yield ", ".join(names), path
+
+
+def _read_values(file: Path) -> Tensors:
+    """Tensors by name from an .npz file; nothing in it is run."""
+    import zipfile
+
+    import numpy as np
+    import torch
+
+    from attncompile.frontends.errors import InputError
+
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError("is no .npz of plain numbers", file, "write it with numpy.savez(file, name=array)") from error
 
 
 def _show(text: str) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import html
 import os
 import platform
+import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from attncompile.ir import parse_spec
-from attncompile.ir.blocks import block_map
-from attncompile.ir.intervals import Visibility
+from attncompile.ir.expr import TRUE
+from attncompile.ir.picture import drawn_svg, mask_tiles
 from attncompile.ir.types import concrete
-from attncompile.lift.render import map_sizes
+from attncompile.lift.guard import find_guard
+from attncompile.lift.render import map_sizes, mask_tiles_of
 from attncompile.verify.certificate import (
     Certificate,
     SiteCertificate,
@@ -63,6 +63,9 @@ class SiteReport(_Data):
         change_max: largest absolute difference of both on real text; None where there was none.
         source: source line in the model.
         reason, hint: why it was refused or only observed, and what would help.
+        nearest: of a refused site, the nearest thing to attention that was recognised.
+        check: the condition that failed, as its kind and a sentence.
+        block: the operations around it, one a line, in the order of data flow.
     """
 
     name: str
@@ -80,6 +83,9 @@ class SiteReport(_Data):
     source: str = ""
     reason: str = ""
     hint: str = ""
+    nearest: str = ""
+    check: str = ""
+    block: tuple[str, ...] = ()
 
 
 class Measurement(_Data):
@@ -310,8 +316,6 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 0; text-align: center; } figcaption { color: #666; font-size: .8rem; }
 """
 
-_SHADES = {Visibility.ALL: "#2f6f9f", Visibility.MIXED: "#a9c8de"}
-
 
 def _page(report: Report) -> str:
     say = html.escape
@@ -353,6 +357,9 @@ def _measurement_table(report: Report) -> str:
     return f"<h2>End to end</h2><table>{heads}{rows}</table>\n"
 
 
+_NUMBER = re.compile(r"\d+")
+
+
 def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
     """Sites that differ by name and measured numbers alone, each with the one of largest error."""
     groups: dict[str, list[SiteReport]] = {}
@@ -366,6 +373,7 @@ def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[list[str], SiteReport]]:
                 "change_max": None,
                 "spec": site.spec.replace(site.name, "", 1),
                 "spec_after": site.spec_after.replace(site.name, "", 1),
+                "block": tuple(_NUMBER.sub("·", line) for line in site.block),
             }
         )
         groups.setdefault(plain.model_dump_json(), []).append(site)
@@ -389,8 +397,18 @@ def _site_block(names: list[str], site: SiteReport) -> str:
         lines.append(f"<pre>{say(site.spec)}</pre>")
     if site.spec_after and site.spec_after != site.spec:
         lines.append(f"<p>became</p><pre>{say(site.spec_after)}</pre>")
+    guard = find_guard(parse_spec(site.spec)) if site.spec else None
+    if guard is not None:
+        lines.append(f'<p class="quiet">{say(str(guard))}; used for the picture alone</p>')
+    if site.block:
+        text = say("\n".join(site.block))
+        lines.append(f"<details><summary>operations around it</summary><pre>{text}</pre></details>")
+    if site.nearest:
+        lines.append(f"<p>Found: {say(site.nearest)}</p>")
     if site.reason:
         lines.append(f"<p>{say(site.reason)}{'; ' + say(site.hint) if site.hint else ''}</p>")
+    if site.check:
+        lines.append(f'<p class="quiet">Failed check: {say(site.check)}</p>')
     if site.operator:
         because = f": {say(site.why)}" if site.why else ""
         lines.append(f"<p>Computed by <strong>{say(site.operator)}</strong>{because}</p>")
@@ -409,7 +427,7 @@ def _site_block(names: list[str], site: SiteReport) -> str:
     return f'<section class="site"><div>{"".join(lines)}</div><div>{drawn}</div></section>\n'
 
 
-def _figure(spec_text: str, columns: int = 32) -> str:
+def _figure(spec_text: str) -> str:
     """The mask of a printed Spec as inline SVG: dark where all is visible, light where part is."""
     spec = parse_spec(spec_text)
     attend = spec.attend()
@@ -418,28 +436,7 @@ def _figure(spec_text: str, columns: int = 32) -> str:
     sizes = map_sizes(spec, PICTURE_LENGTH)
     types = spec.types()
     queries, keys = (concrete(types[name].sizes[2], sizes) for name in (attend.query, attend.key))
-    block = max(1, -(-max(queries, keys) // columns))
-    tiles = block_map(attend.mask, queries, keys, block_query=block, block_key=block).visibility
-    side = 4
-    height, width = tiles.shape[0] * side, tiles.shape[1] * side
-    drawn = "".join(_runs(tiles, side))
-    return (
-        f'<figure><svg width="{width}" height="{height}" role="img" aria-label="visible keys per query">'
-        f'<rect width="{width}" height="{height}" fill="#f2f2ee"/>{drawn}</svg>'
-        f"<figcaption>{queries} queries × {keys} keys</figcaption></figure>"
-    )
-
-
-def _runs(tiles: np.ndarray, side: int) -> list[str]:
-    """One rectangle for each run of equal tiles in a row."""
-    drawn = []
-    for row, values in enumerate(tiles):
-        edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-        for start, end in pairwise(edges):
-            shade = _SHADES.get(Visibility(int(values[start])))
-            if shade:
-                drawn.append(
-                    f'<rect x="{start * side}" y="{row * side}" width="{(end - start) * side}" '
-                    f'height="{side}" fill="{shade}"/>'
-                )
-    return drawn
+    tiles = mask_tiles_of(spec, PICTURE_LENGTH, guard=find_guard(spec))
+    if tiles is None:
+        tiles = mask_tiles(TRUE, queries, keys)
+    return f"<figure>{drawn_svg(tiles)}<figcaption>{queries} queries × {keys} keys</figcaption></figure>"

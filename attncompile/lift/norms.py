@@ -84,13 +84,9 @@ def recognise_norm(graph: Graph, value: str, axis: int) -> Norm | None:
 
 def _compared(graph: Graph, source: str, value: str, axis: int) -> Norm | None:
     between = graph.ancestors([value], graph.descendants(source, value)) - {source}
-    given = {
-        name: graph.inputs[name]
-        for made in between
-        if made in graph.producer
-        for name in graph.producer[made].inputs
-        if name in graph.inputs
-    }
+    read = {name for made in between if made in graph.producer for name in graph.producer[made].inputs}
+    behind = graph.ancestors(read - between - {source})  # a weight may be computed: one more, another dtype
+    given = {name: graph.inputs[name] for name in sorted(behind) if name in graph.inputs}
     named = tuple(entry.name for entry in given.values() if entry.role == "parameter")
     exprs = [size for name in (source, *given) for size in graph.infos[name].shape]
     sizes = {node.name: 3 for expr in exprs for node in walk(expr) if isinstance(node, Size)}

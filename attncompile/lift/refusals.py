@@ -119,6 +119,12 @@ def complete(refusal: Refusal) -> Refusal:
     return refusal if refusal.hint or known is None else replace(refusal, hint=known.edit)
 
 
+def failed_check(refusal: Refusal) -> str:
+    """The kind of a refusal and what it asks; empty for a kind of another room."""
+    known = CHECKS.get(refusal.kind)
+    return f"{refusal.kind}: {known.asks}" if known else ""
+
+
 def nearest(graph: Graph, anchor: str, anchors: Sequence[Anchor]) -> str:
     """The nearest thing to attention that was recognised, and how far from there the site reaches.
 

@@ -18,7 +18,7 @@ from attncompile.ir.simplify import simplify
 from attncompile.ir.types import concrete
 from attncompile.lift.guard import Guard
 from attncompile.lift.program import Program, Site
-from attncompile.lift.refusals import CHECKS
+from attncompile.lift.refusals import failed_check
 from attncompile.lift.step import drawn
 
 DIGITS = 4
@@ -203,8 +203,8 @@ def render_site(
     if site.refusal is not None:
         where = f" (at {site.refusal.node})" if site.refusal.node else ""
         lines.append(f"  why    {site.refusal.reason}{where}")
-        check = CHECKS.get(site.refusal.kind)
-        lines += [f"  check  {site.refusal.kind}: {check.asks}"] if check else []
+        check = failed_check(site.refusal)
+        lines += [f"  check  {check}"] if check else []
         lines += [f"  hint   {site.refusal.hint}"] if site.refusal.hint else []
     if site.refusal is not None and site.refusal.source and site.refusal.source != site.source:
         lines.append(f"  line   {site.refusal.source}")

@@ -58,9 +58,7 @@ _CONVENTIONS: dict[str, tuple[Callable[[int], _Partner], Callable[[int], _Partne
 
 
 def _rotated_channels(element: Expr, channels: int) -> list[int]:
-    """How many of the first channels could be rotated: all, or those before a channel where the expression
-    changes.
-    """
+    """How many of the first channels could be rotated: those before a channel where the expression changes, or all."""
     edges = {
         int(c.value)
         for node in walk(element)
@@ -68,7 +66,7 @@ def _rotated_channels(element: Expr, channels: int) -> list[int]:
         for c in node.arguments
         if isinstance(c, Const)
     }
-    return [channels, *sorted((c for c in edges if 0 < c < channels and c % 2 == 0), reverse=True)]
+    return [*sorted(c for c in edges if 0 < c < channels and c % 2 == 0), channels]
 
 
 def _distances(load: Load, base: Load, channels: int) -> torch.Tensor | None:

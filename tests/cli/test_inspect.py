@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from attncompile.ir import parse_spec
@@ -39,9 +41,39 @@ def test_different_masks_stay_apart_and_are_drawn(run: Run, models: str) -> None
     assert "░" in ran.out
 
 
+def test_masks_are_written_as_pictures(run: Run, models: str, tmp_path: Path) -> None:
+    ran = run("inspect", models + "window", "--picture-to", tmp_path / "mask.svg", "--seq", "64")
+    assert ran.code == 0, ran.err
+    assert ElementTree.parse(tmp_path / "mask.svg").getroot().tag.endswith("svg")
+    assert (tmp_path / "mask-2.svg").exists()  # the other site has no window
+    assert f"{tmp_path / 'mask.svg'}: 0" in ran.err
+    assert run("inspect", models + "window", "--picture-to", tmp_path / "mask.png").code == 0
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob(".*part")) == []
+    refused = run("inspect", models + "window", "--picture-to", tmp_path / "mask.jpg")
+    assert refused.code == 2
+    assert "a picture is .svg or .png" in refused.error()
+
+
+def test_values_make_a_density_exact(run: Run, minilm_folder: Path, tmp_path: Path) -> None:
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    np.savez(tmp_path / "values.npz", attention_mask=mask)
+    ran = run("inspect", minilm_folder, "--values", tmp_path / "values.npz", "--picture")
+    assert ran.code == 0, ran.err
+    assert "density 50 % at 4" in ran.out
+    assert "    ███" in ran.out.splitlines()  # the first row of the batch
+    np.savez(tmp_path / "flat.npz", attention_mask=mask[0])
+    refused = run("inspect", minilm_folder, "--values", tmp_path / "flat.npz")
+    assert refused.code == 2
+    assert "the tensor 'attention_mask' has shape (4,)" in refused.error()
+    (tmp_path / "text.npz").write_text("no archive")
+    assert "is no .npz of plain numbers" in run("inspect", minilm_folder, "--values", tmp_path / "text.npz").error()
+
+
 def test_block_names_the_weights(run: Run, models: str) -> None:
     ran = run("inspect", models + "causal", "--block")
-    assert "0.query.weight" in ran.out
+    assert "  block  queries ─ linear 0.query.weight" in ran.out
+    assert "         attend(q, k, v)" in ran.out.splitlines()
 
 
 def test_json_has_every_site_and_specs_that_parse_back(run: Run, models: str, tmp_path: Path) -> None:
@@ -54,7 +86,10 @@ def test_json_has_every_site_and_specs_that_parse_back(run: Run, models: str, tm
     assert data["model"] == "models:causal"
     assert data["summary"] == {"sites": 2, "lifted": 2, "observed": 0, "refused": 0}
     for site in data["sites"]:
-        assert list(site) == ["name", "status", "spec", "reason", "hint", "source", "density"]
+        assert list(site)[:7] == ["name", "status", "spec", "reason", "hint", "source", "density"]
+        assert list(site)[7:] == ["guard", "block", "kind", "check", "node", "line", "nearest"]
+        assert {step["operand"] for step in site["block"]} >= {"q", "k", "v"}
+        assert all(step["text"] for step in site["block"])
         assert site["status"] == "lifted"
         assert parse_spec(site["spec"]).attend() is not None
         assert site["density"] == 10 / 16
@@ -78,6 +113,10 @@ def test_a_refused_site_says_why(run: Run, models: str, tmp_path: Path) -> None:
     assert site["density"] is None
     assert "axis" in site["reason"]
     assert f"\n  why    {site['reason']}" in ran.out
+    assert f"\n  check  {site['check']}" in ran.out
+    assert f"\n  found  {site['nearest']}" in ran.out
+    assert site["kind"] == "wrong-axis" and site["check"].startswith("wrong-axis: ")
+    assert site["nearest"].startswith("softmax over axis ") and site["node"] and site["hint"]
     assert "1 refused" in ran.out.splitlines()[-1]
 
 

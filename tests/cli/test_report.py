@@ -45,6 +45,7 @@ def report() -> Report:
             change=0.02 * (n + 1),
             change_inputs="512 tokens",
             source="model.py:3  a @ b",
+            block=(f"queries ─ linear layer.{n}.q.weight", "attend(q, k, v)"),
         )
         for n in range(2)
     ]
@@ -56,7 +57,12 @@ def report() -> Report:
         why="nothing was faster",
     )
     refused = SiteReport(
-        name="layer.3", status="refused", reason="it runs over <queries>", hint="transpose it"
+        name="layer.3",
+        status="refused",
+        reason="it runs over <queries>",
+        hint="transpose it",
+        nearest="softmax <1>",
+        check="wrong-axis: it runs over the keys",
     )
     latency = Measurement(name="latency 1×128", before=20.0, after=10.0, unit="ms", note="median of 9")
     return Report(
@@ -120,6 +126,8 @@ def test_the_page_stands_alone_and_draws_the_masks(report: Report) -> None:
     assert "<queries>" not in shown
     assert "&lt;queries&gt;" in shown
     assert page.tags.count("svg") >= 2
+    assert "softmax &lt;1&gt;" in shown and "wrong-axis: it runs over the keys" in shown
+    assert shown.count("linear layer.0.q.weight") + shown.count("linear layer.1.q.weight") == 1  # one for both
     assert "rect" in page.tags
 
 
