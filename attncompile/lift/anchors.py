@@ -196,6 +196,19 @@ def scores_behind(graph: Graph, value: str) -> list[Product]:
     return [*plain, *learned]
 
 
+def is_learned(graph: Graph, value: str) -> bool:
+    """Whether a value is a parameter, or rows of one, wherever they are picked from: the weights of an expert, say."""
+    while value in graph.varying:
+        match graph.producer.get(value):
+            case Select(_, data):
+                value = data
+            case Move(_, source) | Cast(_, source):
+                value = source
+            case _:
+                return False
+    return True
+
+
 def _contractions_behind(graph: Graph, value: str) -> list[Contract]:
     found: list[Contract] = []
     seen: set[str] = set()
@@ -289,13 +302,13 @@ def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple
         if (
             not isinstance(node, Contract)
             or node.output in known
-            or any(n not in graph.varying for n in node.inputs)
+            or any(is_learned(graph, n) for n in node.inputs)
         ):
             continue
         pointwise = [user for user in graph.users.get(node.output, ()) if isinstance(user, Pointwise)]
         for user in pointwise:
             for product in products_after(graph, user.output):
-                if product.output not in known and all(name in graph.varying for name in product.inputs):
+                if product.output not in known and not any(is_learned(graph, name) for name in product.inputs):
                     yield node, product
                     break
             else:

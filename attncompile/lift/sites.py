@@ -18,6 +18,8 @@ from attncompile.ir import (
     RefusalError,
 )
 from attncompile.lift.anchors import (
+    Product,
+    is_learned,
     normalisers,
     obstacle_behind,
     products_after,
@@ -49,8 +51,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
         scores, products = scores_behind(graph, anchor.source), products_after(graph, anchor.output)
         # a classifier or a router: what it normalises is a map of the state, and no values follow
         if any(all(n in graph.varying for n in s.contract.inputs) for s in scores) or (scores and products):
-            if anchor.axis is None and not products:
-                continue
+            if anchor.axis is None and not (products and any(_of_activations(graph, s) for s in scores)):
+                continue  # a gate, or the hidden state of an expert
             known |= {score.contract.output for score in scores} | {product.output for product in products}
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
         elif (
@@ -62,6 +64,10 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     for score, product in unnormalised_products(graph, frozenset(known)):
         add(score.output, partial(refuse_products, graph, score, product))
     return _uniquely_named([site for _, site in sorted(found, key=lambda entry: entry[0])])
+
+
+def _of_activations(graph: Graph, score: Product) -> bool:
+    return not any(is_learned(graph, name) for name in score.contract.inputs)
 
 
 def _site(graph: Graph, anchor: str, state: Callable[[], Statement]) -> Site | None:
