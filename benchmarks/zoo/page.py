@@ -115,6 +115,26 @@ def _changed(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _more(rows: Sequence[Row]) -> list[str]:
+    """Where more was lifted than the counter counts, which has its own definition of attention."""
+    lines = [
+        (
+            row["model_type"],
+            row["attention"],
+            row["capture"],
+            row["truth"],
+            row["lifted"] + row["observed"],
+            row["beyond"],
+        )
+        for row in rows
+        if row.get("more_than_truth") or row.get("beyond")
+    ]
+    if not lines:
+        return []
+    heads = ("type", "attention", "capture", "sites", "found with softmax", "found without")
+    return ["## More than counted", "", *_table(heads, lines)]
+
+
 def _peers(rows: Sequence[Row], table: Table) -> list[str]:
     counted = [row for row in rows if row["capture"] in PEERS]
     if not counted:
@@ -197,7 +217,7 @@ def write_page(rows: Sequence[Row], table: Table, page: Path, results: Path) -> 
     for (attention, capture), group in groups.items():
         lines += [f"## {attention}, {capture}", "", *_one_form(group, table), "What was missed:", ""]
         lines += _misses(group, table)
-    lines += _changed(own) + _peers(rows, table) + _costs(own)
+    lines += _changed(own) + _more(own) + _peers(rows, table) + _costs(own)
     page.write_text("\n".join(lines).rstrip() + "\n")
     results.write_text(
         json.dumps({"versions": newest["versions"], "date": newest["date"], "rows": rows}, indent=1) + "\n"

@@ -15,7 +15,10 @@ from benchmarks.zoo.sizes import STEPS, Ladder, small_config
         ({"num_attention_heads": 32, "num_key_value_heads": 32}, {"num_attention_heads": 4, "num_key_value_heads": 4}),
         ({"num_attention_heads": 71, "num_kv_heads": 1}, {"num_attention_heads": 4, "num_kv_heads": 1}),
         ({"d_head": 64, "n_head": 12}, {"d_head": 16, "n_head": 4}),
-        ({"sliding_window": 4096, "attn_logit_softcapping": 50.0}, {"sliding_window": 4096, "attn_logit_softcapping": 50.0}),
+        (
+            {"sliding_window": 4096, "attn_logit_softcapping": 50.0},
+            {"sliding_window": 4096, "attn_logit_softcapping": 50.0},
+        ),
         ({"image_size": 224, "patch_size": 16}, {"image_size": 96, "patch_size": 16}),
         ({"hidden_size": 32}, {"hidden_size": 32}),
         ({"hidden_sizes": [128, 256], "hidden_size": 256}, {"hidden_sizes": [128, 256], "hidden_size": 256}),
