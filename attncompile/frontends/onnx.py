@@ -33,6 +33,7 @@ from attncompile.frontends.onnx_bodies import (
     starts,
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
+from attncompile.frontends.onnx_definitions import spell_out
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
 from attncompile.frontends.onnx_inference import Inference
 from attncompile.frontends.onnx_known import (
@@ -63,6 +64,7 @@ def onnx_graph(model: ir.Model) -> Graph:
     Raises:
         ValueError: when the model has no graph inputs' types to start from.
     """
+    spell_out(model)
     prepare(model)
     sizes = SizeNames()
     for value in model.graph.inputs:

@@ -503,6 +503,7 @@ class Call:
 
 
 Q4, KV4 = "float[B,6,I,8] q", "float[B,6,J,8] k, float[B,6,J,4] v"
+NEW = KV4.replace("J", "I")
 # fmt: off
 CALLS = (
     Call("plain", "y = Attention(q, k, v)", f"{Q4}, {KV4}", ("0.35355339059327373·s", "empty rows zero")),
@@ -567,12 +568,6 @@ def test_fused_call_is_lifted(call: Call) -> None:
     ("body", "inputs", "reason"),
     [
         (
-            "y, pk, pv = Attention(q, k, v, , past_k, past_v)",
-            f"{Q4}, {KV4}, float[B,6,P,8] past_k, float[B,6,P,4] past_v",
-            "past key",
-        ),
-        ("y, , , w = Attention(q, k, v)  z = Exp(w)", f"{Q4}, {KV4}", "w is read"),
-        (
             "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v, b)",
             "float[B,I,48] q, float[B,J,48] k, float[B,J,48] v, float[144] b",
             "bias of the projections",
@@ -589,7 +584,7 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "seqlens_k",
         ),
     ],
-    ids=["cache", "weights", "bias", "packed", "projections", "grouped"],
+    ids=["bias", "packed", "projections", "grouped"],
 )
 def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
     graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))
@@ -597,6 +592,27 @@ def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, rea
     (site,) = lift_graph(graph).sites
     assert site.status == "refused" and site.refusal is not None
     assert reason in site.refusal.reason and site.refusal.hint
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "status", "keys"),
+    [
+        (
+            "y, pk, pv = Attention<is_causal=1>(q, k, v, , past_k, past_v)",
+            f"{Q4}, {NEW}, float[B,6,P,8] past_k, float[B,6,P,4] past_v",
+            "lifted",
+            "j ≤ i + J − ",
+        ),
+        ("y, , , w = Attention<is_causal=1>(q, k, v)  z = Exp(w)", f"{Q4}, {KV4}", "observed", "j ≤ i"),
+    ],
+    ids=["cache", "scores"],
+)
+def test_call_that_is_more_than_one_product_is_spelled_out(
+    body: str, inputs: str, status: str, keys: str
+) -> None:
+    (site,) = lift_graph(onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))).sites
+    assert site.status == status, str(site.refusal)
+    assert keys in str(site.spec)
 
 
 def test_nan_replaced_by_zero_is_a_property_of_empty_rows() -> None:
