@@ -339,7 +339,8 @@ def _written(node: Opaque) -> str | None:
 def _after(graph: Graph, value: str) -> Iterator[Step]:
     """Gates and the output projection."""
     for _ in range(_LONGEST):
-        users = graph.users.get(value, ())
+        # a step that was stated in two ways leaves one of which nothing comes
+        users = [u for u in graph.users.get(value, ()) if u.output in graph.outputs or graph.users.get(u.output)]
         if len(users) != 1:
             return
         (user,) = users

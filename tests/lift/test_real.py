@@ -13,7 +13,7 @@ from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_dynamo, capture_export
 from attncompile.frontends.checkpoint import open_model
 from attncompile.ir import Position, Project, print_expr
-from attncompile.lift import Program, lift_graph
+from attncompile.lift import Program, Site, lift_graph
 from attncompile.lift.block import rotary_base
 from attncompile.lift.sites import find_sites
 
@@ -48,6 +48,11 @@ def said(program: Program) -> list[tuple[str, str, str, str]]:
     return list(dict.fromkeys(found))
 
 
+def steps(site: Site) -> dict[str, list[str]]:
+    """What surrounds a site: the kinds of its steps, by operand."""
+    return {name: [step.kind for step in site.steps if step.operand == name] for name in ("q", "k", "v", "out")}
+
+
 def hidden(implementation: Implementation) -> str:
     """transformers hides with the lowest number in its eager attention, and with a truth mask for sdpa."""
     return LOWEST if implementation == "eager" else "−inf"
@@ -60,6 +65,7 @@ def test_minilm(minilm_folder: Path, lifted: Callable[..., Program], implementat
     assert said(program) == [("0.1768·s", "attention_mask[b, j] ≠ 0", "h", hidden(implementation))]
     for site in program.sites:
         assert [type(op) for op in site.block] == [Project] * 3
+        assert steps(site) == {"q": ["linear"], "k": ["linear"], "v": ["linear"], "out": ["linear"]}
         assert site.source and site.name.startswith("encoder.layer.")
     assert len({site.spec and str(site.spec.types()["q"]) for site in program.sites}) == 1
     assert (
@@ -79,6 +85,8 @@ def test_smollm2(
     types = program.sites[0].spec.types() if program.sites[0].spec else {}
     assert (str(types["q"]), str(types["k"])) == ("[B,9,I,64] float32", "[B,3,I,64] float32")
     for site in program.sites:
+        rotated = ["linear", "rotary"]
+        assert steps(site) == {"q": rotated, "k": rotated, "v": ["linear"], "out": ["linear"]}
         rotary = [op for op in site.block if isinstance(op, Position)]
         assert [(op.tensor, op.convention, op.channels) for op in rotary] == [
             ("q", "half", 64),
@@ -103,6 +111,7 @@ def test_whisper(
         assert site.spec is not None
         attend, types = site.spec.attend(), site.spec.types()
         assert attend is not None and print_expr(attend.score) == "0.125·s"
+        assert steps(site) == {"q": ["linear"], "k": ["linear"], "v": ["linear"], "out": ["linear"]}
         part = ".".join(p for p in site.name.split(".") if not p.isdigit()).removeprefix("model.")
         kinds.setdefault(part, set()).add(
             (print_expr(attend.mask), str(types["q"].size("i")), str(types["k"].size("j")))
