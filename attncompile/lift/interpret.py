@@ -23,10 +23,15 @@ from attncompile.frontends.graph import (
     Select,
 )
 from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, simplify
-from attncompile.ir.expr import Const, apply, walk, where
+from attncompile.ir.expr import Apply, Const, apply, walk, where
 from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import element_kind
+
+EXACT = frozenset(
+    "add mul neg sub min max abs floor ceil round where eq ne lt le gt ge and or not float int floordiv mod".split()
+)
+"""Operators whose results on small integers are exact in floating point."""
 
 LARGEST = 400
 """Nodes of an expression beyond which a captured value is loaded as a whole instead of being computed in
@@ -132,7 +137,7 @@ class Interpreter:
             case Pointwise(_, operator, operands):
                 return self._pointwise(node, operator, operands, indices)
             case Cast(_, source, dtype):
-                return _as_kind(self.at(source, indices), element_kind(dtype))
+                return self._cast(node, self.at(source, indices), element_kind(dtype))
             case Move(_, source, index_map, _):
                 return self.at(source, index_map(indices))
             case Concatenate(_, parts, axis):
@@ -153,6 +158,29 @@ class Interpreter:
                 "attention is lifted through pointwise operations, views, slices, concatenations and gathers",
             )
         )
+
+    def _cast(self, node: Node, value: Expr, kind: Kind) -> Expr:
+        """A value in another kind.
+
+        A number that is rounded to an integer must be exact: the logarithm in the buckets of relative positions, in
+        another order of its factors or another precision, lands in another bucket.
+
+        Raises:
+            RefusalError: when rounding decides; the value is then loaded as the graph computes it.
+        """
+        inexact = [part for part in walk(value) if isinstance(part, Apply) and part.operator not in EXACT]
+        if kind is Kind.INT and value.kind is Kind.FLOAT and inexact:
+            native = self.graph.describe(node.output)
+            raise RefusalError(
+                Refusal(
+                    "rounded",
+                    f"an integer is made of {inexact[0].operator}(…), whose rounding would decide",
+                    native.name,
+                    native.source,
+                    "compute integers by integer arithmetic",
+                )
+            )
+        return _as_kind(value, kind)
 
     def _pointwise(
         self, node: Pointwise, operator: str, operands: tuple[str | Expr, ...], indices: Indices

@@ -199,18 +199,22 @@ def _bound_sizes(
 ) -> dict[str, int]:
     """Values of the Spec's sizes, read off native shapes: an operand's axis has the native axes' size."""
     found: dict[str, int] = {}
+    joined: list[tuple[list[Expr], int]] = []
     for value in spec.inputs:
         binding, tensor = feeds[value.name]
         if binding.layout is None:
-            for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
-                if isinstance(axis.size, Size):
-                    found.setdefault(axis.size.name, int(extent))
+            axes: list[list[Expr]] = [[axis.size] for axis in value.type.axes]
+        else:
+            axes = [[value.type.size(name) for name in group] for group in binding.layout.groups]
+        joined += [(group, int(extent)) for group, extent in zip(axes, tensor.shape, strict=False)]
+    for group, extent in sorted(joined, key=lambda entry: len(entry[0])):
+        open_sizes = [size for size in group if isinstance(size, Size) and size.name not in found]
+        rest = [size for size in group if size not in open_sizes]
+        if len(open_sizes) != 1 or any(n.name not in found for s in rest for n in walk(s) if isinstance(n, Size)):
             continue
-        for group, extent in zip(binding.layout.groups, tensor.shape, strict=False):
-            if len(group) == 1:
-                size = value.type.size(group[0])
-                if isinstance(size, Size):
-                    found[size.name] = int(extent)
+        known = math.prod(concrete(size, found) for size in rest)
+        if known and extent % known == 0:
+            found[open_sizes[0].name] = extent // known
     return found
 
 

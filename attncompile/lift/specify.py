@@ -45,15 +45,17 @@ from attncompile.lift.program import Binding, Layout, Region
 from attncompile.lift.statement import BATCH, CHANNEL, HEAD, KEY, QUERY, VALUE_CHANNEL, Statement, refuse
 
 
-def _kv_head(operand: Operand) -> Expr | None:
-    """The KV head of query head ``h``, as the operand's indices say; ``None`` where they disagree."""
+def _kv_head(operand: Operand) -> Expr:
+    """The KV head of query head ``h``, as the operand's indices say: ``h`` itself where several axes make up the heads,
+    if they do; the layout will tell.
+    """
     found: set[Expr] = set()
     for index in operand.indices:
         for mono in polynomial(index):
             found |= {atom for atom in mono if HEAD in symbols(atom)}
     if not found:
         return ZERO
-    return found.pop() if len(found) == 1 else None
+    return found.pop() if len(found) == 1 else HEAD
 
 
 def _kv_heads(kv_head: Expr, heads: Expr) -> Expr | None:
@@ -92,11 +94,7 @@ def _choose_kv(
 ) -> tuple[_Chosen, _Chosen, Expr, Expr] | None:
     """Key and value that agree on the KV heads, farthest first."""
     heads = extents["h"]
-    options = [
-        k
-        for k in (_kv_head(o) for o in (*reversed(statement.key), *reversed(statement.value)))
-        if k is not None
-    ]
+    options = [_kv_head(o) for o in (*reversed(statement.key), *reversed(statement.value))]
     if heads == ONE:
         options = [HEAD]
     for kv_head in dict.fromkeys(options):
