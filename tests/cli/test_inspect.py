@@ -149,6 +149,16 @@ def test_a_third_party_onnx_file(run: Run, onnx_files: dict[str, Path]) -> None:
     assert ran.out.splitlines()[-1] == "minilm-int8: 6 attention sites, 6 lifted, 0 observed, 0 refused"
 
 
+def test_a_padding_term_is_told_as_a_guarded_mask(run: Run, onnx_files: dict[str, Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "values.npz", attention_mask=np.array([[1, 1, 1, 0]]))
+    ran = run("inspect", onnx_files["paraphrase-minilm-l3"], "--values", tmp_path / "values.npz", "--block")
+    assert ran.code == 0, ran.err
+    assert "  score  0.1768·s + 3.403e+38·(attention_mask[b, j] − 1)" in ran.out  # stated as it is written
+    assert "  guard  if attention_mask[b, j] ∈ {0, 1}: mask attention_mask[b, j] ≠ 0" in ran.out
+    assert "density 75 % at 4" in ran.out
+    assert "  output  ─ linear " in ran.out
+
+
 def test_version_and_help_do_not_load_torch() -> None:
     import subprocess
     import sys
