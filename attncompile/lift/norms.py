@@ -15,8 +15,8 @@ import torch
 
 from attncompile.frontends.graph import Contract, FusedAttention, Graph, Linear, Opaque, Reduce, Softmax
 from attncompile.ir import Size
-from attncompile.ir.expr import walk
-from attncompile.ir.types import concrete
+from attncompile.ir.expr import ONE, walk
+from attncompile.ir.types import DTYPES, concrete
 
 Kind = Literal["rms", "layer", "l2"]
 
@@ -87,7 +87,8 @@ def _compared(graph: Graph, source: str, value: str, axis: int) -> Norm | None:
     read = {name for made in between if made in graph.producer for name in graph.producer[made].inputs}
     behind = graph.ancestors(read - between - {source})  # a weight may be computed: one more, another dtype
     given = {name: graph.inputs[name] for name in sorted(behind) if name in graph.inputs}
-    named = tuple(entry.name for entry in given.values() if entry.role == "parameter")
+    wide = [name for name in given if any(size != ONE for size in graph.infos[name].shape)]  # ε is a parameter in ONNX
+    named = tuple(given[name].name for name in wide if given[name].role == "parameter" and _real(graph, name))
     exprs = [size for name in (source, *given) for size in graph.infos[name].shape]
     sizes = {node.name: 3 for expr in exprs for node in walk(expr) if isinstance(node, Size)}
     shape = [concrete(size, sizes) for size in graph.infos[source].shape]
@@ -126,6 +127,10 @@ def _compared(graph: Graph, source: str, value: str, axis: int) -> Norm | None:
         euclidean = kind == "rms" and not named and torch.allclose(weight, plain)
         return Norm("l2" if euclidean else kind, source, shape[axis], float(f"{epsilon:.3g}"), named)
     return None
+
+
+def _real(graph: Graph, name: str) -> bool:
+    return DTYPES[graph.infos[name].dtype].is_floating_point
 
 
 def _mean_square(x: torch.Tensor, axis: int) -> torch.Tensor:
