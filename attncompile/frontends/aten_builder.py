@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from attncompile.frontends.aten_sizes import broadcast_shapes, size_expr, unified
+from attncompile.frontends.aten_sizes import broadcast_shapes, size_expr, solved, solved_by_data, unified
 from attncompile.frontends.graph import Indices, Info, Iota, Move, Node, Pointwise
 from attncompile.frontends.memory import Versions
 from attncompile.frontends.torch_internals import is_symbolic
-from attncompile.ir import Expr, Size
+from attncompile.ir import Expr
 from attncompile.ir.expr import ONE, ZERO, Const
 
 
@@ -41,9 +41,13 @@ class Builder:
 
     def equate(self, one: Expr, other: Expr) -> None:
         """Note that two sizes must agree, or the operation would fail."""
-        if one != other and (isinstance(one, Size) or isinstance(other, Size)):
-            symbol, stays = (other, one) if isinstance(other, Size) else (one, other)
-            self.equal.setdefault(symbol, stays)
+        one, other = unified(one, self.equal), unified(other, self.equal)
+        found = solved(one, other) or (solved_by_data(one, other) if one != other else None)
+        if found is not None:
+            symbol, stays = found
+            for known, value in self.equal.items():
+                self.equal[known] = unified(value, {symbol: stays})
+            self.equal[symbol] = stays
 
     def size(self, size: int | torch.SymInt) -> Expr:
         """A torch size as an expression, one symbol for sizes that must agree."""
@@ -98,6 +102,10 @@ class Builder:
         """A pointwise operator on broadcast operands, in the native node's dtype unless another is given."""
         shapes = [self.shape(o) for o in operands if isinstance(o, str)]
         shape = broadcast_shapes(shapes)
+        for other in shapes:
+            for one, size in zip(reversed(shape), reversed(other), strict=False):
+                if size != ONE:
+                    self.equate(one, size)
         return self.emit(Pointwise(self.name(), operation, operands), Info(shape, dtype or self.out.dtype))
 
     def move(self, source: str, index_map: Callable[[Indices], Indices], what: str, shape: Indices) -> str:
@@ -115,6 +123,25 @@ Row = Callable[[Builder, list[Any], dict[str, Any]], str]
 
 Raises :class:`Unstated` for a use that it cannot state.
 """
+
+
+def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
+    """Every argument of a call by its name in the schema, defaults included, in the schema's order."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise Unstated
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
+    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in node.target._schema.arguments}
+
+
+def positional(node: torch.fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, each in its place where the schema gives it one; only the others stay keywords."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.kwargs:
+        return list(node.args), dict(node.kwargs)
+    args, kwargs = list(node.args), dict(node.kwargs)
+    places = [a for a in node.target._schema.arguments if not a.kwarg_only]
+    last = max((n for n, a in enumerate(places) if a.name in kwargs), default=-1)
+    args += [kwargs.pop(a.name, a.default_value) for a in places[len(args) : last + 1]]
+    return args, kwargs
 
 
 def axis_of(number: int, rank: int) -> int:

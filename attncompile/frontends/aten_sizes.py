@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -11,7 +12,7 @@ import torch
 from attncompile.frontends.graph import Indices
 from attncompile.frontends.torch_internals import size_hint
 from attncompile.ir import Expr, Size, simplify
-from attncompile.ir.expr import ONE, Const, apply, substitute
+from attncompile.ir.expr import ONE, Apply, Const, apply, substitute, symbols
 
 
 def size_expr(size: int | torch.SymInt) -> Expr:
@@ -23,8 +24,10 @@ def _from_sympy(expr: Any) -> Expr:
     if isinstance(expr, sympy.Symbol):
         name = str(expr)
         return Size(name[0].upper() + name[1:])
-    if isinstance(expr, sympy.Integer) or (isinstance(expr, sympy.Number) and int(expr) == expr):
+    if isinstance(expr, sympy.Integer) or (isinstance(expr, sympy.Number) and float(expr).is_integer()):
         return Const(int(expr))
+    if type(expr).__name__ in ("CeilToInt", "FloorToInt"):
+        return _rounded(expr.args[0], upwards=type(expr).__name__ == "CeilToInt")
     parts = [_from_sympy(part) for part in expr.args]
     if isinstance(expr, sympy.Add):
         return simplify(apply("add", *parts))
@@ -41,15 +44,70 @@ def _from_sympy(expr: Any) -> Expr:
         "Max": "max",
         "Min": "min",
     }
+    if type(expr).__name__ == "ToFloat":
+        return parts[0]
     found = names.get(type(expr).__name__)
     if found is None:
         raise ValueError(f"cannot state the size {expr} ({type(expr).__name__}) as an index expression")
     return simplify(apply(found, *parts))
 
 
+def _rounded(expr: Any, *, upwards: bool) -> Expr:
+    """The integer next to a real number: to one that is an integer, or to a quotient by a positive integer."""
+    if type(expr).__name__ != "FloatTrueDiv":
+        return _from_sympy(expr)
+    number, divisor = (_from_sympy(part) for part in expr.args)
+    if not isinstance(divisor, Const) or divisor.value <= 0:
+        raise ValueError(f"cannot state the size {expr} as an index expression: it divides by {expr.args[1]}")
+    return simplify(apply("floordiv", number + (divisor.value - 1 if upwards else 0), divisor))
+
+
 def unified(size: Expr, equal: Mapping[Expr, Expr]) -> Expr:
     """A size with one symbol for all sizes that must be equal."""
     return simplify(substitute(size, dict(equal))) if equal else size
+
+
+def product(sizes: Iterable[Expr]) -> Expr:
+    """The number of elements of a shape."""
+    return simplify(apply("mul", *sizes, ONE, ONE))
+
+
+def solved(one: Expr, other: Expr) -> tuple[Size, Expr] | None:
+    """A symbol and what it must be for two sizes to be equal; ``None`` where they are, or say nothing of one symbol.
+
+    Factors of both sides are cancelled: ``6·S37 = 6·S18`` gives ``S37 = S18``. A factor that is 0 would leave nothing
+    to compute, so this holds wherever there is an element.
+    """
+    left, right = _factors(one), _factors(other)
+    for factor in tuple(left):
+        if factor in right and not isinstance(factor, Const):
+            left.remove(factor)
+            right.remove(factor)
+    numbers = [math.prod(int(f.value) for f in side if isinstance(f, Const)) for side in (left, right)]
+    common = math.gcd(*numbers) or 1
+    sides = [
+        product([Const(number // common), *(f for f in side if not isinstance(f, Const))])
+        for number, side in zip(numbers, (left, right), strict=True)
+    ]
+    for symbol, stays in (reversed(sides), sides):
+        if isinstance(symbol, Size) and symbol not in symbols(stays):
+            return symbol, stays
+    return None
+
+
+def solved_by_data(one: Expr, other: Expr) -> tuple[Expr, Expr] | None:
+    """A compound of sizes that only data decide (``U0·U1``, torch's unbacked symbols) and what it must be equal to."""
+    for compound, stays in ((one, other), (other, one)):
+        found = [symbol for symbol in symbols(compound) if isinstance(symbol, Size)]
+        if found and all(symbol.name.startswith("U") for symbol in found) and not set(found) & set(symbols(stays)):
+            return compound, stays
+    return None
+
+
+def _factors(size: Expr) -> list[Expr]:
+    if isinstance(size, Apply) and size.operator == "mul":
+        return [factor for argument in size.arguments for factor in _factors(argument)]
+    return [size]
 
 
 def broadcast_shapes(shapes: Sequence[Indices]) -> Indices:
