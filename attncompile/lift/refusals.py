@@ -37,6 +37,10 @@ CHECKS: dict[str, Check] = {
         "every value on the way keeps what was written to it first",
         "write the change as a new tensor: x = x.masked_fill(…) in place of x.masked_fill_(…)",
     ),
+    "rounded": Check(
+        "an integer that positions or masks depend on is computed exactly",
+        "compute integers by integer arithmetic: // in place of a division that is rounded",
+    ),
     "unknown-normaliser": Check(
         "the scores are normalised over the keys in a known way",
         "normalise with softmax (written in any way), sigmoid or relu",
