@@ -17,6 +17,7 @@ from attncompile.codegen.pytorch.scan import scan_chunkwise
 from attncompile.codegen.pytorch.sdpa import (
     WORTH_SKIPPING,
     additive_mask,
+    at_sizes,
     attend_blockwise,
     attend_whole,
     being_traced,
@@ -26,9 +27,10 @@ from attncompile.codegen.pytorch.sdpa import (
     visited_share,
 )
 from attncompile.ir import Attend, Operation, Refusal, RefusalError, Scan, Spec
-from attncompile.ir.expr import TRUE, Const, Size, loads, substitute
+from attncompile.ir.expr import TRUE, Const, Size, loads, substitute, walk
 from attncompile.ir.rows import extents
 from attncompile.ir.types import TensorType
+from attncompile.kernels import operators
 
 OPERATORS = ("sdpa", "blockwise", "flex", "scan", "reference")
 """What :func:`lower` can be asked for."""
@@ -95,9 +97,10 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     """A Spec as a PyTorch callable with the same meaning.
 
     ``run`` takes the tensors in the order of ``spec.inputs``, is differentiable and traces with symbolic
-    sizes. ``blockwise`` leaves out the tiles its mask hides when it is called with plain tensors, and is one
-    masked call while a graph is being traced; ``flex`` then gives way to SDPA or the reference. With ``sdpa``
-    and ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
+    sizes. ``blockwise`` leaves out the tiles its mask hides. While a graph is being traced it is one operator
+    of the graph, ``attncompile::run``, that does so when it runs, if the mask hides most of a long map and no
+    gradient is asked for; otherwise it is one masked call. ``flex`` then gives way to SDPA or the reference.
+    With ``sdpa`` and ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
     would otherwise build one.
 
     Args:
@@ -134,7 +137,11 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
             steps.append(functools.partial(_sdpa, operation, form, views, chosen == "blockwise"))
         else:
             steps.append(functools.partial(_reference, operation))
-    run = functools.partial(_run, spec, tuple(steps), chosen in ("sdpa", "blockwise"))
+    run: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] = functools.partial(
+        _run, spec, tuple(steps), chosen in ("sdpa", "blockwise")
+    )
+    if chosen == "blockwise" and device == "cpu" and _worth_carrying(spec):
+        run = functools.partial(_run_carried, operators.bind(spec), run)
     return Lowering("pytorch", chosen, reason, source, run)
 
 
@@ -210,6 +217,40 @@ def _run(spec: Spec, steps: tuple[Step, ...], takes_mask: bool, *tensors: torch.
         known.update(step(known, sizes, mask))
     outputs = tuple(known[name] for name in spec.outputs)
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+LONG = 8192
+"""Queries and keys of the map by which a graph with unknown lengths is judged."""
+
+MOST = 0.75
+"""Share of such a map that must be hidden for an operator that a compiler cannot look into; causality hides half."""
+
+
+def _worth_carrying(spec: Spec) -> bool:
+    """Whether a traced graph is better off with one operator that skips blocks than with a masked call."""
+    attend = spec.attend()
+    if attend is None or len(spec.operations) != 1:
+        return False
+    form = _expect(additive_form(attend, spec.types()))
+    sizes = {node.name: LONG for node in walk(form.mask) if isinstance(node, Size)}
+    return visited_share(at_sizes(form.mask, tuple(sizes.items())), LONG, LONG) <= 1 - MOST
+
+
+def _run_carried(carried: operators.Bound, plain: Callable[..., Any], *tensors: torch.Tensor,
+                 mask: torch.Tensor | None = None) -> Any:
+    """The operator while a graph is traced without gradients, else the plain call."""
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if being_traced(tensors[0]) and not differentiated and len(tensors) == len(carried.order):
+        return carried(*tensors)
+    return plain(*tensors, mask=mask)
+
+
+def _implementation(text: str) -> operators.Implementation:
+    """What computes a Spec on the CPU behind ``attncompile::run``: its lowering, called with plain tensors."""
+    return lower(operators.parsed(text), "cpu").run
+
+
+operators.register("cpu", _implementation)
 
 
 def _dtype(operation: Operation, tensors: Tensors) -> torch.dtype:

@@ -4,6 +4,7 @@ run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -215,6 +216,63 @@ def test_blockwise_is_exact_for_every_mask(case: Case, monkeypatch: pytest.Monke
     found = lower(spec, "cpu", "blockwise").run(*arguments(spec, tensors))
     assert calls
     check(spec, tensors, found, case.name)
+
+
+WINDOWED = parse_spec("""
+windowed   attend  q,k,v[B,2,I,16]  float32
+  score  0.25·s
+  mask   j ≤ i and (j > i − 100 or j < 4) and attention_mask[b, j] ≠ 0
+  norm   softmax (float32), empty rows zero
+  given  attention_mask[B,I]:int64
+""")
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor", "export"])
+def test_blocks_are_skipped_inside_a_traced_graph(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph holds one operator, which walks the blocks when it runs, at lengths that tracing did not know."""
+    run = lower(WINDOWED, "cpu").run
+
+    class Site(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+            return run(2.0 * q, k, v, m) + 1.0  # type: ignore[no-any-return]
+
+    def given(length: int) -> list[torch.Tensor]:
+        tensors = random_tensors(WINDOWED, {"B": 2, "I": length}, 3)
+        tensors["attention_mask"][0, :300] = 0
+        return arguments(WINDOWED, tensors)
+
+    walked = []
+    walk = choosing.attend_blockwise
+    monkeypatch.setattr(choosing, "attend_blockwise", lambda *a: walked.append(1) or walk(*a))
+    with torch.no_grad():
+        if rest == "export":
+            length = torch.export.Dim("length", min=8, max=4096)
+            axes = [{2: length}] * 3 + [{1: length}]
+            program = torch.export.export(Site(), tuple(given(900)), dynamic_shapes=axes)
+            assert [n.target for n in program.graph.nodes].count(torch.ops.attncompile.run.default) == 1
+            compiled: Callable[..., torch.Tensor] = program.module()
+        else:
+            compiled = torch.compile(
+                Site(), backend={"eager": "aot_eager", "inductor": "inductor"}[rest], fullgraph=True, dynamic=True
+            )
+            compiled(*given(900))
+        for length in (900, 1300):
+            walked.clear()
+            tensors = given(length)
+            found = compiled(*tensors)
+            assert walked
+            named = dict(zip((v.name for v in WINDOWED.inputs), tensors, strict=True))
+            check(WINDOWED, {**named, "q": 2.0 * named["q"]}, found - 1.0, f"{rest} at {length}")
+
+
+def test_a_traced_graph_with_gradients_keeps_the_masked_call() -> None:
+    run = lower(WINDOWED, "cpu").run
+    tensors = arguments(WINDOWED, random_tensors(WINDOWED, {"B": 1, "I": 300}, 3))
+    tensors[0].requires_grad_()
+    torch.compile(run, backend="aot_eager", fullgraph=True)(*tensors).sum().backward()
+    found, tensors[0].grad = tensors[0].grad, None
+    run(*tensors).sum().backward()
+    torch.testing.assert_close(found, tensors[0].grad)
 
 
 def test_one_mask_serves_equal_sites() -> None:
