@@ -100,8 +100,8 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     sizes. ``blockwise`` leaves out the tiles its mask hides. While a graph is being traced it is one operator
     of the graph, ``attncompile::run``, that does so when it runs, if the mask hides most of a long map and no
     gradient is asked for; otherwise it is one masked call. ``flex`` then gives way to SDPA or the reference.
-    With ``sdpa`` and ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses it where it
-    would otherwise build one.
+    With ``sdpa`` and ``blockwise``, ``run`` also takes ``mask=``, a tensor from :func:`visible_mask`, and uses
+    it where it would otherwise build one.
 
     Args:
         spec: the Spec.
