@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from attncompile.verify import Certificate, SiteCertificate, check_site, refused
 
 PROGRAM = "program.pt2"
 """The rewritten graph, for a model that has no configuration to be rebuilt from."""
+
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""PyTorch's switch that makes every `torch.load` refuse what is no tensor, whatever its caller asks for."""
 
 
 def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion:
@@ -209,7 +213,7 @@ def load_torch(folder: Path, plan: Plan, *, rest: str = "eager", device: str | N
     """
     require_kernels(plan, folder)
     if (folder / PROGRAM).is_file():
-        return torch.export.load(folder / PROGRAM).module()
+        return _load_program(folder / PROGRAM)
     model = open_model(folder, attn_implementation="sdpa").model.eval()
     if device is not None:
         model = model.to(device)
@@ -246,9 +250,29 @@ def verify_torch(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = F
     return make_certificate(plan, _site_certificates(rewritten.decisions), compared.entries)
 
 
+def _load_program(file: Path) -> torch.nn.Module:
+    """A saved program. PyTorch's reader would fall back to unpickling anything; here it may only read tensors.
+
+    Raises:
+        InputError: when the file is damaged, or holds more than tensors.
+    """
+    before = os.environ.get(_TENSORS_ONLY)
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        return torch.export.load(file).module()
+    except Exception as error:
+        reason = f"this program is damaged or holds more than tensors ({type(error).__name__})"
+        raise InputError(reason, file, "convert the model again") from error
+    finally:
+        if before is None:
+            del os.environ[_TENSORS_ONLY]
+        else:
+            os.environ[_TENSORS_ONLY] = before
+
+
 def _program_run(file: Path) -> Run:
     """A saved program."""
-    module = torch.export.load(file).module()
+    module = _load_program(file)
 
     def run(call: Call) -> dict[str, torch.Tensor]:
         return outputs_of(module(*call.args, **call.kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 
 import attncompile
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import ABSOLUTE
 from attncompile.convert.runtime import run, session
+from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
-from attncompile.verify import load_certificate
+from attncompile.verify import load_certificate, require_as_good_as_eager
 from tests.backend.test_backend import small_bert, small_llama, tokens
 
 
@@ -201,30 +204,114 @@ def test_a_torch_folder_runs_generates_and_verifies(llama_torch: Path) -> None:
     assert attncompile.verify(llama_torch).passed
 
 
-def test_a_module_of_ones_own_is_saved_as_a_program(tmp_path: Path) -> None:
+OWN = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.qkv = nn.Linear(24, 72)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+        w = (q @ k.mT / 6 ** 0.5).softmax(-1)
+        return (w @ v).transpose(1, 2).flatten(2)
+
+def build():
+    return Own().eval(), (torch.randn(2, 11, 24),), {}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with a function ``build``."""
     source = tmp_path / "own.py"
-    source.write_text(
-        "import torch\n"
-        "from torch import nn\n"
-        "class Own(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(1)\n"
-        "        self.qkv = nn.Linear(24, 72)\n"
-        "    def forward(self, x):\n"
-        "        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)\n"
-        "        w = (q @ k.mT / 6 ** 0.5).softmax(-1)\n"
-        "        return (w @ v).transpose(1, 2).flatten(2)\n"
-        "def build():\n"
-        "    return Own().eval(), (torch.randn(2, 11, 24),), {}\n"
-    )
+    source.write_text(OWN)
+    return source
+
+
+def test_a_module_of_ones_own_is_saved_as_a_program(own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    attncompile.convert(f"{source}:build", out, to="torch")
-    namespace: dict[str, object] = {}
-    exec(source.read_text(), namespace)
-    model, (x,), _ = namespace["build"]()  # type: ignore[operator]
+    attncompile.convert(f"{own}:build", out, to="torch")
+    opened = open_model(f"{own}:build")
+    (x,), _ = opened.example(2, 11)
     with torch.no_grad():
-        torch.testing.assert_close(attncompile.load(out)(x), model(x))
+        expected, actual = opened.model(x), attncompile.load(out)(x)
+        exact = opened.model.double()(x.double())
+    require_as_good_as_eager(actual, exact, expected, 24, "the saved program")
+    assert attncompile.verify(out).passed
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_a_changed_original_is_not_taken_for_a_wrong_result(own: Path, tmp_path: Path, to: str) -> None:
+    out = tmp_path / "out"
+    attncompile.convert(f"{own}:build", out, to=to)  # type: ignore[arg-type]
+    own.write_text(OWN.replace("manual_seed(1)", "manual_seed(2)"))
+    with pytest.raises(InputError, match="weights of the original are not those that were converted"):
+        attncompile.verify(out)
+    own.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        attncompile.verify(out)
+
+
+def test_damaged_weights_of_a_torch_folder_are_noticed(llama_torch: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(llama_torch, tmp_path / "damaged"))
+    weights = safetensors.torch.load_file(damaged / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    weights[name] = weights[name] * 1.01
+    safetensors.torch.save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="the weights in it are not those that were converted"):
+        attncompile.verify(damaged)
+
+
+def test_a_changed_kernel_is_refused_and_never_run(llama_torch: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(llama_torch, tmp_path / "changed"))
+    (kernel,) = (changed / "kernels").glob("*.py")
+    kernel.write_text("raise SystemExit('this must not run')\n")
+    for use in (attncompile.load, attncompile.verify):
+        with pytest.raises(InputError, match="it is not what is generated for the plan"):
+            use(changed)
+    kernel.unlink()
+    attncompile.load(changed)
+
+
+def test_a_pickle_is_read_again_only_with_permission(bert_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(bert_folder, tmp_path / "pickled"))
+    torch.save(safetensors.torch.load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    attncompile.convert(source, tmp_path / "out", allow_pickle=True)
+    with pytest.raises(InputError, match="--allow-pickle"):
+        attncompile.verify(tmp_path / "out")
+    assert attncompile.verify(tmp_path / "out", allow_pickle=True).passed
+
+
+def test_the_export_is_kept_without_weights(llama_onnx: Path) -> None:
+    kept = onnx.load(llama_onnx / "unrewritten.onnx")
+    onnx.checker.check_model(kept)
+    stored = sum(len(tensor.raw_data) for tensor in kept.graph.initializer)
+    assert stored < 0.1 * sum(parameter.nbytes for parameter in small_llama().parameters())
+    marked = [entry for entry in kept.graph.input if entry.metadata_props]
+    assert {entry.key for value in marked for entry in value.metadata_props} >= {"attncompile.parameter"}
+
+
+def test_lossy_sites_are_measured_on_text(minilm_folder: Path, tmp_path: Path) -> None:
+    passes = "fuse,sparsify.window(size=64, sinks=0)"
+    on_torch = attncompile.convert(minilm_folder, tmp_path / "torch", to="torch", passes=passes).report.sites
+    on_onnx = attncompile.convert(minilm_folder, tmp_path / "onnx", passes=passes).report.sites
+    for one, other in zip(on_torch, on_onnx, strict=True):
+        assert one.change_inputs == other.change_inputs == "512 tokens of text"
+        assert one.change is not None and one.change_max is not None and one.change > 1e-3
+        assert other.change == pytest.approx(one.change, rel=1e-3)
+        assert other.change_max == pytest.approx(one.change_max, rel=1e-3)
+
+
+def test_a_model_without_text_says_that_its_inputs_are_random(own: Path, tmp_path: Path) -> None:
+    passes = "fuse,sparsify.window(size=4, sinks=0)"
+    report = attncompile.convert(f"{own}:build", tmp_path / "out", to="torch", passes=passes).report
+    assert report.sites[0].change_inputs == "random inputs" and report.sites[0].change_max is None
+    assert any("takes no text" in note for note in report.notes)
 
 
 def test_nothing_is_written_when_it_fails(llama_folder: Path, tmp_path: Path) -> None:
