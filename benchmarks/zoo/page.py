@@ -14,7 +14,7 @@ from benchmarks.zoo.peers import PEERS
 Row = Mapping[str, Any]
 Table = Mapping[str, Mapping[str, Any]]
 MODALITIES = ("text", "vision", "audio", "multimodal", "other")
-HEADS = ("types", "sites", "lifted", "observed", "found", "refused", "not captured", "wrong")
+HEADS = ("types", "sites", "lifted", "observed", "found", "refused", "not captured", "unchecked", "wrong")
 
 
 def true_sites(row: Row, table: Table) -> int:
@@ -53,6 +53,7 @@ def _totals(rows: Sequence[Row], table: Table) -> tuple[Any, ...]:
         _percent(sum(map(found_sites, rows)), sites),
         sum(row.get("refused", 0) for row in rows),
         failed,
+        sum(bool(row.get("unchecked")) for row in rows),
         sum(row.get("wrong", 0) for row in rows),
     )
 
@@ -204,7 +205,8 @@ def write_page(rows: Sequence[Row], table: Table, page: Path, results: Path) -> 
         "pass computes, counted from what it does to tensors by code that knows nothing of lifting",
         "(`benchmarks/zoo/truth.py`). *Found* is lifted or observed. *Wrong* counts rows in which the model's outputs",
         f"change by more than {CLOSE:g} of their largest element when the lowered Specs run in place of lifted sites",
-        "(checked for export and dynamo). *Not captured* are the sites of models for which the capture itself failed.",
+        "(checked for export and dynamo). *Not captured* are the sites of models for which the capture itself failed,",
+        "*unchecked* the models for which the check did.",
         "",
         "## Totals",
         "",
