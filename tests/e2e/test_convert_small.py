@@ -137,6 +137,9 @@ def test_onnx_goes_in_and_out(bert_folder: Path, tmp_path: Path) -> None:
     conversion = attncompile.convert(tmp_path / "plain" / "model.onnx", tmp_path / "again", prefer="fused")
     assert conversion.certificate.passed and len(conversion.report.sites) == 2
     assert attncompile.verify(tmp_path / "again").passed
+    once_more = attncompile.convert(tmp_path / "again" / "model.onnx", tmp_path / "third", prefer="fused").report
+    assert any(note.startswith("nothing was rewritten") for note in once_more.notes)
+    assert [row for row in once_more.measurements if row.unit == "ms"] == []
 
 
 def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:

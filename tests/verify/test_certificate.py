@@ -62,6 +62,15 @@ def test_a_number_beyond_its_tolerance_fails() -> None:
     assert certificate.failures() == ("max_abs logits on x went from None to 1.0, 0.0001 is allowed",)
 
 
+@pytest.mark.parametrize(("after", "as_error", "as_number"), [
+    (1.05e-3, True, True), (0.95e-3, True, True), (0.5e-3, True, False), (1.5e-3, False, False),
+    (math.nan, False, False), (math.inf, False, False),
+])
+def test_an_error_may_shrink_and_another_number_may_not(after: float, as_error: bool, as_number: bool) -> None:
+    assert measured("error of logits", 1e-3, after, "x", 1e-4, error=True).passed is as_error
+    assert measured("logits", 1e-3, after, "x", 1e-4).passed is as_number
+
+
 @pytest.mark.parametrize(("path", "value", "message"), [
     (("sites", 0, "cases", 0, "max_abs"), 1e9, r"at sites.0.cases.0: says passed, but the error 1e\+09"),
     (("sites", 0, "cases", 0, "passed"), "maybe", "not valid at sites.0.cases.0.passed"),
