@@ -179,7 +179,8 @@ def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen:
     return head + (f"  {default}" if default else "")
 
 
-_ALWAYS_PRINTED = ("score", "mask", "norm")
+_ALWAYS_PRINTED = {Attend.keyword: ("score", "mask", "norm")}
+"""Attributes that are printed even where they have their default, by operation."""
 
 
 def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str, str]]:
@@ -187,7 +188,7 @@ def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str
     for field in dataclasses.fields(operation):
         value = getattr(operation, field.name)
         if field.metadata.get("role") == "operand" or (
-            value == field.default and field.name not in _ALWAYS_PRINTED
+            value == field.default and field.name not in _ALWAYS_PRINTED.get(operation.keyword, ())
         ):
             continue
         if isinstance(value, Expr):
