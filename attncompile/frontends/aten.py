@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attncompile.frontends.aten_attention import is_attention
-from attncompile.frontends.aten_builder import Builder, Unstated, is_number
+from attncompile.frontends.aten_builder import Builder, Unstated, is_number, positional
 from attncompile.frontends.aten_evaluate import AtenEvaluator
 from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.aten_sizes import note_hints, size_expr, unified
@@ -132,7 +132,7 @@ def _state(builder: Builder) -> list[Node]:
     reason = ""
     if row is not None:
         try:
-            last = row(builder, list(node.args), dict(node.kwargs))
+            last = row(builder, *positional(node))
             if builder.made and builder.made[-1].output == last:
                 builder.made[-1] = replace(builder.made[-1], output=node.name)
                 infos.pop(last, None)

@@ -7,7 +7,7 @@ from typing import Any
 from attncompile.frontends import movement
 from attncompile.frontends.aten_builder import Builder, Row, Unstated, as_dtype
 from attncompile.frontends.graph import Cast, Fill, Info, Iota
-from attncompile.ir import Expr
+from attncompile.ir import Expr, Kind
 from attncompile.ir.expr import ONE, ZERO, Const
 
 
@@ -30,10 +30,32 @@ def _arange(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
         start = numbers[0]
     if len(numbers) >= 3:
         step = numbers[2]
-    if start.kind.value != "int" or step.kind.value != "int":
-        raise Unstated
+    if start.kind is not Kind.INT or step.kind is not Kind.INT:
+        return _steps(b, start, step)
     made = b.emit(Iota(b.name(), start, step), Info(b.out.shape, "int64"))
     return made if b.out.dtype == "int64" else b.emit(Cast(b.name(), made, b.out.dtype), b.out)
+
+
+def _steps(b: Builder, start: Expr, step: Expr) -> str:
+    """``start + step · n`` in real numbers."""
+    place = b.index_along(0, b.out.shape)
+    return b.pointwise("add", start, b.pointwise("mul", step, place))
+
+
+def _linspace(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    start, end, count = b.number(args[0]), b.number(args[1]), b.out.shape[0]
+    if not b.out.dtype.startswith(("float", "bfloat")):
+        raise Unstated
+    if not all(isinstance(number, Const) for number in (start, end, count)):
+        raise Unstated
+    first, last, steps = (float(number.value) for number in (start, end, count) if isinstance(number, Const))
+    return _steps(b, Const(first), Const((last - first) / max(steps - 1, 1)))
+
+
+def _eye(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    shape = b.out.shape
+    equal = b.pointwise("eq", b.index_along(0, shape), b.index_along(1, shape), dtype="bool")
+    return b.emit(Cast(b.name(), equal, b.out.dtype), b.out)
 
 
 def _triangle(keep_lower: bool) -> Row:
@@ -79,6 +101,8 @@ CREATION: dict[str, Row] = {
     "zero": _zeroed,
     "copy": _replaced,
     "arange": _arange,
+    "linspace": _linspace,
+    "eye": _eye,
     "tril": _triangle(True),
     "triu": _triangle(False),
 }

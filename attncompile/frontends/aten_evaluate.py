@@ -11,7 +11,7 @@ import torch
 from attncompile.frontends.aten_builder import is_number
 from attncompile.frontends.aten_sizes import size_expr, unified
 from attncompile.frontends.graph import GraphInput
-from attncompile.frontends.memory import BETWEEN, EARLY, Versions, written_arguments
+from attncompile.frontends.memory import BETWEEN, EARLY, Versions, altered_arguments
 from attncompile.ir import Expr
 from attncompile.ir.types import concrete
 
@@ -67,7 +67,7 @@ class AtenEvaluator:
         return {name: known[name] for name in wanted}
 
     def _run(self, node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
-        reads, written = self.versions.reads[node.name], written_arguments(node)
+        reads, written = self.versions.reads[node.name], altered_arguments(node)
 
         def given(argument: torch.fx.Node) -> Any:
             value = known[reads[argument.name]]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from attncompile.frontends import movement
-from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
-from attncompile.frontends.graph import Concatenate, Indices, Reduce
+from attncompile.frontends.aten_builder import Builder, Row, Unstated, arguments_of, as_dtype, axis_of
+from attncompile.frontends.aten_sizes import product
+from attncompile.frontends.graph import Concatenate, Fill, Indices, Info, Reduce
 from attncompile.ir import Expr, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 from attncompile.ir.simplify import Simplifier
@@ -27,7 +28,17 @@ def _dropout(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 
 
 def _view(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """The same elements in another shape; ``view`` to another dtype reads their bytes, which has no row.
+
+    The sizes that were asked for hold as many elements as the source; torch may state what it infers instead, such as
+    ``6·s37 // s18`` heads where the model asked for 6.
+    """
     source = b.tensor(args[0])
+    asked = args[1] if len(args) > 1 else None
+    if isinstance(asked, torch.dtype):
+        raise Unstated
+    if isinstance(asked, list | tuple) and -1 not in asked and len(asked) == len(b.out.shape):
+        b.equate(product(b.shape(source)), product(b.number(size) for size in asked))
     return b.move(source, movement.reshape(b.shape(source), b.out.shape), "reshape", b.out.shape)
 
 
@@ -147,6 +158,65 @@ def _repeat_interleave(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> s
     return b.move(source, index_map, "repeat", b.out.shape)
 
 
+def _diagonal(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    rank = len(b.shape(source))
+    given = arguments_of(b.node)
+    offset, first, second = given["offset"], axis_of(given["dim1"], rank), axis_of(given["dim2"], rank)
+    begins = {first: max(-offset, 0), second: max(offset, 0)}
+
+    def index_map(indices: Indices) -> Indices:
+        rest = iter(indices[:-1])
+        return tuple(indices[-1] + begins[axis] if axis in begins else next(rest) for axis in range(rank))
+
+    return b.move(source, index_map, "diagonal", b.out.shape)
+
+
+def _unfold(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """Windows of an axis: element ``w`` of window ``n`` is ``n · step + w``; the last axis runs over ``w``."""
+    source = b.tensor(args[0])
+    axis, step = axis_of(args[1], len(b.shape(source))), args[3]
+
+    def index_map(indices: Indices) -> Indices:
+        return (*indices[:axis], simplify(indices[axis] * step + indices[-1]), *indices[axis + 1 : -1])
+
+    return b.move(source, index_map, "unfold", b.out.shape)
+
+
+def _pad(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """A constant before and after the last axes, from the last axis on; a negative count cuts."""
+    given, value = arguments_of(b.node), b.tensor(args[0])
+    if given.get("mode", "constant") != "constant":
+        raise Unstated
+    counts, constant = given["pad"], as_dtype(b.number(given["value"] or 0), b.out.dtype)
+    for place in range(len(counts) // 2):
+        axis = len(b.shape(value)) - 1 - place
+        value = _padded(b, value, axis, [b.number(count) for count in counts[2 * place : 2 * place + 2]], constant)
+    return value if b.made else _same(b, args, kwargs)
+
+
+def _padded(b: Builder, value: str, axis: int, counts: list[Expr], constant: Expr) -> str:
+    """One axis of a value, longer by the counts before and after it."""
+    shape, dtype = b.shape(value), b.info(value).dtype
+    cut = [-int(count.value) if isinstance(count, Const) and count.value < 0 else 0 for count in counts]
+    added = [ZERO if less else count for count, less in zip(counts, cut, strict=True)]
+    if not all(Simplifier({}).nonnegative(count) for count in added):
+        raise Unstated
+
+    def resized(size: Expr) -> Indices:
+        return (*shape[:axis], simplify(size), *shape[axis + 1 :])
+
+    if any(cut):
+        value = b.move(value, movement.slices(axis, Const(cut[0]), 1), "slice", resized(shape[axis] - sum(cut)))
+    before, after = (
+        [] if count == ZERO else [b.emit(Fill(b.name(), constant), Info(resized(count), dtype))] for count in added
+    )
+    if not before and not after:
+        return value
+    longer = b.shape(value)[axis] + added[0] + added[1]
+    return b.emit(Concatenate(b.name(), (*before, value, *after), axis), Info(resized(longer), dtype))
+
+
 def _concatenate(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     parts = tuple(b.tensor(part) for part in args[0])
     axis = axis_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), len(b.out.shape))
@@ -165,9 +235,13 @@ def _stack(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 def _part(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     """One result of a split, chunk or unbind."""
     whole, number = args
-    if not isinstance(whole, torch.fx.Node) or not isinstance(whole.args[0], torch.fx.Node):
+    if not isinstance(whole, torch.fx.Node):
         raise Unstated
     kind = str(whole.target)
+    if kind.startswith("aten.meshgrid"):
+        return _grid(b, whole, number)
+    if not isinstance(whole.args[0], torch.fx.Node):
+        raise Unstated
     source = b.value(whole.args[0], whole)
     rank = len(b.shape(source))
     further: list[Any] = list(whole.args[1:])
@@ -188,6 +262,17 @@ def _part(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     for part in parts[:number]:
         start = simplify(start + b.size(part.shape[axis]))
     return b.move(source, movement.slices(axis, start, 1), "slice", b.out.shape)
+
+
+def _grid(b: Builder, whole: torch.fx.Node, number: int) -> str:
+    """One result of ``meshgrid``: an input along its own axis; ``xy`` exchanges the first two axes."""
+    axis = number
+    if whole.kwargs.get("indexing", "ij") == "xy" and number < 2:
+        axis = 1 - number
+    tensors: Any = whole.args[0]
+    source = b.value(tensors[number], whole)
+    scalar = not b.shape(source)
+    return b.move(source, lambda indices: () if scalar else (indices[axis],), "expand", b.out.shape)
 
 
 MOVEMENT: dict[str, Row] = {
@@ -221,11 +306,22 @@ MOVEMENT: dict[str, Row] = {
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
+    "moveaxis": _movedim,
+    "adjoint": _transpose,
+    "ravel": _view,
+    "reshape_as": _view,
+    "diagonal": _diagonal,
+    "unfold": _unfold,
+    "tile": _repeat,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "narrow_copy": _narrow,
     "flip": _flip,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "cat": _concatenate,
     "concat": _concatenate,
+    "concatenate": _concatenate,
     "stack": _stack,
     "getitem": _part,
 }

@@ -92,6 +92,10 @@ def _clamp(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return value
 
 
+def _clamp_max(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    return b.pointwise("min", b.tensor(args[0]), b.operand(args[1]))
+
+
 def _relu(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     zero = Const(0.0) if b.out.dtype.startswith(("float", "bfloat")) else ZERO
     return b.pointwise("max", b.tensor(args[0]), zero)
@@ -146,6 +150,8 @@ _POINTWISE = {
     "less_equal": "le",
     "not_equal": "ne",
     "multiply": "mul",
+    "absolute": "abs",
+    "special_expit": "sigmoid",
 }
 
 
@@ -158,6 +164,7 @@ POINTWISE: dict[str, Row] = {
     "div": _divide,
     "divide": _divide,
     "neg": _negate,
+    "negative": _negate,
     "reciprocal": _reciprocal,
     "floor_divide": _integer("floordiv"),
     "remainder": _integer("mod"),
@@ -174,7 +181,9 @@ POINTWISE: dict[str, Row] = {
     "logical_xor": _truth("ne"),
     "masked_fill": _masked_fill,
     "clamp": _clamp,
+    "clip": _clamp,
     "clamp_min": _clamp,
+    "clamp_max": _clamp_max,
     "relu": _relu,
     "to": _convert,
     "_to_copy": _convert,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from attncompile.frontends import movement
 from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
 from attncompile.frontends.graph import Contract, Indices, Info, Linear, Pointwise, Reduce, Softmax
+from attncompile.ir import Expr
 from attncompile.ir.expr import ONE
 
 
@@ -26,9 +29,17 @@ def contract_matmul(left: Indices, right: Indices) -> tuple[tuple[str, ...], tup
     )
 
 
+def _agree(b: Builder, left: Mapping[str, Expr], right: Mapping[str, Expr]) -> None:
+    """Sizes of one label are equal, except where one of them is the constant 1 and broadcast."""
+    for label in left.keys() & right.keys():
+        if ONE not in (left[label], right[label]):
+            b.equate(left[label], right[label])
+
+
 def _matmul(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     left, right = b.tensor(args[0]), b.tensor(args[1])
     labels = contract_matmul(b.shape(left), b.shape(right))
+    _agree(b, dict(zip(labels[0], b.shape(left), strict=True)), dict(zip(labels[1], b.shape(right), strict=True)))
     return b.emit(Contract(b.name(), left, right, *labels), b.out)
 
 
@@ -43,16 +54,82 @@ def _baddbmm(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 
 def _einsum(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     equation, tensors = args[0].replace(" ", ""), args[1]
-    if len(tensors) != 2 or "." in equation:
+    if len(tensors) != 2:
         raise Unstated
     left, right = b.tensor(tensors[0]), b.tensor(tensors[1])
     inputs, arrow, output = equation.partition("->")
     first, second = inputs.split(",")
+    if "..." in equation:
+        if not arrow:
+            raise Unstated
+        first, second, output = _without_ellipsis(first, second, output, len(b.shape(left)), len(b.shape(right)))
     if not arrow:
         output = "".join(sorted(c for c in set(first + second) if (first + second).count(c) == 1))
     if len(set(first)) != len(first) or len(set(second)) != len(second):
         raise Unstated
+    _agree(b, dict(zip(first, b.shape(left), strict=True)), dict(zip(second, b.shape(right), strict=True)))
     return b.emit(Contract(b.name(), left, right, tuple(first), tuple(second), tuple(output)), b.out)
+
+
+def _without_ellipsis(first: str, second: str, output: str, rank: int, other_rank: int) -> tuple[str, str, str]:
+    """The terms of an equation with letters for the axes that ``...`` stands for, aligned at the right."""
+    free = [letter for letter in string.ascii_letters if letter not in first + second + output]
+    counts = [r - len(term) + 3 if "..." in term else 0 for term, r in ((first, rank), (second, other_rank))]
+    letters = "".join(free[: max(counts)])
+    return (
+        first.replace("...", letters[len(letters) - counts[0] :]),
+        second.replace("...", letters[len(letters) - counts[1] :]),
+        output.replace("...", letters),
+    )
+
+
+def _vector_product(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``mv``: a matrix times a vector."""
+    left, right = b.tensor(args[0]), b.tensor(args[1])
+    return b.emit(Contract(b.name(), left, right, ("row", "inner"), ("inner",), ("row",)), b.out)
+
+
+def _inner(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """The sum over both last axes, all other axes kept."""
+    left, right = b.tensor(args[0]), b.tensor(args[1])
+    first, second = ([f"{side}{n}" for n in range(len(b.shape(t)) - 1)] for side, t in (("l", left), ("r", right)))
+    labels = (*first, "inner"), (*second, "inner"), (*first, *second)
+    return b.emit(Contract(b.name(), left, right, *labels), b.out)
+
+
+def _tensordot(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """The sum over pairs of axes; what is left of the first operand comes first."""
+    left, right = b.tensor(args[0]), b.tensor(args[1])
+    pairs: list[dict[int, str]] = [
+        {axis_of(axis, len(b.shape(t))): f"summed{n}" for n, axis in enumerate(axes)}
+        for t, axes in ((left, args[2]), (right, args[3]))
+    ]
+    first, second = (
+        tuple(found.get(n, f"{side}{n}") for n in range(len(b.shape(t))))
+        for side, t, found in (("l", left, pairs[0]), ("r", right, pairs[1]))
+    )
+    kept = tuple(label for label in (*first, *second) if not label.startswith("summed"))
+    return b.emit(Contract(b.name(), left, right, first, second, kept), b.out)
+
+
+def _outer(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    left, right = b.tensor(args[0]), b.tensor(args[1])
+    column = b.move(left, movement.unsqueeze([1]), "unsqueeze", (b.shape(left)[0], ONE))
+    return b.pointwise("mul", column, right)
+
+
+def _largest(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``max`` of two tensors, or of all elements; the one over an axis gives two results."""
+    if len(args) == 2:
+        return b.pointwise("max", b.tensor(args[0]), b.tensor(args[1]))
+    return _reduce("max")(b, args, kwargs)
+
+
+def _smallest(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``min`` of two tensors; of all elements it stays opaque."""
+    if len(args) != 2:
+        raise Unstated
+    return b.pointwise("min", b.tensor(args[0]), b.tensor(args[1]))
 
 
 def _linear(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -128,12 +205,19 @@ REDUCTION: dict[str, Row] = {
     "mm": _matmul,
     "baddbmm": _baddbmm,
     "einsum": _einsum,
+    "mv": _vector_product,
+    "inner": _inner,
+    "tensordot": _tensordot,
+    "outer": _outer,
     "linear": _linear,
     "addmm": _addmm,
     "softmax": _softmax,
     "_softmax": _softmax,
     "log_softmax": _log_softmax,
+    "_log_softmax": _log_softmax,
     "sum": _reduce("sum"),
     "amax": _reduce("max"),
+    "max": _largest,
+    "min": _smallest,
 }
 """Operations whose elements are made of many."""

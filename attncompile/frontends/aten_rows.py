@@ -10,10 +10,11 @@ from __future__ import annotations
 from attncompile.frontends.aten_attention import ATTENTION
 from attncompile.frontends.aten_builder import Row
 from attncompile.frontends.aten_creation import CREATION
+from attncompile.frontends.aten_formulas import FORMULAS
 from attncompile.frontends.aten_movement import MOVEMENT
 from attncompile.frontends.aten_pointwise import POINTWISE
 from attncompile.frontends.aten_reduction import REDUCTION
 from attncompile.frontends.aten_selection import SELECTION
 
-ROWS: dict[str, Row] = {**POINTWISE, **CREATION, **MOVEMENT, **SELECTION, **REDUCTION, **ATTENTION}
+ROWS: dict[str, Row] = {**POINTWISE, **FORMULAS, **CREATION, **MOVEMENT, **SELECTION, **REDUCTION, **ATTENTION}
 """ATen operation (without overload) to the statement of what it does."""

@@ -75,10 +75,23 @@ def _gather(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return _along(b, data, axis, index, lambda indices: indices, lambda a: a, False)
 
 
+def _take_along(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``gather`` whose data and positions broadcast against each other, except along the axis."""
+    data, index = b.tensor(args[0]), b.tensor(args[1])
+    if len(args) < 3 or args[2] is None:
+        raise Unstated
+    axis = axis_of(args[2], len(b.out.shape))
+    spread = (*b.out.shape[:axis], b.shape(data)[axis], *b.out.shape[axis + 1 :])
+    data = b.move(data, movement.broadcast(b.shape(data), spread), "expand", spread)
+    index = b.move(index, movement.broadcast(b.shape(index), b.out.shape), "expand", b.out.shape)
+    return _along(b, data, axis, index, lambda indices: indices, lambda a: a, False)
+
+
 SELECTION: dict[str, Row] = {
     "index": _index,
     "embedding": _embedding,
     "index_select": _index_select,
     "gather": _gather,
+    "take_along_dim": _take_along,
 }
 """Operations that choose elements by positions read from integer tensors."""

@@ -41,7 +41,12 @@ class Versions:
 
 
 def written_arguments(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
-    """The nodes whose memory an operation writes to."""
+    """The nodes whose elements an operation changes."""
+    return () if str(node.target).split(".")[1:2] == ["detach_"] else altered_arguments(node)
+
+
+def altered_arguments(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
+    """The nodes that an operation works on in place; ``detach_`` changes their gradient's history alone."""
     return tuple(argument for argument, alias in _arguments(node) if alias is not None and alias.is_write)
 
 
@@ -93,9 +98,7 @@ def memory_versions(graph: torch.fx.Graph) -> Versions:
         if time <= last_change.get(version, -1):
             suffix = EARLY if time <= first_change[version] else BETWEEN
         reads[reader][name] = version + suffix
-    return Versions(
-        reads, frozenset(overwritten), {name: tuple(dict.fromkeys(by)) for name, by in changed.items()}
-    )
+    return Versions(reads, frozenset(overwritten), {name: tuple(dict.fromkeys(by)) for name, by in changed.items()})
 
 
 class _Memory:
