@@ -10,6 +10,7 @@ from pydantic import Field
 from attncompile.ir import Attend, Expr, Spec, TensorType, simplify
 from attncompile.ir.expr import TRUE, Apply, Const, Index, Load, conjuncts, symbols
 from attncompile.ir.operators import Kind
+from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.ir.rows import extents, never_empty
 from attncompile.passes.frame import Options, Pass, with_operation
 from attncompile.passes.fuse import without_implied
@@ -112,6 +113,8 @@ def apply(spec: Spec, options: WindowOptions) -> Spec:
     changed = dataclasses.replace(attend, mask=mask)
     if attend.norm.kind == "softmax" and not never_empty(changed, types):
         changed = dataclasses.replace(changed, norm=dataclasses.replace(attend.norm, empty="zero"))
+    if attend.norm.kind in HIDING_NOTHING and attend.mask == TRUE:
+        changed = dataclasses.replace(changed, fill=Const(0.0))  # until now nothing was hidden, and nothing filled
     return with_operation(spec, attend, changed)
 
 

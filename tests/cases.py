@@ -215,6 +215,21 @@ CASES: tuple[Case, ...] = (
           SELF),
     _case("sigmoid", f"{HEAD}\nscore  0.25·s − 2.0\nmask   j ≤ i\nnorm   sigmoid (float32)", SELF),
     _case("relu", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\nnorm   relu (float32)", SELF),
+    _case("no-normaliser", f"{HEAD}\nscore  0.25·s\nmask   j ≤ i\nfill   0.0\nnorm   none (float32)", SELF,
+          "linear attention in parallel form"),
+    _case("divided-by-sum", f"{HEAD}\nscore  max(0.0, 0.25·s)\nmask   j ≤ i and j > i − 4\nfill   0.0\n"
+          "norm   sum (float32)\ndivisor max(1e-06, t)", SELF, "a row of zeros is divided by the least divisor"),
+    _case("divided-by-absolute-sum", """
+        attend  q[B,4,I,16]  k,v[B,2,J,16]  float32
+        score  0.25·s·decay[h]
+        mask   j ≤ i and attention_mask[b, j] ≠ 0
+        fill   0.0
+        kv_head h // 2
+        norm   l1 (float32)
+        divisor max(1.0, t)
+        given  decay[4]:float32
+        given  attention_mask[B,J]:int64
+        """, {"B": 2, "I": 7, "J": 9}, "retention: signed weights, a divisor of at least 1"),
     _case("head-mask", """
         attend  q,k,v[B,4,I,16]  float32
         score  0.25·s
@@ -284,6 +299,24 @@ CASES: tuple[Case, ...] = (
         normalize true
         kv_head h // 2
         """, {"B": 2, "I": 21}),
+    _case("scan-padding", """
+        scan  q,k,v[B,4,I,16]  float32
+        mask   attention_mask[b, j] ≠ 0
+        decay  −exp2(−h − 5) + 1.0
+        scale  0.25
+        feature elu1
+        given  attention_mask[B,I]:int64
+        """, {"B": 2, "I": 150}, "hidden keys, whose features would not be zero"),
+    _case("scan-lengths", """
+        scan  q[B,4,I,16]  k[B,2,I,16]  v[B,2,I,24]  float32
+        mask   j < lengths[b]
+        decay  0.9
+        scale  0.25
+        feature elu1
+        normalize true
+        kv_head h // 2
+        given  lengths[B]:int32
+        """, {"B": 2, "I": 21}, lengths=(1, 20)),
 )
 
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Total, Weight
 from attncompile.ir.operators import OPERATORS, Kind
 
 
@@ -20,7 +20,7 @@ class Environment:
             ``score``.
         sizes: size name to its value.
         tensors: captured tensors by name; a load's element kind decides how the values are read.
-        score, weight: the raw scores and the normalised weights.
+        score, weight, total: the raw scores, the normalised weights, the sum over the keys.
         dtype: float dtype of the arithmetic.
         device: where the evaluation happens.
         given: values of whole subexpressions that the caller already has, such as a load that is a plain
@@ -32,6 +32,7 @@ class Environment:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     score: torch.Tensor | None = None
     weight: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     dtype: torch.dtype = torch.float64
     device: torch.device | str = "cpu"
     given: Mapping[Expr, torch.Tensor] = field(default_factory=dict)
@@ -69,6 +70,8 @@ def _value(node: Expr, environment: Environment, of: Callable[[Expr], torch.Tens
             return _given(environment.score, "score").to(environment.dtype)
         case Weight():
             return _given(environment.weight, "weight").to(environment.dtype)
+        case Total():
+            return _given(environment.total, "total").to(environment.dtype)
         case Load(name, indices, element):
             if name not in environment.tensors:
                 raise ValueError(f"no tensor {name!r}; there are {sorted(environment.tensors)}")

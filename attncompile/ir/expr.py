@@ -139,7 +139,7 @@ class Expr:
 
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_RESERVED = frozenset({"s", "w", "true", "false", "inf", "nan", "and", "or", "not"})
+_RESERVED = frozenset({"s", "w", "t", "true", "false", "inf", "nan", "and", "or", "not"})
 
 
 def _check_name(name: str, what: str, right_case: bool) -> None:
@@ -237,13 +237,24 @@ class Weight(Expr):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Total(Expr):
+    """The sum over the keys ``t[b, h, i]`` that a normaliser divides by, for edits of that sum."""
+
+    rank: ClassVar[int] = 5
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.FLOAT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Load(Expr):
     """``tensor[e0, e1, ...]``: one element of a captured tensor; an index out of range is clamped into it."""
 
     tensor: str
     indices: tuple[Expr, ...]
     element: Kind
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
         hash(self)  # the children's are known: no recursion later
@@ -273,7 +284,7 @@ class Apply(Expr):
     operator: str
     arguments: tuple[Expr, ...]
     result: Kind
-    rank: ClassVar[int] = 6
+    rank: ClassVar[int] = 7
 
     def __post_init__(self) -> None:
         hash(self)  # the children's are known: no recursion later
@@ -299,7 +310,7 @@ class Apply(Expr):
 TRUE, FALSE = Const(True), Const(False)
 ZERO, ONE = Const(0), Const(1)
 INFINITY = Const(math.inf)
-SCORE, WEIGHT = Score(), Weight()
+SCORE, WEIGHT, TOTAL = Score(), Weight(), Total()
 
 
 def lift_number(value: Expr | Number) -> Expr:
@@ -382,8 +393,8 @@ def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
 
 
 def symbols(expr: Expr) -> frozenset[Expr]:
-    """The index symbols, sizes, score and weight that the expression reads."""
-    return frozenset(node for node in walk(expr) if isinstance(node, Index | Size | Score | Weight))
+    """The index symbols, sizes, score, weight and total that the expression reads."""
+    return frozenset(node for node in walk(expr) if isinstance(node, Index | Size | Score | Weight | Total))
 
 
 def loads(expr: Expr) -> tuple[Load, ...]:

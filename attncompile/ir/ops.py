@@ -20,6 +20,7 @@ import torch
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import (
     SCORE,
+    TOTAL,
     TRUE,
     WEIGHT,
     Const,
@@ -28,6 +29,7 @@ from attncompile.ir.expr import (
     Load,
     Score,
     Size,
+    Total,
     Weight,
     loads,
     substitute,
@@ -130,7 +132,7 @@ class Operation(ABC):
                                 raise ValueError(
                                     f"{self.keyword}: index {index} of {node} is {index.kind}, should be int"
                                 )
-                    case Index() | Score() | Weight() if str(node) not in symbols:
+                    case Index() | Score() | Weight() | Total() if str(node) not in symbols:
                         raise ValueError(
                             f"{self.keyword}: {expr} reads {str(node)!r}; only "
                             f"{', '.join(sorted(symbols))} have a meaning here"
@@ -194,25 +196,34 @@ def find(types: Types, name: str, what: str, rank: int) -> TensorType:
     return types[name]
 
 
+NORMALIZERS = ("softmax", "sigmoid", "relu", "none", "sum", "l1")
+DIVIDING = ("sum", "l1")
+"""Normalisers that divide by a sum over the keys, which a ``divisor`` may edit."""
+
+HIDING_NOTHING = ("none", "sum", "l1")
+"""Normalisers for which −∞ hides no position: their weights are multiples of the logits."""
+
+
 @dataclass(frozen=True)
 class Normalizer:
     """How scores become weights.
 
     Attributes:
-        kind: ``softmax`` over the keys, or pointwise ``sigmoid`` or ``relu``.
+        kind: ``softmax`` over the keys; pointwise ``sigmoid``, ``relu`` or ``none`` (the logit is the weight);
+            ``sum`` or ``l1``: the logit divided by the sum over the keys of the logits or of their absolute values.
         dtype: float dtype in which the original computes it.
         empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or
             ``zero``.
     """
 
-    kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    kind: Literal["softmax", "sigmoid", "relu", "none", "sum", "l1"] = "softmax"
     dtype: str = "float32"
     empty: Literal["nan", "zero"] = "nan"
 
     def __post_init__(self) -> None:
         floats = tuple(dtype for dtype in DTYPES if element_kind(dtype) is Kind.FLOAT)
         for name, allowed in (
-            ("kind", ("softmax", "sigmoid", "relu")),
+            ("kind", NORMALIZERS),
             ("dtype", floats),
             ("empty", ("nan", "zero")),
         ):
@@ -240,6 +251,15 @@ class Normalizer:
         return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
 
 
+_POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "none": lambda logits: logits,
+    "sum": lambda logits: logits,
+    "l1": lambda logits: logits,
+}
+"""What a normaliser does to each logit, before any division."""
+
 NO_SINK = Const(-math.inf)
 """The sink of a softmax over the keys alone."""
 
@@ -249,6 +269,7 @@ _ATTEND_FIELDS = (
     ("fill", Kind.FLOAT, ("b", "h", "i", "j", "s", "a tensor")),
     ("weight", Kind.FLOAT, ("b", "h", "i", "j", "w", "a tensor")),
     ("sink", Kind.FLOAT, ("b", "h", "i", "a tensor")),
+    ("divisor", Kind.FLOAT, ("b", "h", "i", "t", "a tensor")),
     ("kv_head", Kind.INT, ("h",)),
 )
 """The expressions of an ``Attend``: field, kind, and what it may read."""
@@ -261,7 +282,8 @@ class Attend(Operation):
     The raw score is ``s = Σ_d q[b,h,i,d] · k[b,g,j,d]``; the logit is ``score(s, b, h, i, j)`` where the mask
     holds, else ``fill``. A softmax with a ``sink`` counts one key more, whose logit is the sink and whose value is
     zero: ``weight_j = exp(logit_j) / (Σ_j exp(logit_j) + exp(sink))``. ``lse`` is the log of that denominator (natural
-    log, softmax only).
+    log, softmax only). The normalisers ``sum`` and ``l1`` divide the logits by ``divisor(t)``, where ``t`` is
+    ``Σ_j logit_j`` or ``Σ_j |logit_j|``.
 
     Attributes:
         query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
@@ -270,6 +292,8 @@ class Attend(Operation):
         fill: logit of a masked position, −∞ unless the model uses a finite number; may read the score.
         weight: edit of the normalised weight, an expression over ``w b h i j`` (``w`` when there is none).
         sink: logit of the key without a value, over ``b h i`` and captured tensors; −∞ when there is none.
+        divisor: what ``sum`` and ``l1`` divide by, over ``t b h i`` and captured tensors; ``t`` itself when the sum
+            is not edited.
         kv_head: KV head that a query head reads, an integer expression over ``h``.
         norm: the normaliser.
         out, lse: result names; an empty ``lse`` is not computed.
@@ -290,6 +314,7 @@ class Attend(Operation):
     sink: Expr = NO_SINK
     kv_head: Expr = Index("h")
     norm: Normalizer = Normalizer()
+    divisor: Expr = TOTAL
     out: str = result("out")
     lse: str = result("")
 
@@ -301,19 +326,28 @@ class Attend(Operation):
         same_size("attend", (self.query, query.axes[0]), (self.key, key.axes[0]))
         for axis in range(3):
             same_size("attend", (self.key, key.axes[axis]), (self.value, value.axes[axis]))
-        self.check_captured(types, frozenset("bhijsw"))
+        self.check_captured(types, frozenset("bhijswt"))
         for name, kind, readable in _ATTEND_FIELDS:
             self.check_kind(name, kind)
             expr = getattr(self, name)
             for node in walk(expr):
                 what = "a tensor" if isinstance(node, Load) else str(node)
-                if isinstance(node, Index | Score | Weight | Load) and what not in readable:
+                if isinstance(node, Index | Score | Weight | Total | Load) and what not in readable:
                     raise ValueError(f"attend: {name} {expr} may not read {what}, only {', '.join(readable)}")
         self.check_kv_heads(self.kv_head, query.axes[1].size, self.key, key.axes[1])
         if self.lse and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a log-sum-exp, the normaliser is {self.norm}")
         if self.sink != NO_SINK and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a sink ({self.sink}), the normaliser is {self.norm}")
+        if self.divisor != TOTAL and self.norm.kind not in DIVIDING:
+            raise ValueError(
+                f"attend: only {' and '.join(DIVIDING)} divide by a sum ({self.divisor}), the normaliser is {self.norm}"
+            )
+        if self.norm.kind in HIDING_NOTHING and self.mask != TRUE and self.fill == NO_SINK:
+            raise ValueError(
+                f"attend: a masked position of the normaliser {self.norm} needs a finite fill, such as 0.0; with −∞ "
+                "the result would be infinite"
+            )
         axes = (*query.axes[:3], value.axes[3])
         made = {self.out: TensorType(axes, query.dtype)}
         if self.lse:
@@ -372,7 +406,11 @@ class Attend(Operation):
                 weights = torch.softmax(logits, dim=-1)
             weights = weights[..., :keys]
         else:
-            weights = torch.sigmoid(logits) if self.norm.kind == "sigmoid" else torch.relu(logits)
+            weights = _POINTWISE[self.norm.kind](logits)
+        if self.norm.kind in DIVIDING:
+            parts = weights.abs() if self.norm.kind == "l1" else weights
+            total = parts.sum(dim=-1, keepdim=True)
+            weights = weights / evaluate(self.divisor, self.environment(tensors, sizes, dtype, total=total))
         if self.weight != WEIGHT:
             weights = evaluate(self.weight, self.environment(tensors, sizes, dtype, weight=weights)).expand(
                 weights.shape

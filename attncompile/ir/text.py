@@ -2,7 +2,7 @@
 
 ``parse_expr(print_expr(e))`` is ``e`` for expressions in canonical form. The parser also takes the ASCII
 spellings ``<= >= != == * -``. Index symbols start in lower case, sizes in upper case; ``s`` is the raw score,
-``w`` the weight; a name followed by ``[`` is a load, a name followed by ``(`` an operator.
+``w`` the weight, ``t`` the total; a name followed by ``[`` is a load, a name followed by ``(`` an operator.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from attncompile.ir.expr import (
     SCORE,
+    TOTAL,
     WEIGHT,
     Apply,
     Const,
@@ -24,6 +25,7 @@ from attncompile.ir.expr import (
     Number,
     Score,
     Size,
+    Total,
     Weight,
     apply,
 )
@@ -78,6 +80,8 @@ def _print(expr: Expr, digits: int | None) -> tuple[str, int]:
             return "s", ATOM
         case Weight():
             return "w", ATOM
+        case Total():
+            return "t", ATOM
         case Load(tensor, indices):
             return f"{tensor}[{', '.join(print_expr(index, digits) for index in indices)}]", ATOM
         case Apply("add", arguments):
@@ -116,6 +120,7 @@ _TOKEN = re.compile(
 _SPELLINGS = {"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "*": "·", "-": "−"}
 _BY_SYMBOL = {row.symbol: row.name for row in OPERATORS.values() if row.symbol}
 _CONSTANTS = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
+_SYMBOLS: dict[str, Expr] = {"s": SCORE, "w": WEIGHT, "t": TOTAL}
 _WORDS = ("and", "or", "not")
 
 
@@ -251,8 +256,8 @@ class _Parser:
             return Load(token.text, self.arguments("]"), self.tensors[token.text])
         if self.accept("("):
             return self.typed(token, token.text, *self.arguments(")"))
-        if token.text in ("s", "w"):
-            return SCORE if token.text == "s" else WEIGHT
+        if token.text in _SYMBOLS:
+            return _SYMBOLS[token.text]
         try:
             return Size(token.text) if token.text[0].isupper() else Index(token.text)
         except ValueError as error:

@@ -37,7 +37,7 @@ from attncompile.codegen.onnx.reading import (
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.expr import TRUE, WEIGHT, Expr, Index, walk
-from attncompile.ir.ops import NO_SINK, Attend, Types
+from attncompile.ir.ops import DIVIDING, NO_SINK, Attend, Types
 from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify
 
@@ -277,8 +277,13 @@ def _weights(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
         weights = build("Slice", weights, build.constant([0]), build.constant([-1]), build.constant([3]))
     elif attend.norm.kind == "softmax":
         weights = build("Softmax", logits, axis=-1)
+    elif attend.norm.kind in DIVIDING:
+        parts = build("Abs", logits) if attend.norm.kind == "l1" else logits
+        total = build("ReduceSum", parts, build.constant([3]), keepdims=1)
+        weights = build("Div", logits, replace(writer, total=total).write(simplify(attend.divisor)))
     else:
-        weights = build("Sigmoid" if attend.norm.kind == "sigmoid" else "Relu", logits)
+        pointwise = {"sigmoid": "Sigmoid", "relu": "Relu"}.get(attend.norm.kind)
+        weights = build(pointwise, logits) if pointwise else logits
     edit = simplify(attend.weight)
     return weights if edit == WEIGHT else replace(writer, weight=weights).write(edit)
 

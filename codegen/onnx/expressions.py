@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from attncompile.codegen.onnx.layouts import Operand
 from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder, dimensions
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, symbols, walk
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Total, Weight, symbols, walk
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
@@ -68,6 +68,7 @@ class Writer:
         dtype: float dtype of the arithmetic.
         shared: nodes built for other sites of the model.
         score, weight: what ``s`` and ``w`` stand for, of the map's shape.
+        total: what ``t`` stands for, with one column.
     """
 
     build: Builder
@@ -79,6 +80,7 @@ class Writer:
     shared: Shared = field(default_factory=dict)
     score: ir.Value | None = None
     weight: ir.Value | None = None
+    total: ir.Value | None = None
 
     def key(self, expr: Expr) -> Hashable:
         """The meaning of the expression in this model, for sharing."""
@@ -104,6 +106,8 @@ class Writer:
                 return ("score", id(self.score))
             case Weight():
                 return ("weight", id(self.weight))
+            case Total():
+                return ("total", id(self.total))
             case Const(value):
                 return ("constant", type(value).__name__, repr(value), self.dtype)
         raise ValueError(f"cannot write {expr!r} in ONNX")
@@ -174,6 +178,8 @@ class Writer:
                 return _given(self.score, "score")
             case Weight():
                 return _given(self.weight, "weight")
+            case Total():
+                return _given(self.total, "total")
             case Apply(operator, arguments, result):
                 return self._apply(operator, arguments, result)
         raise ValueError(f"cannot write {expr!r} in ONNX")

@@ -59,6 +59,10 @@ class Dense:
     quantized: tuple[Quantize, Quantize] | None
 
 
+NORMALIZERS = ("softmax", "sigmoid", "relu")
+"""Normalisers that the dense kernel computes."""
+
+
 def operations_reason(spec: Spec) -> str | None:
     """Why the operations of the Spec have no kernel, or ``None``."""
     names = [operation.keyword for operation in spec.operations]
@@ -107,6 +111,8 @@ def why_not_spec(spec: Spec) -> str | None:
         return f"the Spec gives {', '.join(unknown)}, which is no result of the {operation.keyword}"
     expressions: tuple[Expr, ...] = operation.expressions()
     if attend is not None:
+        if attend.norm.kind not in NORMALIZERS:
+            return f"the kernels normalise by softmax, sigmoid or relu, not by {attend.norm.kind}"
         if weight_factor(attend.weight) is None:
             return (
                 f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight "

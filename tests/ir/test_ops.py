@@ -86,6 +86,7 @@ class AttendCase:
     visible: Callable[[Mapping[str, torch.Tensor]], Visible] = lambda t: lambda b, h, i, j: True
     fill: Callable[[float], float] = lambda s: -math.inf
     weight: Callable[[Mapping[str, torch.Tensor]], Callable[[float, int], float]] = lambda t: lambda w, h: w
+    divisor: Callable[[list[float]], float] = sum
 
 
 PLAIN = Attend("q", "k", "v", lse="lse")
@@ -100,6 +101,7 @@ def _padded(t: Mapping[str, torch.Tensor]) -> Visible:
 
 
 PADDED = replace(PLAIN, mask=expr("j ≤ i and keep[b, j]"))
+UNSOFTENED = replace(PADDED, lse="", fill=Const(0.0))
 CASES = [
     AttendCase("plain", PLAIN),
     AttendCase("scaled", replace(PLAIN, score=expr("0.5·s")), score=lambda t: lambda s, b, h, i, j: s * 0.5),
@@ -137,6 +139,22 @@ CASES = [
     ),
     AttendCase("sigmoid", replace(PADDED, lse="", norm=Normalizer("sigmoid")), visible=_padded),
     AttendCase("relu", replace(PADDED, lse="", norm=Normalizer("relu")), visible=_padded),
+    AttendCase("none", replace(UNSOFTENED, norm=Normalizer("none")), visible=_padded, fill=lambda s: 0.0),
+    AttendCase(
+        "divided by the sum",
+        replace(UNSOFTENED, score=expr("s·s"), norm=Normalizer("sum"), divisor=expr("t + 0.001")),
+        score=lambda t: lambda s, b, h, i, j: s * s,
+        visible=_padded,
+        fill=lambda s: 0.0,
+        divisor=lambda logits: sum(logits) + 0.001,
+    ),
+    AttendCase(
+        "divided by the sum of absolute values",
+        replace(UNSOFTENED, norm=Normalizer("l1"), divisor=expr("max(1.0, t)")),
+        visible=_padded,
+        fill=lambda s: 0.0,
+        divisor=lambda logits: max(1.0, sum(map(abs, logits))),
+    ),
     AttendCase(
         "gated weights",
         replace(PLAIN, weight=expr("gate[h]·w − 0.125")),
@@ -168,8 +186,12 @@ def attend_by_loops(
                 weights = [math.exp(logit - top) / total for logit in logits]
             case "sigmoid":
                 weights = [0.0 if logit == -math.inf else 1 / (1 + math.exp(-logit)) for logit in logits]
-            case _:
+            case "relu":
                 weights = [max(logit, 0.0) for logit in logits]
+            case "none":
+                weights = logits
+            case _:
+                weights = [logit / case.divisor(logits) for logit in logits]
         if case.attend.norm.kind == "softmax":
             lse[b, h, i] = top + math.log(total) if total else -math.inf
         for j, weight in enumerate(weights):
@@ -439,6 +461,12 @@ ILL_TYPED = [
     (replace(GROUPED, key="key"), attend_types(), "attend reads 'key', which nothing defines"),
     (PLAIN, attend_types(), "attend: kv_head h of 6 query heads reaches from 0 to 5, but axis g of k is 2"),
     (replace(GROUPED, kv_head=expr("h // 3 − 1")), attend_types(), "reaches from -1 to 0"),
+    (replace(GROUPED, divisor=expr("t + 1.0")), attend_types(), "attend: only sum and l1 divide by a sum (t + 1.0)"),
+    (
+        replace(GROUPED, mask=expr("j ≤ i"), norm=Normalizer("sum")),
+        attend_types(),
+        "attend: a masked position of the normaliser sum (float32) needs a finite fill",
+    ),
     (replace(GROUPED, score=expr("j")), attend_types(), "attend: score j is int, should be float"),
     (replace(GROUPED, mask=expr("s")), attend_types(), "attend: mask s is float, should be bool"),
     (replace(GROUPED, mask=expr("s > 0.0")), attend_types(), "attend: mask s > 0.0 may not read s"),
@@ -448,7 +476,7 @@ ILL_TYPED = [
     (
         replace(GROUPED, score=expr("s·d")),
         attend_types(),
-        "reads 'd'; only b, h, i, j, s, w have a meaning here",
+        "reads 'd'; only b, h, i, j, s, t, w have a meaning here",
     ),
     (
         replace(GROUPED, score=expr("s + gate[h]")),

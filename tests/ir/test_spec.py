@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncompile.ir import (
+    NO_SINK,
     Attend,
     Axis,
     Cache,
@@ -30,8 +31,9 @@ from attncompile.ir import (
     simplify,
     tensor_type,
 )
-from attncompile.ir.expr import Const, Index, Load, Score, Size, Weight, apply, rewrite
+from attncompile.ir.expr import TOTAL, Const, Index, Load, Score, Size, Weight, apply, rewrite
 from attncompile.ir.operators import Kind
+from attncompile.ir.ops import DIVIDING, HIDING_NOTHING, NORMALIZERS
 from attncompile.ir.sample import random_tensors
 from attncompile.ir.text import parse_expr
 from attncompile.ir.types import DTYPES, bind_sizes, element_kind
@@ -137,11 +139,14 @@ def specs(draw: st.DrawFn) -> Spec:
         outputs = [out]
     else:
         norm = Normalizer(
-            draw(st.sampled_from(["softmax", "sigmoid", "relu"])),
+            draw(st.sampled_from(NORMALIZERS)),
             draw(FLOATS),
             draw(st.sampled_from(["nan", "zero"])),
         )
         lse = draw(st.sampled_from(["", "lse"])) if norm.kind == "softmax" else ""
+        hides = norm.kind not in HIDING_NOTHING
+        fills = [Const(float("-inf") if hides else 0.0), Const(-1e4), parse_expr("s − 10000.0")]
+        divisors = [TOTAL, *([parse_expr("max(1e-06, t)")] if norm.kind in DIVIDING else [])]
         made.append(
             Attend(
                 query,
@@ -149,12 +154,14 @@ def specs(draw: st.DrawFn) -> Spec:
                 value,
                 real("bhij", score=True),
                 over(draw(expressions(Kind.BOOL, EXACT_LANGUAGE, 3)), "bhij", True),
-                draw(st.sampled_from([Const(float("-inf")), Const(-1e4), parse_expr("s − 10000.0")])),
+                draw(st.sampled_from(fills)),
                 real("bhij", weight=True),
-                grouped(heads, groups),
-                norm,
-                out,
-                lse,
+                kv_head=grouped(heads, groups),
+                norm=norm,
+                sink=real("bhi") if norm.kind == "softmax" and draw(st.booleans()) else NO_SINK,
+                divisor=draw(st.sampled_from(divisors)),
+                out=out,
+                lse=lse,
             )
         )
         outputs = [out, *([lse] if lse else [])]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from attncompile.ir.expr import Apply, Const, Expr, Number, Order, Score, Weight, apply, walk
+from attncompile.ir.expr import Apply, Const, Expr, Number, Order, Score, Total, Weight, apply, walk
 from attncompile.ir.laws import Law
 from attncompile.ir.laws.constants import as_real, as_whole
 from attncompile.ir.laws.division import settle
@@ -31,7 +31,7 @@ _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
 
 
 def _term_key(term: Expr) -> tuple[bool, Order]:
-    return not any(isinstance(node, Score | Weight) for node in walk(term)), term.order
+    return not any(isinstance(node, Score | Total | Weight) for node in walk(term)), term.order
 
 
 def _sum_of(constants: list[float]) -> list[float]:
