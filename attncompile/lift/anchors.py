@@ -24,7 +24,7 @@ from attncompile.frontends.graph import (
     Select,
     Softmax,
 )
-from attncompile.ir import Expr, Index, Kind, Load, simplify
+from attncompile.ir import Expr, Index, Kind, Load, RefusalError, simplify
 from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, walk, where
 from attncompile.lift.interpret import Interpreter, Stop
 
@@ -79,7 +79,10 @@ def _divisions_by(graph: Graph, total: Reduce) -> Iterator[Anchor]:
                 seen.add(user.output)
                 stack.append(user.output)
             elif isinstance(user, Pointwise) and user.operator == "div" and user.operands[1] == value:
-                axis = _normalised_axis(graph, total, user)
+                try:
+                    axis = _normalised_axis(graph, total, user)
+                except RefusalError:
+                    continue  # its numerator can not be read, so that nothing is known of it
                 if axis is not None:
                     yield Anchor(user.output, str(user.operands[0]), axis, "softmax", True)
 

@@ -86,11 +86,14 @@ def _at(graph: Graph, position: Position, step: int) -> tuple[torch.Tensor, torc
             tensors[name] = torch.full((1,) * len(load.indices), step)
         else:
             return None
-    sizes = {node.name: 0 for expr in (position.cos, position.sin) for node in _sizes(expr)}
+    sizes = {node.name: graph.size_hints.get(node.name, 1) for e in (position.cos, position.sin) for node in _sizes(e)}
     channels = torch.arange(position.channels)
     indices = {"b": torch.tensor(0), "h": torch.tensor(0), "i": torch.tensor(step), Index("d").name: channels}
     environment = Environment(indices, sizes, tensors)
-    cos, sin = (evaluate(expr, environment) for expr in (position.cos, position.sin))
+    try:
+        cos, sin = (evaluate(expr, environment) for expr in (position.cos, position.sin))
+    except (RuntimeError, IndexError):  # a table that ends before the position, a grid of no width
+        return None
     return cos.expand(position.channels), sin.expand(position.channels)
 
 
