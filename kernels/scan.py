@@ -6,8 +6,9 @@ through the state:
 
 ``out_i = scale · (Σ_{j ≤ i, same chunk} decay^(i−j) (φ(q_i)·φ(k_j)) v_j + decay^(i−c+1) φ(q_i)ᵀ S)``
 
-with ``c`` the chunk's first position; then ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``. The state is
-kept in float32; products take their factors in the dtype of the inputs.
+with ``c`` the chunk's first position; then ``S ← decay^C S + Σ_j decay^(c+C−1−j) φ(k_j) v_jᵀ``. A key that the
+mask hides has zeros for ``φ(k_j)``. The state is kept in float32; products take their factors in the dtype of
+the inputs.
 
 Follows: RetNet's chunkwise form (arXiv:2307.08621).
 """
@@ -33,6 +34,7 @@ class ScanForward:
 
     Attributes:
         decay: the decay factor over ``h``.
+        visible: which keys count, over ``b j``, or ``None`` when all do.
         scale: factor of the output.
         feature: φ, a key of :data:`FEATURES`.
         normalize: divide by ``max(|Σ weights|, 1)``.
@@ -44,6 +46,7 @@ class ScanForward:
     """
 
     decay: DeviceFunction
+    visible: DeviceFunction | None
     scale: float
     feature: str
     normalize: bool
@@ -100,12 +103,14 @@ class ScanForward:
             '@triton.jit\ndef feature_map(x):\n    """The feature map '
             f'{self.feature}, on float32."""\n    return {FEATURES[self.feature]}'
         )
-        return "\n\n\n".join([self.decay.source(), feature, kernel])
+        functions = [function.source() for function in (self.decay, self.visible) if function]
+        return "\n\n\n".join([*functions, feature, kernel])
 
     def _body(self) -> list[str]:
         length, padded = self.length, self.padded_channels()
         normal = self.normalize
         dot = 'input_precision="ieee"'
+        seen = "seen" if self.visible else "read"
         return [
             "part = tl.program_id(1)",
             f"b = tl.program_id(0) // {self.heads}",
@@ -143,7 +148,8 @@ class ScanForward:
             "    value_tile = tl.load(value + value_offsets, mask=shown, other=0)",
             "    dtype = value_tile.dtype",
             "    query_features = tl.where(read, feature_map(query_tile.to(tl.float32)), 0.0)",
-            "    key_features = tl.where(read, feature_map(key_tile.to(tl.float32)), 0.0)",
+            *self._visible_keys(),
+            f"    key_features = tl.where({seen}, feature_map(key_tile.to(tl.float32)), 0.0)",
             f"    weights = tl.dot(query_features.to(dtype), tl.trans(key_features.to(dtype)), {dot})",
             "    weights = weights * between",
             "    decayed_query = query_features * since[:, None]",
@@ -163,3 +169,11 @@ class ScanForward:
             "    decayed_key = tl.trans((key_features * until[:, None]).to(dtype))",
             f"    state = tl.dot(decayed_key, value_tile, state * whole_chunk, {dot})",
         ]
+
+    def _visible_keys(self) -> list[str]:
+        """Lines of the loop that find which keys of the chunk count: ``seen[j,d]``."""
+        if self.visible is None:
+            return []
+        call = signature("seen = read & visible", self.visible.parameters, "", inside=8).splitlines()
+        # past the last key the mask is asked about the last one, so that its loads stay inside
+        return ["    " + line for line in (f"j = tl.minimum(rows, {self.length} - 1)[:, None]", *call)]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from attncompile.ir import NO_SINK, Scan, Spec, simplify
 from attncompile.ir.affine import affine
-from attncompile.ir.expr import WEIGHT, Const, Index
+from attncompile.ir.expr import WEIGHT, Const, Expr, Index, conjunction, conjuncts, symbols
 from attncompile.ir.expr import apply as operator_on
 from attncompile.ir.rows import extents
 from attncompile.passes.frame import Options, Pass, with_operation
@@ -25,8 +25,30 @@ class DecayOptions(Options):
     normalize: bool = Field(False, description="divide by max(|sum of the weights|, 1)")
 
 
+def _objection(mask: Expr) -> str | None:
+    """Why a mask is not ``j ≤ i`` with parts that hide keys from all queries and heads alike."""
+    parts = conjuncts(mask)
+    if CAUSAL not in parts:
+        return f"a scan sees keys j ≤ i, the mask is {mask}"
+    for part in parts:
+        read = symbols(part)
+        if part == CAUSAL or not read & {Index("i"), Index("h")}:
+            continue
+        if Index("h") in read:
+            return f"a scan hides a key from all heads or from none; the mask part {part} reads the head"
+        if Index("j") in read:
+            return f"a scan hides a key from all queries or from none; the mask part {part} couples queries and keys"
+        return f"a scan hides keys, not queries; the mask part {part} reads the query's position"
+    return None
+
+
+def _hidden_keys(mask: Expr) -> Expr:
+    """What is left of a mask without ``j ≤ i``."""
+    return simplify(conjunction([part for part in conjuncts(mask) if part != CAUSAL]))
+
+
 def why_not(spec: Spec, options: DecayOptions) -> str | None:
-    """One softmax attention with a plain scale and the mask ``j ≤ i`` over as many keys as queries."""
+    """One softmax attention with a plain scale, over as many keys as queries, causal and perhaps padded."""
     attend = spec.attend()
     if attend is None:
         return "it has not exactly one attention operation"
@@ -36,8 +58,9 @@ def why_not(spec: Spec, options: DecayOptions) -> str | None:
     sizes = extents(attend, types)
     if simplify(sizes["i"]) != simplify(sizes["j"]):
         return f"a scan has one key per query, here {sizes['i']} queries read {sizes['j']} keys"
-    if simplify(attend.mask, sizes) != CAUSAL:
-        return f"a scan sees exactly the keys j ≤ i, the mask is {attend.mask}"
+    objection = _objection(simplify(attend.mask, sizes))
+    if objection is not None:
+        return objection
     split = affine(attend.score)
     if split is None or not isinstance(split.slope, Const) or split.offset != Const(0.0):
         return f"a scan has a constant scale and no bias, the score is {attend.score}"
@@ -49,9 +72,10 @@ def why_not(spec: Spec, options: DecayOptions) -> str | None:
 
 
 def apply(spec: Spec, options: DecayOptions) -> Spec:
-    """Replace the softmax by ``out_i = scale · Σ_{j ≤ i} decay(h)^(i−j) (φ(q_i)·φ(k_j)) v_j``.
+    """Replace the softmax by ``out_i = scale · Σ_{j ≤ i} decay(h)^(i−j) m_j (φ(q_i)·φ(k_j)) v_j``.
 
-    ``decay(h) = 1 − 2^(−first − step·h)``; the scale is that of the softmax' scores.
+    ``decay(h) = 1 − 2^(−first − step·h)``; the scale is that of the softmax' scores, and ``m_j`` is 0 for keys
+    that the rest of the mask hides (padding). A query that sees no key gets zero.
 
     Follows: Sun et al. 2023 (RetNet, arXiv:2307.08621).
     """
@@ -61,7 +85,10 @@ def apply(spec: Spec, options: DecayOptions) -> Spec:
         raise ValueError(f"{spec.name}: {why_not(spec, options)}")
     exponent = operator_on("mul", -options.step, operator_on("float", Index("h"))) - options.first
     scan = Scan(
-        attend.query, attend.key, attend.value,
+        attend.query,
+        attend.key,
+        attend.value,
+        mask=_hidden_keys(simplify(attend.mask, extents(attend, spec.types()))),
         decay=simplify(1.0 - operator_on("exp2", exponent)),
         scale=float(split.slope.value),
         feature=options.feature,
@@ -81,5 +108,5 @@ DECAY = Pass(
     why_not=why_not,
     apply=apply,
     untrained="a scan with decay is another function than softmax attention, and would ruin a softmax "
-              "checkpoint that was not retrained for it",
+    "checkpoint that was not retrained for it",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import torch
 
@@ -11,17 +13,16 @@ from attncompile.codegen.onnx.layouts import flat_groups, single_groups
 from attncompile.codegen.onnx.reading import fixed
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES
 from attncompile.ir.evaluate import Environment, evaluate
-from attncompile.ir.expr import Index
+from attncompile.ir.expr import TRUE, Index
 from attncompile.ir.ops import Scan
 from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.simplify import simplify
 
 
 def _writer(scan: Scan, place: Place) -> Writer:
     query = place.types[scan.query]
     extents = {"b": query.sizes[0], "h": query.sizes[1], "i": query.sizes[2], "j": query.sizes[2]}
-    return Writer(
-        place.build, place.types, place.operands, ("b", "h", "i", "j"), extents, query.dtype, place.shared
-    )
+    return Writer(place.build, place.types, place.operands, ("b", "h", "i", "j"), extents, query.dtype, place.shared)
 
 
 def _feature(writer: Writer, name: str, value: ir.Value) -> ir.Value:
@@ -36,6 +37,20 @@ def _feature(writer: Writer, name: str, value: ir.Value) -> ir.Value:
     raise RefusalError(Refusal("no-onnx-form", f"the feature map {name!r} has no ONNX form"))
 
 
+def _key_features(writer: Writer, scan: Scan, key: ir.Value, *, flat: bool) -> ir.Value:
+    """The features of keys ``[b,j,g·d]`` (``flat``) or ``[b,g,j,d]``, zero where the mask hides a key."""
+    build, features = writer.build, _feature(writer, scan.feature, key)
+    mask = simplify(scan.mask)
+    if mask == TRUE:
+        return features
+    visible = replace(writer, axes=("b", "h", "j", "d")).write(mask)
+    if not writer.visible_axes(mask):
+        visible = build("Reshape", visible, build.constant([1]))
+    elif flat:
+        visible = build("Squeeze", visible, build.constant([1]))
+    return build("Where", visible, features, build.constant(0.0, writer.dtype))
+
+
 def _names(place: Place, name: str) -> tuple[str, ...]:
     return tuple(axis.name for axis in place.types[name].axes)
 
@@ -43,10 +58,9 @@ def _names(place: Place, name: str) -> tuple[str, ...]:
 def linear_attention(scan: Scan, place: Place) -> Made:
     """The recurrent operator with update rule ``gated`` and the logarithm of the decay as its gate."""
     writer, build = _writer(scan, place), place.build
-    query, key, value = (
-        arranged(writer, place, name, flat_groups) for name in (scan.query, scan.key, scan.value)
-    )
-    query, key = (_feature(writer, scan.feature, side) for side in (query, key))
+    query, key, value = (arranged(writer, place, name, flat_groups) for name in (scan.query, scan.key, scan.value))
+    query = _feature(writer, scan.feature, query)
+    key = _key_features(writer, scan, key, flat=True)
     heads = fixed(place.types[scan.key].sizes[1]) or 0
     # log decay [1, h, 1, 1] as a gate [b, t, h]
     logs = build("Log", writer.write(scan.decay))
@@ -73,10 +87,9 @@ def linear_attention(scan: Scan, place: Place) -> Made:
 def parallel_scan(scan: Scan, place: Place) -> Made:
     """``(q k^T * scale * decay^(i-j) for j <= i) v``: quadratic, in plain operators."""
     writer, build = _writer(scan, place), place.build
-    query, key, value = (
-        arranged(writer, place, name, single_groups) for name in (scan.query, scan.key, scan.value)
-    )
-    query, key = (_feature(writer, scan.feature, side) for side in (query, key))
+    query, key, value = (arranged(writer, place, name, single_groups) for name in (scan.query, scan.key, scan.value))
+    query = _feature(writer, scan.feature, query)
+    key = _key_features(writer, scan, key, flat=False)
     heads, groups = (fixed(place.types[side].sizes[1]) for side in (scan.query, scan.key))
     if heads is not None and groups is not None and scan.kv_head != Index("h"):
         order = build.constant(_kv_heads(scan, heads))

@@ -20,14 +20,15 @@ def scan_chunkwise(
 ) -> torch.Tensor:
     """The scan's output ``[b,h,i,e]``, computed in ``dtype``; traceable with symbolic lengths.
 
-    With ``U_m = Σ_t decay^(C−1−t) φ(k_t) v_tᵀ`` over chunk ``m`` of ``C`` positions, the state before chunk
-    ``n`` is ``S_n = Σ_{m<n} decay^(C·(n−1−m)) U_m``, and position ``t`` of chunk ``n`` gives ``scale ·
-    φ(q_t)ᵀ (decay^(t+1) S_n + Σ_{r≤t} decay^(t−r) φ(k_r) v_rᵀ)``. The chunks' states come from one product
-    with a lower triangular matrix, so that no loop runs over the length.
+    With ``φ(k_t)`` zero where the mask hides key ``t``, and ``U_m = Σ_t decay^(C−1−t) φ(k_t) v_tᵀ`` over chunk
+    ``m`` of ``C`` positions, the state before chunk ``n`` is ``S_n = Σ_{m<n} decay^(C·(n−1−m)) U_m``, and
+    position ``t`` of chunk ``n`` gives ``scale · φ(q_t)ᵀ (decay^(t+1) S_n + Σ_{r≤t} decay^(t−r) φ(k_r) v_rᵀ)``.
+    The chunks' states come from one product with a lower triangular matrix, so that no loop runs over the
+    length.
     """
     heads = scan.kv_heads(tensors[scan.query], sizes)
     query = feature_map(scan.feature, tensors[scan.query].to(dtype))
-    key = feature_map(scan.feature, tensors[scan.key].to(dtype)).index_select(1, heads)
+    key = scan.key_features(tensors, sizes, dtype).index_select(1, heads)
     value = tensors[scan.value].to(dtype).index_select(1, heads)
     if scan.normalize:
         # one more channel of ones carries the sum of the weights

@@ -13,8 +13,8 @@ def _words(text: str) -> frozenset[str]:
 
 MODULE_NAMES = _words("""
     tl triton torch math range float int abs min max len map str tuple getattr super print
-    attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit decay_factor feature_map
-    update update_edited join_sink tanh round_half_even floor_divide floor_modulo
+    attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit
+    decay_factor feature_map update update_edited join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of
 """)
 """Names that a module defines or imports, and built-in ones that it uses."""
@@ -32,7 +32,7 @@ KERNEL_NAMES = _words("""
     accumulator peak total weights factor products logits shown inside offset start number keys
     first_start first_stop first_count main_start main_stop full_start full_stop before after key_first
     key_last log_decay distance between since until whole_chunk state key_sum positions read dtype
-    query_features key_features decayed_query decayed_key result norm written index BLOCK_I BLOCK_J BLOCK_E
+    query_features key_features seen decayed_query decayed_key result norm written index BLOCK_I BLOCK_J BLOCK_E
     CHUNK
 """)
 """Local names of the kernels."""

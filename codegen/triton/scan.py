@@ -25,6 +25,7 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.structure import scan
 from attncompile.codegen.triton.tiles import scan_tile
 from attncompile.ir import Scan, Spec, simplify
+from attncompile.ir.expr import TRUE
 from attncompile.kernels.scan import ScanForward
 from attncompile.kernels.source import signature
 
@@ -32,7 +33,7 @@ from attncompile.kernels.source import signature
 def scan_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     """Source and kernels of a Spec with one scan, which has a kernel."""
     operation, types = scan(spec), spec.types()
-    binding = Binding.of(spec, captured_tensors(operation.decay))
+    binding = Binding.of(spec, captured_tensors(operation.decay, operation.mask))
     _, heads, positions = types[operation.query].sizes[:3]
     lengths = (binding.length("H", heads), binding.length("I", positions))
     skeleton = _skeleton(spec, operation, binding, lengths)
@@ -61,15 +62,17 @@ def scan_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
 def _skeleton(spec: Spec, operation: Scan, binding: Binding, lengths: tuple[Length, Length]) -> ScanForward:
     types = spec.types()
     query, value = types[operation.query], types[operation.value]
-    extents = {"h": query.sizes[1]}
-    scope = Scope({"h": "h"}, binding.sizes, binding.pointers, types, extents)
+    extents = {"b": query.sizes[0], "h": query.sizes[1], "j": query.sizes[2]}
+    scope = Scope({name: name for name in extents}, binding.sizes, binding.pointers, types, extents)
     decay = function_of("decay_factor", simplify(operation.decay), scope)
-    decay = dataclasses.replace(
-        decay, value=f"tl.cast({decay.value}, tl.float32)"
-    )  # it may be a plain number
+    decay = dataclasses.replace(decay, value=f"tl.cast({decay.value}, tl.float32)")  # it may be a plain number
+    mask = simplify(operation.mask, extents)
+    visible = None if mask == TRUE else function_of("visible", mask, scope)
     kv_head = print_triton(simplify(operation.kv_head, extents), scope).value
+    parameters = [name for function in (decay, visible) if function for name in function.parameters]
     return ScanForward(
         decay=decay,
+        visible=visible,
         scale=operation.scale,
         feature=operation.feature,
         normalize=operation.normalize,
@@ -77,7 +80,7 @@ def _skeleton(spec: Spec, operation: Scan, binding: Binding, lengths: tuple[Leng
         captured=tuple((pointer, len(types[name].axes)) for name, pointer in binding.pointers.items()),
         heads=lengths[0].name,
         length=lengths[1].name,
-        sizes=tuple(s for s in binding.sizes.values() if mentions(s, kv_head, *decay.parameters)),
+        sizes=tuple(s for s in binding.sizes.values() if mentions(s, kv_head, *parameters)),
         channels=constant(query.sizes[3]),
         features=constant(value.sizes[3]),
     )

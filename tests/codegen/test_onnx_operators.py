@@ -137,6 +137,7 @@ def test_refusals_say_why(name: str, operator: str, reason: str) -> None:
         ("padding", {"MultiHeadAttention"}),
         ("gqa", {"Attention", "GroupQueryAttention"}),
         ("scan", {"LinearAttention"}),
+        ("scan-padding", {"LinearAttention"}),
     ],
 )
 def test_capable_operators(name: str, operators: set[str]) -> None:

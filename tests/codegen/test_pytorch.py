@@ -126,6 +126,7 @@ CHOICES = (
     ("weight-edit", "reference", "of each weight"),
     ("log-sum-exp", "reference", "log-sum-exp"),
     ("scan", "scan", "linear work"),
+    ("scan-padding", "scan", "linear work"),
 )
 
 

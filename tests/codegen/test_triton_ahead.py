@@ -34,6 +34,7 @@ SHAPES = (
     "operators",
     "int8",
     "scan-decays",
+    "scan-padding",
 )
 SM90 = next(target for target in TARGETS if target.arch == 90)
 
@@ -55,7 +56,7 @@ def test_compiles_for_sm_90(name: str) -> None:
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t is not SM90], ids=str)
 def test_compiles_for_other_gpus(target: Target) -> None:
-    for name in ("grouped-everything", "int8", "scan-decays"):
+    for name in ("grouped-everything", "int8", "scan-decays", "scan-padding"):
         for kernel in compile_ahead(generate(ALL_BY_NAME[name].spec), target, "float16"):
             assert kernel.texts["cubin" if target.backend == "cuda" else "hsaco"]
             assert kernel.shared <= (65536 if target.backend == "hip" else 163840)

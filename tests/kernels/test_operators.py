@@ -19,6 +19,7 @@ GRADIENTS = (
     "sigmoid",
     "log-sum-exp",
     "scan",
+    "scan-lengths",
     "value-channels",
     "softcap",
 )

@@ -13,7 +13,7 @@ from tests.kernels.comparison import compare
 from tests.kernels.interpreter import Interpreter
 
 LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
-USUAL_TILES = ("full", "causal-long", "channels-72-40", "grouped-everything", "scan")
+USUAL_TILES = ("full", "causal-long", "channels-72-40", "grouped-everything", "scan", "scan-lengths")
 
 
 def check(answer: dict[str, object]) -> None:

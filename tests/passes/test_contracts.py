@@ -53,7 +53,8 @@ REFUSALS = (
     ("linearize.decay", "scan", "exactly one attention"),
     ("linearize.decay", "relu", "normaliser is relu"),
     ("linearize.decay", "cross", "I queries read J keys"),
-    ("linearize.decay", "causal-padding", "the mask is j ≤ i and attention_mask"),
+    ("linearize.decay", "padding", "sees keys j ≤ i, the mask is attention_mask"),
+    ("linearize.decay", "window", "the mask part j > i − 4 couples queries and keys"),
     ("linearize.decay", "learned-bias", "no bias"),
     ("linearize.decay", "weight-edit", "no normalised weights"),
 )
