@@ -463,7 +463,7 @@ ILL_TYPED = [
     (replace(GROUPED, kv_head=expr("h // 3 − 1")), attend_types(), "reaches from -1 to 0"),
     (replace(GROUPED, divisor=expr("t + 1.0")), attend_types(), "attend: only sum and l1 divide by a sum (t + 1.0)"),
     (
-        replace(GROUPED, mask=expr("j ≤ i"), norm=Normalizer("sum")),
+        replace(GROUPED, lse="", mask=expr("j ≤ i"), norm=Normalizer("sum")),
         attend_types(),
         "attend: a masked position of the normaliser sum (float32) needs a finite fill",
     ),
