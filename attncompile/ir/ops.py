@@ -471,8 +471,8 @@ class Scan(Operation):
     keyword: ClassVar[str] = "scan"
 
     query: str = operand("bhid")
-    key: str = operand("bgid")
-    value: str = operand("bgie")
+    key: str = operand("bgjd")
+    value: str = operand("bgje")
     mask: Expr = TRUE
     decay: Expr = Const(1.0)
     scale: float = 1.0

@@ -20,6 +20,7 @@ from attncompile.convert.comparison import ABSOLUTE
 from attncompile.convert.runtime import run, session
 from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
+from attncompile.ir import parse_spec
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate, require_as_good_as_eager
 from tests.backend.test_backend import small_bert, small_llama, tokens
@@ -174,11 +175,13 @@ def test_linearising_a_softmax_checkpoint_is_refused(llama_folder: Path, tmp_pat
     assert conversion.certificate.passed
 
 
-def test_linearising_can_be_forced_and_becomes_an_operator(llama_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_linearising_a_padded_export_can_be_forced(llama_folder: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "linear"
-    attncompile.convert(llama_folder, out, passes="linearize.decay", allow_untrained=True, prefer="fused")
-    plan = load_plan(out / "plan.json")
-    assert all("scan" in site.after or "linearize.decay" in site.refused[0].call for site in plan.sites)
+    conversion = attncompile.convert(llama_folder, out, to=to, passes="linearize.decay", allow_untrained=True)
+    scans = [parse_spec(site.after).scan() for site in load_plan(out / "plan.json").sites]
+    assert len(scans) == 2 and all(scan is not None and "attention_mask[b, j]" in str(scan.mask) for scan in scans)
+    assert conversion.certificate.passed
 
 
 def test_projections_are_quantised(bert_folder: Path, tmp_path: Path) -> None:
