@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from attncompile.ir.evaluate import Environment, evaluate
-from attncompile.ir.expr import Const, Expr, Size
+from attncompile.ir.expr import Const, Expr, Size, walk
 from attncompile.ir.operators import Kind
 
 DTYPES: dict[str, torch.dtype] = {
@@ -120,6 +120,22 @@ def concrete(size: Expr, sizes: Mapping[str, int]) -> int:
     return int(evaluate(size, Environment(sizes=sizes)))
 
 
+def solved_size(size: Expr, extent: int, known: Mapping[str, int]) -> dict[str, int]:
+    """The one unknown symbol of a size such as ``4·S + 1``, which an axis of this extent has; empty when there is no
+    such symbol, or it is not linear.
+    """
+    unknown = {node.name for node in walk(size) if isinstance(node, Size)} - set(known)
+    if len(unknown) != 1:
+        return {}
+    (name,) = unknown
+    try:
+        start, step = (concrete(size, {**known, name: value}) for value in (0, 1))
+        value = (extent - start) // (step - start)
+        return {name: value} if concrete(size, {**known, name: value}) == extent else {}
+    except (ZeroDivisionError, RuntimeError):  # constant in this symbol, or a quotient that has no value there
+        return {}
+
+
 def bind_sizes(types: Mapping[str, TensorType], tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Read the symbolic sizes off actual tensors, and check every axis against them.
 
@@ -144,6 +160,9 @@ def bind_sizes(types: Mapping[str, TensorType], tensors: Mapping[str, torch.Tens
                 raise ValueError(
                     f"axis {axis.name} of {name} is {extent}, but {symbol} is {known} as {place}"
                 )
+    for name, kind in types.items():
+        for axis, extent in zip(kind.axes, tensors[name].shape, strict=True):
+            found.update(solved_size(axis.size, extent, found))
     for name, kind in types.items():
         for axis, extent in zip(kind.axes, tensors[name].shape, strict=True):
             size = concrete(axis.size, found)

@@ -11,6 +11,7 @@ import torch
 from attncompile.ir import Expr, Kind, Spec, TensorType, simplify
 from attncompile.ir.evaluate import Environment
 from attncompile.ir.expr import Const, Index, Load, Size
+from attncompile.ir.types import solved_size
 
 AXES = ("b", "h", "i", "j")
 Range = tuple[Any, Any]
@@ -39,6 +40,10 @@ def read_sizes(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any
             if isinstance(extent, int) and isinstance(expected, int) and extent != expected:
                 raise ValueError(f"{spec.name}: axis {axis.name} of {value.name} is {extent}, but "
                                  f"{axis.size} is {expected} elsewhere")
+    for value in spec.inputs:
+        for axis, extent in zip(value.type.axes, tensors[value.name].shape, strict=True):
+            if isinstance(extent, int) and all(isinstance(size, int) for size in found.values()):
+                found.update(solved_size(axis.size, extent, found))
     return found
 
 
