@@ -182,10 +182,8 @@ class _Walk:
                 if name not in seen and name in graph.varying:
                     seen.add(name)
                     stack.append(name)
-        wide = [
-            name for name in seen - {value} if readers[name] > 1 and graph.is_readable(name) and name in graph.producer
-        ]
-        return iter(sorted(wide, key=lambda name: -graph.position[name])[:8])
+        wide = [name for name in seen - {value} if readers[name] > 1 and graph.is_readable(name)]
+        return iter(sorted(wide, key=lambda name: -graph.position.get(name, -1))[:8])
 
     def _norm(self, value: str, indices: Indices) -> tuple[str, Indices] | None:
         """A normalisation that makes the value, and what it normalises."""

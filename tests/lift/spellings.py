@@ -339,7 +339,7 @@ def packed_grouped_slices(x, packed):
     return attend(dot(heads(mixed[..., :WIDTH]), repeated(key, 3)) * 0.5, repeated(value, 3))
 
 
-@row({"query": torch.nn.Linear(WIDTH, WIDTH), "norm": torch.nn.LayerNorm(CHANNELS)}, score="0.5·s", block=())
+@row({"query": torch.nn.Linear(WIDTH, WIDTH), "norm": torch.nn.LayerNorm(CHANNELS)}, score="0.5·s", block=("project",))
 def norm_of_queries_and_keys(x, k, v, query, norm):
     return attend(dot(norm(heads(query(x))), norm(heads(k))) * 0.5, heads(v))
 
@@ -749,7 +749,8 @@ def sink_column(q, k, v, sinks):
 
 @row(SINKS, score="0.5·s", sink="sinks[h]", mask="j ≤ i")
 def sink_column_less_the_maximum(q, k, v, sinks):
-    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(~CAUSAL[: q.shape[1], : q.shape[1]], float("-inf"))
+    ahead = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(ahead, float("-inf"))
     column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[1], -1)
     combined = torch.cat([logits, column], dim=-1)
     combined = combined - combined.max(dim=-1, keepdim=True).values
