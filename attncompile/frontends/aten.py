@@ -19,6 +19,7 @@ from attncompile.frontends.aten_sizes import note_hints, size_expr, unified
 from attncompile.frontends.capture import Captured, module_path, module_type, source_line
 from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
 from attncompile.frontends.memory import BETWEEN, EARLY, Versions, memory_versions, written_arguments
+from attncompile.frontends.torch_internals import is_batched
 from attncompile.ir import Expr
 from attncompile.ir.types import NAMES
 
@@ -129,6 +130,8 @@ def _state(builder: Builder) -> list[Node]:
     out = infos[node.name]
     name = _operation(node.target)
     row = ROWS.get(name.removesuffix("_") if written_arguments(node) else name)
+    if is_batched(node.meta.get("val")):
+        row = None  # inside vmap an axis more is there than the shape says
     reason = ""
     if row is not None:
         try:

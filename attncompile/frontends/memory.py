@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from attncompile.frontends.torch_internals import is_batched
+
 EARLY, BETWEEN = "#early", "#between"
 """Suffixes of the values that a node had before its memory was changed through another view of it, and
 between the first such change and the last.
@@ -117,8 +119,11 @@ class _Memory:
 
     def place(self, node: torch.fx.Node) -> None:
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided and not is_batched(value):
                 self._join(node, ("storage", value.untyped_storage()._cdata))
+            elif is_batched(value):
+                for argument in node.all_input_nodes:  # whose memory it may be
+                    self._join(node, argument)
         if not isinstance(node.target, torch._ops.OpOverload):
             for argument in node.all_input_nodes if node.op == "call_function" else ():
                 self._join(node, argument)  # getitem, and calls that say nothing of their memory

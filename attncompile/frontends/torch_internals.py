@@ -170,6 +170,11 @@ _ENTERS = "_increment_nesting"
 """How the name of a call that enters a function transform ends, as in ``_vmap_increment_nesting``."""
 
 
+def is_batched(value: object) -> bool:
+    """Whether a traced value is one that vmap wraps: it has a shape, but no memory of its own to look at."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
 # --- export -------------------------------------------------------------------------------------------------
 
 
