@@ -36,7 +36,8 @@ from attncompile.codegen.onnx.reading import (
     scaled,
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
-from attncompile.ir.expr import TRUE, WEIGHT, Expr, Index, walk
+from attncompile.ir.affine import affine
+from attncompile.ir.expr import TRUE, WEIGHT, Const, Expr
 from attncompile.ir.ops import DIVIDING, NO_SINK, Attend, Types
 from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify
@@ -79,9 +80,7 @@ def writer_of(attend: Attend, place: Place) -> Writer:
     )
 
 
-def arranged(
-    writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]
-) -> ir.Value:
+def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]) -> ir.Value:
     """A tensor of the Spec in the layout ``wanted`` makes of its axis names."""
     kind = place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
@@ -157,17 +156,25 @@ def _expanded(writer: Writer, value: ir.Value, *parts: Expr | None) -> ir.Value:
     if {"i", "j"} <= axes:
         return value
     one = writer.build.constant([1, 1])
-    shape = writer.build(
-        "Concat", one, writer.size(writer.extents["i"]), writer.size(writer.extents["j"]), axis=0
-    )
+    shape = writer.build("Concat", one, writer.size(writer.extents["i"]), writer.size(writer.extents["j"]), axis=0)
     return writer.build("Expand", value, shape)
 
 
 def boolean_mask(writer: Writer, mask: Expr) -> ir.Value:
     """The mask over all queries and keys as truth values."""
-    return writer.once(
-        ("boolean mask", writer.key(mask)), lambda: _expanded(writer, writer.write(mask), mask)
-    )
+    return writer.once(("boolean mask", writer.key(mask)), lambda: _expanded(writer, writer.write(mask), mask))
+
+
+def _seeing_rows(writer: Writer, mask: Expr) -> ir.Value:
+    """``[b,h,i,1]``: 1 for a query that sees a key, 0 for one that sees none."""
+
+    def make() -> ir.Value:
+        build = writer.build
+        ones = build("Cast", boolean_mask(writer, mask), to=int(ir.DataType.INT32))
+        some = build("ReduceMax", ones, build.constant([3]), keepdims=1)
+        return build("Cast", some, to=int(NUMPY_TYPES[writer.dtype]))
+
+    return writer.once(("seeing rows", writer.key(mask), writer.dtype), make)
 
 
 def _rows(writer: Writer, mask: Expr, *, seen: bool) -> ir.Value:
@@ -175,11 +182,7 @@ def _rows(writer: Writer, mask: Expr, *, seen: bool) -> ir.Value:
 
     def make() -> ir.Value:
         build = writer.build
-        ones = build("Cast", boolean_mask(writer, mask), to=int(ir.DataType.INT32))
-        # [b, 1, i, j] -> [b, i, 1]
-        some = build("ReduceMax", ones, build.constant([3]), keepdims=1)
-        some = build("Squeeze", some, build.constant([1]))
-        number = build("Cast", some, to=int(NUMPY_TYPES[writer.dtype]))
+        number = build("Squeeze", _seeing_rows(writer, mask), build.constant([1]))
         return number if seen else build("Sub", build.constant(1.0, writer.dtype), number)
 
     return writer.once(("rows", seen, writer.key(mask), writer.dtype), make)
@@ -202,14 +205,10 @@ def decomposition(attend: Attend, place: Place) -> Made:
         key, value = (build("Gather", side, build.constant(heads), axis=1) for side in (key, value))
     if folded:
         # query heads that share a KV head become more queries of that head: no key or value is copied
-        query = build(
-            "Reshape", query, build.constant([0, groups, -1, fixed(place.types[attend.query].sizes[3]) or 0])
-        )
+        query = build("Reshape", query, build.constant([0, groups, -1, fixed(place.types[attend.query].sizes[3]) or 0]))
     turned = build("Transpose", key, perm=[0, 1, 3, 2])
     raw = build("MatMul", query, turned)
-    logits = _logits(
-        attend, place, writer, raw, (lambda x: _unfold(build, x, attend, place)) if folded else None
-    )
+    logits = _logits(attend, place, writer, raw, (lambda x: _unfold(build, x, attend, place)) if folded else None)
     weights = _weights(attend, writer, logits)
     if folded:
         weights = build("Reshape", weights, build.constant([0, groups, -1, 0]))
@@ -259,9 +258,7 @@ def _logits(
             added = additive_mask(writer, mask, fill, score.bias)
             return product if added is None else build("Add", product, added)
         logits = product if score.bias is None else build("Add", product, writer.write(score.bias))
-        writer = replace(
-            writer, score=unfold(raw) if unfold is not None and reads_score(attend.fill) else raw
-        )
+        writer = replace(writer, score=unfold(raw) if unfold is not None and reads_score(attend.fill) else raw)
     else:
         writer = replace(writer, score=unfold(raw) if unfold is not None else raw)
         logits = writer.write(simplify(attend.score))
@@ -306,32 +303,43 @@ def _zero_rows_follow(attend: Attend, place: Place) -> bool:
         and additive_fill(attend) == -math.inf
         and score is not None
         and not may_be_infinite(score.bias)
-        and "h" not in {n.name for n in _indices(attend.mask)}
         and not never_empty(attend, place.types)
     )
 
 
-def _indices(expr: Expr) -> list[Index]:
-    return [node for node in walk(expr) if isinstance(node, Index)]
-
-
-def _without_empty_rows(
-    attend: Attend, place: Place, writer: Writer, logits: ir.Value, product: ir.Value
-) -> ir.Value:
+def _without_empty_rows(attend: Attend, place: Place, writer: Writer, logits: ir.Value, product: ir.Value) -> ir.Value:
     """Zero where no key is visible, when the Attend asks for that."""
     build = place.build
     if attend.norm.kind != "softmax" or attend.norm.empty != "zero" or attend.sink != NO_SINK:
         return product
     if _zero_rows_follow(attend, place):
-        seen = build("Unsqueeze", _rows(writer, simplify(attend.mask), seen=True), build.constant([1]))
-        return build("Mul", product, seen)
+        return build("Mul", product, _seeing_rows(writer, simplify(attend.mask)))
     low = additive_fill(attend)
     finite = low is not None and math.isfinite(low)
     if (finite or never_empty(attend, place.types)) and not may_be_infinite(simplify(attend.score)):
         return product
-    largest = build("ReduceMax", logits, build.constant([3]), keepdims=1)
+    added = _infinite_part(attend, writer)
+    largest = build("ReduceMax", logits if added is None else added, build.constant([3]), keepdims=1)
     empty = build("Equal", largest, build.constant(-math.inf, writer.dtype))
     return build("Where", empty, build.constant(0.0, writer.dtype), product)
+
+
+def _infinite_part(attend: Attend, writer: Writer) -> ir.Value | None:
+    """``[b,h,i,j]``, -inf exactly where the logit is, without the scores; ``None`` when that takes the scores.
+
+    It serves every site with the same mask and bias, and leaves the logits to the softmax alone.
+    """
+    mask, split = simplify(attend.mask), affine(attend.score)
+    bias: Expr | None = None
+    if may_be_infinite(simplify(attend.score)):
+        if split is None or may_be_infinite(split.slope):
+            return None
+        bias = split.offset
+    hidden = mask == TRUE or (simplify(attend.fill) == Const(-math.inf) and not reads_score(mask))
+    read = [part for part in (mask, bias) if part is not None]
+    if not hidden or not any(writer.visible_axes(part) for part in read):
+        return None
+    return additive_mask(writer, mask, -math.inf, bias)
 
 
 # Fused operators
@@ -350,9 +358,7 @@ def attention(attend: Attend, place: Place) -> Made:
     if score.bias is None and mask != TRUE and math.isinf(low):
         extra: ir.Value | None = boolean_mask(writer, mask)
     else:
-        extra = additive_mask(
-            writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True
-        )
+        extra = additive_mask(writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True)
     heads: dict[str, Any] = {}
     if flat:
         heads = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
@@ -409,9 +415,7 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
 
     key_lengths = writer.once(("last keys", writer.key(sizes["j"]), writer.key(sizes["b"])), lengths)
     length = writer.once(("int32", writer.key(sizes["j"])), total)
-    whole = writer.once(
-        ("int32 scalar", writer.key(sizes["j"])), lambda: build("Squeeze", length, build.constant([0]))
-    )
+    whole = writer.once(("int32 scalar", writer.key(sizes["j"])), lambda: build("Squeeze", length, build.constant([0])))
     out, *_ = build(
         "GroupQueryAttention",
         *parts,
