@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir
 
-from attncompile.codegen.onnx.capabilities import Provider
-from attncompile.codegen.onnx.choose import Choice, Prefer, choose
+from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, Provider
+from attncompile.codegen.onnx.choose import Choice, Prefer, choose, expected_speed
 from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, single_groups
@@ -16,10 +16,15 @@ from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
 from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
+from attncompile.frontends.onnx_definitions import put_back, spelled_out
 from attncompile.ir import RefusalError, Spec
 from attncompile.lift import Program, Site, lift_graph
 from attncompile.passes import PassCall, PassResult, run_passes
+
+FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
+"""Operators that are attention as a whole."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ def rewrite_onnx(
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
     values = {value.name: value for value in nested_values(model.graph)}
     scopes = Scopes(model.graph)
+    calls = spelled_out(model)
+    called = {node: (call.domain, call.operator) for call in calls for node in call.nodes}
+    replaced: set[onnx_ir.Node] = set()
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
     for site in program.sites:
@@ -78,20 +86,21 @@ def rewrite_onnx(
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
             choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside)
-            if place.op_type == choice.row.operator and not result.lossy:
-                reason = f"it is {place.op_type} already: {choice.reason}"
+            native = called.get(place, (place.domain, place.op_type))
+            reason = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
+            if reason is not None:
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
                 continue
-            if prefer == "fastest" and choice.row.operator == "decomposition" and not result.lossy:
-                reason = f"already plain operators, which win here: {choice.reason}"
-                outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
-                continue
+            replaced.add(place)
             _replace(model, values, site, result, choice, scopes.at(place), provider)
         except RefusalError as error:
             outcomes.append(Outcome(site, _untouched(site.spec, result), "original", str(error.refusal)))
             continue
         outcomes.append(Outcome(site, result, choice.row.operator, choice.reason))
         choices[site.name] = choice
+    for call in calls:
+        if replaced.isdisjoint(call.nodes):
+            put_back(call)
     done = tidy(model, provider)
     told = [f"around attention: {done}"]
     if not raised:
@@ -99,6 +108,31 @@ def rewrite_onnx(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
         )
     return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
+
+
+def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Provider, prefer: Prefer) -> str | None:
+    """Why a site stays as it is, or ``None`` where it is to be written anew.
+
+    Args:
+        native: domain and name of the operator that makes the site's output; of the call, where a definition stands
+            for it.
+        spec: of the site; choice: the operator for it.
+        provider: where it will run; prefer: how operators are chosen.
+    """
+    domain, operator = ("" if native[0] == "ai.onnx" else native[0]), native[1]
+    if (domain, operator) == (choice.row.domain, choice.row.operator):
+        return f"it is {operator} already: {choice.reason}"
+    if prefer != "fastest" or choice.row.operator != "decomposition":
+        return None
+    if operator not in FUSED:
+        return f"already plain operators: {choice.reason}"
+    measured = {row.operator for row in ATTEND_ROWS if row.domain == domain}
+    speed = expected_speed(spec, operator, provider) if operator in measured else None
+    if speed is None:
+        return f"it stays {operator}, which was not measured against plain operators; {choice.reason}"
+    if speed < 1.0:
+        return None
+    return f"it stays {operator}, which was measured {speed:.2f}x as fast as plain operators"
 
 
 def _untouched(spec: Spec, result: PassResult) -> PassResult:

@@ -2,19 +2,21 @@
 
 ``Attention`` with a cache, or with a second output that is read, and ``FlexAttention`` are more than one
 product over tensors of the graph. The standard defines them by a function of plain operators; with that body
-in their place they are lifted like any attention that is written out.
+in their place they are lifted like any attention that is written out. A call whose attention nobody replaced can
+be put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from attncompile.frontends.onnx_bodies import nested_graphs, nested_values
+from attncompile.frontends.onnx_bodies import nested_graphs, nested_nodes, nested_values
 from attncompile.frontends.onnx_inference import infer_types
 
 DOMAIN = "attncompile.definition"
@@ -25,17 +27,79 @@ LOWEST_OPSET = 18
 """The bodies are written in operators of this opset and later."""
 
 
+_CALL = "attncompile.definition"
+"""Marks the nodes of a definition with the number of their call while it is inlined, and a model with its calls."""
+
+
+@dataclass(frozen=True)
+class SpelledOut:
+    """A call whose definition stands in its place.
+
+    Attributes:
+        domain, operator, version, name, attributes: of the call.
+        nodes: of the definition, in order.
+        inputs: what the call reads: where the definition reads it, or the value itself where it does not.
+        outputs: what the definition makes in place of the outputs, ``None`` for one that the call left out.
+    """
+
+    domain: str
+    operator: str
+    version: int | None
+    name: str | None
+    attributes: Mapping[str, ir.Attr]
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[tuple[ir.Node, int] | ir.Value | None, ...]
+    outputs: tuple[ir.Value | None, ...]
+
+
+def spelled_out(model: ir.Model) -> tuple[SpelledOut, ...]:
+    """The calls of a model that their definitions stand for."""
+    return tuple(model.meta.get(_CALL, ()))
+
+
+def put_back(call: SpelledOut) -> ir.Node:
+    """Let the call stand in front of its definition, which nobody reads any more; the call.
+
+    What it reads is what the definition reads now, also where something else has been put there since.
+    """
+    inputs = [place[0].inputs[place[1]] if isinstance(place, tuple) else place for place in call.inputs]
+    node = ir.Node(
+        call.domain,
+        call.operator,
+        inputs,
+        call.attributes.values(),
+        num_outputs=len(call.outputs),
+        version=call.version,
+        name=call.name,
+    )
+    for made, old in zip(node.outputs, call.outputs, strict=True):
+        made.name = ""
+        if old is None:
+            continue
+        made.type, made.shape, name = old.type, old.shape, old.name
+        old.replace_all_uses_with(made, replace_graph_outputs=True)
+        made.name, old.name = name, f"{name}.defined"
+    first = call.nodes[0]
+    assert first.graph is not None  # it was inlined into one
+    first.graph.insert_before(first, node)
+    return node
+
+
 def spell_out(model: ir.Model) -> None:
     """Replace the calls of a model that need it by their definitions, in place; exactly what they compute.
 
-    A call whose definition ONNX cannot give (a type or a rank that it needs is unknown) stays.
+    A call whose definition ONNX cannot give (a type or a rank that it needs is unknown) stays. The others are kept
+    with the model, see :func:`spelled_out`.
     """
     calls = [node for graph in nested_graphs(model.graph) for node in graph if _needs_definition(node)]
     if not calls or model.opset_imports.get("", 0) < LOWEST_OPSET:
         return
     types = _types(model)
-    inlined = False
+    inlined: dict[str, tuple[SpelledOut, ir.Function, ir.Node]] = {}
     for number, node in enumerate(calls):
+        call = SpelledOut(
+            node.domain, node.op_type, node.version, node.name, dict(node.attributes), (), tuple(node.inputs), ()
+        )
         body = _definition(model, node, types)
         if body is None:
             continue
@@ -44,11 +108,43 @@ def spell_out(model: ir.Model) -> None:
         node.domain, node.op_type, node.version = DOMAIN, body.name, None
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
-        inlined = True
+        node.metadata_props[_CALL] = str(number)
+        inlined[str(number)] = call, body, node
     if inlined:
         model.opset_imports.setdefault(DOMAIN, 1)
         InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
         del model.opset_imports[DOMAIN]
+        model.meta[_CALL] = (*spelled_out(model), *_placed(model, inlined))
+
+
+def _placed(model: ir.Model, inlined: Mapping[str, tuple[SpelledOut, ir.Function, ir.Node]]) -> Iterator[SpelledOut]:
+    """The calls with the nodes that stand for them now; their marks are taken off."""
+    nodes: dict[str, list[ir.Node]] = {number: [] for number in inlined}
+    for node in nested_nodes(model.graph):
+        if _CALL in node.metadata_props:
+            nodes[node.metadata_props.pop(_CALL)].append(node)
+    became: dict[ir.Value, ir.Value] = {}
+    for number, (_, body, node) in inlined.items():
+        clones = dict(zip(body, nodes[number], strict=True))
+        for old, made in zip(node.outputs, body.outputs, strict=True):
+            source, position = made.producer(), made.index()
+            assert source is not None and position is not None  # every output of a definition is made in it
+            became[old] = clones[source].outputs[position]
+    for number, (call, body, node) in inlined.items():
+        clones = dict(zip(body, nodes[number], strict=True))
+        reads: dict[ir.Value, tuple[ir.Node, int]] = {}
+        for inner in body:
+            for position, value in enumerate(inner.inputs):
+                if value is not None:
+                    reads.setdefault(value, (clones[inner], position))
+        given: list[tuple[ir.Node, int] | ir.Value | None] = []
+        for position, read in enumerate(call.inputs):
+            assert read is None or isinstance(read, ir.Value)  # the call has not been placed yet
+            formal = body.inputs[position] if position < len(body.inputs) else None
+            known = None if read is None else became.get(read, read)
+            given.append(reads.get(formal, known) if formal is not None and known is not None else known)
+        outputs = tuple(became[old] if old.name else None for old in node.outputs)
+        yield replace(call, nodes=tuple(nodes[number]), inputs=tuple(given), outputs=outputs)
 
 
 def _needs_definition(node: ir.Node) -> bool:

@@ -176,9 +176,7 @@ def choose(
     speeds = {row.operator: _mean_speed(spec, row.operator, provider, lengths) for row in fused}
     known = [row for row in fused if speeds[row.operator] is not None]
     if not known:
-        return Choice(
-            fused[0], f"{fused[0].operator} fits; its speed on {provider} was not measured", refused
-        )
+        return Choice(fused[0], f"{fused[0].operator} fits; its speed on {provider} was not measured", refused)
     best = max(known, key=lambda row: speeds[row.operator] or 0.0)
     speed = speeds[best.operator] or 0.0
     pair = _pair(spec, known, provider, lengths) if switch else None
@@ -202,6 +200,15 @@ def _fixed_lengths(spec: Spec) -> tuple[int, ...]:
     return (max(numbers),) if len(numbers) == len(sizes) else ()
 
 
+def expected_speed(
+    spec: Spec, operator: str, provider: Provider = "cpu", lengths: Sequence[int] = LENGTHS
+) -> float | None:
+    """Measured speed of an operator over the decomposition, the mean at the lengths of a Spec: its own, where it fixes
+    them. ``None`` where it was not measured.
+    """
+    return _mean_speed(spec, operator, provider, _fixed_lengths(spec) or tuple(sorted(lengths)))
+
+
 def _pair(
     spec: Spec, rows: Sequence[Capability], provider: Provider, lengths: Sequence[int]
 ) -> tuple[Capability, float] | None:
@@ -221,8 +228,7 @@ def _pair(
         faster = [measured_speed(spec, row.operator, provider, middle) or 0.0 for row in (short, long)]
         low, high = (low, middle) if faster[1] > faster[0] else (middle, high)
     speeds = [
-        measured_speed(spec, (short if length <= low else long).operator, provider, length) or 0.0
-        for length in lengths
+        measured_speed(spec, (short if length <= low else long).operator, provider, length) or 0.0 for length in lengths
     ]
     return by_length(short, long, low), math.exp(math.fsum(map(math.log, speeds)) / len(speeds))
 

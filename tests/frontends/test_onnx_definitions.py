@@ -1,0 +1,109 @@
+"""Calls spelled out by ONNX's own definitions, and put back where nobody replaced their attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx.backend.test.case.node import attention, flexattention
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from attncompile.convert.onnx_rewrite import rewrite_onnx
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_definitions import put_back, spelled_out
+
+PREFIX = "test_attention_4d_"
+NAMES = (
+    f"{PREFIX}with_past_and_present",
+    f"{PREFIX}gqa_with_past_and_present",
+    f"{PREFIX}with_qk_matmul",
+    "test_flexattention_causal_mask",
+)
+TWO_STEPS = """
+<ir_version: 10, opset_import: ["" : 23]>
+g (float[2,3,4,8] q, float[2,3,4,8] k, float[2,3,4,8] v, float[2,3,P,8] pk, float[2,3,P,8] pv)
+    => (float[2,3,4,8] y, float[2,3,R,8] rk, float[2,3,R,8] rv) {
+    x, sk, sv = Attention<is_causal = 1>(q, k, v, , pk, pv)
+    y, rk, rv = Attention<is_causal = 1>(x, k, v, , sk, sv)
+}
+"""
+"""Two calls with a cache; the second reads what the first gives."""
+
+
+def case(name: str) -> onnx.backend.test.case.test_case.TestCase:
+    assert attention and flexattention  # importing them registers their cases
+    return next(found for found in onnx.backend.test.case.node._NodeTestCases if found.name == name)
+
+
+def form(model: ir.Model) -> list[object]:
+    """What a model's nodes are, with the names of what they read and make."""
+    return [
+        (
+            node.domain,
+            node.op_type,
+            [value.name if value is not None else "" for value in node.inputs],
+            [value.name for value in node.outputs],
+            sorted(node.attributes),
+        )
+        for node in model.graph
+    ]
+
+
+def feeds() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    sizes = {"q": 4, "k": 4, "v": 4, "pk": 5, "pv": 5}
+    return {name: generator.standard_normal((2, 3, size, 8), np.float32) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_that_is_put_back_is_the_call(name: str) -> None:
+    model = ir.from_proto(case(name).model)
+    before = form(model)
+    onnx_graph(model)
+    calls = spelled_out(model)
+    assert form(model) != before and len(calls) == 1
+    assert not any("attncompile.definition" in node.metadata_props for node in model.graph)
+    put_back(calls[0])
+    RemoveUnusedNodesPass()(model)
+    assert form(model) == before
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_a_call_reads_what_another_that_was_put_back_gives() -> None:
+    model = ir.from_onnx_text(TWO_STEPS)
+    before = form(model)
+    expected = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds())
+    onnx_graph(model)
+    calls = spelled_out(model)
+    assert len(calls) == 2
+    for only in calls:  # also when the first stays spelled out for a while
+        put_back(only)
+    RemoveUnusedNodesPass()(model)
+    assert form(model) == before
+    for found, wanted in zip(ReferenceEvaluator(ir.to_proto(model)).run(None, feeds()), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_call_that_nobody_measured_stays() -> None:
+    model = ir.from_proto(case("test_flexattention_soft_cap").model)
+    before = form(model)
+    (outcome,) = rewrite_onnx(model, "flex", (), "cpu", "fastest", False, ()).outcomes
+    assert "FlexAttention" in outcome.reason and "already plain" not in outcome.reason
+    assert form(model) == before
+
+
+@pytest.mark.parametrize("prefer", ["fastest", "decomposed"])
+def test_a_conversion_keeps_calls_that_it_does_not_replace(prefer: str) -> None:
+    model = ir.from_onnx_text(TWO_STEPS)
+    expected = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds())
+    rewritten = rewrite_onnx(model, "two", (), "cpu", prefer, False, ())  # type: ignore[arg-type]
+    operators = [node.op_type for node in rewritten.model.graph]
+    if prefer == "fastest":
+        assert operators == ["Attention", "Attention"] and not rewritten.choices
+        assert all("it stays Attention" in outcome.reason for outcome in rewritten.outcomes)
+    else:
+        assert "Attention" not in operators and len(rewritten.choices) == 2
+    for found, wanted in zip(ReferenceEvaluator(ir.to_proto(model)).run(None, feeds()), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
