@@ -56,11 +56,7 @@ class Inference:
     def _declared(self, dim: int | ir.SymbolicDim, value: str, axis: int) -> Expr:
         if isinstance(dim, int):
             return Const(dim)
-        return (
-            self.sizes.symbol(f"{value}_dim_{axis}")
-            if dim.value is None
-            else self.sizes.expression(str(dim.value))
-        )
+        return self.sizes.symbol(f"{value}_dim_{axis}") if dim.value is None else self.sizes.expression(str(dim.value))
 
 
 def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
@@ -78,15 +74,34 @@ def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
                 light.graph.inputs.append(value)
     proto = ir.to_proto(light)
     try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
-        inferred = SymbolicShapeInference.infer_shapes(proto, auto_merge=True)
+        inferred = _symbolically_inferred(proto)
     except Exception:  # it raises whatever its handlers of single operators raise
         try:
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         except onnx.shape_inference.InferenceError:
             return {}
     return dict(_named_types(inferred.graph))
+
+
+def _symbolically_inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The steps of ``SymbolicShapeInference.infer_shapes``, which saves the model in the current folder where it cannot
+    infer every shape.
+
+    Raises:
+        ValueError: when some shape is not found.
+    """
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+    inference._preprocess(proto)
+    complete = False
+    while inference.run_:
+        complete = inference._infer_impl()
+    inference._update_output_from_vi()
+    if not complete:
+        raise ValueError("ONNX Runtime cannot infer every shape")
+    inferred: onnx.ModelProto = inference.out_mp_
+    return inferred
 
 
 def _named_types(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TypeProto]]:

@@ -485,6 +485,15 @@ def test_unknown_operators_get_their_shape_from_inference() -> None:
     assert graph.infos["y"].shape[0] == Size("N")
 
 
+def test_incomplete_inference_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's own function saves the model where it is run when it cannot infer every shape."""
+    monkeypatch.chdir(tmp_path)
+    text = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+        g (float[N,8] x) => (y) { a = own.Twist(x)  b = Conv(x, x)  y = Abs(a) }"""
+    onnx_graph(ir.from_onnx_text(text))
+    assert not list(tmp_path.iterdir())
+
+
 # --- attention ----------------------------------------------------------------------------------------------
 
 
