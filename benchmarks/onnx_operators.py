@@ -24,9 +24,7 @@ import onnxruntime
 
 from attncompile.codegen.onnx.capabilities import rows_for
 from attncompile.codegen.onnx.choose import mask_class
-from attncompile.codegen.onnx.emit import emit
-from attncompile.codegen.onnx.layouts import Operand, flat_groups, single_groups
-from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
+from attncompile.codegen.onnx.emit import alone
 from attncompile.ir import Spec, parse_spec
 
 WARM_UP = 4
@@ -70,28 +68,11 @@ def specs() -> list[Spec]:
 
 def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
     """One operator for the Spec, alone in a model."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1}, name="site")
-    operands = {}
-    for value in spec.inputs:
-        axes = tuple(axis.name for axis in value.type.axes)
-        groups = flat_groups(axes) if len(axes) == 4 else single_groups(axes)
-        known = ir.Value(
-            name=value.name,
-            type=ir.TensorType(NUMPY_TYPES[value.type.dtype]),
-            shape=ir.Shape([None] * len(groups)),
-        )
-        graph.inputs.append(known)
-        operands[value.name] = Operand(known, groups)
-    build = Builder(graph, "site")
     row = next(row for row in rows_for(spec) if row.operator == operator)
-    axes = tuple(axis.name for axis in spec.types()["out"].axes)
-    made = emit(spec, operands, {"out": flat_groups(axes)}, row, build, {})
-    graph.extend(build.nodes)
-    graph.outputs.append(made["out"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    proto = ir.to_proto(ir.Model(graph, ir_version=10))
+    proto = ir.to_proto(alone(spec, row, flat=True))
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

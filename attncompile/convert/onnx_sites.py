@@ -9,9 +9,7 @@ import torch
 
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.choose import Choice, row_named
-from attncompile.codegen.onnx.emit import emit
-from attncompile.codegen.onnx.layouts import Operand, single_groups
-from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
+from attncompile.codegen.onnx.emit import alone
 from attncompile.convert.frame import is_lossy
 from attncompile.convert.onnx_rewrite import Rewritten
 from attncompile.convert.runtime import session
@@ -77,24 +75,7 @@ def _checked(
 
 def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A site alone, as a model in ONNX Runtime."""
-    graph = onnx_ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1}, name="site")
-    operands: dict[str, Operand] = {}
-    for value in spec.inputs:
-        groups = single_groups(axis.name for axis in value.type.axes)
-        known = onnx_ir.Value(
-            name=value.name,
-            type=onnx_ir.TensorType(NUMPY_TYPES[value.type.dtype]),
-            shape=onnx_ir.Shape([None] * len(groups)),
-        )
-        graph.inputs.append(known)
-        operands[value.name] = Operand(known, groups)
-    build = Builder(graph, "site")
-    made = emit(spec, operands, {}, choice.row, build, {}, provider)
-    graph.extend(build.nodes)
-    for name in spec.outputs:
-        made[name].dtype = onnx_ir.DataType.FLOAT
-        graph.outputs.append(made[name])
-    loaded = session(onnx_ir.to_proto(onnx_ir.Model(graph, ir_version=10)).SerializeToString(), provider)
+    loaded = session(onnx_ir.to_proto(alone(spec, choice.row, provider)).SerializeToString(), provider)
     wanted = {entry.name for entry in loaded.get_inputs()}
 
     def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,14 +9,16 @@ import onnx_ir as ir
 from attncompile.codegen.onnx.attend import Place
 from attncompile.codegen.onnx.capabilities import Capability, Provider
 from attncompile.codegen.onnx.expressions import Shared, Writer
-from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, single_groups
+from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, flat_groups, single_groups
+from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import fixed
 from attncompile.codegen.onnx.steps import STEPS
-from attncompile.codegen.onnx.values import Builder
+from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.expr import Expr
 from attncompile.ir.ops import Attend, Scan
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.spec import Spec
+from attncompile.ir.types import TensorType
 
 
 def emit(
@@ -61,6 +63,41 @@ def emit(
     return {name: _output(place, name, outputs.get(name)) for name in spec.outputs}
 
 
+def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool = False) -> ir.Model:
+    """A model of its own that computes the Spec: one input per input of the Spec, one output per output, in order.
+
+    Args:
+        spec: what to compute.
+        row: the operator for the Attend or Scan; provider: for which it was chosen.
+        flat: whether operands and outputs with heads are ``[B, I, H·D]``, as projections make and take them, rather
+            than ``[B, H, I, D]``.
+
+    Raises:
+        RefusalError: as :func:`emit`.
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, MICROSOFT: 1}, name="site")
+
+    def groups(kind: TensorType, *, heads: bool) -> Groups:
+        axes = tuple(axis.name for axis in kind.axes)
+        return flat_groups(axes) if flat and heads and len(axes) == 4 else single_groups(axes)
+
+    operands: dict[str, Operand] = {}
+    for value in spec.inputs:
+        layout = groups(value.type, heads=value not in spec.captured())
+        tensor = ir.TensorType(NUMPY_TYPES[value.type.dtype])
+        known = ir.Value(name=value.name, type=tensor, shape=ir.Shape([None] * len(layout)))
+        graph.inputs.append(known)
+        operands[value.name] = Operand(known, layout)
+    build, types = Builder(graph, "site"), spec.types()
+    wanted = {name: groups(types[name], heads=True) for name in spec.outputs}
+    made = emit(spec, operands, wanted, row, build, {}, provider)
+    graph.extend(build.nodes)
+    for name, output in made.items():
+        output.dtype = NUMPY_TYPES[types[name].dtype]
+    graph.outputs.extend(made.values())
+    return ir.Model(graph, ir_version=10)
+
+
 def _output(place: Place, name: str, wanted: Groups | None) -> ir.Value:
     kind = place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
@@ -76,4 +113,4 @@ def _output(place: Place, name: str, wanted: Groups | None) -> ir.Value:
     return arrange(place.build, place.operands[name], wanted or single_groups(axes), sizes)
 
 
-__all__ = ["emit"]
+__all__ = ["alone", "emit"]

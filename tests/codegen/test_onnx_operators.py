@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, SCAN_ROWS, Capability, rows_for
-from attncompile.codegen.onnx.emit import emit
-from attncompile.codegen.onnx.layouts import Operand, flat_groups, single_groups
-from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder
+from attncompile.codegen.onnx.emit import alone
 from attncompile.ir.spec import Spec
 from tests.cases import BY_NAME, CASES, Case
 
@@ -20,45 +18,12 @@ from tests.cases import BY_NAME, CASES, Case
 TOLERANCE = 301**0.5 * 16**0.5 * float(np.finfo(np.float32).eps)
 
 
-def onnx_model(spec: Spec, row: Capability, *, flat: bool) -> ir.Model:
-    """A model that computes the Spec; with ``flat`` its heads lie side by side, as projections make them."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="site")
-    operands = {}
-    for value in spec.inputs:
-        axes = tuple(axis.name for axis in value.type.axes)
-        heads = flat and len(axes) == 4 and value not in spec.captured()
-        groups = flat_groups(axes) if heads else single_groups(axes)
-        known = ir.Value(
-            name=value.name,
-            type=ir.TensorType(NUMPY_TYPES[value.type.dtype]),
-            shape=ir.Shape([None] * len(groups)),
-        )
-        graph.inputs.append(known)
-        operands[value.name] = Operand(known, groups)
-    build = Builder(graph, spec.name)
-    wanted = {}
-    if flat:
-        types = spec.types()
-        wanted = {
-            name: flat_groups(tuple(axis.name for axis in types[name].axes))
-            for name in spec.outputs
-            if len(types[name].axes) == 4
-        }
-    made = emit(spec, operands, wanted, row, build, {})
-    graph.extend(build.nodes)
-    graph.opset_imports["com.microsoft"] = 1
-    for value in made.values():
-        value.dtype = ir.DataType.FLOAT
-    graph.outputs.extend(made.values())
-    return ir.Model(graph, ir_version=10)
-
-
 def laid_flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(1, 2).flatten(2)
 
 
 def run(spec: Spec, row: Capability, tensors: dict[str, torch.Tensor], *, flat: bool) -> list[torch.Tensor]:
-    model = onnx_model(spec, row, flat=flat)
+    model = alone(spec, row, flat=flat)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

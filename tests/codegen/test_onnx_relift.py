@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from attncompile.codegen.onnx.capabilities import rows_for
+from attncompile.codegen.onnx.emit import alone
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.sample import random_tensors
 from attncompile.lift import lift_graph
 from tests.cases import BY_NAME
-from tests.codegen.test_onnx_operators import TOLERANCE, onnx_model, run
+from tests.codegen.test_onnx_operators import TOLERANCE, run
 
 EMPTY_ROWS = {
     "mask by head": ("0.25·s", "j ≤ i and m[b, h, j] ≠ 0", "m[B,4,I]:int64"),
@@ -34,7 +35,7 @@ def empty_rows(name: str) -> Spec:
 
 def statuses(spec: Spec) -> list[str]:
     """The status of each site of the Spec's decomposition."""
-    model = onnx_model(spec, rows_for(spec)[-1], flat=False)
+    model = alone(spec, rows_for(spec)[-1])
     types = {value.name: value.type for value in spec.inputs}
     for value in model.graph.inputs:
         sizes = [str(size) for size in types[str(value.name)].sizes]
