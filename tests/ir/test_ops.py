@@ -23,7 +23,7 @@ from attncompile.ir import (
     grouped,
     tensor_type,
 )
-from attncompile.ir.expr import Const, Expr, Index, Size
+from attncompile.ir.expr import TRUE, Const, Expr, Index, Size
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import OPERATIONS
 from attncompile.ir.simplify import simplify
@@ -221,15 +221,17 @@ def test_attend_computes_in_the_dtype_it_is_given() -> None:
     assert PLAIN.reference(half, {}, torch.float64)["out"].dtype is torch.float64
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("feature", ["identity", "elu1", "relu"])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.I == s.J], ids=str)
-def test_scan_is_its_recurrence(shape: Shape, feature: str, normalize: bool) -> None:
+def test_scan_is_its_recurrence(shape: Shape, feature: str, normalize: bool, padded: bool) -> None:
     tensors = operands(shape)
     scan = Scan(
         "q",
         "k",
         "v",
+        mask=Index("j") % 3 >= 1 if padded else TRUE,
         decay=expr("1.0 − exp2(−h − 2)"),
         scale=0.5,
         feature=feature,
@@ -249,6 +251,7 @@ def test_scan_is_its_recurrence(shape: Shape, feature: str, normalize: bool) -> 
         total = torch.zeros(shape.D, dtype=torch.float64)
         for t in range(shape.I):
             key, query = phi(tensors["k"][b, g, t]), phi(tensors["q"][b, h, t])
+            key = torch.zeros_like(key) if padded and t % 3 == 0 else key
             state = decay * state + torch.outer(key, tensors["v"][b, g, t])
             total = decay * total + key
             expected = 0.5 * query @ state
@@ -509,6 +512,11 @@ ILL_TYPED = [
         Scan("q", "q", "q", decay=expr("exp(float(i))")),
         attend_types(),
         "scan: exp(float(i)) reads 'i'; only h have",
+    ),
+    (
+        Scan("q", "q", "q", mask=expr("j ≤ i")),
+        attend_types(),
+        "scan: j ≤ i reads 'i'; only b, j have a meaning in its mask",
     ),
     (
         Scan("q", "q", "q", feature="cos"),
