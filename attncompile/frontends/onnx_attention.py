@@ -40,6 +40,14 @@ def _refuse_other_outputs(b: Builder) -> None:
         _refuse_unless(not read, f"its output {output.name} is read, too")
 
 
+def _refuse_unless_plain(b: Builder, names: Mapping[int, str]) -> None:
+    """Refuse a contrib call with packed operands, one of these inputs, or another output that is read."""
+    for number in (1, 2):
+        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
+    _refuse_inputs(b, names)
+    _refuse_other_outputs(b)
+
+
 def _exact(size: Expr, parts: int) -> int:
     """A constant size divided into parts."""
     _refuse_unless(
@@ -103,9 +111,7 @@ def _fused(
     q, k, v = _heads(b, query, heads[0]), _heads(b, key, heads[1]), _heads(b, value, heads[1])
     kv_head: Expr = Index("h")
     if k.heads != q.heads:
-        _refuse_unless(
-            isinstance(q.heads, Const) and isinstance(k.heads, Const), "its numbers of heads are not fixed"
-        )
+        _refuse_unless(isinstance(q.heads, Const) and isinstance(k.heads, Const), "its numbers of heads are not fixed")
         kv_head = simplify(apply("floordiv", Index("h"), _exact(q.heads, int(k.heads.value))))  # type: ignore[attr-defined]
     full = (q.batch, q.heads, q.length, k.length)
     for one, other in ((q.batch, k.batch), (q.batch, v.batch), (k.length, v.length)):
@@ -114,9 +120,7 @@ def _fused(
     if mask is not None:
         for size, wanted in zip(reversed(b.shape(mask)), reversed(full), strict=False):
             _refuse_unless(
-                ONE in (size, wanted)
-                or not (isinstance(size, Const) and isinstance(wanted, Const))
-                or size == wanted,
+                ONE in (size, wanted) or not (isinstance(size, Const) and isinstance(wanted, Const)) or size == wanted,
                 f"its mask is shorter ({size}) than the keys ({wanted})",
             )
             b.sizes.meet(wanted, size)
@@ -130,9 +134,7 @@ def _fused(
 
     flat = len(b.shape(query)) == 3
     shape = (
-        (q.batch, q.length, simplify(q.heads * v.channels))
-        if flat
-        else (q.batch, q.heads, q.length, Const(v.channels))
+        (q.batch, q.length, simplify(q.heads * v.channels)) if flat else (q.batch, q.heads, q.length, Const(v.channels))
     )
     return b.emit(
         lambda name: FusedAttention(
@@ -169,9 +171,7 @@ def _lengthened(b: Builder, mask: str, keys: Expr) -> str:
     hidden = Const(False) if b.dtype(mask) == "bool" else Const(-math.inf)
     rest = (*shape[:-1], simplify(keys - shape[-1]))
     filler = b.emit(lambda name: Fill(name, hidden), rest, b.dtype(mask))
-    return b.emit(
-        lambda name: Concatenate(name, (mask, filler), len(shape) - 1), (*shape[:-1], keys), b.dtype(mask)
-    )
+    return b.emit(lambda name: Concatenate(name, (mask, filler), len(shape) - 1), (*shape[:-1], keys), b.dtype(mask))
 
 
 def _head_of(kv_head: Expr, head: Expr) -> Expr:
@@ -224,9 +224,7 @@ def _attention(b: Builder) -> str:
 def _multi_head_attention(b: Builder) -> str:
     """com.microsoft ``MultiHeadAttention``: a padded key gets ``mask_filter_value`` added, a later one the
     lowest number."""
-    for number in (1, 2):
-        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
-    _refuse_inputs(
+    _refuse_unless_plain(
         b,
         {
             3: "the bias of the projections",
@@ -236,7 +234,6 @@ def _multi_head_attention(b: Builder) -> str:
             9: "indices of a beam search",
         },
     )
-    _refuse_other_outputs(b)
     heads = int(b.attribute("num_heads"))
     bias = b.tensor(5) if b.input(5) is not None else None
     if b.input(4) is not None:
@@ -270,9 +267,7 @@ def _group_query_attention(b: Builder) -> str:
     It is given the number of keys of each row less one; only where that is the length of the keys by the
     graph itself are all of them seen.
     """
-    for number in (1, 2):
-        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
-    _refuse_inputs(
+    _refuse_unless_plain(
         b,
         {
             3: "a past key",
@@ -285,7 +280,6 @@ def _group_query_attention(b: Builder) -> str:
             13: "scales of a quantised cache",
         },
     )
-    _refuse_other_outputs(b)
     for name in ("do_rotary", "smooth_softmax", "qk_output"):
         _refuse_unless(not b.attribute(name, 0), f"its attribute {name} is set")
     heads = int(b.attribute("num_heads")), int(b.attribute("kv_num_heads"))

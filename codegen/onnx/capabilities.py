@@ -118,12 +118,16 @@ def _may_be_empty(attend: Attend, types: Types) -> bool:
     return simplify(attend.mask) != TRUE and not never_empty(attend, types)
 
 
+def _shares_out_of_order(name: str, attend: Attend, types: Types) -> str | None:
+    if group_size(attend, types) is not None:
+        return None
+    return f"{name} shares KV heads in order, here query head h reads KV head {attend.kv_head}"
+
+
 def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
-    reason = _fused("Attention", attend, types)
+    reason = _fused("Attention", attend, types) or _shares_out_of_order("Attention", attend, types)
     if reason:
         return reason
-    if group_size(attend, types) is None:
-        return f"Attention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
     low, score = additive_fill(attend), scaled(attend)
     empty = _may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
     if empty and low is not None and math.isinf(low) and attend.norm.empty == "nan":
@@ -149,19 +153,13 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
 
 
 def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None:
-    reason = _fused("GroupQueryAttention", attend, types)
+    name = "GroupQueryAttention"
+    reason = _fused(name, attend, types) or _shares_out_of_order(name, attend, types)
     if reason:
         return reason
-    if group_size(attend, types) is None:
-        return (
-            f"GroupQueryAttention shares KV heads in order, here query head h reads KV head {attend.kv_head}"
-        )
     channels, values = fixed(types[attend.query].sizes[3]) or 0, fixed(types[attend.value].sizes[3])
     if channels % 8 or channels != values:
-        return (
-            "GroupQueryAttention needs as many value as key channels, a multiple of 8; "
-            f"here {channels} and {values}"
-        )
+        return f"GroupQueryAttention needs as many value as key channels, a multiple of 8; here {channels} and {values}"
     causal = causal_mask(attend, types)
     if causal is None:
         sizes = extents(attend, types)
@@ -188,11 +186,7 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
 def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
     if scan.normalize:
         return "LinearAttention does not divide by the sum of the weights"
-    if any(
-        fixed(types[side].sizes[axis]) is None
-        for side in (scan.query, scan.key, scan.value)
-        for axis in (1, 3)
-    ):
+    if any(fixed(types[side].sizes[axis]) is None for side in (scan.query, scan.key, scan.value) for axis in (1, 3)):
         return "LinearAttention needs fixed numbers of heads and channels"
     heads, groups = fixed(types[scan.query].sizes[1]) or 0, fixed(types[scan.key].sizes[1]) or 0
     if heads != groups:
