@@ -41,6 +41,8 @@ class Builder:
 
     def equate(self, one: Expr, other: Expr) -> None:
         """Note that two sizes must agree, or the operation would fail."""
+        if one == other:
+            return
         one, other = unified(one, self.equal), unified(other, self.equal)
         found = solved(one, other) or (solved_by_data(one, other) if one != other else None)
         if found is not None:
