@@ -10,7 +10,7 @@ from attncompile.frontends import movement
 from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
 from attncompile.frontends.graph import Contract, Indices, Info, Linear, Pointwise, Reduce, Softmax
 from attncompile.ir import Expr
-from attncompile.ir.expr import ONE
+from attncompile.ir.expr import ONE, Const
 
 
 def _labels(count: int, offset: int = 0) -> tuple[str, ...]:
@@ -152,6 +152,24 @@ def _log_softmax(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return b.pointwise("log", weights)
 
 
+def _logsumexp(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``max x + log Σ exp(x − max x)`` over one axis."""
+    source = b.tensor(args[0])
+    shape = b.shape(source)
+    (axis,) = [args[1]] if isinstance(args[1], int) else args[1] if len(args[1]) == 1 else [None]
+    if axis is None or not b.info(source).dtype.startswith(("float", "bfloat")):
+        raise Unstated
+    axis = axis_of(axis, len(shape))
+    row = Info((*shape[:axis], ONE, *shape[axis + 1 :]), b.info(source).dtype)
+    largest = b.emit(Reduce(b.name(), source, "max", (axis,), True), row)
+    shifted = b.pointwise("add", source, b.pointwise("mul", Const(-1.0), largest))
+    parts = b.pointwise("exp", shifted)
+    total = b.pointwise("log", b.emit(Reduce(b.name(), parts, "sum", (axis,), True), row))
+    found = b.pointwise("add", largest, total)
+    keeps = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+    return found if keeps else b.move(found, movement.squeeze([axis]), "squeeze", b.out.shape)
+
+
 def _reduce(kind: Literal["sum", "max"]) -> Row:
     def row(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
         source = b.tensor(args[0])
@@ -215,6 +233,7 @@ REDUCTION: dict[str, Row] = {
     "_softmax": _softmax,
     "log_softmax": _log_softmax,
     "_log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
     "sum": _reduce("sum"),
     "amax": _reduce("max"),
     "max": _largest,

@@ -366,6 +366,7 @@ NO_SINGLE_ELEMENT = {
     "_softmax",
     "log_softmax",
     "_log_softmax",
+    "logsumexp",
     "mv",
     "inner",
     "tensordot",
