@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 
@@ -52,6 +53,10 @@ def decide(
         if site.status != "lifted" or site.spec is None:
             made.append(Decision(site, None, None, str(site.refusal) if site.refusal else site.status))
             continue
+        early = _needed_too_early(program, site)
+        if early:
+            made.append(Decision(site, None, None, early))
+            continue
         key = site.spec.fingerprint()
         if key not in known:
             result = run_passes(site.spec, calls, allow_untrained=allow_untrained)
@@ -59,6 +64,19 @@ def decide(
         result, lowering = known[key]
         made.append(Decision(site, result, lowering, lowering.reason))
     return tuple(made)
+
+
+def _needed_too_early(program: Program, site: Site) -> str:
+    """Why one call can not make all results of a site where they are needed; empty where it can.
+
+    The call takes the place of the first result, so all inputs must be there by then.
+    """
+    if site.region is None or len(site.region.outputs) == 1:
+        return ""
+    place = program.graph.position
+    first = min(site.region.outputs, key=lambda binding: place[binding.value])
+    later = [entry for entry in site.region.inputs if place.get(entry.value, -1) >= place[first.value]]
+    return f"its result {first.value} is made before its input {later[0].value}" if later else ""
 
 
 def rewrite(
@@ -84,14 +102,13 @@ def rewrite(
         region = decision.site.region
         if decision.lowering is None or region is None or decision.spec is None:
             continue
-        (binding,) = region.outputs
-        target = by_name[binding.value]
+        targets = [by_name[binding.value] for binding in region.outputs]
         shared = keys[number] is not None and keys.count(keys[number]) > 1
-        site = SiteModule(
-            decision.spec, region, decision.lowering, program.graph.infos[binding.value].shape, shared
-        )
+        infos = [program.graph.infos[binding.value] for binding in region.outputs]
+        site = SiteModule(decision.spec, region, decision.lowering, infos, shared)
         arguments = [by_name[entry.value] for entry in region.inputs]
-        with graph.inserting_before(target):
+        first = min(region.outputs, key=lambda entry: program.graph.position[entry.value])
+        with graph.inserting_before(by_name[first.value]):
             if shared:
                 if keys[number] not in masks:
                     result.add_submodule(f"mask_{len(masks)}", MaskModule(site))
@@ -99,8 +116,12 @@ def rewrite(
                 arguments.append(masks[keys[number]])
             result.add_submodule(f"attend_{number}", site)
             call = graph.call_module(f"attend_{number}", tuple(arguments))
-        call.meta = dict(target.meta)
-        target.replace_all_uses_with(call)
+            results = [call]
+            if len(targets) > 1:
+                results = [graph.call_function(getitem, (call, number)) for number in range(len(targets))]
+        for target, made in zip(targets, results, strict=True):
+            made.meta = dict(target.meta)
+            target.replace_all_uses_with(made)
     _drop_dead(graph)
     graph.lint()
     result.recompile()

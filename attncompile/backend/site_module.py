@@ -1,15 +1,17 @@
-"""A lifted site as a module in the native graph: native tensors in, native tensor out, the lowering between."""
+"""A lifted site as a module in the native graph: native tensors in, native tensors out, the lowering between."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import visible_mask
+from attncompile.frontends.graph import Info
 from attncompile.ir import Spec, TensorType
 from attncompile.ir.expr import Const, Expr
+from attncompile.ir.types import DTYPES
 from attncompile.lift.program import Layout, Region
 
 
@@ -91,11 +93,11 @@ class SiteModule(torch.nn.Module):
     """
 
     def __init__(
-        self, spec: Spec, region: Region, lowering: Lowering, native_shape: tuple[Expr, ...], takes_mask: bool
+        self, spec: Spec, region: Region, lowering: Lowering, natives: Sequence[Info], takes_mask: bool
     ) -> None:
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
-        self.native_shape, self.takes_mask = native_shape, takes_mask
+        self.natives, self.takes_mask = tuple(natives), takes_mask
         self.types = spec.types()
 
     def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -108,13 +110,17 @@ class SiteModule(torch.nn.Module):
             for binding, tensor in zip(self.region.inputs, native, strict=True)
         ]
 
-    def forward(self, *native: torch.Tensor) -> torch.Tensor:
+    def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         tensors = native[: len(self.region.inputs)]
         options = {"mask": native[-1]} if self.takes_mask else {}
         result = self.lowering.run(*self.spec_tensors(tensors), **options)
-        (binding,) = self.region.outputs
-        assert isinstance(result, torch.Tensor) and binding.layout is not None
-        return to_native_axes(result, binding.layout, self.types[binding.name], self.native_shape)
+        made = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        outputs = []
+        for binding, found, info in zip(self.region.outputs, made, self.natives, strict=True):
+            assert binding.layout is not None
+            native_axes = to_native_axes(found, binding.layout, self.types[binding.name], info.shape)
+            outputs.append(native_axes if len(made) == 1 else native_axes.to(DTYPES[info.dtype]))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class MaskModule(torch.nn.Module):

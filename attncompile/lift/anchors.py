@@ -1,12 +1,12 @@
 """Anchors: where scores are normalised, however that is written, and which products lie before and behind.
 
-A softmax is anchored on its operator or on a division of ``exp`` by its own sum; sigmoid and relu are
-anchored on the pointwise operator between two products.
+A softmax is anchored on its operator; sigmoid and relu on the pointwise operator between two products; whatever
+divides scores by a sum over them, before or after the product with the values, on the operator where the sum meets
+the scores or the product.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,15 +24,10 @@ from attncompile.frontends.graph import (
     Select,
     Softmax,
 )
-from attncompile.ir import Expr, Index, Kind, Load, RefusalError, simplify
-from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, walk, where
-from attncompile.lift.interpret import Interpreter, Stop
+from attncompile.ir.expr import Const
 
 TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select)
 """Nodes that interpretation passes through."""
-
-SHIFT = Load("row_shift", (), Kind.FLOAT)
-"""Stands for what is subtracted from a whole row before ``exp``; a softmax does not see it."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +35,20 @@ class Anchor:
     """A normaliser.
 
     Attributes:
-        output: the normalised weights.
-        source: the value it normalises; its element at the indices of a weight is that weight's logit, or the
-            exponential of it.
-        axis: the axis of both that it runs over; ``None`` when it is pointwise.
-        kind: as in :class:`attncompile.ir.Normalizer`.
-        exponential: whether ``source`` is the exponential of the logits.
+        output: the normalised weights; where only the product with the values is divided, what it becomes.
+        source: the value it normalises.
+        axis: the axis of both that it runs over; ``None`` when it is pointwise or a quotient.
+        kind: as in :class:`attncompile.ir.Normalizer`; a quotient by a sum is anything that divides.
+        total: of a quotient, the sum over the keys.
+        product: of a quotient behind the product with the values, that product.
     """
 
     output: str
     source: str
     axis: int | None
-    kind: Literal["softmax", "sigmoid", "relu"]
-    exponential: bool = False
+    kind: Literal["softmax", "sigmoid", "relu", "none", "quotient"]
+    total: str = ""
+    product: Contract | None = None
 
 
 def normalisers(graph: Graph) -> Iterator[Anchor]:
@@ -62,110 +58,55 @@ def normalisers(graph: Graph) -> Iterator[Anchor]:
             case Softmax(output, source, axis):
                 yield Anchor(output, source, axis, "softmax")
             case Reduce(_, _, "sum", (_,)):
-                yield from _divisions_by(graph, node)
+                yield from _quotients_by(graph, node)
             case Pointwise(output, "sigmoid", (str(source),)):
                 yield Anchor(output, source, None, "sigmoid")
             case Pointwise(output, "max", (str(source), Const(0.0)) | (Const(0.0), str(source))):
                 yield Anchor(output, source, None, "relu")
 
 
-def _divisions_by(graph: Graph, total: Reduce) -> Iterator[Anchor]:
-    """Divisions of a value by its own sum over one axis."""
+def _quotients_by(graph: Graph, total: Reduce) -> Iterator[Anchor]:
+    """Where a sum over scores, with whatever is done to it, first meets the scores, or their product with values."""
+    products = {product.output for product in _contractions_behind(graph, total.source)}
+    if not products:
+        return
     seen, stack = {total.output}, [total.output]
     while stack:
         value = stack.pop()
         for user in graph.users.get(value, ()):
-            if isinstance(user, Move | Cast) and user.output not in seen:
-                seen.add(user.output)
+            if user.output in seen or not isinstance(user, Move | Cast | Pointwise):
+                continue
+            seen.add(user.output)
+            others = [operand for operand in user.inputs if operand != value]
+            met = [product for other in others for product in _contractions_behind(graph, other)]
+            after = [product for product in met if _reads(graph, product, products)]
+            if any(product.output in products for product in met):
+                yield Anchor(user.output, total.source, None, "quotient", total.output)
+            elif after:
+                yield Anchor(user.output, total.source, None, "quotient", total.output, after[0])
+            else:
                 stack.append(user.output)
-            elif isinstance(user, Pointwise) and user.operator == "div" and user.operands[1] == value:
-                try:
-                    axis = _normalised_axis(graph, total, user)
-                except RefusalError:
-                    continue  # its numerator can not be read, so that nothing is known of it
-                if axis is not None:
-                    yield Anchor(user.output, str(user.operands[0]), axis, "softmax", True)
 
 
-def _normalised_axis(graph: Graph, total: Reduce, division: Pointwise) -> int | None:
-    """The axis over which the numerator of a division is summed in its denominator, if that is what the two
-    are.
-    """
-    numerator, denominator = division.operands
-    shape = graph.infos[division.output].shape
-    if (
-        not isinstance(numerator, str)
-        or not isinstance(denominator, str)
-        or graph.infos[numerator].shape != shape
-    ):
-        return None
-    position = tuple(Index(f"y{n}") for n in range(len(shape)))
-    extents = {index.name: size for index, size in zip(position, shape, strict=True)}
-    row = Stop(Load("row_sum", (), Kind.FLOAT))
-    interpreter = Interpreter(graph, {total.output: row}, frozenset(), extents)
-    below = graph.infos[denominator].shape
-    offset = len(shape) - len(below)
-    found = interpreter.at(
-        denominator, tuple(ZERO if size == ONE else position[n + offset] for n, size in enumerate(below))
-    )
-    if found != row.symbol or len(row.indices) != 1:
-        return None
-    (summed,) = total.axes
-    kept = list(row.indices[0])
-    if total.keeps_axes:
-        del kept[summed]
-    element = interpreter.at(numerator, position)
-    for axis, index in enumerate(position):
-        if simplify(shape[axis]) == simplify(graph.infos[total.source].shape[summed]):
-            read = (*kept[:summed], index, *kept[summed:])
-            if not any(index in walk(k) for k in kept) and interpreter.at(total.source, read) == element:
-                return axis
-    return None
+def _reads(graph: Graph, product: Contract, scores: set[str]) -> bool:
+    """Whether an operand of a product is made of scores."""
+    return any(found.output in scores for name in product.inputs for found in _contractions_behind(graph, name))
 
 
-def logarithm(weight: Expr) -> Expr | None:
-    """The logit of an unnormalised weight: of ``exp(x)`` it is ``x``, of a weight that a mask sets to 0 it is
-    −∞.
-    """
-    match weight:
-        case Const(0.0):
-            return Const(-math.inf)
-        case Apply("exp", (exponent,)):
-            return exponent
-        case Apply("exp2", (exponent,)):
-            return apply("mul", math.log(2.0), exponent)
-        case Apply("where", (condition, then, otherwise)):
-            first, second = logarithm(then), logarithm(otherwise)
-            return None if first is None or second is None else where(condition, first, second)
-        case Apply("mul", (one, Apply("where", (condition, Const(1.0), Const(0.0))))) | Apply(
-            "mul", (Apply("where", (condition, Const(1.0), Const(0.0))), one)
-        ):
-            found = logarithm(one)
-            return None if found is None else where(condition, found, -math.inf)
-    return None
-
-
-def without_shift(logits: Expr) -> Expr | None:
-    """Logits less what is subtracted from the whole row, or ``None`` where that is not all the shift does."""
-    if all(node != SHIFT for node in walk(logits)):
-        return logits
-    return _unshifted(logits)
-
-
-def _unshifted(logits: Expr) -> Expr | None:
-    match logits:
-        case Const(value) if value == -math.inf:
-            return logits
-        case Apply("add", terms):
-            subtracted = apply("mul", -1.0, SHIFT)
-            rest = [term for term in terms if simplify(term) != simplify(subtracted)]
-            if len(rest) == len(terms) - 1 and all(node != SHIFT for term in rest for node in walk(term)):
-                return apply("add", *rest) if rest else Const(0.0)
-        case Apply("where", (condition, then, otherwise)):
-            first, second = _unshifted(then), _unshifted(otherwise)
-            if first is not None and second is not None and all(node != SHIFT for node in walk(condition)):
-                return where(condition, first, second)
-    return None
+def corrections(graph: Graph, score: Contract, value: str) -> Iterator[str]:
+    """Products and quotients of the attention's result with something else that is made of its scores."""
+    made, later = graph.descendants(score.output), graph.descendants(value)
+    while True:
+        users = graph.users.get(value, ())
+        if len(users) != 1 or not isinstance(users[0], Move | Cast | Pointwise):
+            return
+        (user,) = users
+        if isinstance(user, Pointwise):
+            others = [operand for operand in user.inputs if operand != value]
+            if user.operator in ("mul", "div") and any(o in made and o not in later for o in others):
+                yield user.output
+            return
+        value = user.output
 
 
 @dataclass(frozen=True)
@@ -302,11 +243,7 @@ def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple
         known: outputs of the scores and of the products of known sites.
     """
     for node in graph.nodes:
-        if (
-            not isinstance(node, Contract)
-            or node.output in known
-            or any(is_learned(graph, n) for n in node.inputs)
-        ):
+        if not isinstance(node, Contract) or node.output in known or any(is_learned(graph, n) for n in node.inputs):
             continue
         pointwise = [user for user in graph.users.get(node.output, ()) if isinstance(user, Pointwise)]
         for user in pointwise:

@@ -6,7 +6,7 @@ import functools
 import math
 
 from attncompile.ir import Expr, simplify
-from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols, walk
 
 HIDDEN = -1e4
 """A logit at or below this hides a position: ``exp`` of the distance to any ordinary logit is 0 in every
@@ -42,6 +42,53 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
         return logits, TRUE, Const(-math.inf)
     mask = simplify(conjunction(parts))
     return score, mask, _fill(logits, mask, parts)
+
+
+@functools.lru_cache(maxsize=256)
+def split_zeros(logits: Expr) -> tuple[Expr, Expr, Expr]:
+    """Write logits that are weights themselves as ``where(mask, score, 0)``, exactly.
+
+    A condition hides a position where its other branch makes the whole expression zero.
+
+    Returns:
+        score, mask and fill; the fill is 0 where anything is masked.
+    """
+    parts: list[Expr] = []
+    score = logits
+    while True:
+        found = _peel_zero(score)
+        if found is None:
+            break
+        mask, score = found
+        parts.append(mask)
+    if not parts:
+        return logits, TRUE, Const(-math.inf)
+    return score, simplify(conjunction(parts)), Const(0.0)
+
+
+def _peel_zero(expr: Expr) -> tuple[Expr, Expr] | None:
+    """One condition that makes logits zero, and the expression where it does not."""
+    for node in walk(expr):
+        match node:
+            case Apply("where", (condition, then, otherwise)) if SCORE not in symbols(condition):
+                for hidden, shown, visible in (
+                    (otherwise, then, condition),
+                    (then, otherwise, simplify(apply("not", condition))),
+                ):
+                    if isinstance(hidden, Const) and _is_zero(substitute(expr, {node: hidden})):
+                        return visible, simplify(substitute(expr, {node: shown}))
+    return None
+
+
+def _is_zero(expr: Expr) -> bool:
+    """Whether an expression is zero for any finite score: a factor is, or it is a constant."""
+    match expr:
+        case Apply("mul", arguments):
+            return any(_is_zero(argument) for argument in arguments)
+        case Apply("where", (_, then, otherwise)):
+            return _is_zero(then) and _is_zero(otherwise)
+    found = simplify(expr)
+    return isinstance(found, Const) and found.value == 0
 
 
 def _peel(expr: Expr) -> tuple[Expr, Expr] | None:

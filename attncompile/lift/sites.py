@@ -16,8 +16,10 @@ from attncompile.frontends.graph import (
 from attncompile.ir import (
     Refusal,
     RefusalError,
+    Spec,
 )
 from attncompile.lift.anchors import (
+    Anchor,
     Product,
     is_learned,
     normalisers,
@@ -26,9 +28,12 @@ from attncompile.lift.anchors import (
     scores_behind,
     unnormalised_products,
 )
-from attncompile.lift.program import Site
+from attncompile.lift.candidates import state_anchor, state_products
+from attncompile.lift.escapes import escaping, with_log_sum
+from attncompile.lift.fused import state_fused
+from attncompile.lift.program import Region, Site
 from attncompile.lift.specify import specify
-from attncompile.lift.statement import NoSite, Statement, refuse, refuse_products, state_anchor, state_fused
+from attncompile.lift.statement import NoSite, Statement, refuse
 
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
@@ -47,23 +52,56 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
             add(node.output, partial(state_fused, graph, node))
         elif isinstance(node, RefusedAttention):
             add(node.output, partial(_refused_call, graph, node))
-    for anchor in normalisers(graph):
-        scores, products = scores_behind(graph, anchor.source), products_after(graph, anchor.output)
+    claimed: set[str] = set()
+    unread: dict[str, RefusalError] = {}
+    anchors = list(normalisers(graph))
+    # the last quotient first: it may divide what an earlier one has divided, or correct it
+    for anchor in reversed([anchor for anchor in anchors if anchor.kind == "quotient"]):
+        found_here = _quotient(graph, anchor, claimed)
+        if isinstance(found_here, Statement):
+            claimed.add(found_here.product)
+            known |= {found_here.score, found_here.product}
+            add(anchor.output, partial(_same, found_here))
+        elif found_here is not None:
+            # the sum may be anything: where no other anchor is found between the products, this is why not
+            unread.update({score.contract.output: found_here for score in scores_behind(graph, anchor.source)})
+    for anchor in anchors:
+        scores = scores_behind(graph, anchor.source)
+        every = products_after(graph, anchor.output)
+        products = [product for product in every if product.output not in claimed]
+        if anchor.kind == "quotient" or (every and not products):
+            continue
+        ends = {score.contract.output for score in scores} | {product.output for product in products}
         # a classifier or a router: what it normalises is a map of the state, and no values follow
         if any(all(n in graph.varying for n in s.contract.inputs) for s in scores) or (scores and products):
             if anchor.axis is None and not (products and any(_of_activations(graph, s) for s in scores)):
                 continue  # a gate, or the hidden state of an expert
-            known |= {score.contract.output for score in scores} | {product.output for product in products}
+            known |= ends
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
-        elif (
-            anchor.kind == "softmax"
-            and products
-            and (obstacle := obstacle_behind(graph, anchor.source)) is not None
-        ):
+        elif anchor.kind == "softmax" and products and (obstacle := obstacle_behind(graph, anchor.source)) is not None:
             add(anchor.output, partial(_refused_obstacle, graph, obstacle))
     for score, product in unnormalised_products(graph, frozenset(known)):
-        add(score.output, partial(refuse_products, graph, score, product))
+        add(score.output, partial(state_products, graph, score, product, unread.get(score.output)))
     return _uniquely_named([site for _, site in sorted(found, key=lambda entry: entry[0])])
+
+
+def _quotient(graph: Graph, anchor: Anchor, claimed: set[str]) -> Statement | RefusalError | None:
+    """The statement of scores that are divided by a sum, or why there is none; ``None`` where it is no attention."""
+    scores = scores_behind(graph, anchor.source)
+    products = [anchor.product] if anchor.product is not None else products_after(graph, anchor.output)
+    products = [product for product in products if product.output not in claimed]
+    if not products or not any(_of_activations(graph, score) for score in scores):
+        return None  # a norm of something, or a classifier
+    try:
+        return state_anchor(graph, anchor, scores, products)
+    except NoSite:
+        return None
+    except RefusalError as error:
+        return error
+
+
+def _same(statement: Statement) -> Statement:
+    return statement
 
 
 def _of_activations(graph: Graph, score: Product) -> bool:
@@ -75,15 +113,28 @@ def _site(graph: Graph, anchor: str, state: Callable[[], Statement]) -> Site | N
     name = native.module or native.name
     try:
         statement = state()
-        spec, region = specify(graph, name, statement)
+        statement, spec, region = _specified(graph, name, statement)
     except RefusalError as error:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
     except NoSite:
         return None
     escape = _escape(graph, statement)
-    return Site(
-        name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name
-    )
+    return Site(name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name)
+
+
+def _specified(graph: Graph, name: str, statement: Statement) -> tuple[Statement, Spec, Region]:
+    """The Spec of a statement, with the log-sum-exp as a second result where that makes it whole."""
+    whole = with_log_sum(graph, statement)
+    if whole.lse:
+        try:
+            spec, region = specify(graph, name, whole)
+        except RefusalError:
+            pass  # the log-sum-exp is in a layout of its own
+        else:
+            after = graph.descendants(whole.lse)
+            if not any(binding.value in after for binding in region.inputs):
+                return whole, spec, region
+    return (statement, *specify(graph, name, statement))
 
 
 def _uniquely_named(sites: list[Site]) -> tuple[Site, ...]:
@@ -113,36 +164,21 @@ def _refused_obstacle(graph: Graph, obstacle: Node) -> Statement:
     raise refuse(
         graph,
         "uninterpreted-node",
-        f"{what} lies between the scores and the normaliser, and is no pointwise "
-        "operation or movement of data",
+        f"{what} lies between the scores and the normaliser, and is no pointwise operation or movement of data",
         obstacle.output,
     )
 
 
-def _is_dead(graph: Graph, node: Node) -> bool:
-    """Whether nothing comes of a node: the positions that ``max`` gives with its values, for instance."""
-    writes = graph.describe(node.output).what.endswith("_")
-    return not graph.users.get(node.output) and node.output not in graph.outputs and not writes
-
-
 def _escape(graph: Graph, statement: Statement) -> Refusal | None:
     """Why a site can only be observed: one of its inner values is read elsewhere."""
-    inside = statement.inner | {statement.output}
-    for value in sorted(statement.inner):
-        readers = [user for user in graph.users.get(value, ()) if user.output not in inside]
-        outside = [user for user in readers if not _is_dead(graph, user)]
-        if value in graph.outputs or outside:
-            reader = (
-                "the model returns it"
-                if value in graph.outputs
-                else f"{graph.describe(outside[0].output).name} reads it"
-            )
-            native = graph.describe(value)
-            return Refusal(
-                "escaping-value",
-                f"the inner value {native.name} ({native.what}) is needed outside: {reader}",
-                native.name,
-                native.source,
-                "ask the model not to return attention weights",
-            )
+    for value, reader in escaping(graph, statement):
+        by = "the model returns it" if reader is None else f"{graph.describe(reader.output).name} reads it"
+        native = graph.describe(value)
+        return Refusal(
+            "escaping-value",
+            f"the inner value {native.name} ({native.what}) is needed outside: {by}",
+            native.name,
+            native.source,
+            "ask the model not to return attention weights",
+        )
     return None

@@ -26,6 +26,7 @@ from attncompile.ir import (
 )
 from attncompile.ir.expr import (
     ONE,
+    TOTAL,
     TRUE,
     WEIGHT,
     ZERO,
@@ -38,8 +39,9 @@ from attncompile.ir.expr import (
     symbols,
     walk,
 )
+from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.ir.simplify import polynomial
-from attncompile.lift.masks import scale_score, split_mask
+from attncompile.lift.masks import scale_score, split_mask, split_zeros
 from attncompile.lift.operands import Operand, layout_of
 from attncompile.lift.program import Binding, Layout, Region
 from attncompile.lift.statement import BATCH, CHANNEL, HEAD, KEY, QUERY, VALUE_CHANNEL, Statement, refuse
@@ -78,9 +80,7 @@ class _Chosen:
     layout: Layout
 
 
-def _choose(
-    candidates: Sequence[Operand], axes: Mapping[str, tuple[Expr, Expr]], graph: Graph
-) -> _Chosen | None:
+def _choose(candidates: Sequence[Operand], axes: Mapping[str, tuple[Expr, Expr]], graph: Graph) -> _Chosen | None:
     """The farthest operand that holds exactly the Spec tensor."""
     for operand in reversed(candidates):
         layout = layout_of(graph, operand.indices, graph.infos[operand.value].shape, axes)
@@ -139,9 +139,7 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     }
     query = _choose(statement.query, axes, graph)
     if query is None:
-        raise refuse(
-            graph, "operand-layout", "no tensor on the way holds exactly the queries", statement.output
-        )
+        raise refuse(graph, "operand-layout", "no tensor on the way holds exactly the queries", statement.output)
     chosen = _choose_kv(graph, statement, extents)
     if chosen is None:
         raise refuse(
@@ -165,16 +163,16 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
             "the output's axes mix batch, heads and queries in a way that is not understood",
             statement.output,
         )
+    outputs = (Binding("out", statement.output, output), *_log_sum(graph, statement, output_axes))
     simplifier = graph.simplifier(extents)
     factor = simplifier(apply("mul", query.operand.factor, key.operand.factor))
     logits = simplifier(scale_score(statement.logits, factor))
     weight = simplifier(apply("mul", value.operand.factor, statement.weight))
-    score, mask, fill = split_mask(logits)
+    linear = statement.normalizer.kind in HIDING_NOTHING
+    score, mask, fill = split_zeros(logits) if linear else split_mask(logits)
     naming = _Naming(graph, extents)
     types = {
-        "q": naming.type(
-            "bhid", (extents["b"], extents["h"], extents["i"], extents["d"]), query.operand.value
-        ),
+        "q": naming.type("bhid", (extents["b"], extents["h"], extents["i"], extents["d"]), query.operand.value),
         "k": naming.type("bgjd", (extents["b"], groups, extents["j"], extents["d"]), key.operand.value),
         "v": naming.type("bgje", (extents["b"], groups, extents["j"], extents["e"]), value.operand.value),
     }
@@ -189,15 +187,22 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
         naming.expr(_real(statement.sink)),
         kv_head,
         statement.normalizer,
+        naming.expr(_real(statement.divisor)),
+        lse="lse" if statement.lse else "",
     )
     captured = naming.captured()
-    spec = Spec(name, (*(Value(n, t) for n, t in types.items()), *(v for v, _ in captured)), (attend,))
+    spec = Spec(
+        name,
+        (*(Value(n, t) for n, t in types.items()), *(v for v, _ in captured)),
+        (attend,),
+        tuple(o.name for o in outputs),
+    )
     try:
         spec.verify()
     except ValueError as error:
         raise refuse(graph, "ill-typed", str(error).splitlines()[0], statement.output) from None
     inner = {graph.owner.get(v, v) for v in statement.inner} | {
-        graph.owner.get(statement.output, statement.output)
+        graph.owner.get(output.value, output.value) for output in outputs
     }
     order = [n for n in graph.natives if n in inner]
     region = Region(
@@ -207,10 +212,26 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
             Binding("v", value.operand.value, value.layout),
             *(Binding(v.name, n, None) for v, n in captured),
         ),
-        (Binding("out", statement.output, output),),
+        outputs,
         tuple(order),
     )
     return spec, region
+
+
+def _log_sum(graph: Graph, statement: Statement, axes: Mapping[str, tuple[Expr, Expr]]) -> tuple[Binding, ...]:
+    """The second result, where there is one."""
+    if not statement.lse:
+        return ()
+    rows = {name: axis for name, axis in axes.items() if name != "e"}
+    layout = layout_of(graph, statement.lse_indices, graph.infos[statement.lse].shape, rows)
+    if layout is None:
+        raise refuse(
+            graph,
+            "output-layout",
+            "the log-sum-exp mixes batch, heads and queries in a way that is not understood",
+            statement.lse,
+        )
+    return (Binding("lse", statement.lse, layout),)
 
 
 def _real(expr: Expr) -> Expr:
@@ -257,7 +278,7 @@ class _Naming:
                 return Load(self.tensors[node.tensor], node.indices, node.element)
             return self.sizes.get(node)
 
-        return simplify(rewrite(expr, renamed)) if expr not in (TRUE, WEIGHT) else expr
+        return simplify(rewrite(expr, renamed)) if expr not in (TRUE, WEIGHT, TOTAL) else expr
 
     def _name(self, native: str) -> str:
         given = self.graph.inputs.get(native)
@@ -270,6 +291,7 @@ class _Naming:
             "out",
             "s",
             "w",
+            "t",
             "true",
             "false",
             "inf",

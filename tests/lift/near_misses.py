@@ -210,39 +210,123 @@ def values_made_of_weights(q, k, v):
 
 
 @row(kind="unknown-normaliser")
-def normalised_with_epsilon(q, k, v):
-    weights = torch.exp(scores(q, k))
+def small_number_added_below_the_maximum(q, k, v):
+    logits = scores(q, k)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
     return merged(weights / (weights.sum(-1, keepdim=True) + 1e-6) @ heads(v))
 
 
 @row(kind="unknown-normaliser")
-def normalised_after_the_values(q, k, v):
+def another_maximum_in_the_sink(q, k, v):
+    logits = scores(q, k)
+    largest = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - largest)
+    return merged(weights / (weights.sum(-1, keepdim=True) + torch.exp(-2 * largest)) @ heads(v))
+
+
+@row(kind="wrong-axis")
+def divided_by_the_sum_over_queries(q, k, v):
     weights = torch.exp(scores(q, k))
-    return merged(weights @ heads(v) / weights.sum(-1, keepdim=True))
+    return merged(weights / weights.sum(-2, keepdim=True) @ heads(v))
 
 
 @row(kind="unknown-normaliser")
-def normalised_by_another_sum(q, k, v):
+def divided_by_the_sum_of_some_keys(q, k, v):
+    weights = torch.exp(scores(q, k))
+    return merged(weights / weights[..., 1:].sum(-1, keepdim=True) @ heads(v))
+
+
+@row(kind="unknown-normaliser")
+def divided_by_the_sum_of_other_weights(q, k, v):
+    logits = scores(q, k)
+    return merged(torch.exp(logits) / torch.exp(2 * logits).sum(-1, keepdim=True) @ heads(v))
+
+
+@row(score="exp(0.5·s)", norm="sum (float32)", divisor="sqrt(t)")
+def divided_by_the_root_of_the_sum(q, k, v):
+    weights = torch.exp(scores(q, k))
+    return merged(weights / weights.sum(-1, keepdim=True).sqrt() @ heads(v))
+
+
+@row(kind="unknown-normaliser")
+def divided_by_the_norm_of_the_row(q, k, v):
+    weights = scores(q, k)
+    return merged(weights / (weights * weights).sum(-1, keepdim=True).sqrt() @ heads(v))
+
+
+@row(score="exp(0.5·s) / sum_1[b, h, i, 0]", norm="none (float32)")
+def divided_by_the_sum_over_other_scores(q, k, v):
     weights = torch.exp(scores(q, k))
     return merged(weights / torch.exp(scores(k, q)).sum(-1, keepdim=True) @ heads(v))
 
 
+@row(score="exp(0.5·s)", norm="none (float32)")
+def exponentials_never_divided(q, k, v):
+    return merged(torch.exp(scores(q, k)) @ heads(v))
+
+
+@row(score="0.5·s", status="observed", kind="escaping-value")
+def corrected_by_the_log_sum_of_other_scores(q, k, v):
+    logits = scores(q, k)
+    out = torch.softmax(logits, -1) @ heads(v)
+    return merged(out * torch.sigmoid(torch.logsumexp(2 * logits, -1, keepdim=True)))
+
+
+@row(score="0.5·s", mask="j ≤ i", status="observed", kind="escaping-value")
+def log_sum_of_all_keys_beside_a_mask(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = scores(q, k)
+    masked = logits.masked_fill(n[None] > n[:, None], -torch.inf)
+    return attend(masked, heads(v)), torch.logsumexp(logits, -1)
+
+
+@row(score="0.5·s", status="observed", kind="escaping-value")
+def largest_weight_returned(q, k, v):
+    weights = weights_of(q, k)
+    return merged(weights @ heads(v)), weights.amax(-1)
+
+
+@row(kind="rounded")
+def scores_in_steps(q, k, v):
+    return attend((torch.exp(scores(q, k)) * 8).long() / 8.0, heads(v))
+
+
 @row(kind="unknown-normaliser")
-def sum_of_squares_as_normaliser(q, k, v):
-    weights = scores(q, k) ** 2
-    return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
+def products_alone(q, k, v):
+    return merged(scores(q, k) @ heads(v))
+
+
+@row(kind="unknown-normaliser")
+def products_times_a_number_per_query(q, k, v, keep):
+    return merged((scores(q, k) * keep[:, None, :, None]) @ heads(v))
+
+
+@row({"packed": torch.nn.Linear(WIDTH, WIDTH)}, sites=0)
+def linear_attention_in_the_other_order(q, k, v, packed):
+    query, key = torch.relu(heads(q)), torch.relu(heads(k))
+    return packed(merged(query @ (key.transpose(-1, -2) @ heads(v))))
+
+
+@row(score="0.5·s", weight="2.0·w", status="observed", kind="escaping-value")
+def weights_changed_after_reading(q, k, v):
+    weights = weights_of(q, k)
+    early = weights.sum(-2)
+    weights.mul_(2.0)
+    return merged(weights @ heads(v)), early
+
+
+@row(kind="several-elements")
+def weights_changed_by_the_first_of_them(q, k, v):
+    weights = weights_of(q, k)
+    early = weights[..., :1] * 1.0
+    weights.mul_(early)
+    return merged(weights @ heads(v))
 
 
 @row(kind="unknown-normaliser")
 def maximum_of_a_column_subtracted(q, k, v):
     logits = scores(q, k)
     return attend(logits - logits.amax(-2, keepdim=True), heads(v))
-
-
-@row(kind="unknown-normaliser")
-def linear_attention_without_softmax(q, k, v):
-    n = torch.arange(q.shape[1])
-    return merged((scores(q, k) * (n[None] <= n[:, None])) @ heads(v))
 
 
 @row(kind="uninterpreted-node")

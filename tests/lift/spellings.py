@@ -729,6 +729,165 @@ def relu_attention(q, k, v):
     return merged(torch.relu(dot(heads(q), heads(k)) * 0.5) @ heads(v))
 
 
+@row(score="0.5·s", norm="softmax (float32)")
+def divided_after_the_values(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return merged((weights @ heads(v)) / weights.sum(-1, keepdim=True))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def divided_after_the_values_in_another_layout(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = torch.einsum("bqhd,bkhd->bhqk", split_heads(q), split_heads(k)) * 0.5
+    logits = logits.masked_fill(n[None] > n[:, None], -torch.inf)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, split_heads(v))
+    return (out * (1.0 / weights.sum(-1)).transpose(1, 2)[..., None]).flatten(2)
+
+
+@row(score="0.5·s", sink="−13.815510557964274")
+def small_number_added_to_the_sum(q, k, v):
+    weights = torch.exp(dot(heads(q), heads(k)) * 0.5)
+    return merged(weights / (weights.sum(-1, keepdim=True) + 1e-6) @ heads(v))
+
+
+@row(score="0.5·s", sink="0.0")
+def softmax_plus_one(q, k, v):
+    weights = torch.exp(dot(heads(q), heads(k)) * 0.5)
+    return merged(weights / (1 + weights.sum(-1, keepdim=True)) @ heads(v))
+
+
+@row(score="0.5·s", sink="0.0")
+def softmax_plus_one_less_the_maximum(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    largest = logits.max(dim=-1, keepdim=True).values
+    weights = torch.exp(logits - largest)
+    return merged(weights / (torch.exp(-largest) + weights.sum(-1, keepdim=True)) @ heads(v))
+
+
+@row(score="0.5·s", sink="0.0", mask="j ≤ i")
+def softmax_plus_one_less_a_maximum_of_at_least_zero(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf)
+    largest = logits.amax(-1, keepdim=True).clamp(min=0)
+    weights = torch.exp(logits - largest)
+    return merged(weights / (weights.sum(-1, keepdim=True) + torch.exp(-largest)) @ heads(v))
+
+
+@row(score="0.5·s")
+def exponential_less_the_log_of_the_sum(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    return merged(torch.exp(logits - torch.logsumexp(logits, -1, keepdim=True)) @ heads(v))
+
+
+@row(score="0.5·s")
+def exponential_less_the_log_of_the_sum_by_hand(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    largest = logits.amax(-1, keepdim=True)
+    total = largest + torch.log(torch.exp(logits - largest).sum(-1, keepdim=True))
+    return merged(torch.exp(logits - total) @ heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i")
+def softmax_in_base_two(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = (dot(heads(q), heads(k)) * (0.5 / math.log(2))).masked_fill(n[None] > n[:, None], -torch.inf)
+    weights = torch.exp2(logits - logits.amax(-1, keepdim=True))
+    return merged((weights / weights.sum(-1, keepdim=True)) @ heads(v))
+
+
+@row(score="0.5·s")
+def softmax_of_a_transposed_map(q, k, v):
+    logits = (dot(heads(q), heads(k)) * 0.5).transpose(-1, -2)
+    return merged(torch.softmax(logits, -2).transpose(-1, -2) @ heads(v))
+
+
+# --- other normalisers --------------------------------------------------------------------------------------
+
+
+@row(score="max(0.0, 0.5·s)", norm="sum (float32)")
+def relu_divided_by_its_sum(q, k, v):
+    weights = torch.relu(dot(heads(q), heads(k)) * 0.5)
+    return merged(weights / weights.sum(-1, keepdim=True) @ heads(v))
+
+
+@row(score="max(0.0, 0.5·s)", mask="j ≤ i", fill="0.0", norm="sum (float32)", divisor="max(1e-06, t)")
+def relu_divided_by_its_sum_but_never_by_zero(q, k, v):
+    n = torch.arange(q.shape[1])
+    weights = torch.relu((dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf))
+    return merged(weights / weights.sum(-1, keepdim=True).clamp(min=1e-6) @ heads(v))
+
+
+@row(score="0.25·s·s", norm="sum (float32)", divisor="t + 1e-06")
+def squares_divided_by_their_sum(q, k, v):
+    weights = (dot(heads(q), heads(k)) * 0.5) ** 2
+    return merged(weights / (weights.sum(-1, keepdim=True) + 1e-6) @ heads(v))
+
+
+@row(score="exp(0.5·s)", norm="sum (float32)", divisor="max(1e-06, t)")
+def exponentials_divided_by_at_least_something(q, k, v):
+    weights = torch.exp(dot(heads(q), heads(k)) * 0.5)
+    return merged(weights / weights.sum(-1, keepdim=True).clamp_min(1e-6) @ heads(v))
+
+
+@row(score="0.5·s", norm="l1 (float32)", divisor="max(1.0, t)")
+def signed_weights_divided_by_their_absolute_sum(q, k, v):
+    weights = dot(heads(q), heads(k)) * 0.5
+    return merged(weights / weights.abs().sum(-1, keepdim=True).clamp(min=1.0) @ heads(v))
+
+
+@row(score="max(0.0, 0.5·s)", norm="sum (float32)", divisor="t + 0.001")
+def relu_divided_after_the_values(q, k, v):
+    weights = torch.relu(dot(heads(q), heads(k)) * 0.5)
+    return merged((weights @ heads(v)) / (weights.sum(-1, keepdim=True) + 1e-3))
+
+
+@row(score="s", weight="0.25·w·w", norm="relu (float32)")
+def squared_relu(q, k, v):
+    return merged((torch.clamp(dot(heads(q), heads(k)), min=0) * 0.5).square() @ heads(v))
+
+
+# --- linear attention in parallel form ----------------------------------------------------------------------
+
+
+@row(score="s", mask="j ≤ i", fill="0.0", norm="none (float32)")
+def linear_attention_in_parallel_form(q, k, v):
+    query, key = (F.elu(heads(x)) + 1 for x in (q, k))
+    return merged(dot(query, key).tril() @ heads(v))
+
+
+@row(score="s", mask="j ≤ i", fill="0.0", norm="sum (float32)", divisor="t + 1e-06")
+def linear_attention_in_parallel_form_normalised(q, k, v):
+    query, key = (F.elu(heads(x)) + 1 for x in (q, k))
+    n = torch.arange(q.shape[1])
+    weights = dot(query, key) * (n[None] <= n[:, None])
+    return merged((weights @ heads(v)) / (weights.sum(-1, keepdim=True) + 1e-6))
+
+
+@row(score="s", norm="sum (float32)")
+def linear_attention_over_all_keys_normalised(q, k, v):
+    query, key = (torch.relu(heads(x)) + 0.1 for x in (q, k))
+    weights = torch.einsum("bhid,bhjd->bhij", query, key)
+    return merged(torch.einsum("bhij,bhjd->bhid", weights / weights.sum(-1, keepdim=True), heads(v)))
+
+
+@row(
+    {"decay": torch.rand(HEADS)},
+    score="0.5·s·decay[h]^(i − j)",
+    mask="j ≤ i",
+    fill="0.0",
+    norm="l1 (float32)",
+    divisor="max(1.0, t)",
+)
+def retention_in_parallel_form(q, k, v, decay):
+    n = torch.arange(q.shape[1])
+    distance = n[:, None] - n[None]
+    powers = torch.where(distance >= 0, decay[:, None, None] ** distance, 0.0)
+    weights = dot(heads(q), heads(k)) * 0.5 * powers
+    return merged(weights / weights.detach().abs().sum(-1, keepdim=True).clamp(min=1.0) @ heads(v))
+
+
 @row(score="0.5·s")
 def exponential_of_log_softmax(q, k, v):
     return merged(F.log_softmax(dot(heads(q), heads(k)) * 0.5, -1).exp() @ heads(v))
@@ -768,6 +927,73 @@ def sink_column_in_front(q, k, v, sinks):
 def softmax_with_a_padded_zero(q, k, v):
     logits = F.pad(dot(heads(q), heads(k)) * 0.5, (1, 0))
     return merged(torch.softmax(logits, -1)[..., 1:] @ heads(v))
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]")
+def sink_as_a_sigmoid_of_the_log_sum(q, k, v, sinks):
+    logits = dot(heads(q), heads(k)) * 0.5
+    out = torch.softmax(logits, -1) @ heads(v)
+    share = torch.sigmoid(torch.logsumexp(logits, -1) - sinks[:, None])
+    return merged(out * share[..., None])
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]", mask="j ≤ i")
+def sink_as_a_change_of_the_log_sum(q, k, v, sinks):
+    n = torch.arange(q.shape[1])
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf)
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = torch.exp(logits - largest)
+    total = exponentials.sum(-1, keepdim=True)
+    lse = torch.log(total) + largest
+    combined = torch.log(torch.exp(lse) + torch.exp(sinks[:, None, None]))
+    out = (exponentials / total) @ heads(v)
+    return (out.transpose(1, 2) * torch.exp(lse - combined).transpose(1, 2)).flatten(2)
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]")
+def sink_added_to_the_sum(q, k, v, sinks):
+    logits = dot(heads(q), heads(k)) * 0.5
+    sink = sinks[:, None, None]
+    largest = torch.maximum(logits.amax(-1, keepdim=True), sink)
+    weights = torch.exp(logits - largest)
+    return merged(weights / (weights.sum(-1, keepdim=True) + torch.exp(sink - largest)) @ heads(v))
+
+
+# --- the log-sum-exp as a second result -----------------------------------------------------------------------
+
+
+@row(score="0.5·s", lse="lse")
+def log_sum_exp_returned(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    return merged(torch.softmax(logits, -1) @ heads(v)), torch.logsumexp(logits, -1)
+
+
+@row(score="0.5·s", mask="j ≤ i", lse="lse")
+def log_sum_exp_by_hand_returned(q, k, v):
+    n = torch.arange(q.shape[1])
+    logits = (dot(heads(q), heads(k)) * 0.5).masked_fill(n[None] > n[:, None], -torch.inf)
+    largest = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - largest)
+    total = weights.sum(-1, keepdim=True)
+    return merged((weights @ heads(v)) / total), (largest + total.log()).squeeze(-1)
+
+
+@row(SINKS, score="0.5·s", sink="sinks[h]", lse="lse")
+def log_sum_exp_with_a_sink_returned(q, k, v, sinks):
+    column = sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[1], 1)
+    logits = torch.cat([dot(heads(q), heads(k)) * 0.5, column], -1)
+    return merged(torch.softmax(logits, -1)[..., :-1] @ heads(v)), logits.logsumexp(-1)
+
+
+@row(score="0.5·s", lse="lse", sites=2)
+def parts_merged_by_their_log_sums(q, k, v, k_past, v_past):
+    parts = []
+    for key, value in ((k, v), (k_past, v_past)):
+        logits = dot(heads(q), heads(key)) * 0.5
+        parts.append((torch.softmax(logits, -1) @ heads(value), torch.logsumexp(logits, -1, keepdim=True)))
+    (first, first_sum), (second, second_sum) = parts
+    share = torch.sigmoid(first_sum - second_sum)
+    return merged(first * share + second * (1 - share))
 
 
 # --- fused calls --------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.aten_builder import Row
 from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.graph import Graph
-from attncompile.ir import Attend, Spec, parse_expr, print_expr, simplify
+from attncompile.ir import NO_SINK, Attend, Spec, parse_expr, print_expr, simplify
+from attncompile.ir.expr import TOTAL
 from attncompile.lift import Site, lift_graph
 from attncompile.lift.prove import Prover
 from attncompile.lift.sites import find_sites
@@ -40,7 +41,8 @@ def test_near_miss(form: Form) -> None:
         if site.spec is not None:
             attend = site.spec.attend()
             assert attend is not None and site.proof is not None
-            for name in ("score", "mask", "weight"):
+            assert str(attend.norm) == expected.get("norm", str(attend.norm))
+            for name in ("score", "mask", "weight", "sink", "divisor"):
                 if name in expected:
                     assert print_expr(getattr(attend, name)) == expected[name]
             if "key" in expected and site.region is not None:
@@ -90,6 +92,19 @@ TAMPERINGS: dict[str, tuple[str, Callable[[Attend], Attend]]] = {
         "sigmoid_attention",
         lambda a: dataclasses.replace(a, norm=dataclasses.replace(a.norm, kind="relu")),
     ),
+    "sink forgotten": ("sink_as_a_sigmoid_of_the_log_sum", lambda a: dataclasses.replace(a, sink=NO_SINK)),
+    "divisor forgotten": (
+        "signed_weights_divided_by_their_absolute_sum",
+        lambda a: dataclasses.replace(a, divisor=TOTAL),
+    ),
+    "sum of signed weights": (
+        "retention_in_parallel_form",
+        lambda a: dataclasses.replace(a, norm=dataclasses.replace(a.norm, kind="sum")),
+    ),
+    "log-sum-exp of another score": (
+        "log_sum_exp_returned",
+        lambda a: dataclasses.replace(a, score=simplify(parse_expr("0.5 · s + 0.1"))),
+    ),
 }
 
 
@@ -107,7 +122,7 @@ def test_a_wrong_spec_is_disproved(name: str) -> None:
     assert Prover(graph, {}).prove(site).status == "lifted"
     assert site.spec is not None
     wrong = tamper(site.spec.attend() or Attend("q", "k", "v"))
-    spec = Spec(site.spec.name, site.spec.inputs, (wrong,), site.spec.outputs)
+    spec = dataclasses.replace(site.spec, operations=(wrong,))
     refused = Prover(graph, {}).prove(dataclasses.replace(site, spec=spec))
     assert refused.status == "refused" and refused.spec is None and refused.region is None
     assert refused.refusal is not None and refused.refusal.kind == "disproved"

@@ -13,7 +13,7 @@ from attncompile.lift.prove import AGREEMENT, canonical, difference
 from tests.lift.forms import Form
 from tests.lift.spellings import SPELLINGS
 
-DEFAULTS = {"mask": "true", "kv_head": "h", "weight": "w", "sink": "−inf"}
+DEFAULTS = {"mask": "true", "kv_head": "h", "weight": "w", "sink": "−inf", "divisor": "t"}
 
 
 def stated(site: Site) -> dict[str, str]:
@@ -21,12 +21,11 @@ def stated(site: Site) -> dict[str, str]:
     assert site.spec is not None, site.refusal
     attend = site.spec.attend()
     assert attend is not None
-    expressions = {
-        name: print_expr(getattr(attend, name)) for name in ("score", "mask", "fill", "weight", "sink", "kv_head")
-    }
+    fields = ("score", "mask", "fill", "weight", "sink", "divisor", "kv_head")
+    expressions = {name: print_expr(getattr(attend, name)) for name in fields}
     types = site.spec.types()
     sizes = {name: f"[{','.join(str(size) for size in types[name].sizes)}]" for name in ("q", "k", "v")}
-    return {**expressions, **sizes, "norm": str(attend.norm)}
+    return {**expressions, **sizes, "norm": str(attend.norm), "lse": attend.lse}
 
 
 def block(operations: tuple[Operation, ...]) -> tuple[str, ...]:
