@@ -26,10 +26,13 @@ LARGEST_FILE = 1_900_000_000
 
 
 def save(model: onnx_ir.Model, path: Path) -> None:
-    """Write a model, large weights beside it."""
+    """Write a model, large weights beside it, small ones in it, wherever they were before."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > LARGEST_FILE else {}
+    if not beside:
+        # a model that was read from a file with weights beside it would go on naming that other file
+        onnx_ir.external_data.load_to_model(model)
     onnx_ir.save(model, path, **beside)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import safetensors.torch
@@ -141,6 +142,17 @@ def test_onnx_goes_in_and_out(bert_folder: Path, tmp_path: Path) -> None:
     once_more = attncompile.convert(tmp_path / "again" / "model.onnx", tmp_path / "third", prefer="fused").report
     assert any(note.startswith("nothing was rewritten") for note in once_more.notes)
     assert [row for row in once_more.measurements if row.unit == "ms"] == []
+
+
+def test_a_small_model_may_have_its_weights_in_a_file_beside_it(tmp_path: Path) -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[B,S,8] x) => (float[B,S,8] y) <float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}> {
+            z = Mul(x, w)  y = Attention<q_num_heads = 2, kv_num_heads = 2>(z, x, x) }"""
+    )
+    ir.save(model, tmp_path / "own.onnx", external_data="own.data", size_threshold_bytes=0)
+    assert (tmp_path / "own.data").exists()
+    assert attncompile.convert(tmp_path / "own.onnx", tmp_path / "out", to="onnx").certificate.passed
 
 
 def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:
