@@ -17,9 +17,10 @@ from attncompile.convert.artifact import Conversion, Progress, silent
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_export
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.graph_breaks import capture_with_breaks
 from attncompile.frontends.onnx import onnx_graph
-from attncompile.lift import Program, lift_graph
+from attncompile.lift import Program, join_programs, lift_graph
 from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
 
@@ -61,7 +62,7 @@ def lift(
 
     Raises:
         InputError: when the target cannot be opened.
-        CaptureError: when torch.export can take no graph of it.
+        CaptureError: when neither torch.export nor Dynamo can take a graph of it.
     """
     _check_choice("attn_implementation", attn_implementation)
     if isinstance(model, torch.nn.Module):
@@ -93,9 +94,37 @@ def _lift_module(
     progress: Progress,
 ) -> Program:
     progress("capturing the graph")
-    captured = capture_export(model, args, kwargs)
+    try:
+        captured = capture_export(model, args, kwargs)
+    except CaptureError as error:
+        progress("capturing it piece by piece")
+        return _lift_pieces(model, name, args, kwargs, notes, error)
     progress("finding attention")
     return lift_graph(aten_graph(captured), name, (*notes, *captured.notes))
+
+
+def _lift_pieces(
+    model: torch.nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    notes: tuple[str, ...],
+    refused: CaptureError,
+) -> Program:
+    """The sites of the graphs between Dynamo's breaks, of a model that torch.export does not take as a whole.
+
+    Raises:
+        CaptureError: that of torch.export, when Dynamo gets no graph either.
+    """
+    try:
+        pieces, told = capture_with_breaks(model, args, kwargs)
+    except CaptureError as error:
+        raise refused from error
+    if not pieces:
+        raise refused
+    programs = [lift_graph(aten_graph(piece), name, piece.notes) for piece in pieces]
+    what = f"torch.export takes no graph of the whole ({refused.reason}): these are the {len(pieces)} pieces that run"
+    return join_programs(name, programs, (*notes, what, *told))
 
 
 def compile(

@@ -272,10 +272,10 @@ def _site_data(site: Site, seq: int, values: Tensors | None) -> dict[str, Any]:
 
 def nothing_found(program: Program) -> str:
     """The loud message for a model without a site."""
+    steps = "steps" if program.graph is None else f"{len(program.graph.nodes)} steps"
     return (
-        f"NO ATTENTION SITE FOUND in {program.model}: among its {len(program.graph.nodes)} steps there is no "
-        "attention call, and no normaliser between two products of activations; if the model has attention, "
-        "please report it"
+        f"NO ATTENTION SITE FOUND in {program.model}: among its {steps} there is no attention call, and "
+        "no normaliser between two products of activations; if the model has attention, please report it"
     )
 
 

@@ -138,7 +138,7 @@ def capture_export(
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
     wanted = dynamic_axes_of(args, kwargs) if dynamic else ()
-    with _evaluating(model):
+    with evaluating(model):
         program = _export(model, args, kwargs, wanted, notes)
     graph_module = program.graph_module
     inputs = tuple(_exported_inputs(program))
@@ -176,7 +176,7 @@ def exported_program(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
-    with _evaluating(model):
+    with evaluating(model):
         program = _export(model, args, kwargs, dynamic_axes_of(args, kwargs), notes)
     return program, tuple(dict.fromkeys(notes))
 
@@ -340,7 +340,7 @@ def _mutation_notes(program: torch.export.ExportedProgram) -> Iterator[str]:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

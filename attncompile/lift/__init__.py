@@ -1,6 +1,6 @@
 """Lifting: from a native graph to a program of Specs."""
 
 from attncompile.lift.lift import lift_graph
-from attncompile.lift.program import Binding, Layout, Program, Proof, Region, Site
+from attncompile.lift.program import Binding, Layout, Program, Proof, Region, Site, join_programs
 
-__all__ = ["Binding", "Layout", "Program", "Proof", "Region", "Site", "lift_graph"]
+__all__ = ["Binding", "Layout", "Program", "Proof", "Region", "Site", "join_programs", "lift_graph"]

@@ -4,7 +4,8 @@ refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from attncompile.ir import Operation, Refusal, Spec
@@ -118,7 +119,8 @@ class Program:
 
     Attributes:
         model: name of the model or path it came from.
-        graph: the native graph view (:class:`attncompile.frontends.graph.Graph`).
+        graph: the native graph view (:class:`attncompile.frontends.graph.Graph`); ``None`` where the model was captured
+            in pieces, each of which had its own.
         sites: every attention site found, in graph order.
         notes: what the reader should know about the capture.
     """
@@ -136,3 +138,15 @@ class Program:
         from attncompile.lift.render import render_program  # rendering reads programs, so it is imported late
 
         return render_program(self)
+
+
+def join_programs(model: str, programs: Sequence[Program], notes: tuple[str, ...]) -> Program:
+    """One program with the sites of several graphs, in order; a name that comes again gets a number."""
+    seen: dict[str, int] = {}
+    sites = []
+    for site in (site for program in programs for site in program.sites):
+        seen[site.name] = seen.get(site.name, 0) + 1
+        name = site.name if seen[site.name] == 1 else f"{site.name}.{seen[site.name]}"
+        sites.append(replace(site, name=name, spec=replace(site.spec, name=name) if site.spec else None))
+    told = dict.fromkeys((*notes, *(note for program in programs for note in program.notes)))
+    return Program(model, programs[0].graph if len(programs) == 1 else None, tuple(sites), tuple(told))
