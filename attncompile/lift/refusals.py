@@ -43,7 +43,7 @@ CHECKS: dict[str, Check] = {
     ),
     "unknown-normaliser": Check(
         "the scores are normalised over the keys in a known way",
-        "normalise with softmax (written in any way), sigmoid or relu",
+        "normalise with softmax (written in any way), sigmoid or relu, or divide by the sum of the row",
     ),
     "no-value-product": Check(
         "the weights are multiplied with values and summed over the keys",

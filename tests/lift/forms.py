@@ -44,6 +44,8 @@ INPUTS: Mapping[str, Callable[[], torch.Tensor]] = {
     "one": _normal(BATCH, 1, WIDTH),
     "k_past": _normal(BATCH, PAST, WIDTH),
     "v_past": _normal(BATCH, PAST, WIDTH),
+    "k_static": _normal(BATCH, KEYS, WIDTH),
+    "v_static": _normal(BATCH, KEYS, WIDTH),
     "keep": _truth(BATCH, QUERIES),
     "padding": _numbers(2, BATCH, QUERIES),
     "keep_memory": _truth(BATCH, KEYS),

@@ -393,6 +393,30 @@ def rotary_of_some_channels(q, k, v, frequency):
     return attend(dot(rotate(heads(q, 3)), rotate(heads(k, 3))) * 0.5, heads(v, 3))
 
 
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s", block=("position half", "position half"))
+def rotary_halves_written_apart(q, k, v, frequency):
+    angle = torch.arange(q.shape[1])[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+
+    def rotate(x):
+        first, second = x[..., :2], x[..., 2:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
+
+
+@row({"frequency": 0.1 ** torch.arange(2)}, score="0.5·s")
+def rotary_as_complex_numbers(q, k, v, frequency):
+    angle = torch.arange(q.shape[1])[:, None] * frequency
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotate(x):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], 2, 2).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    return attend(dot(rotate(heads(q)), rotate(heads(k))) * 0.5, heads(v))
+
+
 @row(score="0.5·s", q="[B,6,I,4]", k="[B,6,J,4]")
 def cross_attention(q, memory):
     return attend(dot(heads(q), heads(memory)) * 0.5, heads(memory))
@@ -422,6 +446,15 @@ def one_token_decode_of_static_cache(one, k_past, v_past, length):
     visible = torch.arange(k_past.shape[1])[None] < length[:, None]
     logits = (dot(heads(one), heads(k_past)) * 0.5).masked_fill(~visible[:, None, None], LOWEST)
     return attend(logits, heads(v_past))
+
+
+@row(score="0.5·s", mask="j ≤ positions[b, i]")
+def static_cache_scattered(q, k, v, k_static, v_static, positions):
+    key, value = heads(k_static).clone(), heads(v_static).clone()
+    place = positions[0]
+    key, value = key.index_copy(2, place, heads(k)), value.index_copy(2, place, heads(v))
+    hidden = torch.arange(key.shape[2])[None, None] > positions[:, :, None]
+    return attend((dot(heads(q), key) * 0.5).masked_fill(hidden[:, None], LOWEST), value)
 
 
 @row(score="0.5·s", q="[B,6,1,4]", k="[B,6,J,4]")
@@ -468,6 +501,28 @@ def distance_buckets_through_embedding(q, k, v, table):
     n = torch.arange(q.shape[1])
     buckets = (n[None] - n[:, None]).abs().clamp(max=31)
     return attend(dot(heads(q), heads(k)) + table(buckets).permute(2, 0, 1)[None], heads(v))
+
+
+@row(
+    {"table": torch.nn.Embedding(32, HEADS)},
+    score="s + table.weight[where(abs(j − i) ≥ 8, min(15, to_2[i, j] + 8), abs(j − i)) + where(j > i, 16, 0), h]",
+)
+def buckets_as_t5_makes_them(q, k, v, table):
+    n = torch.arange(q.shape[1])
+    distance = n[None] - n[:, None]
+    side, distance = (distance > 0).long() * 16, distance.abs()
+    far = 8 + (torch.log(distance.float() / 8) / math.log(128 / 8) * 8).long()
+    far = torch.min(far, torch.full_like(far, 15))
+    buckets = side + torch.where(distance < 8, distance, far)
+    return attend(dot(heads(q), heads(k)) + table(buckets).permute(2, 0, 1)[None], heads(v))
+
+
+@row({"relative": torch.randn(32, CHANNELS)}, score="0.5·s + 0.5·einsum[b, h, i, i − j + 15]")
+def second_product_with_relative_positions(q, k, v, relative):
+    n = torch.arange(q.shape[1])
+    places = (n[:, None] - n[None] + 15).expand(q.shape[0], HEADS, -1, -1)
+    further = torch.einsum("bhid,rd->bhir", heads(q), relative).gather(-1, places)
+    return attend((dot(heads(q), heads(k)) + further) * 0.5, heads(v))
 
 
 @row(
@@ -588,6 +643,38 @@ def chunked(q, k, v):
     n = torch.arange(q.shape[1])
     visible = (n[:, None] // 3 == n[None] // 3) & (n[None] <= n[:, None])
     return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i and (i + j) % 2 = 0")
+def dilated(q, k, v):
+    n = torch.arange(q.shape[1])
+    distance = n[:, None] - n[None]
+    visible = (distance >= 0) & (distance % 2 == 0)
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="abs(i // 3 − j // 3) < 2 and abs(i % 3 − j % 3) < 2")
+def neighbourhood_in_two_dimensions(q, k, v):
+    n = torch.arange(q.shape[1])
+    row, column = n // 3, n % 3
+    near = ((row[:, None] - row[None]).abs() <= 1) & ((column[:, None] - column[None]).abs() <= 1)
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~near, -torch.inf), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i and padding[b, j] ≠ 0")
+def attention_mask_and_causal_as_truth_values(q, k, v, padding):
+    n = torch.arange(q.shape[1])
+    visible = (n[None] <= n[:, None])[None, None] & padding[:, None, None, :].bool()
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(~visible, LOWEST), heads(v))
+
+
+@row(score="0.5·s", mask="j ≤ i and documents[b, j] = documents[b, i]")
+def documents_apart_and_causal(q, k, v, documents):
+    n = torch.arange(q.shape[1])
+    same = (documents[:, :, None] == documents[:, None]) & (n[None] <= n[:, None])
+    return merged(
+        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=same[:, None])
+    )
 
 
 # as above: that the mask is 0 or 1 is known of no integer tensor
