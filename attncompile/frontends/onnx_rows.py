@@ -642,11 +642,27 @@ def _reduce(operator: Literal["sum", "max"]) -> Row:
     return row
 
 
+def _log_sum_exp(b: Builder) -> str:
+    """``max x + log Σ exp(x − max x)`` over one axis."""
+    source, axes = b.tensor(), reduced_axes(b)
+    if len(axes) != 1 or not _is_float(b, source):
+        raise Unstated
+    shape, dtype = b.shape(source), b.dtype(source)
+    row = (*shape[: axes[0]], ONE, *shape[axes[0] + 1 :])
+    largest = b.emit(lambda name: Reduce(name, source, "max", axes, True), row, dtype)
+    parts = b.pointwise("exp", b.pointwise("add", source, b.pointwise("mul", Const(-1.0), largest)))
+    total = b.emit(lambda name: Reduce(name, parts, "sum", axes, True), row, dtype)
+    found = b.pointwise("add", largest, b.pointwise("log", total))
+    return found if b.attribute("keepdims", 1) else b.move(found, movement.squeeze(axes), "squeeze", reduced_shape(b))
+
+
 def _factors(b: Builder, value: str) -> tuple[str, str] | None:
-    """The two tensors whose broadcast product a value is."""
+    """The two tensors whose outer product a value is: each lacks an axis, unlike scores and a mask of one head."""
     match b.producer.get(value):
         case Pointwise(_, "mul", (str(left), str(right))) if left != right:
-            return left, right
+            rank = len(b.shape(value))
+            lacking = [len(b.shape(factor)) < rank or ONE in b.shape(factor) for factor in (left, right)]
+            return (left, right) if all(lacking) else None
     return None
 
 
@@ -673,7 +689,8 @@ ROWS: dict[str, Row] = {
     "GatherElements": _gather_elements, "GatherND": _gather_nd, "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "Trilu": _triangle, "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Softmax": _softmax,
-    "LogSoftmax": _log_softmax, "ReduceSum": _reduce("sum"), "ReduceMax": _reduce("max"), **CALLS,
+    "LogSoftmax": _log_softmax, "ReduceSum": _reduce("sum"), "ReduceMax": _reduce("max"),
+    "ReduceLogSumExp": _log_sum_exp, **CALLS,
 }
 # fmt: on
 """Operators of the standard set."""

@@ -156,6 +156,8 @@ def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contrac
     else:
         weight, at_anchor = _edit(graph, anchor, score, (weight_value, weight_indices), behind, extents)
     element = (weight_value, weight_indices) if anchor.product else (anchor.output, at_anchor)
+    if anchor.kind == "none" and reached.factor is not None:
+        raise refuse(graph, "unknown-normaliser", f"the result is multiplied by {reached.factor}", result)
     if anchor.kind == "none":
         normalised = Normalised("none", lifted.at(weight_value, weight_indices))
     elif anchor.kind == "quotient":
@@ -211,7 +213,7 @@ def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contrac
     unit = [y for y in out_symbols if extents[y.name] == ONE and y not in value_only]
     ordered = query_axis(query_only or unit[-1:], extents, at_anchor)
     batch = [y for y in out_symbols if y not in (ordered, value_only[0])]
-    renaming, new_extents = batch_and_heads(batch, extents, [*query, *key, *value])
+    renaming, new_extents = batch_and_heads(batch, extents, [*query, *key, *value], ordered)
     renaming[value_only[0]] = VALUE_CHANNEL
     new_extents.update({"i": ONE, "e": extents[value_only[0].name], "j": extents["j"], "d": extents["d"]})
     if ordered is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from attncompile.ir import Attend, Expr, Kind, Load, Spec, print_expr, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, loads, substitute, symbols, where
+from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.lift.masks import split_mask
 
 VALUES = (0, 1)
@@ -66,7 +67,7 @@ def find_guard(spec: Spec) -> Guard | None:
     each allowed value. What is left must be a choice between 0 and numbers at or below −10⁴.
     """
     attend = spec.attend()
-    if attend is None:
+    if attend is None or attend.norm.kind in HIDING_NOTHING:
         return None
     facts: dict[Fact, None] = {}
     masks, terms = [], []
