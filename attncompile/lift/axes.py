@@ -31,9 +31,17 @@ def query_axis(candidates: Sequence[Index], extents: Mapping[str, Expr], at_anch
 
 
 def batch_and_heads(
-    batch: Sequence[Index], extents: Mapping[str, Expr], operands: Sequence[Operand]
+    batch: Sequence[Index], extents: Mapping[str, Expr], operands: Sequence[Operand], query: Index | None = None
 ) -> tuple[dict[Expr, Expr], dict[str, Expr]]:
-    """Write the batch-like output axes in terms of ``b`` and ``h``."""
+    """Write the batch-like output axes in terms of ``b`` and ``h``.
+
+    Args:
+        batch: the axes, outermost first.
+        extents: their sizes.
+        operands: what tells how one axis of both is divided.
+        query: the axis of the queries: where it stands between batch-like axes, those before it are the batch (of rows
+            and blocks of a sequence, say), those behind it the heads.
+    """
     if not batch:
         return {}, {"b": ONE, "h": ONE}
     if len(batch) == 1:
@@ -48,13 +56,26 @@ def batch_and_heads(
                             if simplify(count * heads) == simplify(size):
                                 return {only: BATCH * heads + HEAD}, {"b": count, "h": heads}
         return {only: BATCH}, {"b": size, "h": ONE}
+    before = [axis for axis in batch if query is not None and _number(axis) < _number(query)]
     symbolic = [axis for axis in batch if not isinstance(extents[axis.name], Const)]
-    outer = symbolic[0] if len(symbolic) == 1 else batch[0]
-    inner_axes = [axis for axis in batch if axis is not outer]
-    renaming: dict[Expr, Expr] = {outer: BATCH}
-    inner: Expr = ONE
-    for axis in reversed(inner_axes):
+    outer = before if 1 < len(before) < len(batch) else symbolic if len(symbolic) == 1 else list(batch[:1])
+    inner = [axis for axis in batch if axis not in outer]
+    first, rows = _digits(BATCH, outer, extents)
+    second, heads = _digits(HEAD, inner, extents)
+    return {**first, **second}, {"b": rows, "h": heads}
+
+
+def _number(axis: Index) -> int:
+    """The place of an output axis ``y0``, ``y1``, …"""
+    return int(axis.name[1:])
+
+
+def _digits(symbol: Index, axes: Sequence[Index], extents: Mapping[str, Expr]) -> tuple[dict[Expr, Expr], Expr]:
+    """Each of several axes as a digit of one index, outermost first, and the size of that index."""
+    renaming: dict[Expr, Expr] = {}
+    below: Expr = ONE
+    for axis in reversed(axes):
         size = extents[axis.name]
-        renaming[axis] = simplify((HEAD // inner) % size) if axis is not inner_axes[0] else simplify(HEAD // inner)
-        inner = simplify(inner * size)
-    return renaming, {"b": extents[outer.name], "h": inner}
+        renaming[axis] = simplify(symbol // below if axis is axes[0] else (symbol // below) % size)
+        below = simplify(below * size)
+    return renaming, below

@@ -156,11 +156,26 @@ def _shared(left: Monomial, right: Monomial) -> Monomial:
     return tuple(shared)
 
 
+def _exact_quotient(dividend: Polynomial, divisor: Polynomial) -> Polynomial | None:
+    """The quotient by a single term of any sign that divides every term; what divides is not 0."""
+    if len(divisor) != 1:
+        return None
+    ((mono, factor),) = divisor.items()
+    found: Polynomial = {}
+    for term, value in dividend.items():
+        rest = without(term, mono)
+        if rest is None or value % factor:
+            return None
+        found[rest] = value // factor
+    return found if mono else None
+
+
 def _law_floordiv(simplifier: Simplifier, node: Apply) -> Expr:
     dividend, divisor = node.arguments
     by = single(polynomial(divisor))
     if by is None:
-        return node
+        whole = _exact_quotient(polynomial(dividend), polynomial(divisor))
+        return node if whole is None else from_polynomial(whole)
     poly = polynomial(dividend)
     quotient, rest = split(poly, *by)
     if _fits_below(simplifier, rest, by):
