@@ -54,6 +54,29 @@ def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
     return go(expr)
 
 
+def largest_first(terms: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The terms of a sum in the order in which rounding costs least: large constants first.
+
+    ``s + 1e6·m − 1e6`` is ``s`` where ``m`` is 1; from left to right in float32 it would have lost all but a few bits
+    of ``s`` on the way.
+    """
+    return tuple(sorted(terms, key=_magnitude, reverse=True))
+
+
+def _magnitude(term: Expr) -> float:
+    """The largest constant that a term is, or multiplies something with."""
+    match term:
+        case Const(value):
+            return abs(float(value))
+        case Apply("mul" | "add", arguments):
+            return max(_magnitude(argument) for argument in arguments)
+        case Apply("float" | "int", (argument,)):
+            return _magnitude(argument)
+        case Apply("where", (_, then, otherwise)):
+            return max(_magnitude(then), _magnitude(otherwise))
+    return 1.0
+
+
 def _value(node: Expr, environment: Environment, of: Callable[[Expr], torch.Tensor]) -> torch.Tensor:
     match node:
         case Const(value):
@@ -87,6 +110,8 @@ def _value(node: Expr, environment: Environment, of: Callable[[Expr], torch.Tens
             read = tensor[positions] if positions else tensor
             return read.to(_dtype(element, environment))
         case Apply(operator, arguments, result):
+            if operator == "add":
+                arguments = largest_first(arguments)
             values = [of(argument) for argument in arguments]
             if operator in ("float", "int"):
                 return values[0].to(_dtype(result, environment))  # to an integer: toward zero

@@ -22,11 +22,11 @@ from attncompile.frontends.graph import (
     Pointwise,
     Select,
 )
-from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, simplify
+from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, Size, simplify
 from attncompile.ir.expr import Apply, Const, apply, walk, where
 from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
-from attncompile.ir.types import element_kind
+from attncompile.ir.types import concrete, element_kind
 
 EXACT = frozenset(
     "add mul neg sub min max abs floor ceil round where eq ne lt le gt ge and or not float int floordiv mod".split()
@@ -198,14 +198,20 @@ class Interpreter:
                 self.at(
                     operand,
                     tuple(
-                        Const(0)
-                        if size == Const(1) and target[axis + offset] != Const(1)
-                        else indices[axis + offset]
+                        Const(0) if self._repeats(size, target[axis + offset]) else indices[axis + offset]
                         for axis, size in enumerate(shape)
                     ),
                 )
             )
         return _typed(operator, values, element_kind(self.graph.infos[node.output].dtype))
+
+    def _repeats(self, size: Expr, target: Expr) -> bool:
+        """Whether an axis of one size is repeated to another: it is 1, or was in the example (``1 − max(0, 1 − S)``)."""
+        if Const(1) in (size, target) or size == target:
+            return size == Const(1) != target
+        names = {node.name for expr in (size, target) for node in walk(expr) if isinstance(node, Size)}
+        hints = self.graph.size_hints
+        return names <= set(hints) and concrete(size, hints) == 1 != concrete(target, hints)
 
     def _concatenated(self, parts: tuple[str, ...], axis: int, indices: Indices) -> Expr:
         begin: Expr = Const(0)

@@ -252,10 +252,12 @@ class _Naming:
             if isinstance(size, Const) or not free:
                 continue
             poly = polynomial(size)
-            for symbol in free:
-                if poly.get((symbol,)) == 1 and not any(symbol in mono for mono in poly if mono != (symbol,)):
-                    # past and new keys: J is what the tensor shows, the part without a name is what remains
-                    self.sizes[symbol] = simplify(Size(name) - (size - symbol))
+            atoms = [*free, *(mono[0] for mono in poly if len(mono) == 1 and isinstance(mono[0], Apply))]
+            for atom in atoms:
+                if poly.get((atom,)) == 1 and not any(atom in mono for mono in poly if mono != (atom,)):
+                    # past and new keys: J is what the tensor shows, the part without a name is what remains; of
+                    # S // 8 + 1 it is the quotient that has a name
+                    self.sizes[atom] = simplify(Size(name) - (size - atom))
                     break
             else:
                 self.sizes[extents[axis]] = Size(name)

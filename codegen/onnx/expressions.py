@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from attncompile.codegen.onnx.layouts import Operand
 from attncompile.codegen.onnx.values import NUMPY_TYPES, Builder, dimensions
+from attncompile.ir.evaluate import largest_first
 from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Total, Weight, symbols, walk
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.refusal import Refusal, RefusalError
@@ -257,6 +258,7 @@ class Writer:
         return self.build("Cast", value, to=int(NUMPY_TYPES[dtype]))
 
     def _apply(self, operator: str, arguments: tuple[Expr, ...], result: Kind) -> ir.Value:
+        arguments = largest_first(arguments) if operator == "add" else arguments
         values = [self.write(argument) for argument in arguments]
         kinds = [argument.kind for argument in arguments]
         if operator in ("float", "int"):

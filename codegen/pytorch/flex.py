@@ -17,7 +17,7 @@ from attncompile.codegen.pytorch.form import NEGLIGIBLE
 from attncompile.codegen.pytorch.grid import Map
 from attncompile.ir import NO_SINK, Attend, Expr, Kind, Refusal, TensorType, grouped, simplify
 from attncompile.ir.affine import affine
-from attncompile.ir.evaluate import evaluate
+from attncompile.ir.evaluate import evaluate, largest_first
 from attncompile.ir.expr import SCORE, TRUE, WEIGHT, Apply, Const, Index, Load, Score, Size, symbols
 from attncompile.ir.expr import loads as loads_of
 from attncompile.ir.rows import absorbing, extents, never_empty
@@ -73,6 +73,7 @@ def _print(expr: Expr) -> str:
             read = f"{name}[{', '.join(_position(index, name, axis) for axis, index in enumerate(indices))}]"
             return f"({read} != 0)" if element is Kind.BOOL else read
         case Apply(operator, arguments):
+            arguments = largest_first(arguments) if operator == "add" else arguments
             texts = [_as_tensor(a) if operator in _FUNCTIONS else _print(a) for a in arguments]
             form = PYTHON[operator]
             if len(texts) > 2 and operator != "where":

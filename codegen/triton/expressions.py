@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
+from attncompile.ir.evaluate import largest_first
 from attncompile.ir.intervals import bounds
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.simplify import Simplifier
@@ -166,6 +167,7 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
             case Load():
                 return load(node)
             case Apply(operator, arguments, result):
+                arguments = largest_first(arguments) if operator == "add" else arguments
                 real = result is Kind.FLOAT and operator not in ("where", "float")
                 if operator in _COMPARISONS or (operator == "where" and result is Kind.FLOAT):
                     real = any(a.kind is Kind.FLOAT for a in arguments)

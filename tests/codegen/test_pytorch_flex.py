@@ -48,7 +48,7 @@ def test_every_operator_means_the_same(name: str) -> None:
     assert _applied(name)
     for node in _applied(name):
         real = apply("float", node)
-        source = flex_source(FlexForm(real, TRUE, None, "", False))
+        source = flex_source(FlexForm(real, TRUE, None, None, "", False))
         namespace: dict[str, object] = {}
         exec(source, namespace)
         score_mod, _ = namespace["make"](torch, {}, {})  # type: ignore[operator]

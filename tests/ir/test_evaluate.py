@@ -190,3 +190,16 @@ def test_what_is_missing_is_named(text: str, message: str) -> None:
     environment = Environment({"j": torch.arange(2)}, {"J": 2}, {"table": torch.ones(2, 2)})
     with pytest.raises(ValueError, match=re.escape(message)):
         evaluate(read(text), environment)
+
+
+def test_large_constants_of_a_sum_cancel_before_the_score_is_added() -> None:
+    """``s + 1e6·m − 1e6`` in float32 is ``s`` to the last bit where ``m`` is 1, in whatever order it is written."""
+    score = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(64, dtype=torch.int64)
+    for text in ("s + 1000000·m[j] − 1000000.0", "1000000·m[j] + s − 1000000.0"):
+        expr = parse_expr(text, {"m": Kind.INT})
+        found = evaluate(
+            expr,
+            Environment({"j": torch.arange(64)}, {}, {"m": mask}, dtype=torch.float32, score=score),
+        )
+        assert torch.equal(found, score)
