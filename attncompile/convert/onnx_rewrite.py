@@ -91,9 +91,9 @@ def rewrite_onnx(
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
             choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside)
             native = called.get(place, (place.domain, place.op_type))
-            reason = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
-            if reason is not None:
-                outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
+            stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
+            if stays is not None:
+                outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
             replaced.add(place)
             _replace(model, values, site, result, choice, scopes.at(place), provider)

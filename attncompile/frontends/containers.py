@@ -12,7 +12,7 @@ REGISTRARS = (
     ("transformers.exporters.exporter_dynamo", "register_cache_pytrees_for_model", True),
     ("transformers.integrations.executorch", "register_dynamic_cache_export_support", False),
 )
-"""Where transformers registers its caches as pytrees: module, function, and whether it takes the model; newest first."""
+"""Where transformers registers its caches as pytrees, newest first: module, function, whether it takes the model."""
 
 
 def register_containers(model: torch.nn.Module) -> bool:

@@ -319,6 +319,8 @@ class Graph:
         signature: per native value, text of its operation and attributes (without the names of its inputs).
         overwritten: native values that an in-place operation changes later, so that nothing else may read
             them.
+        withheld: sizes that interpretation may not state: no shape would tell them at run time. What reads them is
+            loaded.
     """
 
     infos: Mapping[str, Info]
@@ -334,6 +336,7 @@ class Graph:
     display_sizes: Mapping[str, str] = field(default_factory=dict)
     overwritten: frozenset[str] = frozenset()
     precision: Precision | None = None
+    withheld: frozenset[str] = frozenset()
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from attncompile.ir.expr import Expr
+from attncompile.ir.expr import Expr, Size, walk
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import OPERATIONS, Attend, Normalizer, Operation, Scan
+from attncompile.ir.polynomial import polynomial
 from attncompile.ir.text import parse_expr, print_expr
 from attncompile.ir.types import DTYPES, Axis, TensorType, Value, bind_sizes, element_kind
 
@@ -103,6 +104,15 @@ class Spec:
         fields = {name for operation in self.operations for _, name in _operands(operation)}
         return tuple(value for value in self.inputs if value.name not in fields)
 
+    def undetermined_sizes(self) -> frozenset[str]:
+        """The sizes it reads that no shape of an input tells: of an axis of ``S // 8`` there are eight ``S``."""
+        sizes = [size for value in self.inputs for size in value.type.sizes]
+        known: set[str] = set()
+        while found := {name for size in sizes if (name := _determined(size, known)) is not None}:
+            known |= found
+        read = [*sizes, *(expr for operation in self.operations for expr in operation.expressions())]
+        return frozenset({node.name for expr in read for node in walk(expr) if isinstance(node, Size)} - known)
+
     def interpret(
         self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, ...]:
@@ -137,6 +147,18 @@ class Spec:
 
     def __str__(self) -> str:
         return print_spec(self)
+
+
+def _determined(size: Expr, known: set[str]) -> str | None:
+    """The one unknown symbol of a size that is linear in it."""
+    unknown = {node for node in walk(size) if isinstance(node, Size) and node.name not in known}
+    if len(unknown) != 1:
+        return None
+    (symbol,) = unknown
+    poly = polynomial(size)
+    others = [mono for mono in poly if mono != (symbol,)]
+    linear = (symbol,) in poly and not any(node == symbol for mono in others for atom in mono for node in walk(atom))
+    return symbol.name if linear else None
 
 
 def _operands(operation: Operation) -> list[tuple[dataclasses.Field[Any], str]]:

@@ -132,12 +132,19 @@ def scores_behind(graph: Graph, value: str) -> list[Product]:
     learned: list[Product] = []
     for product in _contractions_behind(graph, value):
         varying = [name for name in product.inputs if name in graph.varying]
-        if len(varying) == 2:
-            plain.append(Product(product))
+        if len(varying) == 2 or not (varying or any(_is_given(graph, name) for name in product.inputs)):
+            plain.append(Product(product))  # of two activations, or of what a network makes of its parameters alone
         elif varying:
             behind = _contractions_behind(graph, varying[0])
             learned.append(Product(product, any(all(n in graph.varying for n in p.inputs) for p in behind)))
     return [*plain, *learned]
+
+
+def _is_given(graph: Graph, value: str) -> bool:
+    """Whether a value is a parameter or constant itself, cast or moved."""
+    while isinstance(node := graph.producer.get(value), Move | Cast):
+        value = node.source
+    return node is None
 
 
 def is_learned(graph: Graph, value: str) -> bool:

@@ -59,7 +59,13 @@ def state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract)
             continue
         if not any(escaping(graph, found)):
             return found
-    return _state_until(graph, anchor, score, product, end)
+    try:
+        return _state_until(graph, anchor, score, product, end)
+    except RefusalError as error:
+        try:
+            return _state_until(graph, anchor, score, product, end, loads_rows=True)
+        except RefusalError:
+            raise error from None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,12 @@ def _edit(
     return weight, _only(graph, interpreter.stops[anchor.output], "normaliser", anchor.output)
 
 
-def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contract, result: str) -> Statement:
+def _state_until(
+    graph: Graph, anchor: Anchor, score: Contract, product: Contract, result: str, *, loads_rows: bool = False
+) -> Statement:
+    """The statement that ends in a result. Sums and maxima of scores that are no part of the normaliser (a clamp
+    relative to the largest score, say) may be loaded: they need the scores, so that these are read elsewhere too.
+    """
     behind = graph.descendants(score.output, result)
     after = behind if anchor.product is not None else graph.descendants(anchor.output, product.output)
     sides = [side for side, name in (("left", product.left), ("right", product.right)) if name in after]
@@ -143,6 +154,8 @@ def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contrac
     rows = Rows.before(graph, result if corrected else anchor.output, behind)
     if anchor.kind != "quotient" and not corrected:
         rows = rows.without_totals() if anchor.axis is not None else Rows(graph, {}, {})
+    if loads_rows:
+        rows = Rows(graph, {}, {})
     reached = _corrected_result(graph, product, result, rows, behind) if corrected else _plain_result(graph, product)
     out_symbols, at_product, extents = reached.indices, reached.at_product, dict(reached.extents)
     extents["j"] = label_sizes(graph, product)[product.summed[0]]
@@ -195,7 +208,8 @@ def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contrac
         raise refuse(graph, "no-key-axis", "exactly one operand of the score must run over the keys", score.output)
     key = traced["left" if reads_key["left"] else "right"]
     query = traced["right" if reads_key["left"] else "left"]
-    if (score.left if reads_key["left"] else score.right) not in graph.varying:
+    asked, read = (score.right, score.left) if reads_key["left"] else (score.left, score.right)
+    if read not in graph.varying and asked in graph.varying:
         raise NoSite  # a layer of a network: its keys are parameters
 
     def uses(operand: Operand) -> frozenset[Expr]:
@@ -227,7 +241,7 @@ def _state_until(graph: Graph, anchor: Anchor, score: Contract, product: Contrac
     def operands(found: list[Operand]) -> tuple[Operand, ...]:
         return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
 
-    inner = graph.ancestors([result], behind) - {result}
+    inner = graph.ancestors([result], behind - lifted.reduced) - {result}
     weight, empty = edited(weight, normalised)
     return Statement(
         renamed(normalised.logits),

@@ -20,6 +20,7 @@ from attncompile.frontends.graph import (
     Move,
     Node,
     Pointwise,
+    Reduce,
     Select,
 )
 from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, Size, simplify
@@ -28,9 +29,8 @@ from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import concrete, element_kind
 
-EXACT = frozenset(
-    "add mul neg sub min max abs floor ceil round where eq ne lt le gt ge and or not float int floordiv mod".split()
-)
+_ARITHMETIC = ("add", "mul", "min", "max", "abs", "floor", "ceil", "round", "where", "float", "int", "floordiv", "mod")
+EXACT = frozenset([*_ARITHMETIC, "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"])
 """Operators whose results on small integers are exact in floating point."""
 
 LARGEST = 400
@@ -61,6 +61,7 @@ class Interpreter:
         dependent: values that must be interpreted down to a stop; they can not be loaded.
         extents: sizes of the index symbols.
         loaded: values that are loaded without looking at what makes them.
+        reduced: sums and maxima of dependent values that were loaded: the graph has to compute them first.
     """
 
     graph: Graph
@@ -69,6 +70,7 @@ class Interpreter:
     extents: Mapping[str, Expr] = field(default_factory=dict)
     loaded: frozenset[str] = frozenset()
     simplifier: Simplifier = field(init=False)
+    reduced: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.simplifier = self.graph.simplifier(self.extents)
@@ -101,6 +103,9 @@ class Interpreter:
         if node is None or value in self.loaded:
             return self._load(value, indices)
         if value in self.dependent:
+            if isinstance(node, Reduce):
+                self.reduced.add(value)
+                return self._load(value, indices)
             return self.simplifier(self._stated(node, indices))
         try:
             found = self.simplifier(self._stated(node, indices))
@@ -108,7 +113,9 @@ class Interpreter:
             if not self.graph.is_native(value):
                 raise
             return self._load(value, indices)
-        if self.graph.is_readable(value) and sum(1 for _ in walk(found)) > LARGEST:
+        hidden = self.graph.withheld
+        withheld = hidden and any(isinstance(node, Size) and node.name in hidden for node in walk(found))
+        if self.graph.is_readable(value) and (withheld or sum(1 for _ in walk(found)) > LARGEST):
             return self._load(value, indices)
         return found
 
@@ -206,7 +213,7 @@ class Interpreter:
         return _typed(operator, values, element_kind(self.graph.infos[node.output].dtype))
 
     def _repeats(self, size: Expr, target: Expr) -> bool:
-        """Whether an axis of one size is repeated to another: it is 1, or was in the example (``1 − max(0, 1 − S)``)."""
+        """Whether an axis is repeated to another size: its own is 1, or was (``1 − max(0, 1 − S)``) in the example."""
         if Const(1) in (size, target) or size == target:
             return size == Const(1) != target
         names = {node.name for expr in (size, target) for node in walk(expr) if isinstance(node, Size)}

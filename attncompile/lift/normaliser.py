@@ -14,7 +14,7 @@ from attncompile.lift.anchors import Anchor
 from attncompile.lift.exponentials import minus, plus, without_row_terms
 from attncompile.lift.interpret import Interpreter
 from attncompile.lift.quotient import Quotient, read_quotient, read_softmax
-from attncompile.lift.rows import KEY, LOG_SUM, MOST_SINKS, Rows
+from attncompile.lift.rows import KEY, LOG_SUM, MOST_SINKS, Rows, free_of_map
 
 WHOLE = Load("row_sum_of_softmax", (), Kind.FLOAT)
 """Stands for the sum of exponentials that a native softmax divides by."""
@@ -220,7 +220,11 @@ def one_sink(logits: Sequence[Expr]) -> Expr:
 def _logits(graph: Graph, anchor: Anchor, rows: Rows, source: Expr) -> tuple[Expr, Expr]:
     """The logit, from the element that the normaliser reads, and what a softmax does not see: what moves the row."""
     source = simplify(source)
-    split = without_row_terms(source, rows.is_maximum) if rows.is_maximum(source) else (source, Const(0.0))
+
+    def of_row(term: Expr) -> bool:
+        return rows.is_maximum(term) and free_of_map(term)
+
+    split = without_row_terms(source, of_row) if rows.is_maximum(source) else (source, Const(0.0))
     if split is None or rows.reads(split[0]):
         raise refuse(
             graph,

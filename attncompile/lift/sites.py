@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -42,7 +42,7 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     found: list[tuple[int, Site]] = []
     known: set[str] = set()
 
-    def add(anchor: str, state: Callable[[], Statement]) -> None:
+    def add(anchor: str, state: partial[Statement]) -> None:
         site = _site(graph, anchor, state)
         if site is not None:
             found.append((place[anchor], site))
@@ -108,12 +108,17 @@ def _of_activations(graph: Graph, score: Product) -> bool:
     return not any(is_learned(graph, name) for name in score.contract.inputs)
 
 
-def _site(graph: Graph, anchor: str, state: Callable[[], Statement]) -> Site | None:
+def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
     native = graph.describe(anchor)
     name = native.module or native.name
     try:
         statement = state()
         statement, spec, region = _specified(graph, name, statement)
+        if (hidden := spec.undetermined_sizes()) and state.args[0] is graph:
+            with contextlib.suppress(RefusalError):
+                narrower = replace(graph, withheld=hidden)
+                again = state.func(narrower, *state.args[1:])
+                statement, spec, region = _specified(narrower, name, again)
     except RefusalError as error:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
     except NoSite:

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
 from attncompile.ir.evaluate import largest_first
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
 from attncompile.ir.intervals import bounds
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.simplify import Simplifier

@@ -323,7 +323,7 @@ def weights_changed_by_the_first_of_them(q, k, v):
     return merged(weights @ heads(v))
 
 
-@row(kind="unknown-normaliser")
+@row(status="observed", kind="escaping-value")
 def maximum_of_a_column_subtracted(q, k, v):
     logits = scores(q, k)
     return attend(logits - logits.amax(-2, keepdim=True), heads(v))
