@@ -45,8 +45,13 @@ def decide(
     choose: Callable[[Spec], Lowering],
     *,
     allow_untrained: bool = False,
+    even_reference: bool = False,
 ) -> tuple[Decision, ...]:
-    """Run the passes on every site and choose its lowering; equal Specs share both."""
+    """Run the passes on every site and choose its lowering; equal Specs share both.
+
+    Where only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
+    caller wants even those sites replaced.
+    """
     known: dict[str, tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
     for site in program.sites:
@@ -62,6 +67,11 @@ def decide(
             result = run_passes(site.spec, calls, allow_untrained=allow_untrained)
             known[key] = (result, choose(result.spec))
         result, lowering = known[key]
+        if lowering.operator == "reference" and not (result.lossy or even_reference):
+            # the plain definition would do the same work again, and in 16 bits more of it
+            reason = f"no operator is known to be faster here than the graph itself: {lowering.reason}"
+            made.append(Decision(site, None, None, reason))
+            continue
         made.append(Decision(site, result, lowering, lowering.reason))
     return tuple(made)
 

@@ -9,8 +9,9 @@ stays common.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,9 @@ from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 INSTANCES = ((2, 5, 7, 11, 3, 13), (3, 6, 4, 9, 5, 8))
 """Values given to the symbolic sizes, one per distinct example size, in ascending order of the example sizes.
 """
+
+SEARCHED = range(2, 14)
+"""Values tried for sizes that only data decide."""
 
 LARGEST_MAP = 10**8
 """Elements of the attention map (all rows and heads) up to which a proof is computed."""
@@ -299,14 +303,23 @@ def _run_both(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int
     )
 
 
-def _instances(graph: Graph, spec: Spec, region: Region) -> list[dict[str, int]]:
-    """Values of the symbolic sizes to run on, and at the end those of the example, which surely fit together."""
+def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, int]]:
+    """Values of the symbolic sizes to run on: small ones first, then such as may fit together where those do not.
+
+    The sizes of the example surely do. Sizes that only data decide have no example; two at most are searched, because
+    the graph asks that they multiply to some other size, for instance.
+    """
     exprs = _all_sizes(graph, spec, region)
-    names = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)}
+    names = sorted({node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)})
     small = [_size_values(graph, exprs, instance) for instance in (INSTANCES if names else INSTANCES[:1])]
-    if not names or any(name not in graph.size_hints for name in names):
-        return small
-    return [*small, {**small[0], **{name: graph.size_hints[name] for name in names}}]
+    yield from small
+    hinted = {name: graph.size_hints[name] for name in names if name in graph.size_hints}
+    searched = [name for name in names if name not in hinted]
+    if hinted and not searched:
+        yield {**small[0], **hinted}
+    elif 0 < len(searched) <= 2:
+        for found in itertools.product(SEARCHED, repeat=len(searched)):
+            yield {**small[0], **dict(zip(searched, found, strict=True))}
 
 
 def _allowed(spec: Spec, precision: torch.dtype) -> float:
@@ -338,7 +351,7 @@ def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str)
     done: list[_Comparison] = []
     problem = ""
     for number, values in enumerate(_instances(graph, spec, region)):
-        if number >= len(INSTANCES) and not problem:
+        if number >= len(INSTANCES) and done:
             break
         try:
             found = _run_both(graph, spec, region, values, number)

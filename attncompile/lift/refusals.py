@@ -82,7 +82,8 @@ CHECKS: dict[str, Check] = {
         "normalise over the keys: softmax(dim=-1) of scores [batch, heads, queries, keys]",
     ),
     "partial-normaliser": Check(
-        "the normaliser runs over exactly the keys that the values are summed over",
+        "the normaliser runs over the keys that the values are summed over, and at most 16 positions without a score "
+        "or a value",
         "take no slice of the weights: mask the positions in the scores instead",
     ),
     "operand-layout": Check(

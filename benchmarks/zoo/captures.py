@@ -103,7 +103,7 @@ def _sites(program: Program) -> list[FoundSite]:
 
 def _decisions(program: Program, finding: Finding) -> tuple[Decision, ...]:
     """Lower every lifted site to a PyTorch operator; sites that no operator computes stay, with the reason."""
-    decisions = decide(program, (), _lowering)
+    decisions = decide(program, (), _lowering, even_reference=True)
     finding.replaced = (finding.replaced or 0) + sum(one.lowering is not None for one in decisions)
     return decisions
 
