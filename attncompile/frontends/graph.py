@@ -15,7 +15,8 @@ from typing import Literal
 
 import torch
 
-from attncompile.ir import Expr
+from attncompile.ir import Expr, Size
+from attncompile.ir.expr import walk
 from attncompile.ir.simplify import Simplifier
 
 Indices = tuple[Expr, ...]
@@ -362,6 +363,12 @@ class Graph:
             if any(name in found for name in node.inputs):
                 found.add(node.output)
         return frozenset(found)
+
+    @cached_property
+    def size_names(self) -> frozenset[str]:
+        """Names of the symbolic sizes."""
+        shapes = (size for info in self.infos.values() for size in info.shape)
+        return frozenset(node.name for size in shapes for node in walk(size) if isinstance(node, Size))
 
     def is_native(self, value: str) -> bool:
         """Whether the value exists in the native graph, not only between the parts of one native node."""

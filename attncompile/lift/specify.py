@@ -245,23 +245,31 @@ class _Naming:
 
     def __init__(self, graph: Graph, extents: Mapping[str, Expr]) -> None:
         self.graph = graph
-        self.sizes: dict[Expr, Expr] = {}
+        # a native size that is called as an axis of the Spec is set apart first
+        self.sizes: dict[Expr, Expr] = {Size(n): Size(f"{n}0") for n in "BIJ" if n in graph.size_names}
+        named: set[Expr] = set()
         for axis, name in (("b", "B"), ("i", "I"), ("j", "J")):
             size = simplify(substitute(extents[axis], self.sizes))
-            free = [node for node in walk(size) if isinstance(node, Size) and node not in self.sizes.values()]
+            free = [node for node in walk(size) if isinstance(node, Size) and node not in named]
             if isinstance(size, Const) or not free:
                 continue
+            named.add(Size(name))
             poly = polynomial(size)
             atoms = [*free, *(mono[0] for mono in poly if len(mono) == 1 and isinstance(mono[0], Apply))]
             for atom in atoms:
                 if poly.get((atom,)) == 1 and not any(atom in mono for mono in poly if mono != (atom,)):
                     # past and new keys: J is what the tensor shows, the part without a name is what remains; of
                     # S // 8 + 1 it is the quotient that has a name
-                    self.sizes[atom] = simplify(Size(name) - (size - atom))
+                    self._call(atom, simplify(Size(name) - (size - atom)))
                     break
             else:
-                self.sizes[extents[axis]] = Size(name)
+                self._call(extents[axis], Size(name))
         self.tensors: dict[str, str] = {}
+
+    def _call(self, size: Expr, name: Expr) -> None:
+        """Write a size by a name from now on, also where it was set apart before."""
+        self.sizes = {native: simplify(substitute(shown, {size: name})) for native, shown in self.sizes.items()}
+        self.sizes[size] = name
 
     def size(self, size: Expr) -> Expr:
         return simplify(substitute(size, self.sizes))
