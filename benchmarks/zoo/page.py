@@ -14,7 +14,10 @@ from benchmarks.zoo.peers import PEERS
 Row = Mapping[str, Any]
 Table = Mapping[str, Mapping[str, Any]]
 MODALITIES = ("text", "vision", "audio", "multimodal", "other")
-HEADS = ("types", "sites", "lifted", "observed", "found", "refused", "not captured", "unchecked", "wrong")
+HEADS = (
+    *("types", "sites", "lifted", "observed", "found"),
+    *("of captured", "refused", "not captured", "unchecked", "wrong"),
+)
 
 
 def true_sites(row: Row, table: Table) -> int:
@@ -51,6 +54,7 @@ def _totals(rows: Sequence[Row], table: Table) -> tuple[Any, ...]:
         sum(row.get("lifted", 0) for row in rows),
         sum(row.get("observed", 0) for row in rows),
         _percent(sum(map(found_sites, rows)), sites),
+        _percent(sum(map(found_sites, rows)), sites - failed),
         sum(row.get("refused", 0) for row in rows),
         failed,
         sum(bool(row.get("unchecked")) for row in rows),
@@ -215,12 +219,19 @@ def write_page(rows: Sequence[Row], table: Table, page: Path, results: Path) -> 
         {(row["attention"], row["capture"]) for row in own}, key=lambda form: (form[0], [*CAPTURES].index(form[1]))
     )
     groups = {form: [row for row in own if (row["attention"], row["capture"]) == form] for form in forms}
-    lines += _table(("form", *HEADS), [(f"{a}, {c}", *_totals(group, table)) for (a, c), group in groups.items()])
+    totals = [(f"{a}, {c}", *_totals(group, table)) for (a, c), group in groups.items()]
+    for attention in sorted({row["attention"] for row in own}):
+        pieces = {row["model_type"]: row for row in groups.get((attention, "dynamo"), [])}
+        whole = groups.get((attention, "export"), [])
+        either = [pieces.get(row["model_type"], row) if "error" in row else row for row in whole]
+        if either and pieces:
+            totals.append((f"**{attention}, export, else dynamo**", *_totals(either, table)))
+    lines += _table(("form", *HEADS), totals)
     for (attention, capture), group in groups.items():
         lines += [f"## {attention}, {capture}", "", *_one_form(group, table), "What was missed:", ""]
         lines += _misses(group, table)
     lines += _changed(own) + _more(own) + _peers(rows, table) + _costs(own)
     page.write_text("\n".join(lines).rstrip() + "\n")
-    results.write_text(
-        json.dumps({"versions": newest["versions"], "date": newest["date"], "rows": rows}, indent=1) + "\n"
-    )
+    head = json.dumps({"versions": newest["versions"], "date": newest["date"]})[:-1]
+    body = ",\n".join(json.dumps({key: value for key, value in row.items() if key != "versions"}) for row in rows)
+    results.write_text(f'{head}, "rows": [\n{body}\n]}}\n')
