@@ -124,9 +124,9 @@ def _floordiv_bounds(x: Bounds, y: Bounds) -> Bounds:
 
 
 def _mod_bounds(x: Bounds, y: Bounds) -> Bounds:
-    # exact where the dividend stays within one period of a constant positive divisor
+    # exact where the dividend stays within one period of a constant divisor
     divisor = np.asarray(y[0], dtype=float)
-    constant = (divisor == np.asarray(y[1])) & (divisor > 0)
+    constant = (divisor == np.asarray(y[1])) & (divisor != 0)
     safe = np.where(constant, divisor, 1.0)
     with np.errstate(invalid="ignore"):
         first, last = np.floor(np.divide(x[0], safe)), np.floor(np.divide(x[1], safe))
@@ -134,7 +134,7 @@ def _mod_bounds(x: Bounds, y: Bounds) -> Bounds:
         low = np.where(one_period, x[0] - first * safe, 0.0)
         high = np.where(one_period, x[1] - first * safe, np.maximum(np.asarray(y[1], dtype=float) - 1, 0.0))
     negative = np.asarray(y[0]) <= 0
-    low = np.where(negative, np.minimum(np.asarray(y[0], dtype=float), 0.0), low)
+    low = np.where(negative & ~one_period, np.minimum(np.asarray(y[0], dtype=float), 0.0), low)
     positive = (np.asarray(x[0]) >= 0) & ~negative
     return _sound(low, np.where(positive, np.minimum(high, x[1]), high))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -190,3 +191,17 @@ def test_an_interval_knows_its_members() -> None:
     )
     assert bounds(Const(math.nan), {}) == Interval(-math.inf, math.inf)
     assert bounds(SCORE, {}) == Interval(-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("name, exact", [("mod", lambda x, y: x % y), ("floordiv", lambda x, y: x // y)])
+def test_quotients_of_whole_numbers_by_a_constant(name: str, exact: Callable[[int, int], int]) -> None:
+    """Bounds hold for divisors of both signs, and are exact at a point."""
+    rule = next(row for row in ROWS if row.name == name).bounds
+    for divisor in (-7, -3, -1, 1, 2, 5):
+        for low in range(-9, 10):
+            for extent in range(5):
+                ends = (np.float64(low), np.float64(low + extent)), (np.float64(divisor), np.float64(divisor))
+                least, most = rule(*ends)
+                values = [exact(x, divisor) for x in range(low, low + extent + 1)]
+                assert least <= min(values) and max(values) <= most
+                assert extent or least == most == values[0]
