@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 from attncompile.ir import Expr, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols, walk
@@ -30,14 +31,7 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
         model gives
         it: −∞, a large negative constant, or the score plus one.
     """
-    parts: list[Expr] = []
-    score = logits
-    while True:
-        found = _peel(score)
-        if found is None:
-            break
-        mask, score = found
-        parts.append(mask)
+    score, parts = _peeled(logits, _peel)
     if not parts:
         return logits, TRUE, Const(-math.inf)
     mask = simplify(conjunction(parts))
@@ -53,17 +47,19 @@ def split_zeros(logits: Expr) -> tuple[Expr, Expr, Expr]:
     Returns:
         score, mask and fill; the fill is 0 where anything is masked.
     """
-    parts: list[Expr] = []
-    score = logits
-    while True:
-        found = _peel_zero(score)
-        if found is None:
-            break
-        mask, score = found
-        parts.append(mask)
+    score, parts = _peeled(logits, _peel_zero)
     if not parts:
         return logits, TRUE, Const(-math.inf)
     return score, simplify(conjunction(parts)), Const(0.0)
+
+
+def _peeled(logits: Expr, peel: Callable[[Expr], tuple[Expr, Expr] | None]) -> tuple[Expr, list[Expr]]:
+    """What is left of logits when no more conditions can be peeled off, and the conditions."""
+    parts: list[Expr] = []
+    while (found := peel(logits)) is not None:
+        mask, logits = found
+        parts.append(mask)
+    return logits, parts
 
 
 def _peel_zero(expr: Expr) -> tuple[Expr, Expr] | None:
