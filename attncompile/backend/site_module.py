@@ -27,13 +27,10 @@ def to_spec_axes(
         sizes: sizes seen so far, by expression; needed for axes that the native tensor lacks, and added to.
     """
     lengths: dict[str, int] = {}
-    for place, group in enumerate(layout.groups):
+    for group, extent in layout.spans(native.shape):
         for axis in group:
             size = kind.size(axis)
-            alone = len(group) == 1 and not isinstance(size, Const)
-            lengths[axis] = (
-                int(size.value) if isinstance(size, Const) else native.shape[place] if alone else -1
-            )
+            lengths[axis] = int(size.value) if isinstance(size, Const) else extent if len(group) == 1 else -1
     wanted = [lengths[axis] for axis in layout.axes]
     split = native if layout.groups == tuple((axis,) for axis in layout.axes) else native.reshape(wanted)
     names = [axis.name for axis in kind.axes]
@@ -76,10 +73,11 @@ def to_native_axes(
     if not rest and layout.groups == tuple((axis,) for axis in layout.axes):
         return ordered
     shape: list[int] = []
-    for group, size in zip(layout.groups, native_shape, strict=True):
+    goes_on = [not group for group in layout.groups[1:]] + [False]
+    for group, size, more in zip(layout.groups, native_shape, goes_on, strict=True):
         if isinstance(size, Const):
             shape.append(int(size.value))
-        elif len(group) == 1:
+        elif len(group) == 1 and not more:
             shape.append(result.shape[names.index(group[0])])
         else:
             shape.append(-1)
@@ -103,12 +101,13 @@ class SiteModule(torch.nn.Module):
     def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The native tensors as the Spec's inputs."""
         sizes: dict[Expr, int] = {}
-        return [
-            tensor
-            if binding.layout is None
-            else to_spec_axes(tensor, binding.layout, self.types[binding.name], sizes)
-            for binding, tensor in zip(self.region.inputs, native, strict=True)
-        ]
+        found = list(native)
+        operands = [(n, entry) for n, entry in enumerate(self.region.inputs) if entry.layout is not None]
+        # those that lack an axis last: how often they are repeated is known from the others
+        for place, binding in sorted(operands, key=lambda entry: -len(entry[1].layout.axes if entry[1].layout else ())):
+            assert binding.layout is not None
+            found[place] = to_spec_axes(native[place], binding.layout, self.types[binding.name], sizes)
+        return found
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         tensors = native[: len(self.region.inputs)]

@@ -60,8 +60,8 @@ def batch_and_heads(
     symbolic = [axis for axis in batch if not isinstance(extents[axis.name], Const)]
     outer = before if 1 < len(before) < len(batch) else symbolic if len(symbolic) == 1 else list(batch[:1])
     inner = [axis for axis in batch if axis not in outer]
-    first, rows = _digits(BATCH, outer, extents)
-    second, heads = _digits(HEAD, inner, extents)
+    first, rows = digits(BATCH, outer, extents)
+    second, heads = digits(HEAD, inner, extents)
     return {**first, **second}, {"b": rows, "h": heads}
 
 
@@ -70,7 +70,7 @@ def _number(axis: Index) -> int:
     return int(axis.name[1:])
 
 
-def _digits(symbol: Index, axes: Sequence[Index], extents: Mapping[str, Expr]) -> tuple[dict[Expr, Expr], Expr]:
+def digits(symbol: Index, axes: Sequence[Index], extents: Mapping[str, Expr]) -> tuple[dict[Expr, Expr], Expr]:
     """Each of several axes as a digit of one index, outermost first, and the size of that index."""
     renaming: dict[Expr, Expr] = {}
     below: Expr = ONE

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from attncompile.frontends.graph import Contract, Graph, Indices
+from attncompile.frontends.graph import Contract, Graph, Indices, Move
 from attncompile.ir import Expr, Index, Kind, Load, Normalizer, RefusalError
 from attncompile.ir.expr import ONE, SCORE, WEIGHT, substitute, symbols, walk
 from attncompile.lift.anchors import Anchor, corrections
@@ -13,7 +13,9 @@ from attncompile.lift.axes import batch_and_heads, query_axis
 from attncompile.lift.escapes import escaping
 from attncompile.lift.interpret import Interpreter, Stop
 from attncompile.lift.normaliser import Normalised, edited, of_anchor, of_quotient, of_softmax
-from attncompile.lift.operands import Operand, label_sizes, operand_indices, trace_operand
+from attncompile.lift.operands import Operand, label_sizes, operand_indices
+from attncompile.lift.parts import PartedOperand, batch_of_all_parts, tensors, trace_parts
+from attncompile.lift.pieces import inverse
 from attncompile.lift.quotient import factors, fraction
 from attncompile.lift.rows import Rows, free_of_map
 from attncompile.lift.statement import CHANNEL, KEY, QUERY, VALUE_CHANNEL, NoSite, Statement, refuse
@@ -51,7 +53,7 @@ def state_pair(graph: Graph, anchor: Anchor, score: Contract, product: Contract)
         RefusalError: naming the first condition that does not hold.
         NoSite: when the keys are parameters.
     """
-    end = anchor.output if anchor.product is not None else product.output
+    end = anchor.output if anchor.product is not None else _native_end(graph, product.output)
     for result in corrections(graph, score, end):
         try:
             found = _state_until(graph, anchor, score, product, result)
@@ -77,19 +79,55 @@ class _Result:
         extents: their sizes.
         at_product: the element of the product with the values that it is made of.
         factor: what that element is multiplied with, over the sums and maxima of its row; ``None`` for nothing.
+        output: indices of the value's element over these symbols: the symbols themselves, unless they are the axes of a
+            product that is no value of the graph.
     """
 
     indices: tuple[Index, ...]
     extents: Mapping[str, Expr]
     at_product: Indices
     factor: Expr | None
+    output: Indices
 
 
 def _plain_result(graph: Graph, product: Contract) -> _Result:
     sizes = label_sizes(graph, product)
     indices = tuple(Index(f"y{n}") for n in range(len(product.output_labels)))
     extents = {y.name: sizes[label] for y, label in zip(indices, product.output_labels, strict=True)}
-    return _Result(indices, extents, indices, None)
+    return _Result(indices, extents, indices, None, indices)
+
+
+def _native_end(graph: Graph, value: str) -> str:
+    """The first value of the graph that a product only is in another form, where it is no value of the graph itself."""
+    while not graph.is_native(value):
+        users = graph.users.get(value, ())
+        if len(users) != 1 or not isinstance(users[0], Move):
+            return value
+        value = users[0].output
+    return value
+
+
+def _moved_result(graph: Graph, product: Contract, result: str) -> _Result:
+    """A result that holds the elements of a product in other axes, such as heads and channels in one."""
+    plain = _plain_result(graph, product)
+    if result == product.output:
+        return plain
+    shape = graph.infos[result].shape
+    outer = {Index(f"x{n}"): size for n, size in enumerate(shape)}
+    stop = Stop(VALUES)
+    behind = graph.descendants(product.output, result)
+    extents = {x.name: size for x, size in outer.items()}
+    found = Interpreter(graph, {product.output: stop}, behind, extents).at(result, tuple(outer))
+    element = _only(graph, stop, "product with the values", result)
+    back = inverse(graph, element, graph.infos[product.output].shape, plain.indices, outer)
+    if found != VALUES or back is None:
+        raise refuse(
+            graph,
+            "output-layout",
+            "the axes of the sum of several products are no rearrangement of those of the products",
+            result,
+        )
+    return _Result(plain.indices, plain.extents, plain.indices, None, tuple(back[x] for x in outer))
 
 
 def _corrected_result(graph: Graph, product: Contract, result: str, rows: Rows, behind: frozenset[str]) -> _Result:
@@ -109,6 +147,7 @@ def _corrected_result(graph: Graph, product: Contract, result: str, rows: Rows, 
         extents,
         _only(graph, stop, "product with the values", result),
         fraction(above, below) if above or below else None,
+        indices,
     )
 
 
@@ -150,13 +189,15 @@ def _state_until(
             product.output,
         )
     weight_side, value_side = sides[0], "right" if sides[0] == "left" else "left"
-    corrected = result != product.output
+    corrected = result != _native_end(graph, product.output)
     rows = Rows.before(graph, result if corrected else anchor.output, behind)
     if anchor.kind != "quotient" and not corrected:
         rows = rows.without_totals() if anchor.axis is not None else Rows(graph, {}, {})
     if loads_rows:
         rows = Rows(graph, {}, {})
-    reached = _corrected_result(graph, product, result, rows, behind) if corrected else _plain_result(graph, product)
+    reached = (
+        _corrected_result(graph, product, result, rows, behind) if corrected else _moved_result(graph, product, result)
+    )
     out_symbols, at_product, extents = reached.indices, reached.at_product, dict(reached.extents)
     extents["j"] = label_sizes(graph, product)[product.summed[0]]
     summed: dict[str, Expr] = {product.summed[0]: KEY}
@@ -191,11 +232,9 @@ def _state_until(
         if name in behind:
             raise refuse(graph, "recursive-score", "an operand of the score depends on the score", score.output)
         indices = operand_indices(graph, score, side, at_score, {score.summed[0]: CHANNEL})
-        traced[side] = trace_operand(plain, name, indices, frozenset([CHANNEL]))
+        traced[side] = trace_parts(plain, name, indices, frozenset([CHANNEL]))
     value_indices = operand_indices(graph, product, value_side, at_product, summed)
-    value = trace_operand(
-        plain, product.left if value_side == "left" else product.right, value_indices, frozenset([KEY])
-    )
+    value = trace_parts(plain, product.left if value_side == "left" else product.right, value_indices, frozenset([KEY]))
     if not value or not traced["left"] or not traced["right"]:
         raise refuse(
             graph,
@@ -227,7 +266,8 @@ def _state_until(
     unit = [y for y in out_symbols if extents[y.name] == ONE and y not in value_only]
     ordered = query_axis(query_only or unit[-1:], extents, at_anchor)
     batch = [y for y in out_symbols if y not in (ordered, value_only[0])]
-    renaming, new_extents = batch_and_heads(batch, extents, [*query, *key, *value], ordered)
+    renaming, new_extents = batch_and_heads(batch, extents, [*query, *tensors(key), *tensors(value)], ordered)
+    renaming, new_extents = batch_of_all_parts(batch, extents, renaming, [*key, *value]) or (renaming, new_extents)
     renaming[value_only[0]] = VALUE_CHANNEL
     new_extents.update({"i": ONE, "e": extents[value_only[0].name], "j": extents["j"], "d": extents["d"]})
     if ordered is not None:
@@ -238,8 +278,12 @@ def _state_until(
     def renamed(expr: Expr) -> Expr:
         return simplifier(substitute(expr, renaming))
 
+    def operand(found: Operand) -> Operand:
+        changed = replace(found, indices=tuple(renamed(x) for x in found.indices), factor=renamed(found.factor))
+        return changed.each(operand) if isinstance(changed, PartedOperand) else changed
+
     def operands(found: list[Operand]) -> tuple[Operand, ...]:
-        return tuple(Operand(o.value, tuple(renamed(x) for x in o.indices), renamed(o.factor)) for o in found)
+        return tuple(operand(entry) for entry in found)
 
     inner = graph.ancestors([result], behind - lifted.reduced) - {result}
     weight, empty = edited(weight, normalised)
@@ -251,7 +295,7 @@ def _state_until(
         operands(value),
         new_extents,
         result,
-        tuple(renamed(y) for y in out_symbols),
+        tuple(renamed(y) for y in reached.output),
         Normalizer(normalised.kind, graph.infos[anchor.total or anchor.output].dtype, empty),
         anchor.output,
         inner,

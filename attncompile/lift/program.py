@@ -34,6 +34,16 @@ class Layout:
         """The Spec axes in native order."""
         return tuple(axis for group in self.groups for axis in group)
 
+    def spans(self, shape: Sequence[int]) -> list[tuple[tuple[str, ...], int]]:
+        """Each group that is not empty, with how many elements its native axes have: an empty one goes on with it."""
+        found: list[tuple[tuple[str, ...], int]] = []
+        for group, extent in zip(self.groups, shape, strict=True):
+            if group:
+                found.append((group, extent))
+            elif found:
+                found[-1] = (found[-1][0], found[-1][1] * extent)
+        return found
+
 
 @dataclass(frozen=True)
 class Binding:

@@ -213,10 +213,10 @@ def _bound_sizes(
     for value in spec.inputs:
         binding, tensor = feeds[value.name]
         if binding.layout is None:
-            axes: list[list[Expr]] = [[axis.size] for axis in value.type.axes]
+            joined += [([axis.size], int(n)) for axis, n in zip(value.type.axes, tensor.shape, strict=False)]
         else:
-            axes = [[value.type.size(name) for name in group] for group in binding.layout.groups]
-        joined += [(group, int(extent)) for group, extent in zip(axes, tensor.shape, strict=False)]
+            spans = binding.layout.spans([int(extent) for extent in tensor.shape])
+            joined += [([value.type.size(name) for name in group], extent) for group, extent in spans]
     for group, extent in sorted(joined, key=lambda entry: len(entry[0])):
         open_sizes = [size for size in group if isinstance(size, Size) and size.name not in found]
         rest = [size for size in group if size not in open_sizes]

@@ -31,6 +31,7 @@ from attncompile.lift.anchors import (
 from attncompile.lift.candidates import state_anchor, state_products
 from attncompile.lift.escapes import escaping, with_log_sum
 from attncompile.lift.fused import state_fused
+from attncompile.lift.joining import joined
 from attncompile.lift.program import Region, Site
 from attncompile.lift.specify import specify
 from attncompile.lift.statement import NoSite, Statement, refuse
@@ -38,6 +39,7 @@ from attncompile.lift.statement import NoSite, Statement, refuse
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
     """Every attention site of a graph, lifted, observed or refused; not yet proven."""
+    graph = joined(graph)
     place = {node.output: number for number, node in enumerate(graph.nodes)}
     found: list[tuple[int, Site]] = []
     known: set[str] = set()

@@ -14,6 +14,7 @@ from attncompile.frontends.graph import (
 from attncompile.ir import (
     Attend,
     Axis,
+    Cache,
     Expr,
     Index,
     Kind,
@@ -43,6 +44,7 @@ from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.ir.simplify import polynomial
 from attncompile.lift.masks import scale_score, split_mask, split_zeros
 from attncompile.lift.operands import Operand, layout_of
+from attncompile.lift.parts import PartedOperand, piecewise, tensors
 from attncompile.lift.program import Binding, Layout, Region
 from attncompile.lift.statement import BATCH, CHANNEL, HEAD, KEY, QUERY, VALUE_CHANNEL, Statement, refuse
 
@@ -74,19 +76,62 @@ def _kv_heads(kv_head: Expr, heads: Expr) -> Expr | None:
     return None
 
 
+_POSITION = ("p", "i")
+"""The axis of the keys in the first part of an operand and in the others, as ``cache`` calls them."""
+
+
 @dataclass(frozen=True)
 class _Chosen:
-    operand: Operand
-    layout: Layout
+    """Tensors that hold a tensor of the Spec, one behind the other along the keys; nearly always one.
+
+    Attributes:
+        operands: the tensors; layouts: where the axes of the Spec are in each; lengths: how many keys each has.
+        factor: what the product multiplies them with, over the key ``j`` where they differ in it.
+    """
+
+    operands: tuple[Operand, ...]
+    layouts: tuple[Layout, ...]
+    lengths: tuple[Expr, ...]
+    factor: Expr
 
 
-def _choose(candidates: Sequence[Operand], axes: Mapping[str, tuple[Expr, Expr]], graph: Graph) -> _Chosen | None:
-    """The farthest operand that holds exactly the Spec tensor."""
+def _choose(
+    candidates: Sequence[Operand], axes: Mapping[str, tuple[Expr, Expr]], graph: Graph, kv_head: Expr | None = None
+) -> _Chosen | None:
+    """The farthest operand that holds exactly the Spec tensor, whose heads are ``kv_head`` or one for all."""
     for operand in reversed(candidates):
+        if isinstance(operand, PartedOperand):
+            chosen = _choose_parts(operand, axes, graph, kv_head)
+            if chosen is not None:
+                return chosen
+            continue
+        if kv_head is not None and _kv_head(operand) not in (kv_head, ZERO):
+            continue
         layout = layout_of(graph, operand.indices, graph.infos[operand.value].shape, axes)
         if layout is not None:
-            return _Chosen(operand, layout)
+            length = axes["j"][1] if "j" in axes else ONE
+            return _Chosen((operand,), (layout,), (length,), operand.factor)
     return None
+
+
+def _choose_parts(
+    operand: PartedOperand, axes: Mapping[str, tuple[Expr, Expr]], graph: Graph, kv_head: Expr | None
+) -> _Chosen | None:
+    """For every part the farthest tensor that holds exactly its keys."""
+    found: list[_Chosen] = []
+    for number, (part, length) in enumerate(zip(operand.parts, operand.lengths, strict=True)):
+        named = {_POSITION[number > 0] if name == "j" else name: axis for name, axis in axes.items()}
+        named[_POSITION[number > 0]] = (KEY, length)
+        chosen = _choose(part, named, graph, kv_head)
+        if chosen is None:
+            return None
+        found.append(chosen)
+    return _Chosen(
+        tuple(chosen.operands[0] for chosen in found),
+        tuple(chosen.layouts[0] for chosen in found),
+        operand.lengths,
+        piecewise([chosen.factor for chosen in found], operand.lengths),
+    )
 
 
 def _choose_kv(
@@ -94,7 +139,7 @@ def _choose_kv(
 ) -> tuple[_Chosen, _Chosen, Expr, Expr] | None:
     """Key and value that agree on the KV heads, farthest first."""
     heads = extents["h"]
-    options = [_kv_head(o) for o in (*reversed(statement.key), *reversed(statement.value))]
+    options = [_kv_head(o) for o in tensors((*reversed(statement.key), *reversed(statement.value)))]
     if heads == ONE:
         options = [HEAD]
     for kv_head in dict.fromkeys(options):
@@ -103,7 +148,6 @@ def _choose_kv(
             continue
         found = []
         for candidates, channel in ((statement.key, CHANNEL), (statement.value, VALUE_CHANNEL)):
-            matching = [o for o in candidates if heads == ONE or _kv_head(o) in (kv_head, ZERO)]
             symbol = kv_head if kv_head != ZERO else Index("g")
             axes = {
                 "b": (BATCH, extents["b"]),
@@ -111,7 +155,7 @@ def _choose_kv(
                 "j": (KEY, extents["j"]),
                 channel.name: (channel, extents[channel.name]),
             }
-            found.append(_choose(matching, axes, graph))
+            found.append(_choose(candidates, axes, graph, None if heads == ONE else kv_head))
         if found[0] is not None and found[1] is not None:
             return found[0], found[1], kv_head, groups
     return None
@@ -165,17 +209,20 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
         )
     outputs = (Binding("out", statement.output, output), *_log_sum(graph, statement, output_axes))
     simplifier = graph.simplifier(extents)
-    factor = simplifier(apply("mul", query.operand.factor, key.operand.factor))
+    factor = simplifier(apply("mul", query.factor, key.factor))
     logits = simplifier(scale_score(statement.logits, factor))
-    weight = simplifier(apply("mul", value.operand.factor, statement.weight))
+    weight = simplifier(apply("mul", value.factor, statement.weight))
     linear = statement.normalizer.kind in HIDING_NOTHING
     score, mask, fill = split_zeros(logits) if linear else split_mask(logits)
-    naming = _Naming(graph, extents)
-    types = {
-        "q": naming.type("bhid", (extents["b"], extents["h"], extents["i"], extents["d"]), query.operand.value),
-        "k": naming.type("bgjd", (extents["b"], groups, extents["j"], extents["d"]), key.operand.value),
-        "v": naming.type("bgje", (extents["b"], groups, extents["j"], extents["e"]), value.operand.value),
-    }
+    parted = len(key.operands) + len(value.operands) > 2
+    naming = _Naming(graph, extents, "bi" if parted else "bij")
+    groups_sizes = {**extents, "g": groups}
+    bound = [
+        *_bind("k", "bgjd", key, groups_sizes, naming),
+        *_bind("v", "bgje", value, groups_sizes, naming),
+    ]
+    asked = _bind("q", "bhid", query, groups_sizes, naming)
+    operands = [*bound, *asked] if parted else [*asked, *bound]
     attend = Attend(
         "q",
         "k",
@@ -193,8 +240,8 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     captured = naming.captured()
     spec = Spec(
         name,
-        (*(Value(n, t) for n, t in types.items()), *(v for v, _ in captured)),
-        (attend,),
+        (*(entry.value for entry in operands), *(v for v, _ in captured)),
+        (*_behind_each_other("k", len(key.operands)), *_behind_each_other("v", len(value.operands)), attend),
         tuple(o.name for o in outputs),
     )
     try:
@@ -207,15 +254,46 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     order = [n for n in graph.natives if n in inner]
     region = Region(
         (
-            Binding("q", query.operand.value, query.layout),
-            Binding("k", key.operand.value, key.layout),
-            Binding("v", value.operand.value, value.layout),
+            *(entry.binding for entry in operands),
             *(Binding(v.name, n, None) for v, n in captured),
         ),
         outputs,
         tuple(order),
     )
     return spec, region
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An operand of the Spec and where it is in the graph."""
+
+    value: Value
+    binding: Binding
+
+
+def _bind(name: str, letters: str, chosen: _Chosen, sizes: Mapping[str, Expr], naming: _Naming) -> list[_Bound]:
+    """The inputs of a Spec that make its query, key or value: one, or one for each part."""
+    if len(chosen.operands) == 1:
+        native = chosen.operands[0].value
+        kind = naming.type(letters, [sizes[letter] for letter in letters], native)
+        return [_Bound(Value(name, kind), Binding(name, native, chosen.layouts[0]))]
+    found = []
+    for number, (operand, layout, length) in enumerate(
+        zip(chosen.operands, chosen.layouts, chosen.lengths, strict=True)
+    ):
+        own = letters.replace("j", _POSITION[number > 0])
+        kind = naming.type(own, (sizes["b"], sizes["g"], length, sizes[letters[3]]), operand.value)
+        found.append(_Bound(Value(f"{name}{number}", kind), Binding(f"{name}{number}", operand.value, layout)))
+    return found
+
+
+def _behind_each_other(name: str, parts: int) -> list[Cache]:
+    """The operations that put the parts of an operand one behind the other."""
+    steps: list[Cache] = []
+    for number in range(1, parts):
+        past = steps[-1].out if steps else f"{name}0"
+        steps.append(Cache(past, f"{name}{number}", name if number == parts - 1 else f"{name}0_{number}"))
+    return steps
 
 
 def _log_sum(graph: Graph, statement: Statement, axes: Mapping[str, tuple[Expr, Expr]]) -> tuple[Binding, ...]:
@@ -240,15 +318,25 @@ def _real(expr: Expr) -> Expr:
     return Const(float(expr.value)) if isinstance(expr, Const) else apply("float", expr)
 
 
-class _Naming:
-    """Names of sizes and captured tensors as they appear in a Spec."""
+_TAKEN = ("q", "k", "v", "out", "s", "w", "t", "true", "false", "inf", "nan")
+"""Names that mean something else in a Spec."""
 
-    def __init__(self, graph: Graph, extents: Mapping[str, Expr]) -> None:
+
+class _Naming:
+    """Names of sizes and captured tensors as they appear in a Spec.
+
+    Args:
+        graph: the graph.
+        extents: sizes of the axes.
+        called: the axes whose sizes get the axis' name, such as ``J`` for that of the keys.
+    """
+
+    def __init__(self, graph: Graph, extents: Mapping[str, Expr], called: str) -> None:
         self.graph = graph
         # a native size that is called as an axis of the Spec is set apart first
         self.sizes: dict[Expr, Expr] = {Size(n): Size(f"{n}0") for n in "BIJ" if n in graph.size_names}
         named: set[Expr] = set()
-        for axis, name in (("b", "B"), ("i", "I"), ("j", "J")):
+        for axis, name in ((axis, axis.upper()) for axis in called):
             size = simplify(substitute(extents[axis], self.sizes))
             free = [node for node in walk(size) if isinstance(node, Size) and node not in named]
             if isinstance(size, Const) or not free:
@@ -294,19 +382,7 @@ class _Naming:
         given = self.graph.inputs.get(native)
         name = re.sub(r"[^\w.]", "_", given.name if given else native)
         name = name if re.match(r"[A-Za-z_]", name) else f"t_{name}"
-        while name in self.tensors.values() or name in (
-            "q",
-            "k",
-            "v",
-            "out",
-            "s",
-            "w",
-            "t",
-            "true",
-            "false",
-            "inf",
-            "nan",
-        ):
+        while name in self.tensors.values() or name in _TAKEN or re.fullmatch(r"[kv]\d+(_\d+)?", name):
             name += "_"
         return name
 
