@@ -12,6 +12,7 @@ import torch
 from attncompile.backend.site_module import MaskModule, SiteModule
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import mask_inputs
+from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.ir import Spec
 from attncompile.lift import Program, Site
 from attncompile.passes import PassCall, PassResult, run_passes
@@ -58,7 +59,7 @@ def decide(
         if site.status != "lifted" or site.spec is None:
             made.append(Decision(site, None, None, str(site.refusal) if site.refusal else site.status))
             continue
-        early = _needed_too_early(program, site)
+        early = _entangled(program, site) or _needed_too_early(program, site)
         if early:
             made.append(Decision(site, None, None, early))
             continue
@@ -74,6 +75,13 @@ def decide(
             continue
         made.append(Decision(site, result, lowering, lowering.reason))
     return tuple(made)
+
+
+def _entangled(program: Program, site: Site) -> str:
+    """Why the results of a site can not be tensors with memory of their own; empty where they can."""
+    outputs = site.region.outputs if site.region is not None else ()
+    reasons = ((entry.value, program.graph.entangled.get(entry.value)) for entry in outputs)
+    return next((f"its result {value} is no tensor of its own: {reason}" for value, reason in reasons if reason), "")
 
 
 def _needed_too_early(program: Program, site: Site) -> str:
@@ -157,10 +165,39 @@ def _mask_key(decision: Decision) -> object | None:
 
 def _drop_dead(graph: torch.fx.Graph) -> None:
     """Remove what nothing reads any more; placeholders stay, since they are the calling convention."""
-    for node in reversed(list(graph.nodes)):
-        removable = node.op in ("call_function", "call_module", "get_attr") and not node.is_impure()
-        if not node.users and removable:
+    while True:
+        for node in reversed(list(graph.nodes)):
+            removable = node.op in ("call_function", "call_module", "get_attr") and not node.is_impure()
+            if not node.users and removable:
+                graph.erase_node(node)
+        unseen = _unseen_memory(graph)
+        for node in reversed(unseen):
             graph.erase_node(node)
+        if not unseen:
+            return
+
+
+def _unseen_memory(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The operations on tensors that are written to in place, but that nothing reads afterwards: old scores, say."""
+    memory = Memory()
+    sharing: dict[object, list[torch.fx.Node]] = {}
+    calls = [node for node in graph.nodes if node.op != "call_module"]  # whose results are new, whatever tracing saw
+    for node in calls:
+        memory.place(node)
+    for node in calls:
+        sharing.setdefault(memory.place_of(node), []).append(node)
+    unseen: set[torch.fx.Node] = set()
+    for nodes in sharing.values():
+        own = all(node.op == "call_function" and not _draws(node) for node in nodes)
+        if own and any(written_arguments(node) for node in nodes):
+            inside = set(nodes)
+            unseen |= inside if all(inside.issuperset(node.users) for node in nodes) else set()
+    return [node for node in graph.nodes if node in unseen]
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws random numbers: those that are drawn later depend on it."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 __all__ = ["Decision", "decide", "rewrite"]

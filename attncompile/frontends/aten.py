@@ -18,8 +18,9 @@ from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.aten_sizes import note_hints, size_expr, unified
 from attncompile.frontends.capture import Captured, module_path, module_type, source_line
 from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
-from attncompile.frontends.memory import BETWEEN, EARLY, Versions, memory_versions, written_arguments
+from attncompile.frontends.memory import Change, Versions, entangled_results, memory_versions, written_arguments
 from attncompile.frontends.torch_internals import is_batched
+from attncompile.frontends.view_writes import ViewWrites, common_view
 from attncompile.ir import Expr
 from attncompile.ir.types import NAMES
 
@@ -47,13 +48,15 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
     hints: dict[str, int] = {}
     outputs: tuple[str, ...] = ()
     roles = {entry.placeholder: entry for entry in captured.inputs}
+    native = {node.name: node for node in captured.graph_module.graph.nodes}
+    writes = ViewWrites(native, versions, producer, infos)
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             infos[node.name] = _info(value, assumed)
-            if node.name in versions.changed:
-                infos[node.name + EARLY] = infos[node.name + BETWEEN] = infos[node.name]
-                owner[node.name + EARLY] = owner[node.name + BETWEEN] = node.name
+            for name in _versions_of(node.name, versions):
+                infos[name] = infos[node.name]
+                owner[name] = node.name
             for size in value.shape:
                 note_hints(size, hints)
         elif isinstance(value, torch.SymInt):
@@ -63,11 +66,14 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
                 continue
             entry = roles.get(node.name)
             held = getattr(captured.graph_module, node.target, None) if node.op == "get_attr" else None
-            inputs[node.name] = GraphInput(
+            given = GraphInput(
                 entry.name if entry else str(node.target),
                 entry.role if entry else "constant",
                 entry.value if entry and isinstance(entry.value, torch.Tensor) else held,
             )
+            inputs[versions.made(node.name)] = given
+            if node.name in versions.changed:
+                inputs[node.name] = replace(given, value=None)  # what it holds is what the writes left
         elif node.op == "output":
             leaves = torch.utils._pytree.tree_leaves(node.args)
             reads = versions.reads[node.name]
@@ -82,19 +88,26 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
                 module_type(node),
             )
             stated = _state(Builder(infos, node, versions, equal, producer))
-            if node.name in versions.changed:
-                stated[-1] = replace(stated[-1], output=node.name + EARLY)
+            stated[-1] = replace(stated[-1], output=versions.made(node.name))
             nodes += stated
             producer.update({made.output: made for made in stated})
             owner.update({made.output: node.name for made in stated})
-        nodes += _changed_by(node, versions)
+        for change in versions.by_writer.get(node.name, ()):
+            producer[change.after] = writes.after(change.after.split("#")[0], change)
+            nodes.append(producer[change.after])
     display = {name[0].upper() + name[1:]: shown for name, shown in captured.size_names.items()}
-    signature = {n.name: _signature(n) for n in captured.graph_module.graph.nodes if n.op == "call_function"}
+    signature: dict[str, str] = {}
+    for node in native.values():
+        if node.op == "call_function":
+            signature[versions.made(node.name)] = _signature(node)
+        for change in versions.by_writer.get(node.name, ()):
+            signature[change.after] = _signature_of_write(native, versions, change)
     numbers = {n.name for n in captured.graph_module.graph.nodes if is_number(n)}
     read = {
-        name: tuple(value for other, value in found.items() if other not in numbers)
+        versions.made(name): tuple(value for other, value in found.items() if other not in numbers)
         for name, found in versions.reads.items()
     }
+    read |= {after: change.read for after, change in versions.changes.items()}
     evaluator = AtenEvaluator(captured.graph_module, inputs, versions, assumed)
     return Graph(
         infos,
@@ -109,19 +122,13 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
         read,
         display,
         versions.overwritten,
+        entangled=entangled_results(captured.graph_module.graph, versions),
     )
 
 
-def _changed_by(node: torch.fx.Node, versions: Versions) -> list[Node]:
-    """The values that this operation is the last to change through another view; what they hold is not
-    stated.
-    """
-    return [
-        Opaque(name + suffix, (name + EARLY, *writers), "memory changed in place")
-        for name, writers in versions.changed.items()
-        if writers[-1] == node.name
-        for suffix in (BETWEEN, "")
-    ]
+def _versions_of(name: str, versions: Versions) -> tuple[str, ...]:
+    """The further names that a node has before the last change of its memory."""
+    return tuple(change.before for change in versions.changed.get(name, ()))
 
 
 def _state(builder: Builder) -> list[Node]:
@@ -169,6 +176,13 @@ def _signature(node: torch.fx.Node) -> str:
 
     args = torch.fx.node.map_arg((node.args, dict(node.kwargs)), show)
     return f"{node.target} {args}"
+
+
+def _signature_of_write(nodes: Mapping[str, torch.fx.Node], versions: Versions, change: Change) -> str:
+    """Which part of a value a write changed."""
+    value, target = (nodes[versions.root(name)] for name in (change.after, change.writer))
+    ways = common_view(value, target) or ((value,), (target,))
+    return " into ".join(" ".join(_signature(node) for node in way[1:]) for way in reversed(ways))
 
 
 def _tensors_read(node: torch.fx.Node, builder: Builder) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -11,7 +14,8 @@ import torch
 from attncompile.frontends.aten_builder import is_number
 from attncompile.frontends.aten_sizes import size_expr, unified
 from attncompile.frontends.graph import GraphInput
-from attncompile.frontends.memory import BETWEEN, EARLY, Versions, altered_arguments
+from attncompile.frontends.memory import Change, Versions, altered_arguments
+from attncompile.frontends.view_writes import common_view, storage_of
 from attncompile.ir import Expr
 from attncompile.ir.types import concrete
 
@@ -37,14 +41,16 @@ class AtenEvaluator:
             name = stack.pop()
             if name in needed or name in known:
                 continue
-            if name.endswith(BETWEEN) or name in self.versions.changed:
-                raise ValueError(f"the region reads {name.removesuffix(BETWEEN)!r}, whose memory was changed in place")
-            node = nodes[name.removesuffix(EARLY)]
+            if name in self.versions.changes:
+                needed.add(name)
+                stack += self.versions.changes[name].read
+                continue
+            node = nodes[name.split("#")[0]]
             if is_number(node):
                 known[name] = self._number(node.meta["val"], sizes)
                 continue
             if node.op in ("placeholder", "get_attr"):
-                given = self.inputs.get(node.name)
+                given = self.inputs.get(name)
                 if given is None or given.value is None:
                     raise ValueError(f"the region reads {given.name if given else name!r}, which the Spec does not")
                 known[name] = _wide(given.value)
@@ -61,9 +67,12 @@ class AtenEvaluator:
                 known[name] = self._like(sample, sizes)
         with torch.no_grad():
             for node in self.module.graph.nodes:
-                for name in (node.name, node.name + EARLY):
-                    if name in needed:
-                        known[name] = self._run(node, known)
+                name = self.versions.made(node.name)
+                if name in needed:
+                    known[name] = self._run(node, known)
+                for change in self.versions.by_writer.get(node.name, ()):
+                    if change.after in needed:
+                        known[change.after] = self._changed(change, nodes, known, sizes)
         return {name: known[name] for name in wanted}
 
     def _run(self, node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
@@ -77,6 +86,60 @@ class AtenEvaluator:
         args, kwargs = torch.utils._pytree.tree_map(_widened_argument, (args, kwargs))
         assert callable(node.target)
         return torch.utils._pytree.tree_map(_widened, node.target(*args, **kwargs))
+
+    def _changed(
+        self, change: Change, nodes: Mapping[str, torch.fx.Node], known: Mapping[str, Any], sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        """The version of a value that a write leaves: both views are taken again, of the places in their memory.
+
+        Raises:
+            ValueError: when nothing says how the value and what was written share memory.
+        """
+        value, target = (nodes[self.versions.root(name)] for name in (change.after, change.writer))
+        ways = common_view(value, target) if change.written else None
+        if ways is None:
+            raise ValueError(f"the region reads {value.name!r}, whose memory was changed in place")
+        shape, strides = (
+            [self._number(number, sizes) for number in numbers]
+            for numbers in (ways[0][0].meta["val"].shape, ways[0][0].meta["val"].stride())
+        )
+        count = math.prod(shape)
+        places = torch.empty_strided(shape, strides, dtype=torch.int64).copy_(torch.arange(count).view(shape))
+        read, wrote = (self._view(way, places, sizes) for way in ways)
+        before, written = known[change.before], known[change.written]
+        origin = torch.full([count], -1).index_put((wrote.reshape(-1),), torch.arange(wrote.numel()))[read]
+        return torch.where(origin < 0, before, written.reshape(-1)[origin]) if written.numel() else before
+
+    def _view(self, way: Sequence[torch.fx.Node], places: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        """A view of the places of a tensor, taken as the graph takes it.
+
+        Raises:
+            ValueError: when it is no view at these sizes.
+        """
+        for last, node in itertools.pairwise(way):
+            if self._layout(last) == self._layout(node):
+                continue  # a cast to its own dtype, say, is the same view
+            call = node.args[0] if node.target is getitem else node
+            assert isinstance(call, torch.fx.Node) and callable(call.target)
+            storage, shown = storage_of(last), places
+
+            def given(argument: torch.fx.Node, storage: int | None = storage, shown: torch.Tensor = shown) -> Any:
+                value = argument.meta.get("val")
+                if not isinstance(value, torch.Tensor):
+                    return self._number(value, sizes)
+                return shown if storage_of(argument) == storage else self._like(argument, sizes)
+
+            args, kwargs = torch.fx.node.map_arg((call.args, dict(call.kwargs)), given)
+            made = call.target(*args, **kwargs)
+            places = made if call is node else made[node.args[1]]
+            if places.untyped_storage().data_ptr() != shown.untyped_storage().data_ptr():
+                raise ValueError(f"{node.name} is no view at these sizes")
+        return places
+
+    def _layout(self, node: torch.fx.Node) -> tuple[Expr, ...]:
+        """Where the elements of a node's value lie in its memory."""
+        value = node.meta["val"]
+        return tuple(unified(size_expr(n), self.equal) for n in (*value.shape, *value.stride(), value.storage_offset()))
 
     def _like(self, node: torch.fx.Node, sizes: Mapping[str, int]) -> torch.Tensor:
         """A tensor of zeros with the shape and the dtype of a node's value."""

@@ -183,6 +183,45 @@ def _unfold(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return b.move(source, index_map, "unfold", b.out.shape)
 
 
+def _as_strided(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """Any places of the memory of a tensor that lies in it without gaps: a place is divided by the tensor's strides."""
+    source, given = b.tensor(args[0]), arguments_of(b.node)
+    value = args[0].meta["val"]
+    shape = b.shape(source)
+    order = _row_major(b, value)
+    strides = [b.number(stride) for stride in given["stride"]]
+    begin = b.number(given["storage_offset"] or 0)
+    linear = movement.reshape(tuple(shape[axis] for axis in order), (product(shape),))
+
+    def index_map(indices: Indices) -> Indices:
+        place = begin
+        for index, stride in zip(indices, strides, strict=True):
+            place = apply("add", place, apply("mul", index, stride))
+        found = linear((place,))
+        return tuple(found[order.index(axis)] for axis in range(len(shape)))
+
+    return b.move(source, index_map, "as_strided", b.out.shape)
+
+
+def _row_major(b: Builder, value: torch.Tensor) -> list[int]:
+    """The axes of a tensor that fills its memory, outermost first."""
+    offset, held = value.storage_offset(), value.untyped_storage().nbytes()
+    if offset != 0 or simplify(b.number(held) - value.element_size() * product(b.size(n) for n in value.shape)) != ZERO:
+        raise Unstated
+    left, order = list(range(value.dim())), list[int]()
+    expected: Expr = ONE
+    while left:
+        found = [axis for axis in left if simplify(b.number(value.stride(axis)) - expected) == ZERO]
+        # an axis of size 1 moves nothing on: what has its stride lies outside it
+        found.sort(key=lambda axis: b.size(value.shape[axis]) != ONE)
+        if not found:
+            raise Unstated
+        order.insert(0, found[0])
+        left.remove(found[0])
+        expected = simplify(expected * b.size(value.shape[found[0]]))
+    return order
+
+
 def _pad(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     """A constant before and after the last axes, from the last axis on; a negative count cuts."""
     given, value = arguments_of(b.node), b.tensor(args[0])
@@ -312,6 +351,7 @@ MOVEMENT: dict[str, Row] = {
     "reshape_as": _view,
     "diagonal": _diagonal,
     "unfold": _unfold,
+    "as_strided": _as_strided,
     "tile": _repeat,
     "pad": _pad,
     "constant_pad_nd": _pad,

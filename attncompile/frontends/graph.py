@@ -137,6 +137,26 @@ class Select(Node):
 
 
 @dataclass(frozen=True)
+class Write(Node):
+    """A value some of whose elements were written through a view of its memory.
+
+    Attributes:
+        before: the value as it was.
+        written: what the write left in the view.
+        place: for the element at some indices, the conditions under which it lies inside the view (all of them must
+            hold), and its indices there.
+    """
+
+    before: str
+    written: str
+    place: Callable[[Indices], tuple[Indices, Indices]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.before, self.written)
+
+
+@dataclass(frozen=True)
 class Iota(Node):
     """``start + step · indices[0]``."""
 
@@ -322,6 +342,8 @@ class Graph:
             them.
         withheld: sizes that interpretation may not state: no shape would tell them at run time. What reads them is
             loaded.
+        entangled: native values in whose place no other tensor can be put, with the reason: what their memory holds is
+            written or read later through a tensor that is not made of them.
     """
 
     infos: Mapping[str, Info]
@@ -338,6 +360,7 @@ class Graph:
     overwritten: frozenset[str] = frozenset()
     precision: Precision | None = None
     withheld: frozenset[str] = frozenset()
+    entangled: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:

@@ -41,33 +41,58 @@ def broadcast(source: Indices, target: Indices) -> IndexMap:
 def reshape(source: Indices, target: Indices) -> IndexMap:
     """Row-major reinterpretation of the same elements.
 
-    Leading axes that are equal on both sides pass through, and so do trailing ones; only what lies between
-    goes through the linear position.
+    Axes before which there are as many elements on both sides begin a group of their own: ``[B·H, N]`` as ``[B, H, N]``
+    leaves ``N`` alone. Only within a group an element goes through its linear position.
     """
-    left = 0
-    while left < min(len(source), len(target)) and source[left] == target[left]:
-        left += 1
-    right = 0
-    while right < min(len(source), len(target)) - left and source[-1 - right] == target[-1 - right]:
-        right += 1
-    inner_source = source[left : len(source) - right]
-    inner_target = target[left : len(target) - right]
+    groups = _groups(source, target)
 
     def index_map(indices: Indices) -> Indices:
-        position: Expr = ZERO
-        for size, index in zip(inner_target, indices[left : len(target) - right], strict=True):
-            position = apply("add", apply("mul", position, size), index)
         found: list[Expr] = []
-        for size in reversed(inner_source):
-            found.append(apply("mod", position, size))
-            position = apply("floordiv", position, size)
-        if found:
-            # the outermost index needs no remainder
-            last = found.pop()
-            found.append(last.children[0])
-        return (*indices[:left], *reversed(found), *indices[len(target) - right :])
+        for (first, last), (begin, end) in groups:
+            found += _unravelled(source[first:last], target[begin:end], indices[begin:end])
+        return tuple(found)
 
     return index_map
+
+
+def _unravelled(source: Indices, target: Indices, indices: Indices) -> list[Expr]:
+    """The indices in a shape of the element at some indices of another shape of as many elements."""
+    if source == target:
+        return list(indices)
+    position: Expr = ZERO
+    for size, index in zip(target, indices, strict=True):
+        position = apply("add", apply("mul", position, size), index)
+    found: list[Expr] = []
+    for size in reversed(source[1:]):
+        found.append(apply("mod", position, size))
+        position = apply("floordiv", position, size)
+    if source:
+        found.append(position)  # the outermost index needs no remainder
+    return found[::-1]
+
+
+_Span = tuple[int, int]
+
+
+def _groups(source: Indices, target: Indices) -> list[tuple[_Span, _Span]]:
+    """The axes of two shapes in groups of as many elements, outermost first."""
+    before = _products(target)
+    groups: list[tuple[_Span, _Span]] = []
+    first = begin = 0
+    for last, product in enumerate(_products(source)[:-1]):
+        if last > first and product in before[begin + 1 : -1]:
+            end = before.index(product, begin + 1)
+            groups.append(((first, last), (begin, end)))
+            first, begin = last, end
+    return [*groups, ((first, len(source)), (begin, len(target)))]
+
+
+def _products(shape: Indices) -> list[Expr]:
+    """The number of elements that the axes before each axis make, and all of them."""
+    found: list[Expr] = [ONE]
+    for size in shape:
+        found.append(simplify(apply("mul", found[-1], size)))
+    return found
 
 
 def slices(axis: int, start: Expr, step: int) -> IndexMap:

@@ -23,10 +23,11 @@ from attncompile.frontends.graph import (
     Reduce,
     Select,
     Softmax,
+    Write,
 )
 from attncompile.ir.expr import Const
 
-TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select)
+TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select, Write)
 """Nodes that interpretation passes through."""
 
 

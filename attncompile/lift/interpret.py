@@ -22,12 +22,14 @@ from attncompile.frontends.graph import (
     Pointwise,
     Reduce,
     Select,
+    Write,
 )
 from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, Size, simplify
 from attncompile.ir.expr import Apply, Const, apply, walk, where
 from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import concrete, element_kind
+from attncompile.lift.cover import covers
 
 _ARITHMETIC = ("add", "mul", "min", "max", "abs", "floor", "ceil", "round", "where", "float", "int", "floordiv", "mod")
 EXACT = frozenset([*_ARITHMETIC, "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"])
@@ -151,6 +153,8 @@ class Interpreter:
                 return self._concatenated(parts, axis, indices)
             case Select(_, data, positions, wraps):
                 return self._selected(data, positions, wraps, indices)
+            case Write():
+                return self._written(node, indices)
             case Iota(_, start, step):
                 return apply("add", start, apply("mul", step, indices[0]))
             case Fill(_, value):
@@ -240,6 +244,29 @@ class Interpreter:
         for start, part, before_end, _ in reversed(possible[:-1]):
             chosen = piece(start, part)
             result = _typed("where", [before_end, chosen, result], None)
+        return result
+
+    def _written(self, node: Write, indices: Indices) -> Expr:
+        """An element after one or more writes, the last of which that reached it counts.
+
+        What nothing writes over is read only where some element may have been left out: before a buffer has been
+        filled, there is nothing to read.
+        """
+        writes: list[tuple[Indices, str, Indices]] = []
+        value, place = node.output, indices
+        while isinstance(made := self.graph.producer.get(value), Write) and value not in self.stops:
+            inside, target = made.place(place)
+            conditions = tuple(c for c in map(self.simplifier, inside) if c != Const(True))
+            if Const(False) not in conditions:
+                writes.append((conditions, made.written, target))
+                if covers(self.simplifier, [conditions for conditions, _, _ in writes]):
+                    break
+            value = made.before
+        else:
+            writes.append(((), value, place))
+        result = self.at(*writes[-1][1:])
+        for conditions, written, target in reversed(writes[:-1]):
+            result = _typed("where", [apply("and", *conditions), self.at(written, target), result], None)
         return result
 
     def _selected(self, data: str, positions: tuple, wraps: bool, indices: Indices) -> Expr:

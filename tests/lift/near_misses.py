@@ -329,7 +329,7 @@ def maximum_of_a_column_subtracted(q, k, v):
     return attend(logits - logits.amax(-2, keepdim=True), heads(v))
 
 
-@row(kind="uninterpreted-node")
+@row(score="where(j ≠ 0, 0.5·s, 0.0)")
 def scores_changed_through_a_view(q, k, v):
     logits = scores(q, k)
     logits[..., 0] = 0.0
@@ -424,3 +424,63 @@ def norms_are_no_scores(q, k, v):
         return x * torch.rsqrt((x * x.clone()).sum(-1, keepdim=True) + 1e-6)
 
     return attend(dot(unit(heads(q)), unit(heads(k))) * 0.5, heads(v))
+
+
+# --- slices of a tensor written in place --------------------------------------------------------------------
+
+
+@row(kind="operand-layout")
+def scores_shifted_by_one_into_a_buffer(q, k, v):
+    shifted = torch.zeros(q.shape[0], HEADS, q.shape[1], k.shape[1])
+    shifted[..., 1:] = scores(q, k)[..., :-1]
+    return attend(shifted, heads(v))
+
+
+@row(score="0.5·s")
+def scores_changed_after_they_were_read(q, k, v):
+    logits = scores(q, k)
+    out = attend(logits, heads(v))
+    logits[..., 0] = -torch.inf
+    return out
+
+
+@row(score="0.5·s", mask="j ≥ 4 or j < 2")
+def overlapping_writes(q, k, v):
+    logits = scores(q, k)
+    kept = logits[..., 4:].clone()
+    logits[..., 2:] = -torch.inf
+    logits[..., 4:] = kept
+    return attend(logits, heads(v))
+
+
+@row(score="0.5·s", mask="j < 2")
+def overlapping_writes_in_the_other_order(q, k, v):
+    logits = scores(q, k)
+    kept = logits[..., 4:].clone()
+    logits[..., 4:] = kept
+    logits[..., 2:] = -torch.inf
+    return attend(logits, heads(v))
+
+
+@row(kind="uninterpreted-node")
+def buffer_of_scores_with_a_part_never_written(q, k, v):
+    logits = scores(q, k)
+    buffer = torch.empty_like(logits)
+    buffer[..., 1:] = logits[..., 1:]
+    return attend(buffer, heads(v))
+
+
+@row(kind="uninterpreted-node")
+def scores_changed_through_overlapping_windows(q, k, v):
+    logits = scores(q, k)
+    logits.unfold(-1, 2, 1)[..., 0].add_(1.0)
+    return attend(logits, heads(v))
+
+
+@row(kind="several-elements")
+def scores_of_neighbours_exchanged(q, k, v):
+    logits = scores(q, k)
+    exchanged = logits.clone()
+    exchanged[..., 0] = logits[..., 1]
+    exchanged[..., 1] = logits[..., 0]
+    return attend(exchanged, heads(v))

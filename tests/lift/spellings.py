@@ -765,7 +765,7 @@ def queries_scaled_in_place(x, k, v, packed):
     return attend(dot(heads(query), heads(k)), heads(v))
 
 
-@row(score="0.5·s + zeros[i, j]")
+@row(score="0.5·s + where(j = 0, where(i < 1, 2.0, 1.0), where(j ≥ 1 or i < 1, 0.0, −1.0))")
 def mask_written_in_slices(q, k, v):
     n = q.shape[1]
     mask = torch.zeros(n, n)
@@ -1183,3 +1183,72 @@ def three_sites(x):
     for _ in range(3):
         x = x + attend(dot(heads(x), heads(x)) * 0.5, heads(x))
     return x
+
+
+# --- slices of a tensor written in place --------------------------------------------------------------------
+
+
+@row(score="0.5·s", mask="j ≠ 0")
+def first_key_hidden_in_place(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    logits[..., 0] = -torch.inf
+    return attend(logits, heads(v))
+
+
+@row(score="0.5·s", mask="j ≠ i")
+def diagonal_hidden_in_place(q, k, v):
+    logits = dot(heads(q), heads(k)) * 0.5
+    logits.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+    return attend(logits, heads(v))
+
+
+@row(score="where(j ≥ 3, s, 0.5·s)")
+def scores_copied_in_parts_into_an_empty_buffer(q, k, v):
+    logits = dot(heads(q), heads(k))
+    buffer = logits.new_empty(logits.shape)
+    buffer[..., :3] = logits[..., :3] * 0.5
+    buffer[..., 3:] = logits[..., 3:]
+    return attend(buffer, heads(v))
+
+
+@row(score="s", mask="keep[b, j]")
+def masked_through_a_view_of_rank_four(q, k, v, keep):
+    b, n = keep.shape
+    logits = torch.bmm(flat(q), flat(k).transpose(1, 2))
+    logits.view(b, HEADS, n, n).masked_fill_(~keep[:, None, None, :], -torch.inf)
+    return torch.bmm(torch.softmax(logits, -1), flat(v))
+
+
+@row(score="0.5·s", mask="(j < 1 or i ≠ 0) and (j < 2 or i ≠ 1) and (j < 3 or i ≠ 2)")
+def mask_of_rows_written_one_by_one(q, k, v):
+    n = q.shape[1]
+    hidden = torch.zeros(16, 16, dtype=torch.bool)
+    for number in range(3):
+        hidden[number, number + 1 :] = True
+    return attend((dot(heads(q), heads(k)) * 0.5).masked_fill(hidden[:n, :n], -torch.inf), heads(v))
+
+
+@row(score="0.5·s")
+def rotated_into_an_empty_buffer(q, k, v):
+    source = heads(q)
+    rotated = torch.empty_like(source)
+    rotated[..., ::2] = -source[..., 1::2]
+    rotated[..., 1::2] = source[..., ::2]
+    return attend(dot(rotated, heads(k)) * 0.5, heads(v))
+
+
+@row(score="0.5·s", mask="i // 4 ≠ 0 or j // 4 ≠ 1")
+def one_block_of_a_mask_of_blocks(q, k, v):
+    n = q.shape[1]
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    mask.view(4, 4, 4, 4)[0, :, 1].fill_(False)
+    logits = dot(heads(q), heads(k)) * 0.5
+    return attend(logits.masked_fill(~mask[:n, :n], -torch.inf), heads(v))
+
+
+@row(score="0.5·s")
+def result_copied_into_a_buffer(q, k, v):
+    out = torch.empty_like(q)
+    out[:, :3] = v[:, :3]
+    out[:, 3:] = attend(dot(heads(q), heads(k)) * 0.5, heads(v))[:, 3:]
+    return out
