@@ -123,7 +123,7 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True},
     )
-    registers, spills = _resources(built.asm, target)
+    registers, spills = resources(built.asm, target)
     return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
 
 
@@ -134,7 +134,7 @@ def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:
     return name.rsplit("_", 1)[0] != following.rsplit("_", 1)[0]
 
 
-def _resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int | None]:
+def resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int | None]:
     if target.backend == "hip":
         found = re.search(r"\.vgpr_count:\s+(\d+)", texts.get("amdgcn", ""))
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", texts.get("amdgcn", ""))
@@ -145,9 +145,7 @@ def _resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, in
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(texts["cubin"])
         file.flush()
-        said = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=False
-        ).stdout
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     return (int(found[1]), int(found[2])) if found else (None, None)
 

@@ -67,9 +67,7 @@ def _expressions(parts: Dense) -> tuple[Expr, ...]:
     return tuple(expr for expr in (parts.score, parts.mask, parts.edit, parts.sink) if expr is not None)
 
 
-def _skeleton(
-    spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length]
-) -> DenseForward:
+def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length]) -> DenseForward:
     attend, types = parts.attend, spec.types()
     batch, heads, queries = parts.query.sizes[:3]
     extents = {"b": batch, "h": heads, "i": queries, "j": parts.key.sizes[2]}
@@ -77,7 +75,7 @@ def _skeleton(
     scalars = {n: n for n in ("b", "h", "row_first", "row_last", "key_first", "key_last")}
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents)
     found = visits(parts.mask, queries, parts.key.sizes[2])
-    runs, runs_text = _runs(found, block)
+    runs, runs_text = key_runs(found, block)
     score = None if parts.score == SCORE else function_of("score", parts.score, pairs)
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
@@ -105,7 +103,7 @@ def _skeleton(
     )
 
 
-def _runs(found: Visits, scope: Scope) -> tuple[KeyRuns, str]:
+def key_runs(found: Visits, scope: Scope) -> tuple[KeyRuns, str]:
     """The key loops' limits in Triton, and all their text."""
     lines: list[str] = []
 
@@ -134,10 +132,7 @@ def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
     heavy = by_key or sum(isinstance(node, Apply) for node in nodes) > HEAVY
     widest = max(skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features))
     most_keys = _power_of_two(parts.quantized[1].block) if parts.quantized else None
-    return {
-        dtype: dense_tile(widest, size, most_keys=most_keys, heavy=heavy)
-        for dtype, size in OPERAND_DTYPES.items()
-    }
+    return {dtype: dense_tile(widest, size, most_keys=most_keys, heavy=heavy) for dtype, size in OPERAND_DTYPES.items()}
 
 
 def _launch(
@@ -189,9 +184,7 @@ def _launch(
     ]
 
 
-def _pointer_types(
-    spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward
-) -> tuple[tuple[str, str], ...]:
+def _pointer_types(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward) -> tuple[tuple[str, str], ...]:
     product = "int8" if parts.quantized else "operand"
     own = {"query": product, "key": product, "value": "operand", "out": "operand"}
     own |= dict.fromkeys(("query_scale", "key_scale", "lse"), "float32")

@@ -1,5 +1,5 @@
 """Expressions as Triton source: the table :data:`attncompile.ir.operators.OPERATORS` says how each operator
-is written.
+is written. Languages that differ from Triton in some rows are a :class:`Dialect`.
 
 Indices are int32 scalars or tiles that broadcast against each other (``b`` and ``h`` scalars, ``i`` a column,
 ``j`` a row), real numbers are float32. A load outside its tensor is clamped into it, unless the index is
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attncompile.ir.evaluate import largest_first
@@ -32,6 +32,30 @@ DEVICE_FUNCTIONS = ("tanh", "round_half_even", "floor_divide", "floor_modulo")
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How a language other than Triton's writes expressions.
+
+    Attributes:
+        prefix: stands where Triton's source has ``tl.``.
+        forms: format strings of the operators that are written differently.
+    """
+
+    prefix: str = "tl."
+    forms: Mapping[str, str] = field(default_factory=dict)
+
+    def form(self, operator: str) -> str:
+        """Format string over the printed arguments of an operator."""
+        return self.forms.get(operator) or self.call(OPERATORS[operator].triton)
+
+    def call(self, text: str) -> str:
+        """Triton source in this language."""
+        return text.replace("tl.", self.prefix)
+
+
+TRITON = Dialect()
+
+
+@dataclass(frozen=True)
 class Scope:
     """What the names of an expression are called in the generated code.
 
@@ -41,6 +65,7 @@ class Scope:
         tensors: tensor name to the identifier of its pointer; strides are ``{identifier}_stride_{axis}``.
         types: types of the tensors.
         extents: index name to the size of its axis, for indices that are known to lie inside.
+        dialect: the language.
     """
 
     indices: Mapping[str, str]
@@ -48,6 +73,7 @@ class Scope:
     tensors: Mapping[str, str]
     types: Mapping[str, TensorType]
     extents: Mapping[str, Expr] = field(default_factory=dict)
+    dialect: Dialect = TRITON
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
     lines: list[str] = []
     known: dict[Expr, str] = {}
     numbers: Counter[str] = Counter()
+    dialect = scope.dialect
 
     def bind(text: str, name: str) -> str:
         numbers[name] += 1
@@ -112,7 +139,7 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
     def as_real(node: Expr) -> str:
         if isinstance(node, Const):
             return number(float(node.value))
-        return go(node) if node.kind is Kind.FLOAT else f"tl.cast({go(node)}, tl.float32)"
+        return go(node) if node.kind is Kind.FLOAT else dialect.call(f"tl.cast({go(node)}, tl.float32)")
 
     def nonnegative(node: Expr) -> bool:
         return simplifier.nonnegative(node) or bool(bounds(simplifier(node), {}).low >= 0)
@@ -126,31 +153,31 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
                 continue
             text = _bare(go(index))
             if not nonnegative(index):
-                text = f"tl.maximum({text}, 0)"
+                text = dialect.call(f"tl.maximum({text}, 0)")
             if not nonnegative(axis.size - 1 - index):
-                text = f"tl.minimum({text}, {_bare(go(simplifier(axis.size - 1)))})"
+                text = dialect.call(f"tl.minimum({text}, {_bare(go(simplifier(axis.size - 1)))})")
             if len(text) > LONGEST_INDEX:
                 text = bind(text, "index")
-            step = f" + tl.cast({text}, tl.int64) * {stride_name(pointer, position)}"
+            step = f" + {dialect.call(f'tl.cast({text}, tl.int64)')} * {stride_name(pointer, position)}"
             if len(address) + len(step) > LONGEST and address != pointer:
                 address = bind(address, f"{pointer}_at")
             address += step
         if len(address) > LONGEST:
             address = bind(address, f"{pointer}_at")
         dtype = scope.types[node.tensor].dtype
-        read = f"tl.load({address})"
+        read = dialect.call(f"tl.load({address})")
         if node.element is Kind.FLOAT:
-            return f"{read}.to(tl.float32)"
-        return f"{read}.to(tl.int32)" if dtype in ("int8", "uint8") else read
+            return dialect.call(f"{read}.to(tl.float32)")
+        return dialect.call(f"{read}.to(tl.int32)") if dtype in ("int8", "uint8") else read
 
     def written_in_lines(operator: str, texts: list[str]) -> str:
         """A sum or product of many terms: so many a line, the line before as its first term."""
         group: list[str] = []
         for text in texts:
             if len(group) > 1 and sum(len(t) + 3 for t in (*group, text)) > LONGEST:
-                group = [bind(_written(operator, group), "part")]
+                group = [bind(_written(operator, group, dialect), "part")]
             group.append(text)
-        return _written(operator, group) if len(group) > 1 else group[0]
+        return _written(operator, group, dialect) if len(group) > 1 else group[0]
 
     def _text(node: Expr) -> str:
         match node:
@@ -168,21 +195,26 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
                 return load(node)
             case Apply(operator, arguments, result):
                 arguments = largest_first(arguments) if operator == "add" else arguments
-                real = result is Kind.FLOAT and operator not in ("where", "float")
-                if operator in _COMPARISONS or (operator == "where" and result is Kind.FLOAT):
-                    real = any(a.kind is Kind.FLOAT for a in arguments)
+                real = takes_reals(operator, arguments, result)
                 texts = [as_real(a) if real and a.kind is not Kind.BOOL else go(a) for a in arguments]
                 if operator in ("floordiv", "mod") and all(
                     nonnegative(a - least) for a, least in zip(arguments, (0, 1), strict=True)
                 ):
                     return f"({texts[0]} {'//' if operator == 'floordiv' else '%'} {texts[1]})"
-                if operator in _SYMBOLS:
+                if operator in _SYMBOLS and operator not in dialect.forms:
                     return written_in_lines(operator, texts)
-                return _written(operator, texts)
+                return _written(operator, texts, dialect)
         raise ValueError(f"cannot write {node!r} in Triton")
 
     value = go(expr)
     return Printed(tuple(lines), _bare(value))
+
+
+def takes_reals(operator: str, arguments: Sequence[Expr], result: Kind) -> bool:
+    """Whether an operator's integer arguments are converted to real numbers first."""
+    if operator in _COMPARISONS or (operator == "where" and result is Kind.FLOAT):
+        return any(argument.kind is Kind.FLOAT for argument in arguments)
+    return result is Kind.FLOAT and operator not in ("where", "float")
 
 
 def _named(names: Mapping[str, str], name: str, what: str) -> str:
@@ -191,15 +223,15 @@ def _named(names: Mapping[str, str], name: str, what: str) -> str:
     return names[name]
 
 
-def _written(operator: str, texts: list[str]) -> str:
-    form = OPERATORS[operator].triton
+def _written(operator: str, texts: list[str], dialect: Dialect) -> str:
+    form = dialect.form(operator)
     if not form.startswith("("):
         texts = [_bare(text) for text in texts]  # a call's own parentheses are enough
     if OPERATORS[operator].arity is not None:
         return form.format(*texts)
     if operator == "add":
         return f"({texts[0]}{''.join(_term(t) for t in texts[1:])})"
-    symbol = _SYMBOLS.get(operator)
+    symbol = None if operator in dialect.forms else _SYMBOLS.get(operator)
     if symbol:
         return f"({symbol.join(texts)})"
     text = texts[0]

@@ -1,19 +1,32 @@
-"""The Triton target: generated kernels behind the operator ``attncompile::run``."""
+"""The Triton target: generated kernels behind the operator ``attncompile::run``.
+
+On a Hopper GPU a kernel in Gluon comes first (:mod:`attncompile.codegen.gluon`); plain Triton computes what that one
+does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from attncompile.codegen.lowering import Lowering
-from attncompile.codegen.triton.cache import load
+from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
 from attncompile.ir import Spec
 from attncompile.kernels import operators
+
+if TYPE_CHECKING:
+    from attncompile.codegen.gluon import HopperModule
+
+FEWEST_QUERIES = 64
+"""With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
 
 
 def _interpreted() -> bool:
@@ -41,8 +54,26 @@ def _generated(text: str) -> GeneratedModule:
     return generate(operators.parsed(text))
 
 
+@functools.lru_cache(maxsize=512)
+def _hopper(text: str) -> HopperModule | str:
+    """The Gluon module of a Spec, or why there is none."""
+    # here, because that package is made from this one's parts
+    from attncompile.codegen import gluon
+
+    spec = operators.parsed(text)
+    return gluon.why_not_spec(spec) or gluon.generate(spec)
+
+
+@functools.cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device is a GPU of compute capability 9.x."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def lower(spec: Spec, device: torch.device | str) -> Lowering:
-    """The Spec as a generated Triton kernel.
+    """The Spec as a generated kernel: in Gluon on a Hopper GPU where there is one, in plain Triton otherwise.
 
     ``run`` goes through the operator ``attncompile::run``, so it traces, exports and differentiates.
 
@@ -58,14 +89,52 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
         said = "Q·K in int8 with a scale for each block, inside one fused kernel"
     if spec.scan():
         said = "a scan over chunks; the state stays on chip"
+    device = torch.device(device)
+    run = load(module) if device.type == "cpu" else operators.bind(spec)
+    if on_hopper(device):
+        found = _hopper(operators.bind(spec).text)
+        if isinstance(found, str):
+            said += f"; in plain Triton, since {found}"
+        else:
+            module = found
+            said += (
+                "; in Gluon for compute capability 9.x, in plain Triton for float32, "
+                f"for fewer than {FEWEST_QUERIES} queries, and for tensors whose rows TMA cannot copy"
+            )
     if gives_zeros(spec):
         said += "; rows without any visible key give zeros, where the original gives their mean or NaN"
-    run = load(module) if torch.device(device).type == "cpu" else operators.bind(spec)
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 
 def _implementation(text: str) -> operators.Implementation:
-    return load(_generated(text))
+    return _Chosen(text).run
+
+
+class _Chosen:
+    """A Spec's kernels; the tensors decide which one runs."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        attend = operators.parsed(text).attend()
+        names = [value.name for value in operators.parsed(text).inputs]
+        self._operands = attend and [names.index(n) for n in (attend.query, attend.key, attend.value) if n in names]
+
+    @functools.cached_property
+    def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+        return load(_generated(self._text))
+
+    @functools.cached_property
+    def _gluon(self) -> ModuleType | None:
+        found = _hopper(self._text)
+        return None if isinstance(found, str) else load_module(found)
+
+    def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The outputs of the Spec."""
+        if on_hopper(tensors[0].device) and self._gluon is not None and self._operands:
+            query, key, value = (tensors[position] for position in self._operands)
+            if query.shape[2] >= FEWEST_QUERIES and self._gluon.why_not(query, key, value) is None:
+                return self._gluon.attend(*tensors)
+        return self._plain(*tensors)
 
 
 operators.register("cuda", _implementation)

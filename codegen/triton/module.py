@@ -78,14 +78,27 @@ class Binding:
     names: Names
 
     @classmethod
-    def of(cls, spec: Spec, captured: Iterable[str]) -> Binding:
-        """Identifiers for a Spec whose expressions load the captured tensors."""
-        names = Names((*KERNEL_NAMES, *LAUNCHER_NAMES))
+    def of(
+        cls,
+        spec: Spec,
+        captured: Iterable[str],
+        kernel: Iterable[str] = KERNEL_NAMES,
+        launcher: Iterable[str] = LAUNCHER_NAMES,
+    ) -> Binding:
+        """Identifiers for a Spec whose expressions load the captured tensors.
+
+        Args:
+            spec: whose inputs and sizes.
+            captured: names of the tensors that its expressions load.
+            kernel, launcher: identifiers that the skeleton uses itself.
+        """
+        launcher = (*launcher,)
+        names = Names((*kernel, *launcher))
         found = (node for v in spec.inputs for size in v.type.sizes for node in symbols(size))
         sizes = {name: names.fresh(name) for name in sorted({n.name for n in found if isinstance(n, Size)})}
         # the launcher has few names of its own: an input keeps its name there even when it is called "value"
-        launcher = Names((*sizes.values(), *LAUNCHER_NAMES))
-        tensors = {value.name: launcher.fresh(value.name) for value in spec.inputs}
+        arguments = Names((*sizes.values(), *launcher))
+        tensors = {value.name: arguments.fresh(value.name) for value in spec.inputs}
         return cls(tensors, {name: names.fresh(name) for name in captured}, sizes, names)
 
     def size(self, expr: Expr) -> str:
@@ -200,7 +213,7 @@ def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
     texts = (*printed.lines, printed.value)
     found = symbols(expr)
     spread = name == "score" and SCORE not in found
-    value = f"tl.zeros_like(s) + ({printed.value})" if spread else printed.value
+    value = scope.dialect.call(f"tl.zeros_like(s) + ({printed.value})") if spread else printed.value
     pointers = [scope.tensors[tensor] for tensor in captured_tensors(expr)]
     strides = [
         stride_name(scope.tensors[tensor], axis)

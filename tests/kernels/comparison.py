@@ -75,12 +75,7 @@ def poisoned_memory() -> Iterator[None]:
 def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Rows ``[b,h,i]`` of a softmax with a visible key; ``None`` where every row is to be compared."""
     attend = spec.attend()
-    if (
-        attend is None
-        or attend.norm.kind != "softmax"
-        or len(spec.operations) > 1
-        or logits(attend)[1] == TRUE
-    ):
+    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 or logits(attend)[1] == TRUE:
         return None
     sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
     environment = attend.environment(tensors, sizes, torch.float64)
@@ -89,17 +84,37 @@ def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor
     return evaluate(attend.mask, environment).expand(shape).any(-1)
 
 
+def aligned_inputs(spec: Spec, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Non-contiguous inputs as :func:`poisoned_inputs`, but each row of an operand begins at 16 bytes."""
+    made = poisoned_inputs(spec, tensors)
+    attend = spec.attend()
+    operands = () if attend is None else (attend.query, attend.key, attend.value)
+    for number, value in enumerate(spec.inputs):
+        if value.name in operands:
+            tensor = tensors[value.name]
+            stored = tensor.transpose(1, 2) if number % 2 == 0 else tensor
+            room = torch.full([*stored.shape[:3], stored.shape[3] // 8 * 8 + 24], math.nan).to(tensor)
+            view = room[..., 8 : 8 + stored.shape[3]].copy_(stored)
+            made[number] = view.transpose(1, 2) if number % 2 == 0 else view
+    return made
+
+
 def compare(
-    case: Case, run: Callable[..., Any], dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    case: Case,
+    run: Callable[..., Any],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    place: Callable[[Spec, dict[str, torch.Tensor]], list[torch.Tensor]] = poisoned_inputs,
 ) -> list[Outcome]:
     """Run a kernel on a row's inputs, with poison around them, and measure each output.
 
-    Rows without a visible key must be zeros (a log-sum-exp: −∞).
+    Rows without a visible key must be zeros (a log-sum-exp: −∞). ``place`` lays the inputs out in memory.
     """
     spec = case.spec
     tensors = {name: tensor.to(device) for name, tensor in case.tensors(seed, dtype).items()}
     with poisoned_memory():
-        got = run(*poisoned_inputs(spec, tensors))
+        got = run(*place(spec, tensors))
     outputs = (got,) if isinstance(got, torch.Tensor) else got
     exact = spec.interpret(tensors, torch.float64)
     plain = spec.interpret(tensors, dtype)
@@ -113,9 +128,7 @@ def compare(
             best[empty] = 0.0 if best.dim() == 4 else -math.inf
             eager = torch.where(empty, best, eager)
         made.append(
-            Outcome(
-                name, distance(output, best), distance(eager, best) + slack(case, dtype, output.dtype, best)
-            )
+            Outcome(name, distance(output, best), distance(eager, best) + slack(case, dtype, output.dtype, best))
         )
     return made
 

@@ -1,0 +1,354 @@
+"""Forward attention kernels beside what people call today, in one run.
+
+    python -m benchmarks.kernels benchmarks/results/kernels_peers_h200.json [--rows causal] [--rounds 7] [--fa4]
+
+Peers: cuDNN and FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled, our plain Triton, our Gluon kernel;
+FlashAttention-4 with ``--fa4`` where ``flash-attn-4`` is installed. Every round runs each of them once, so that the
+card's clock and temperature treat all alike; medians of the rounds are reported. FLOPs count visible pairs only, for
+all alike. Each result is compared with cuDNN's or, where that has no such variant, with plain Triton's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from attncompile.codegen import gluon, triton
+from attncompile.codegen.triton import load
+from attncompile.ir import Spec, parse_spec
+from attncompile.ir.blocks import density
+from benchmarks.kernels_smoke import milliseconds
+
+WINDOW, CAP, DOCUMENT, SINKS = 1024, 30.0, 2048, 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row.
+
+    Attributes:
+        name: of the row.
+        batch, heads, groups, length, channels: sizes; ``groups`` is the number of key heads.
+        kind: ``full``, ``causal``, ``alibi``, ``window``, ``sink-window``, ``softcap``, ``documents``, ``sinks`` or
+            ``bias``; all but ``full`` and ``bias`` are causal.
+        peers: who else computes it.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    groups: int
+    length: int
+    channels: int
+    kind: str
+    peers: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        return self.channels**-0.5
+
+    def spec(self) -> Spec:
+        """What is computed."""
+        score, mask, more, given = f"{self.scale!r}·s", "j ≤ i", "", ""
+        match self.kind:
+            case "full":
+                mask = "true"
+            case "alibi":
+                score += f" + exp2(−{8 / self.heads!r}·float(h + 1))·float(j − i)"
+            case "window":
+                mask = f"j ≤ i and j > i − {WINDOW}"
+            case "sink-window":
+                mask = f"j ≤ i and (j > i − {WINDOW} or j < {SINKS})"
+            case "softcap":
+                score = f"{CAP}·tanh({self.scale / CAP!r}·s)"
+            case "documents":
+                mask, given = "j ≤ i and document[b, j] = document[b, i]", "document[B,I]:int32"
+            case "sinks":
+                more, given = "sink   sinks[h]", f"sinks[{self.heads}]:float32"
+            case "bias":
+                mask, score = "true", f"{score} + bias[h, i, j]"
+                given = f"bias[{self.heads},I,I]:bfloat16"
+        lines = [
+            f"work   attend  q[B,{self.heads},I,{self.channels}]  k,v[B,{self.groups},I,{self.channels}]  bfloat16",
+            f"score  {score}",
+            f"mask   {mask}",
+            *([f"kv_head h // {self.heads // self.groups}"] if self.heads != self.groups else []),
+            *([more] if more else []),
+            "norm   softmax (float32)",
+            *([f"given  {given}"] if given else []),
+        ]
+        return parse_spec("\n  ".join(lines))
+
+    def visible(self) -> float:
+        """Share of the pairs that the mask leaves."""
+        if self.kind == "documents":
+            return min(1.0, DOCUMENT / self.length) / 2
+        attend = self.spec().attend()
+        assert attend is not None
+        return density(attend.mask, self.length, self.length)
+
+
+SDPA = ("cudnn", "flash2")
+DENSE = tuple(
+    Work(
+        f"d{channels}-n{length}-{kind}",
+        max(1, 16384 // length),
+        2048 // channels,
+        2048 // channels,
+        length,
+        channels,
+        kind,
+        (*SDPA, "flex") if length == 16384 else SDPA,
+    )
+    for channels in (64, 128)
+    for length in (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    for kind in ("full", "causal")
+)
+VARIANTS = tuple(
+    Work(f"d128-n16384-{kind}", 1, 16, 16, 16384, 128, kind, ("flex",))
+    for kind in ("alibi", "window", "sink-window", "softcap", "documents", "sinks")
+)
+GROUPED = (Work("d128-n8192-causal-32-8", 2, 32, 8, 8192, 128, "causal", SDPA),)
+BIAS = (Work("d64-n4096-bias", 4, 16, 16, 4096, 64, "bias", ("flex",)),)
+WORKS = (*DENSE, *VARIANTS, *GROUPED, *BIAS)
+
+Run = Callable[[], torch.Tensor]
+
+
+def tensors_of(work: Work) -> list[torch.Tensor]:
+    """Inputs in the order of the Spec, operands stored as ``[b,i,h,d]``."""
+    made = []
+    for value in work.spec().inputs:
+        if value.name in "qkv":
+            heads = work.heads if value.name == "q" else work.groups
+            shape = (work.batch, work.length, heads, work.channels)
+            made.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2))
+        elif value.name == "document":
+            positions = torch.arange(work.length, device="cuda", dtype=torch.int32) // DOCUMENT
+            made.append(positions.expand(work.batch, -1).contiguous())
+        elif value.name == "sinks":
+            made.append(torch.randn(work.heads, device="cuda"))
+        else:
+            shape = (work.heads, work.length, work.length)
+            made.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+    return made
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Work, list[torch.Tensor]], Run]:
+    """A back end of PyTorch's ``scaled_dot_product_attention``."""
+
+    def make(work: Work, tensors: list[torch.Tensor]) -> Run:
+        def run() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    *tensors[:3], is_causal=work.kind == "causal", enable_gqa=work.heads != work.groups
+                )
+
+        return run
+
+    return make
+
+
+def flex(work: Work, tensors: list[torch.Tensor]) -> Run:
+    """Compiled FlexAttention, its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    extra = tensors[3] if len(tensors) > 3 else None
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        shown = i >= j
+        if work.kind in ("window", "sink-window"):
+            near = j > i - WINDOW
+            shown = shown & ((near | (j < SINKS)) if work.kind == "sink-window" else near)
+        if work.kind == "documents":
+            assert extra is not None
+            shown = shown & (extra[b, i] == extra[b, j])
+        return shown
+
+    def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        if work.kind == "alibi":
+            return s + torch.exp2(-(8 / work.heads) * (h + 1.0)) * (j - i)
+        if work.kind == "softcap":
+            return CAP * torch.tanh(s / CAP)
+        assert extra is not None
+        return s + extra[h, i, j]
+
+    blocks = None
+    if work.kind not in ("full", "bias"):
+        blocks = create_block_mask(mask, work.batch, None, work.length, work.length, device="cuda", _compile=True)
+    changed = score if work.kind in ("alibi", "softcap", "bias") else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    sinks = work.kind == "sinks"
+
+    def run() -> torch.Tensor:
+        found = compiled(
+            *tensors[:3], score_mod=changed, block_mask=blocks, enable_gqa=work.heads != work.groups, return_lse=sinks
+        )
+        if not sinks:
+            return found
+        out, lse = found
+        assert extra is not None
+        return out * torch.sigmoid(lse - extra[None, :, None])[..., None].to(out.dtype)
+
+    return run
+
+
+def flash4(work: Work, tensors: list[torch.Tensor]) -> Run:
+    """FlashAttention-4, which has window, softcap and sinks beside the dense forms.
+
+    Raises:
+        ValueError: for a variant that it lacks.
+        ImportError: when ``flash-attn-4`` is not installed.
+    """
+    from flash_attn.cute import flash_attn_func
+
+    options: dict[str, Any] = {"causal": work.kind != "full"}
+    match work.kind:
+        case "window":
+            options["window_size"] = (WINDOW - 1, 0)
+        case "softcap":
+            options["softcap"] = CAP
+        case "sinks":
+            options["learnable_sink"] = tensors[3].bfloat16()
+        case "full" | "causal":
+            pass
+        case other:
+            raise ValueError(f"FlashAttention-4 has no {other}")
+    moved = [tensor.transpose(1, 2) for tensor in tensors[:3]]
+
+    def run() -> torch.Tensor:
+        found = flash_attn_func(*moved, **options)
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return run
+
+
+def plain_triton(work: Work, tensors: list[torch.Tensor]) -> Run:
+    """Our generated kernel in plain Triton."""
+    attend = load(triton.generate(work.spec()))
+    return lambda: attend(*tensors)
+
+
+def our_gluon(work: Work, tensors: list[torch.Tensor]) -> Run:
+    """Our generated kernel in Gluon."""
+    attend = load(gluon.generate(work.spec()))
+    return lambda: attend(*tensors)
+
+
+MAKERS: dict[str, Callable[[Work, list[torch.Tensor]], Run]] = {
+    "gluon": our_gluon,
+    "triton": plain_triton,
+    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "flash2": sdpa(SDPBackend.FLASH_ATTENTION),
+    "flex": flex,
+    "flash4": flash4,
+}
+
+
+def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
+    """Interleaved medians of everybody at one row."""
+    tensors = tensors_of(work)
+    row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
+    running: dict[str, tuple[Run, int]] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for name in ("gluon", "triton", *work.peers, *others):
+        try:
+            started = time.perf_counter()
+            run = MAKERS[name](work, tensors)
+            outputs[name] = run()
+            torch.cuda.synchronize()
+            first = time.perf_counter() - started
+            running[name] = (run, max(1, min(50, int(15 / max(milliseconds(run, 2), 1e-3)))))
+            row["results"][name] = {"first_call_s": first}
+        except Exception as error:
+            row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
+    judge = outputs.get("cudnn", outputs.get("triton"))
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, (run, repeats) in running.items():
+            times[name].append(milliseconds(run, repeats))
+    flops = work.spec().flops({"B": work.batch, "I": work.length}) * row["visible"]
+    for name, found in times.items():
+        median = statistics.median(found)
+        spread = (max(found) - min(found)) / median
+        row["results"][name] |= {"ms": median, "spread": spread, "tflops": flops / median / 1e9}
+        if judge is not None:
+            row["results"][name]["difference"] = float((outputs[name] - judge).float().norm() / judge.float().norm())
+    return row
+
+
+def _warm(work: Work) -> None:
+    """Fill Triton's cache with one row's kernels: called in processes of its own, many at a time."""
+    small = Work(work.name, 1, work.heads, work.groups, 256, work.channels, work.kind, ())
+    tensors = tensors_of(small)
+    for make in (our_gluon, plain_triton):
+        try:
+            make(small, tensors)()
+        except Exception as error:
+            print(f"{work.name}: {error}", flush=True)
+    torch.cuda.synchronize()
+
+
+def warm_up(works: tuple[Work, ...], processes: int) -> None:
+    """Compile the kernels of these rows, one for each distinct Spec."""
+    distinct = {work.spec().fingerprint(): work for work in works}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        list(pool.map(_warm, distinct.values()))
+
+
+def main() -> None:
+    """Measure, print a line for each row, write JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile at first (default 8)")
+    parser.add_argument("--fa4", action="store_true", help="FlashAttention-4 too; needs flash-attn-4")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU; torch.cuda.is_available() is false")
+    import triton as triton_package
+
+    torch.manual_seed(0)
+    wanted = [part for part in options.rows.split(",") if part]
+    works = tuple(work for work in WORKS if not wanted or any(part in work.name for part in wanted))
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton_package.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rounds": options.rounds,
+        "rows": [],
+    }
+    warm_up(works, options.processes)
+    for work in works:
+        row = measure(work, options.rounds, ("flash4",) if options.fa4 else ())
+        report["rows"].append(row)
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        shown = {n: f"{r['tflops']:.0f}" if "tflops" in r else r["failure"][:80] for n, r in row["results"].items()}
+        worst = max((r.get("difference", 0.0) for r in row["results"].values()), default=math.nan)
+        print(f"{work.name}: TF/s {shown}, differences up to {worst:.1e}", flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Compiling Gluon modules ahead of time: for sm_90, where no GPU need be there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from attncompile.codegen.gluon.generate import HopperModule
+from attncompile.codegen.triton.ahead import ELEMENTS, Compiled, Target, resources
+from attncompile.codegen.triton.cache import load_module
+
+HOPPER = Target("cuda", 90, 32)
+
+
+def compile_ahead(module: HopperModule, dtype: str) -> Compiled:
+    """Compile the module's kernel for Hopper.
+
+    Captured tensors are taken to be aligned to 16 bytes and contiguous along their last axis.
+
+    Args:
+        module: the generated module.
+        dtype: element type of query, key and value: ``float16`` or ``bfloat16``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    loaded = load_module(module)
+    skeleton, (kernel,) = module.skeleton, module.kernels
+    function = loaded.attend_forward
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    channels, features = skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features)
+    tiles = {"query": (64, channels), "key": (skeleton.tile.keys, channels)}
+    tiles |= {"value": (skeleton.tile.keys, features), "out": (64, features)}
+    for name in skeleton.descriptors():
+        shape = ", ".join(map(str, (1, 1, *tiles[name])))
+        signature[name] = f"tensordesc<{ELEMENTS[dtype]}[{shape}],{loaded.tile_layout(*tiles[name])!r}>"
+    for name, element in kernel.pointers:
+        signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
+        aligned.append(name)
+    ranks = dict(skeleton.captured)
+    for name in kernel.strides:
+        pointer, _, axis = name.rpartition("_stride_")
+        if pointer in ranks and int(axis) == ranks[pointer] - 1:
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+    signature |= dict.fromkeys(kernel.integers, "i32")
+    ordered = {name: signature[name] for name in function.arg_names}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    built = triton.compile(
+        GluonASTSource(function, ordered, constexprs=constants, attrs=attributes),
+        target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp),
+        options={"num_warps": 4, "maxnreg": skeleton.tile.limit},
+    )
+    registers, spills = resources(built.asm, HOPPER)
+    return Compiled(kernel.name, str(HOPPER), int(built.metadata.shared), registers, spills, dict(built.asm))
+
+
+def spilled_bytes(compiled: Compiled) -> int:
+    """Bytes of local memory that the binary's PTX declares."""
+    return sum(int(found) for found in re.findall(r"\.local .*?\[(\d+)\]", str(compiled.texts.get("ptx", ""))))

@@ -1,0 +1,182 @@
+"""From a Spec to a Gluon module for Hopper: kernel, launcher and documentation in one self-contained file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
+from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, key_count, launch_lines
+from attncompile.codegen.gluon.structure import may_be_infinite, padded, why_not_spec
+from attncompile.codegen.gluon.tiles import hopper_tile
+from attncompile.codegen.triton.dense import key_runs
+from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
+from attncompile.codegen.triton.generate import GeneratedModule
+from attncompile.codegen.triton.module import (
+    CHECKS,
+    Binding,
+    Kernel,
+    Length,
+    constant,
+    device_functions_of,
+    documentation,
+    function_of,
+    launcher,
+    mentions,
+)
+from attncompile.codegen.triton.names import MODULE_NAMES
+from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.visits import visits
+from attncompile.ir import Spec, simplify
+from attncompile.ir.blocks import key_bounds
+from attncompile.ir.expr import SCORE, TRUE, Apply, loads, walk
+from attncompile.ir.simplify import Simplifier
+from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile, hopper_function
+
+GLUON = Dialect("gl.", {"sigmoid": "(1.0 / (1.0 + gl.exp(-{0})))"})
+"""Gluon has Triton's functions under another name, but no sigmoid."""
+
+LIGHT = 3
+"""With no more operators than this in score and mask, three warpgroups share the registers."""
+
+
+@dataclass(frozen=True)
+class HopperModule(GeneratedModule):
+    """Source of a Gluon module.
+
+    Attributes:
+        skeleton: what the Spec decided.
+        elements: element type of each pointer.
+    """
+
+    skeleton: HopperForward
+    elements: dict[str, str]
+
+
+def generate(spec: Spec, tile: HopperTile | None = None) -> HopperModule:
+    """The Gluon module of a Spec.
+
+    The same Spec gives the same text; the Spec's name is no part of it.
+
+    Args:
+        spec: one attention.
+        tile: how the work is divided, when not as :mod:`attncompile.codegen.gluon.tiles` says.
+
+    Raises:
+        ValueError: when there is no kernel for the Spec; says why.
+    """
+    reason = why_not_spec(spec)
+    if reason:
+        raise ValueError(f"no Hopper kernel for {spec.name}: {reason}")
+    spec = dataclasses.replace(spec, name="attention")
+    parts = dense(spec)
+    expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
+    binding = Binding.of(spec, captured_tensors(*expressions), (*MODULE_NAMES, *RESERVED), LAUNCHER_WORDS)
+    lengths = (
+        binding.length("H", parts.query.sizes[1]),
+        binding.length("I", parts.query.sizes[2]),
+        binding.length("J", parts.key.sizes[2]),
+    )
+    skeleton = _skeleton(spec, parts, binding, lengths, tile)
+    kernel_text = skeleton.source()
+    inputs = [binding.tensors[value.name] for value in spec.inputs]
+    found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
+    sections = (
+        _documentation(spec, inputs, kernel_text),
+        IMPORTS,
+        skeleton.constants() + "\n" + CHECKS,
+        *_device_functions(kernel_text),
+        kernel_text,
+        HOST,
+        key_count(found, binding, skeleton),
+        launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton)),
+    )
+    source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
+    types = spec.types()
+    elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
+    elements |= {"out": "operand", "lse": "float32", "work": "int32"}
+    kernel = Kernel(
+        "attend_forward",
+        tuple((pointer, elements[pointer]) for pointer in skeleton.pointers()),
+        skeleton.strides(),
+        ("work_width", *skeleton.integers()),
+        {},
+        {},
+    )
+    return HopperModule(f"hopper_{spec.fingerprint()}", source, (kernel,), skeleton, elements)
+
+
+def _skeleton(
+    spec: Spec,
+    parts: Dense,
+    binding: Binding,
+    lengths: tuple[Length, Length, Length],
+    tile: HopperTile | None,
+) -> HopperForward:
+    attend, types = parts.attend, spec.types()
+    batch, heads, queries = parts.query.sizes[:3]
+    keys = parts.key.sizes[2]
+    extents = {"b": batch, "h": heads, "i": queries, "j": keys}
+    indices = {name: name for name in ("b", "h", "i", "j", NEAR.name, FAR.name)}
+    pairs = Scope(indices, binding.sizes, binding.pointers, types, extents, GLUON)
+    scalars = {n: n for n in ("b", "h", "row_first", "row_last")}
+    block = Scope(scalars, binding.sizes, binding.pointers, types, extents, GLUON)
+    found = dataclasses.replace(visits(parts.mask, queries, keys), test=TRUE)
+    runs, runs_text = key_runs(found, block)
+    score = None if parts.score == SCORE else function_of("score", fold_columns(parts.score), pairs)
+    visible = None if parts.mask == TRUE else function_of("visible", fold_columns(parts.mask), pairs)
+    sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
+    kv_head = print_triton(simplify(attend.kv_head, extents), block).value
+    parameters = [name for function in (score, visible, sink) if function for name in function.parameters]
+    expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
+    channels, features = constant(parts.query.sizes[3]), constant(parts.value.sizes[3])
+    within = Simplifier({"b": batch, "h": heads, "i": queries})
+    inside = not any(within.nonnegative(keys - limit) for limit in key_bounds(parts.mask).upper)
+    return HopperForward(
+        tile=tile or hopper_tile(padded(channels), padded(features), light=_light(parts)),
+        scale=parts.scale,
+        score=score,
+        bounded=may_be_infinite(parts.score),
+        visible=visible,
+        inside=inside,
+        sink=sink,
+        kv_head=kv_head,
+        runs=runs,
+        lse=bool(attend.lse) and attend.lse in spec.outputs,
+        captured=tuple((pointer, len(types[name].axes)) for name, pointer in binding.pointers.items()),
+        lengths=(lengths[0].name, lengths[1].name, lengths[2].name),
+        sizes=tuple(s for s in binding.sizes.values() if mentions(s, runs_text, kv_head, *parameters)),
+        channels=channels,
+        features=features,
+        clamped=any(loads(expr) for expr in expressions),
+    )
+
+
+def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
+    notes = "Products in float16 or bfloat16 are summed in float32."
+    if "tanh(" in kernel:
+        notes += " tanh is that of the special-function unit: relative error at most 2^-11."
+    text = documentation(spec, inputs).replace("as a Triton kernel", "as a Gluon kernel for Hopper GPUs", 1)
+    return re.sub(r"^Products in .*$", notes, text, count=1, flags=re.MULTILINE)
+
+
+def _light(parts: Dense) -> bool:
+    operators = [node for expr in (parts.score, parts.mask) for node in walk(expr) if isinstance(node, Apply)]
+    reads = any(loads(expr) for expr in (parts.score, parts.mask))
+    return parts.score == SCORE and not reads and len(operators) <= LIGHT
+
+
+def _device_functions(text: str) -> list[str]:
+    """Functions that expressions call, in Gluon."""
+    found = []
+    for source in device_functions_of(text):
+        name = source.partition("def ")[2].partition("(")[0]
+        if name == "tanh":
+            found.append(hopper_function(name))
+        else:
+            found.append(GLUON.call(source).replace("@triton.jit", "@gluon.jit"))
+    return found
+
+
+__all__ = ["GLUON", "HopperModule", "generate"]

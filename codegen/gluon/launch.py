@@ -1,0 +1,182 @@
+"""The host's side of a Hopper module: what it refuses, who computes which tile, and the launch."""
+
+from __future__ import annotations
+
+import re
+
+from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
+from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
+from attncompile.codegen.triton.names import LAUNCHER_NAMES
+from attncompile.codegen.triton.structure import Dense
+from attncompile.codegen.triton.visits import Visits
+from attncompile.ir import Spec
+from attncompile.ir.expr import Expr, Index, Load, walk
+from attncompile.kernels.hopper import HopperForward
+from attncompile.kernels.source import signature
+
+PYTHON = Dialect(
+    "",
+    {
+        "min": "min({0}, {1})",
+        "max": "max({0}, {1})",
+        "where": "({1} if {0} else {2})",
+        "and": "({0} and {1})",
+        "or": "({0} or {1})",
+        "not": "(not {0})",
+        "floordiv": "({0} // {1})",
+        "mod": "({0} % {1})",
+    },
+)
+"""Integer expressions on the host."""
+
+HOST = '''\
+def why_not(query, key, value):
+    """Why the kernel cannot read these tensors where they lie, or None."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in (torch.float16, torch.bfloat16):
+            return f"the kernel takes float16 and bfloat16; the {name} is {tensor.dtype}"
+        if tensor.shape[2] == 0:
+            return f"the {name} is empty"
+        if tensor.data_ptr() % 16:
+            return f"the {name} does not begin at a multiple of 16 bytes"
+        if tensor.stride(3) != 1:
+            return f"channels of the {name} lie {tensor.stride(3)} elements apart"
+        for axis in range(3):
+            if tensor.shape[axis] > 1 and (tensor.stride(axis) % 8 or tensor.stride(axis) <= 0):
+                return f"axis {axis} of the {name} has stride {tensor.stride(axis)}, no multiple of 16 bytes"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def tile_layout(rows, channels):
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)
+
+
+def descriptor(tensor, rows, channels):
+    """What the copying unit needs to know: it fills with zeros, or leaves out, what lies past the tensor's end."""
+    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride())]
+    strides[3] = 1
+    block = [1, 1, rows, channels]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+
+
+@functools.lru_cache(maxsize=256)
+def work_list(device, batch, heads, queries, *sizes):
+    """Tiles of each thread block, those with most keys first, each for the block that is free first; then −1."""
+    blocks = triton.cdiv(queries, BLOCK_I.value)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    free = [(0.0, row) for row in range(min(processors, batch * heads * blocks))]
+    rows = [[] for _ in free]
+    costs = {}
+    for head in range(batch * heads):
+        h = head % heads if BY_HEAD else 0
+        if h not in costs:
+            counts = []
+            for block in range(blocks):
+                first = block * BLOCK_I.value
+                keys = key_count(first, min(first + BLOCK_I.value, queries) - 1, h, *sizes)
+                counts.append((keys / BLOCK_J.value + 1.5, block))
+            costs[h] = sorted(counts, reverse=True)
+        for cost, block in costs[h]:
+            busy, row = free[0]
+            rows[row].append(head * blocks + block)
+            heapq.heapreplace(free, (busy + cost, row))
+    width = max(map(len, rows)) + 2
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)'''
+
+LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(
+    re.findall(r"\w+", "work reason why_not work_list descriptor start stop first_start first_stop")
+)
+"""Identifiers of the launcher."""
+
+
+def key_count(found: Visits, binding: Binding, skeleton: HopperForward) -> str:
+    """The functions that tell the host how many keys a tile visits."""
+    ranges = [found.main] if found.first is None else [found.first, found.main]
+    nodes = [node for limits in ranges for e in (limits.start, limits.stop) for node in walk(e)]
+    unknown = any(isinstance(node, Load) or node == Index("b") for node in nodes)
+    names = {name: name for name in ("h", "row_first", "row_last")}
+    scope = Scope(names, binding.sizes, {}, {}, dialect=PYTHON)
+    lines: list[str] = []
+
+    def text(expr: Expr) -> str:
+        printed = print_triton(expr, scope)
+        lines.extend(printed.lines)
+        return printed.value
+
+    if unknown:
+        body = [f"return {skeleton.lengths[2]}  # the tensors that decide lie on the device"]
+    else:
+        lines.append(f"start, stop = {text(found.main.start)}, {text(found.main.stop)}")
+        counted = "max(stop - start, 0)"
+        if found.first:
+            lines.append(f"first_start, first_stop = {text(found.first.start)}, {text(found.first.stop)}")
+            counted += " + max(min(first_stop, start) - first_start, 0)"
+        body = [*lines, f"return {counted}"]
+    by_head = not unknown and any(node == Index("h") for node in nodes)
+    return "\n".join(
+        [
+            f"BY_HEAD = {by_head}  # whether heads differ in the keys that they visit",
+            "",
+            "",
+            signature("def key_count", ["row_first", "row_last", "h", *_list_sizes(skeleton)], ":"),
+            '    """About how many keys a tile visits: decides the order of the work."""',
+            *(f"    {line}" for line in body),
+        ]
+    )
+
+
+def _list_sizes(skeleton: HopperForward) -> list[str]:
+    """Sizes that the limits of the key loops may read."""
+    return list(skeleton.integers())
+
+
+def launch_lines(
+    spec: Spec,
+    parts: Dense,
+    binding: Binding,
+    lengths: tuple[Length, Length, Length],
+    skeleton: HopperForward,
+) -> list[str]:
+    """Body of the launcher."""
+    attend, tile = parts.attend, skeleton.tile
+    heads, queries = lengths[0].value, lengths[1].value
+    batch = binding.size(parts.query.sizes[0])
+    query, key, value = (binding.tensors[name] for name in (attend.query, attend.key, attend.value))
+    captured = [binding.tensors[name] for name in binding.pointers]
+    values = {length.name: length.value for length in lengths}
+    sizes = [values.get(name, name) for name in skeleton.integers()]
+    channels, features = "CHANNELS.value", "FEATURES.value"
+    arguments = [
+        f"descriptor({query}, 64, {channels})",
+        f"descriptor({key}, BLOCK_J.value, {channels})",
+        f"descriptor({value}, BLOCK_J.value, {features})",
+        f"descriptor(out, 64, {features})" if tile.staged else "out",
+        *(["lse"] if skeleton.lse else []),
+        *captured,
+        "work",
+        "work.shape[1]",
+        *([] if tile.staged else ["*out.stride()[:3]"]),
+        *(f"*{name}.stride()" for name in captured),
+        *sizes,
+        "num_warps=4",
+        f"maxnreg={tile.limit}",
+    ]
+    lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
+    results = {attend.out: "out", attend.lse: "lse"}
+    returned = f"return {', '.join(results[name] for name in spec.outputs)}"
+    return [
+        *expectations(spec, binding, query),
+        allocation("out", batch, queries, heads, skeleton.features, query),
+        *([lse] if skeleton.lse else []),
+        "if out.numel() == 0:",
+        f"    {returned}",
+        f"reason = why_not({query}, {key}, {value})",
+        "if reason:",
+        "    raise ValueError(reason)",
+        *signature("work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4).splitlines(),
+        f"with torch.cuda.device_of({query}):",
+        *signature("attend_forward[(work.shape[0],)]", arguments, "", 4, inside=4).splitlines(),
+        returned,
+    ]

@@ -1,0 +1,67 @@
+"""What the Hopper kernel can do."""
+
+from __future__ import annotations
+
+from attncompile.codegen.gluon.tiles import hopper_tile
+from attncompile.codegen.triton.structure import dense
+from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
+from attncompile.ir import Spec, simplify
+from attncompile.ir.expr import Apply, Const, Expr, Load, walk
+
+GRANULE = 8
+"""Channels in 16 bytes: rows of fewer, or of no multiple, cannot be copied by TMA."""
+
+
+MOST_EFFORT = 48
+"""Instructions beyond which compiling takes minutes, registers spill, and the matrix unit waits anyway."""
+
+_LONG = {"exp": 4, "log": 4, "log2": 4, "pow": 8, "sigmoid": 8, "erf": 30, "sin": 40, "cos": 40, "sqrt": 4, "div": 8}
+"""Operators that take more than about two instructions."""
+
+
+def _effort(expr: Expr) -> int:
+    """Roughly how many instructions an expression takes, each shared part counted once."""
+    nodes = dict.fromkeys(node for node in walk(expr) if isinstance(node, Apply))
+    return sum(_LONG.get(node.operator, 1) for node in nodes)
+
+
+def padded(channels: int) -> int:
+    """Channels of a tile: a power of two."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def why_not_spec(spec: Spec) -> str | None:
+    """Why there is no Hopper kernel for the Spec, or ``None``."""
+    reason = why_not_triton(spec)
+    if reason:
+        return reason
+    if [operation.keyword for operation in spec.operations] != ["attend"]:
+        return f"the Hopper kernel computes one attend, not {', '.join(o.keyword for o in spec.operations)}"
+    parts = dense(spec)
+    if parts.attend.norm.kind != "softmax":
+        return f"the Hopper kernel normalises by softmax, not by {parts.attend.norm.kind}"
+    if parts.edit is not None:
+        return f"the Hopper kernel has no edit of weights such as {parts.attend.weight}"
+    effort = max(map(_effort, (parts.score, parts.mask)))
+    if effort > MOST_EFFORT:
+        return f"score and mask take about {effort} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
+    widths = [_constant(found.sizes[3]) for found in (parts.query, parts.value)]
+    for name, channels in zip((parts.attend.query, parts.attend.value), widths, strict=True):
+        if channels % GRANULE:
+            return f"{name} has {channels} channels; TMA copies rows of multiples of {GRANULE}"
+    try:
+        hopper_tile(padded(widths[0]), padded(widths[1]), light=False)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def may_be_infinite(score: Expr) -> bool:
+    """Whether a score may be −∞ or nearly so: additive masks are loaded from tensors."""
+    return any(isinstance(node, Load) for node in walk(score))
+
+
+def _constant(size: Expr) -> int:
+    found = simplify(size)
+    assert isinstance(found, Const)  # why_not_triton has seen to it
+    return int(found.value)

@@ -1,0 +1,438 @@
+"""Skeleton of the dense forward kernel for Hopper GPUs, in Gluon.
+
+A thread block is one warp that copies tiles into shared memory (TMA) and two or three warpgroups that multiply
+them (WGMMA), each for 64 queries of its own. Blocks live as long as the kernel and take their tiles from a list,
+the longest first. Three things run at the same time: the exponentials of one key block, the product of the
+weights of the block before with its values, and another warpgroup's products; the first product of the next
+tile runs under the end of this one.
+
+Follows: Dao 2023 (arXiv:2307.08691); Shah et al. 2024 (arXiv:2407.08608).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
+from attncompile.kernels.source import WIDTH, signature, wrap
+
+IMPORTS = """\
+import functools
+import heapq
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor"""
+
+RING = (
+    "barrier_text",
+    "signal",
+    "meet",
+    "following",
+    "fill",
+    "own_sums",
+    "rescale_text",
+    "rescale_operands",
+    "rescaled",
+)
+"""Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """How the kernel divides its work.
+
+    Attributes:
+        groups: warpgroups that compute, 64 queries each.
+        keys: keys of a block.
+        stages: key and value blocks in shared memory.
+        buffers: query tiles in shared memory: with two, the next is there before this one is done.
+        turns: whether warpgroups take turns at the matrix unit, so that one's exponentials run under another's
+            products.
+        registers: of a thread of a computing warpgroup; the copying warp keeps 24.
+        limit: registers of a thread when the block starts.
+        staged: whether results leave through shared memory and TMA; otherwise each thread stores its own.
+    """
+
+    groups: int
+    keys: int
+    stages: int
+    buffers: int
+    turns: bool
+    registers: int
+    limit: int
+    staged: bool
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.groups
+
+
+@dataclass(frozen=True)
+class HopperForward:
+    """What a Spec decides about the kernel.
+
+    Attributes:
+        tile: how the work is divided.
+        scale: constant factor of the logits that ``score`` leaves out.
+        score: the logit from the raw score, or ``None`` when it is the raw score.
+        bounded: whether ``score`` may be −∞ or nearly so and is limited from below.
+        visible: the mask, or ``None`` when all is visible.
+        inside: whether keys past the last one are hidden by a comparison of their own.
+        sink: logit of a key without a value, over ``b h i``, or ``None``.
+        kv_head: source of the KV head over ``h``.
+        runs: limits of the key loops.
+        lse: whether the log-sum-exp is stored.
+        captured: identifier and number of axes of each captured tensor.
+        lengths: identifiers of the numbers of heads, queries and keys.
+        sizes: identifiers of other sizes.
+        channels, features: number of channels of keys and of values.
+        clamped: whether tensors are loaded by ``i`` or ``j``.
+    """
+
+    tile: HopperTile
+    scale: float
+    score: DeviceFunction | None
+    bounded: bool
+    visible: DeviceFunction | None
+    inside: bool
+    sink: DeviceFunction | None
+    kv_head: str
+    runs: KeyRuns
+    lse: bool
+    captured: tuple[tuple[str, int], ...]
+    lengths: tuple[str, str, str]
+    sizes: tuple[str, ...]
+    channels: int
+    features: int
+    clamped: bool
+
+    def padded(self, extent: int) -> int:
+        """Tile size for a number of channels: a power of two; TMA fills the rest with zeros."""
+        return max(16, 1 << (extent - 1).bit_length())
+
+    def descriptors(self) -> tuple[str, ...]:
+        """Arguments that are tensor descriptors, in order."""
+        return ("query", "key", "value", *(("out",) if self.tile.staged else ()))
+
+    def pointers(self) -> tuple[str, ...]:
+        """Pointer arguments in order, the work list last."""
+        own = (*(() if self.tile.staged else ("out",)), *(("lse",) if self.lse else ()))
+        return (*own, *(name for name, _ in self.captured), "work")
+
+    def strides(self) -> tuple[str, ...]:
+        """Stride arguments in order."""
+        out = () if self.tile.staged else tuple(f"out_stride_{axis}" for axis in "bhi")
+        return (*out, *(f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)))
+
+    def integers(self) -> tuple[str, ...]:
+        """Size arguments in order."""
+        return tuple(dict.fromkeys((*self.lengths, *self.sizes)))
+
+    def context(self) -> tuple[str, ...]:
+        """Arguments that every function gets: what expressions may read."""
+        captured = [name for name, _ in self.captured]
+        return (*captured, *(s for s in self.strides() if not s.startswith("out_stride_")), *self.integers())
+
+    def constants(self) -> str:
+        """Definitions of the constants that the functions read."""
+        tile, scale = self.tile, self.scale * LOG2E
+        rows = (
+            ("GROUPS", f"{tile.groups}", "warpgroups that compute, 64 queries each"),
+            ("BLOCK_I", f"{tile.queries}", "queries of a tile"),
+            ("BLOCK_J", f"{tile.keys}", "keys of a block"),
+            ("STAGES", f"{tile.stages}", "key and value blocks in shared memory"),
+            ("BUFFERS", f"{tile.buffers}", "query tiles in shared memory"),
+            ("CHANNELS", f"{self.padded(self.channels)}", f"of query and key: {self.channels}, padded"),
+            ("FEATURES", f"{self.padded(self.features)}", f"of value: {self.features}, padded"),
+            ("SCALE", f"{scale!r}", "constant factor of the logits · log2(e)"),
+            ("HIDDEN", "-(2.0**100)", "a masked score: a power of two, so that HIDDEN · SCALE is exact"),
+            ("LOWEST", "-(2.0**98)", "scores lie above it"),
+            ("EMPTY", f"-(2.0**99) * {scale!r}", "the peak of a row that saw no key lies below it"),
+            ("TURN", "6", "named barriers: a warpgroup may use the matrix unit"),
+            ("KEY_FREE", "9", "a stage's keys are done with"),
+            ("VALUE_FREE", "12", "a stage's values are done with"),
+        )
+        lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
+        layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
+        lines += [
+            f"SCORES = gl.constexpr({layout.format(tile.keys)})",
+            f"OUTPUT = gl.constexpr({layout.format(self.padded(self.features))})",
+            "WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))",
+        ]
+        return "\n".join(lines)
+
+    def _filled(self, template: str, **parts: list[str]) -> str:
+        """A template with its markers replaced, in lines that fit; see :mod:`attncompile.kernels.hopper_text`."""
+        options = {
+            "turns": self.tile.turns,
+            "staged": self.tile.staged,
+            "two buffers": self.tile.buffers == 2,
+            "one buffer": self.tile.buffers == 1,
+        }
+        lines: list[str] = []
+        for line in template.strip("\n").splitlines():
+            marker = re.fullmatch(r"( *)# <(\w+)>", line)
+            if marker:
+                lines += [marker[1] + each for each in parts[marker[2]]]
+                continue
+            line, _, condition = line.partition("  # if ")
+            if not condition or options[condition]:
+                lines.append(self._named(line))
+        return tidy(lines)
+
+    def _named(self, line: str) -> str:
+        """A line with the markers of arguments replaced."""
+        heads, queries, keys = self.lengths
+        launched = [name for name in self.pointers() if name == "lse"]
+        if not self.tile.staged:
+            line = line.replace("out_tiles, ", "")
+            launched += [name for name in self.strides() if name.startswith("out_stride_")]
+        for marker, names in (("CONTEXT", self.context()), ("KNOWN", self.known()), ("LAUNCHED", launched)):
+            text = ", ".join(names)
+            line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+        for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
+            line = line.replace(marker, text)
+        return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
+
+    def known(self) -> tuple[str, ...]:
+        """What ``key_blocks`` returns after the number of blocks."""
+        runs = self.runs
+        first = ("first_start", "first_count") if runs.first else ()
+        if runs.everything:
+            return ("edges", "main_start", "full_start")
+        return ("edges", "main_start", *first, *(("before", "full_start", "full_stop") if runs.full else ()))
+
+    def _runs(self) -> str:
+        """``key_blocks`` and ``block_start``: which key blocks a tile visits, those on an edge of the mask first."""
+        keys, runs = self.lengths[2], self.runs
+        lines = [f"row_last = gl.minimum(row_first + BLOCK_I, {self.lengths[1]}) - 1", *runs.lines]
+        places = ["start = main_start + number * BLOCK_J"]
+        terms: list[str] = []
+        if runs.everything:
+            lines = [
+                "# Only the last block, if keys do not fill it, is an edge.",
+                f"main_start = {keys} // BLOCK_J * BLOCK_J",
+                f"edges = gl.cdiv({keys}, BLOCK_J) - {keys} // BLOCK_J",
+                "full_start = 0",
+                f"blocks = gl.cdiv({keys}, BLOCK_J)",
+            ]
+        else:
+            lines += [f"main_start = {aligned(runs.main[0])}", f"main_stop = gl.maximum({runs.main[1]}, main_start)"]
+        if runs.first:
+            lines += [
+                "# A range before it, as far as it does not reach into it.",
+                f"first_start = {aligned(runs.first[0])}",
+                f"first_stop = gl.minimum(gl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
+                "first_count = gl.maximum(first_stop - first_start, 0) // BLOCK_J",
+            ]
+            terms.append("first_count")
+            places = [
+                "start = first_start + number * BLOCK_J",
+                "start += gl.where(number >= first_count, main_start - first_start - first_count * BLOCK_J, 0)",
+            ]
+        if runs.full and not runs.everything:
+            lines += [
+                "# Without a mask: full_start to full_stop.",
+                f"full_start = gl.cdiv(gl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
+                "full_start = gl.minimum(full_start, gl.cdiv(main_stop, BLOCK_J) * BLOCK_J)",
+                f"full_stop = gl.minimum({runs.full[1]}, main_stop) // BLOCK_J * BLOCK_J",
+                "full_stop = gl.maximum(full_stop, full_start)",
+                "before = (full_start - main_start) // BLOCK_J",
+                "after = gl.cdiv(gl.maximum(main_stop - full_stop, 0), BLOCK_J)",
+            ]
+            passed = " + ".join([*terms, "before"])
+            places.append(f"start += gl.where(number >= {passed}, full_stop - full_start, 0)")
+            terms += ["before", "after"]
+        elif not runs.full:
+            terms.append("gl.cdiv(main_stop - main_start, BLOCK_J)")
+        if runs.full:
+            places.append("start = gl.where(number < edges, start, full_start + (number - edges) * BLOCK_J)")
+        if not runs.everything:
+            lines.append(f"edges = {' + '.join(terms)}")
+            lines.append("blocks = edges + (full_stop - full_start) // BLOCK_J" if runs.full else "blocks = edges")
+        counted = [
+            "@gluon.jit",
+            signature("def key_blocks", ["row_first", "b", "h", *self.context()], ":"),
+            '    """How many key blocks a tile visits (at least one), and what ``block_start`` needs."""',
+            *(f"    {line}" for line in lines),
+            f"    return gl.maximum(blocks, 1), {', '.join(self.known())}",
+        ]
+        placed = [
+            "@gluon.jit",
+            signature("def block_start", ["number", *self.known()], ":"),
+            '    """First key of a block; blocks on an edge of the mask come first."""',
+            *(f"    {line}" for line in places),
+            "    return start",
+        ]
+        return tidy(counted) + "\n\n\n" + tidy(placed)
+
+    def _logits(self) -> str:
+        _, queries, keys = self.lengths
+        read = {name for function in (self.score, self.visible) if function for name in function.parameters}
+        positions = []
+        if "i" in read:
+            limited = f"gl.minimum(rows, {queries} - 1)" if self.clamped else "rows"
+            positions.append(f"i = gl.expand_dims({limited}, 1)")
+        if "j" in read:
+            positions.append("j = near + far")
+            if self.clamped:
+                positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
+        score = [signature("s = score", self.score.parameters, "")] if self.score else []
+        if self.bounded:
+            score.append("s = gl.maximum(s, LOWEST)")
+        mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
+        if self.inside:
+            inside = f"{keys} - near > far"
+            mask.append(f"shown = shown & ({inside})" if self.visible else f"shown = {inside}")
+        mask.append("s = gl.where(shown, s, HIDDEN)")
+        return self._filled(LOGITS, positions=positions, score=score, mask=mask)
+
+    def _consumer(self) -> str:
+        if self.sink:
+            arguments = ["rows" if name == "i" else name for name in self.sink.parameters]
+            if "i" in self.sink.parameters and self.clamped:
+                arguments = [f"gl.minimum(rows, {self.lengths[1]} - 1)" if a == "rows" else a for a in arguments]
+            sink = [
+                "# One key more, whose value is zero.",
+                signature("sink_logit = sink", arguments, f" * {LOG2E!r}"),
+                "joined_peak = gl.maximum(peak, sink_logit)",
+                "kept = gl.exp2(peak - joined_peak)",
+                "total = total * kept + gl.exp2(sink_logit - joined_peak)",
+                "factor = gl.where(peak > EMPTY, kept / total, 0.0)",
+            ]
+        else:
+            sink = ["# A row that saw no key gives zeros.", "factor = gl.where(peak > EMPTY, 1.0 / total, 0.0)"]
+        peak = "joined_peak" if self.sink else "peak"
+        lse = [
+            f"row_lse = ({peak} + gl.log2(total)) * {1 / LOG2E!r}",
+            f'row_lse = gl.where({peak} > EMPTY, row_lse, float("-inf"))',
+            "lse_row = (b * HEADS + h).to(gl.int64) * QUERIES",
+            "gl.store(lse + lse_row + rows, row_lse, mask=rows < QUERIES)",
+        ]
+        stored = [] if self.tile.staged else STORED.strip("\n").splitlines()
+        full = FULL.strip("\n").splitlines() if self.runs.full else []
+        return self._filled(
+            CONSUMER,
+            sink=sink,
+            lse=[self._named(line) for line in lse] if self.lse else [],
+            full=[self._named(line) for line in full],
+            stored=[self._named(line) for line in stored],
+        )
+
+    def _kernel(self) -> str:
+        tile = self.tile
+        own = "query_tiles, key_tiles, value_tiles"
+        barriers = "query_ready, query_free, key_ready, value_ready"
+        unspecialized = ["work_width", *self.integers(), *(s for s in self.strides() if s.startswith("out_"))]
+        template = (
+            KERNEL.replace("UNSPECIALIZED", ", ".join(f'"{name}"' for name in unspecialized))
+            .replace("DESCRIPTORS", ", ".join(self.descriptors()))
+            .replace("POINTERS", ", ".join(self.pointers()))
+            .replace("STRIDES, ", "".join(f"{name}, " for name in self.strides()))
+            .replace("SIZES", ", ".join(self.integers()))
+            .replace("WARPS", str([4] * (tile.groups - 1) + [1]))
+            .replace("REGISTERS", str([tile.registers] * (tile.groups - 1) + [24]))
+        )
+        consumers = [
+            self._named(f"(consumer, ({own}, out_tiles, out, {barriers}, LAUNCHED, work, CONTEXT, {group})),")
+            for group in range(tile.groups)
+        ]
+        producer = [self._named(f"(producer, (query, key, value, {own}, {barriers}, work, CONTEXT)),")]
+        return self._filled(template, consumers=consumers, producer=producer)
+
+    def source(self) -> str:
+        """The functions and the kernel as text."""
+        spec = [function.source() for function in (self.score, self.visible, self.sink) if function]
+        return "\n\n\n".join(
+            [
+                *(hopper_function(name) for name in RING),
+                *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
+                self._runs(),
+                self._logits(),
+                self._filled(STEP),
+                self._consumer(),
+                self._filled(PRODUCER),
+                self._kernel(),
+            ]
+        )
+
+
+def aligned(start: str) -> str:
+    """The start of the key block that holds a key (never a negative one)."""
+    return start if start == "0" else f"({start}) // BLOCK_J * BLOCK_J"
+
+
+@functools.cache
+def _device_source() -> str:
+    return Path(__file__).with_name("hopper_device.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def hopper_function(name: str) -> str:
+    """Source text of a function of :mod:`attncompile.kernels.hopper_device`, decorator included.
+
+    Raises:
+        ValueError: when there is no such function.
+    """
+    text = _device_source()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    raise ValueError(f"no function {name!r} in kernels/hopper_device.py")
+
+
+def tidy(lines: list[str]) -> str:
+    """The lines as text, those with many arguments broken to fit."""
+    return "\n".join(_fitted(line) for line in "\n".join(lines).splitlines())
+
+
+def _fitted(line: str) -> str:
+    """A call or a line of arguments on as many lines as it takes."""
+    if len(line) <= WIDTH:
+        return line
+    indent = len(line) - len(line.lstrip())
+    tuple_of_call = re.fullmatch(r"\((\w+), \((.*)\)\),", line.strip())
+    if tuple_of_call:
+        return signature(f"({tuple_of_call[1]}, ", _arguments(tuple_of_call[2]), "),", indent)
+    call = re.fullmatch(r"(.*?)\((.*)\)([^()]*)", line.strip())
+    if call and not line.rstrip().endswith(","):
+        return signature(call[1], _arguments(call[2]), call[3], indent)
+    return wrap(_arguments(line.strip().rstrip(",")), indent)
+
+
+def _arguments(text: str) -> list[str]:
+    """Split at the commas that stand in no brackets."""
+    found, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += character
+    return [part.strip() for part in found if part.strip()]
+
+
+RESERVED = frozenset(
+    re.findall(
+        r"[a-z_]\w*|[A-Z]+_?\w*",
+        "\n".join((IMPORTS, _device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL)),
+    )
+)
+"""Identifiers that the skeleton uses itself."""

@@ -1,0 +1,101 @@
+"""Gluon functions of the Hopper kernel that no Spec changes; their source is copied into each module.
+
+The constants at the top stand for those of a generated module. Named barriers (PTX ``bar``) synchronise warps of
+different partitions: numbers below 6 belong to Triton.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+GROUPS = gl.constexpr(2)
+STAGES = gl.constexpr(2)
+
+
+@gluon.jit
+def signal(barrier, THREADS: gl.constexpr):
+    """These warps have come to a named barrier, and do not wait for the others of its THREADS threads."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    text: gl.constexpr = barrier_text("arrive", THREADS)
+    number = gl.full([1], barrier, gl.int32, LANES)
+    gl.inline_asm_elementwise(text, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def meet(barrier, THREADS: gl.constexpr):
+    """These warps wait at a named barrier until THREADS threads have come to it."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    text: gl.constexpr = barrier_text("sync", THREADS)
+    number = gl.full([1], barrier, gl.int32, LANES)
+    gl.inline_asm_elementwise(text, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def barrier_text(verb, threads):
+    """PTX of a named barrier whose number is the operand."""
+    return f"bar.{verb} $1, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def following(stage, phase):
+    """The next stage of the ring of buffers, and the phase of its barriers."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def fill(source, at, ready, tiles, stage, free, filled):
+    """Copy a tile into its stage, once the consumers have freed it; whoever waits for ``ready`` then reads it."""
+    if filled >= STAGES:
+        meet(free + stage, GROUPS * 128 + 32)
+    mbarrier.expect(ready.index(stage), source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, at, ready.index(stage), tiles.index(stage))
+
+
+@gluon.jit
+def own_sums(p):
+    """Sums over the columns that one thread holds; its three neighbours' join them after the last key."""
+    QUERIES: gl.constexpr = p.shape[0]
+    KEYS: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(p, [QUERIES, KEYS // 8, 4, 2]), axis=3), axis=1)
+
+
+@gluon.constexpr_function
+def rescale_text(count):
+    """PTX: multiply ``count`` numbers of two rows by their rows' factors, unless the warp's factors are all 1."""
+    products = " ".join(f"mul.f32 ${n}, ${n}, ${count + n};" for n in range(count))
+    return (
+        f"{{ .reg .pred changed, any; setp.ne.f32 changed, ${count}, 0f3F800000; "
+        f"setp.ne.or.f32 changed, ${count + 2}, 0f3F800000, changed; "
+        f"vote.sync.any.pred any, changed, 0xffffffff; @!any bra unchanged; {products} unchanged: }}"
+    )
+
+
+@gluon.constexpr_function
+def rescale_operands(count):
+    """Constraints of :func:`rescale_text`: the results are the numbers themselves, in place."""
+    return ",".join(["=f"] * count + ["f"] * count + [str(n) for n in range(count)])
+
+
+@gluon.jit
+def rescaled(accumulator, factor):
+    """The accumulator times its rows' factors; most steps find all of them 1."""
+    LAYOUT: gl.constexpr = accumulator.type.layout
+    COUNT: gl.constexpr = min(32, accumulator.shape[1] // 2)
+    text: gl.constexpr = rescale_text(COUNT)
+    operands: gl.constexpr = rescale_operands(COUNT)
+    rows = gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
+    factors = gl.full(accumulator.shape, 1.0, gl.float32, LAYOUT) * rows
+    arguments = [factors, accumulator]
+    return gl.inline_asm_elementwise(text, operands, arguments, dtype=gl.float32, is_pure=True, pack=COUNT)
+
+
+@gluon.jit
+def tanh(x):
+    """Hyperbolic tangent by the special-function unit: relative error at most 2^-11."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

@@ -1,0 +1,258 @@
+"""Text of the functions of the Hopper kernel into which a Spec's arguments are filled, see ``HopperForward``.
+
+``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
+sizes; a line ``# <name>`` for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless
+the option holds.
+"""
+
+LOGITS = '''
+@gluon.jit
+def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
+    """Logits of a block from its products, up to their constant factor; HIDDEN where an EDGE block hides them.
+
+    A thread's columns are 8n + c + 2·(lane % 4): ``near`` differs between threads, ``far`` between the registers of
+    one, so that a comparison with ``near`` on the queries' side takes one instruction with a literal.
+    """
+    rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    columns = gl.expand_dims(gl.arange(0, BLOCK_J, layout=gl.SliceLayout(0, SCORES)), 0)
+    near = start + (columns & 6)
+    far = columns & ~6
+    # <positions>
+    # <score>
+    if EDGE:
+        # <mask>
+    return s
+'''
+
+STEP = '''
+@gluon.jit
+def step(
+    query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+    stage, phase, next_stage, next_phase, more, start, first_row, b, h, CONTEXT,
+    GROUP: gl.constexpr, EDGE: gl.constexpr,
+):
+    """One key block: its products with the queries, then its softmax while the block before meets its values.
+
+    The block's keys have arrived. ``stage`` holds the values of the block before, ``more`` says whether another block
+    follows.
+    """
+    meet(TURN + GROUP, 256)  # if turns
+    products = warpgroup_mma(
+        query_tile,
+        key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
+        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+        use_acc=False,
+        is_async=True,
+    )
+    mbarrier.wait(value_ready.index(stage), phase)
+    values = value_tiles.index(stage).reshape([BLOCK_J, FEATURES])
+    sums = warpgroup_mma(weights, values, accumulator, is_async=True)
+    signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
+    s, sums = warpgroup_mma_wait(1, deps=[products, sums])
+    signal(KEY_FREE + next_stage, GROUPS * 128 + 32)
+    s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)
+    factor = gl.exp2(peak - new_peak)
+    p = gl.exp2(s * SCALE - gl.expand_dims(new_peak, 1))
+    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
+    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)
+    later_stage, later_phase = following(next_stage, next_phase)
+    # This wait also keeps the next one from being scheduled before the exponentials.
+    mbarrier.wait(key_ready.index(later_stage), later_phase, pred=more)
+    accumulator, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+    signal(VALUE_FREE + stage, GROUPS * 128 + 32)
+    accumulator = rescaled(accumulator, factor)
+    weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
+    return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase
+'''
+
+CONSUMER = '''
+@gluon.jit
+def consumer(
+    query_tiles, key_tiles, value_tiles, out_tiles, out, query_ready, query_free, key_ready, value_ready,
+    LAUNCHED, work, CONTEXT, GROUP: gl.constexpr,
+):
+    """A warpgroup: 64 queries of each tile on the work list."""
+    if GROUP == GROUPS - 1:  # if turns
+        signal(TURN, 256)  # if turns
+    stage = 0
+    phase = 0
+    buffer = 0
+    buffer_phase = 0
+    tile = gl.load(work)
+    next_tile = gl.load(work + 1)
+    position = 2
+    mbarrier.wait(query_ready.index(GROUP), 0)
+    mbarrier.wait(key_ready.index(0), 0)
+    first_products = warpgroup_mma(
+        query_tiles.index(GROUP).reshape([64, CHANNELS]),
+        key_tiles.index(0).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
+        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+        use_acc=False,
+        is_async=True,
+    )
+    s = warpgroup_mma_wait(0, deps=[first_products])
+    while tile >= 0:
+        later_tile = gl.load(work + position)
+        row_first = tile % gl.cdiv(QUERIES, BLOCK_I) * BLOCK_I
+        b = tile // gl.cdiv(QUERIES, BLOCK_I) // HEADS
+        h = tile // gl.cdiv(QUERIES, BLOCK_I) % HEADS
+        first_row = row_first + 64 * GROUP
+        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])
+        signal(KEY_FREE + stage, GROUPS * 128 + 32)
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)
+        peak = gl.max(s, axis=1) * SCALE
+        p = gl.exp2(s * SCALE - gl.expand_dims(peak, 1))
+        total = own_sums(p)
+        weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
+        accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
+        next_stage, next_phase = following(stage, phase)
+        mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)
+        for number in range(1, edges):
+            weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
+                query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+                stage, phase, next_stage, next_phase, number + 1 < blocks,
+                block_start(number, KNOWN), first_row, b, h, CONTEXT, GROUP, True,
+            )
+        # <full>
+        mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)
+        # The last values of this tile, and the first keys of the next; after the last tile that product is not used.
+        mbarrier.wait(value_ready.index(stage), phase)
+        buffer ^= 1  # if two buffers
+        if buffer == 0:  # if two buffers
+            buffer_phase ^= 1  # if two buffers
+        buffer_phase ^= 1  # if one buffer
+        last_stage = stage
+        meet(TURN + GROUP, 256)  # if turns
+        values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])
+        sums = warpgroup_mma(weights, values, accumulator, is_async=True)
+        stage, phase = following(stage, phase)
+        mbarrier.wait(query_ready.index(buffer * GROUPS + GROUP), buffer_phase, pred=next_tile >= 0)
+        mbarrier.wait(key_ready.index(stage), phase, pred=next_tile >= 0)
+        next_products = warpgroup_mma(
+            query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]),
+            key_tiles.index(stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
+            gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+            use_acc=False,
+            is_async=True,
+        )
+        signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
+        accumulator, next_s, weights = warpgroup_mma_wait(1, deps=[sums, next_products, weights])
+        signal(VALUE_FREE + last_stage, GROUPS * 128 + 32)
+        total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)
+        rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+        # <sink>
+        # <lse>
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
+        accumulator = accumulator * gl.expand_dims(factor, 1)
+        tma.store_wait(0)  # if staged
+        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged
+        fence_async_shared()  # if staged
+        tma.async_copy_shared_to_global(out, [b, h, first_row, 0], out_tiles.index(GROUP))  # if staged
+        # <stored>
+        s = warpgroup_mma_wait(0, deps=[next_s])
+        tile = next_tile
+        next_tile = later_tile
+        position += 1
+    tma.store_wait(0)  # if staged
+    if GROUP == 0:  # if turns
+        meet(TURN, 256)  # if turns
+'''
+
+FULL = """
+for number in range(gl.maximum(edges, 1), blocks):
+    weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
+        query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        stage, phase, next_stage, next_phase, number + 1 < blocks,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, CONTEXT, GROUP, False,
+    )
+"""
+
+STORED = """
+own_rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT))
+features = gl.arange(0, FEATURES, layout=gl.SliceLayout(0, OUTPUT))
+# Offsets of batch row and head may pass 2^31.
+out_offsets = gl.expand_dims(own_rows.to(gl.int64) * out_stride_i, 1) + gl.expand_dims(features, 0)
+out_offsets += b.to(gl.int64) * out_stride_b + h.to(gl.int64) * out_stride_h
+real = gl.expand_dims(own_rows < QUERIES, 1) & gl.expand_dims(features < EXTENT, 0)
+gl.store(out + out_offsets, accumulator.to(value_tiles.dtype), mask=real)
+"""
+
+PRODUCER = '''
+@gluon.jit
+def producer(
+    query, key, value, query_tiles, key_tiles, value_tiles, query_ready, query_free, key_ready, value_ready, work,
+    CONTEXT,
+):
+    """One warp: copies the tiles that the warpgroups multiply, as far ahead as there is room."""
+    stage = 0
+    phase = 0
+    buffer = 0
+    buffer_phase = 1
+    filled = 0
+    tile = gl.load(work)
+    position = 1
+    while tile >= 0:
+        next_tile = gl.load(work + position)
+        row_first = tile % gl.cdiv(QUERIES, BLOCK_I) * BLOCK_I
+        b = tile // gl.cdiv(QUERIES, BLOCK_I) // HEADS
+        h = tile // gl.cdiv(QUERIES, BLOCK_I) % HEADS
+        g = KV_HEAD
+        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        for group in gl.static_range(GROUPS):
+            slot = buffer * GROUPS + group
+            mbarrier.wait(query_free.index(slot), buffer_phase)
+            mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
+            at = [b, h, row_first + 64 * group, 0]
+            tma.async_copy_global_to_shared(query, at, query_ready.index(slot), query_tiles.index(slot))
+        start = block_start(0, KNOWN)
+        fill(key, [b, g, start, 0], key_ready, key_tiles, stage, KEY_FREE, filled)
+        for number in range(1, blocks):
+            next_start = block_start(number, KNOWN)
+            next_stage, phase = following(stage, phase)
+            fill(key, [b, g, next_start, 0], key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
+            fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)
+            start = next_start
+            stage = next_stage
+            filled += 1
+        fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)
+        stage, phase = following(stage, phase)
+        filled += 1
+        buffer ^= 1  # if two buffers
+        if buffer == 0:  # if two buffers
+            buffer_phase ^= 1  # if two buffers
+        buffer_phase ^= 1  # if one buffer
+        tile = next_tile
+        position += 1
+'''
+
+KERNEL = '''
+@gluon.jit(do_not_specialize=[UNSPECIALIZED])
+def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
+    """One thread block for each row of the work list."""
+    query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, 1, 1, 64, CHANNELS], query.layout)
+    key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, BLOCK_J, CHANNELS], key.layout)
+    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, 1, 1, BLOCK_J, FEATURES], value.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, 1, 1, 64, FEATURES], out.layout)  # if staged
+    query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
+    query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
+    key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(BUFFERS * GROUPS):
+        mbarrier.init(query_ready.index(slot), count=1)
+        mbarrier.init(query_free.index(slot), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_ready.index(stage), count=1)
+        mbarrier.init(value_ready.index(stage), count=1)
+    fence_async_shared()
+    work += gl.program_id(0) * work_width
+    gl.warp_specialize(
+        [
+            # <consumers>
+            # <producer>
+        ],
+        WARPS,
+        REGISTERS,
+    )
+'''

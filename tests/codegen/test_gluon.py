@@ -1,0 +1,140 @@
+"""Gluon modules as text, and compiled for a Hopper GPU that is not there."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from attncompile.codegen.gluon import generate, why_not_spec
+from attncompile.codegen.gluon.columns import fold_columns
+from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.triton.structure import dense
+from attncompile.ir import parse_expr, parse_spec
+from attncompile.ir.evaluate import evaluate
+from attncompile.ir.types import bind_sizes
+from attncompile.kernels.source import WIDTH
+from tests.cases import BY_NAME, Case
+from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
+
+LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_module_text(case: Case) -> None:
+    spec = case.spec
+    module = generate(spec)
+    assert module == generate(dataclasses.replace(spec, name="another.place"))
+    assert module.name.isidentifier()
+    tree = ast.parse(module.source)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} <= {"functools", "heapq", "torch", "triton"}
+    documentation = ast.get_docstring(tree) or ""
+    for line in str(dataclasses.replace(spec, name="attention")).splitlines():
+        assert line.strip() in documentation
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert len(defined) == len(set(defined)) and defined[-1] == "attend"
+    code = module.source.partition('"""\n\nimport')[2].splitlines()
+    assert max(map(len, code)) <= WIDTH
+    assert not any(marker in module.source for marker in ("CONTEXT", "KNOWN", "LAUNCHED", "# <", "# if "))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    (
+        ("sigmoid", "softmax, not by sigmoid"),
+        ("head-mask", "no edit of weights"),
+        ("int8", "one attend, not quantize"),
+        ("channels-3-7", "multiples of 8"),
+        ("operators", "instructions for each pair"),
+        ("rotary", "position, position, attend"),
+    ),
+)
+def test_refusals_name_the_cause(name: str, said: str) -> None:
+    assert said in (why_not_spec(ALL_BY_NAME[name].spec) or "")
+    with pytest.raises(ValueError, match="no Hopper kernel"):
+        generate(ALL_BY_NAME[name].spec)
+
+
+@pytest.mark.parametrize(
+    "plain, split",
+    (
+        ("j ≤ i", "i − near ≥ far"),
+        ("j > i − 1024", "i − near − 1024 < far"),
+        ("2·j < i", "i − 2·near > 2·far"),
+        ("j < 4", "−near + 4 > far"),
+        ("j // 8 ≤ i // 8", "j // 8 ≤ i // 8"),
+        ("(i − j) % 3 = 0", "(i − j) % 3 = 0"),
+    ),
+)
+def test_columns_in_comparisons(plain: str, split: str) -> None:
+    assert str(fold_columns(parse_expr(plain, {}))) == split
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_split_columns_keep_the_values(case: Case) -> None:
+    spec = case.spec
+    parts = dense(spec)
+    tensors = case.tensors(0, torch.float64)
+    attend = spec.attend()
+    assert attend is not None
+    sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
+    query, key = tensors[attend.query], tensors[attend.key]
+    raw = torch.randn(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    environment = attend.environment(tensors, sizes, torch.float64, score=raw)
+    column = environment.indices["j"]
+    near = column // 16 * 16 + (column & 6)
+    inside = dataclasses.replace(environment, indices={**environment.indices, "near": near, "far": column - near})
+    for expr in (parts.score, parts.mask):
+        found, wanted = evaluate(fold_columns(expr), inside), evaluate(expr, environment)
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels", (16, 32, 64, 128, 256))
+@pytest.mark.parametrize("features", (16, 32, 64, 128, 256))
+@pytest.mark.parametrize("light", (True, False))
+def test_tiles_fit_into_shared_memory(channels: int, features: int, light: bool) -> None:
+    tile = hopper_tile(channels, features, light=light)
+    assert shared_bytes(tile, channels, features) <= SHARED_MEMORY
+    assert tile.stages <= 3  # named barriers: three of each kind
+    assert 128 * ((tile.groups * tile.registers) + 24) <= 65536
+
+
+# One row for each shape of text: dense with a tail, two ranges with loads, sinks with rows in a head of 128.
+COMPILED = {
+    "full": BY_NAME["full"].spec,
+    "sink-window": BY_NAME["sink-window"].spec,
+    "rows": parse_spec("""x   attend  q[B,16,I,128]  k,v[B,4,J,128]  bfloat16
+        score  30.0·tanh(0.003·s) + bias[h, i, j]
+        mask   j ≤ i + J − I and document[b, j] = document[b, i]
+        sink   sinks[h]
+        kv_head h // 4
+        norm   softmax (float32)
+        lse    lse
+        given  bias[16,I,J]:bfloat16
+        given  document[B,J]:int64
+        given  sinks[16]:float32
+        gives  out, lse"""),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="TRITON_INTERPRET replaces the compiler"
+)
+def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from attncompile.codegen.gluon.ahead import compile_ahead
+
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
+    module = generate(COMPILED[name])
+    kernel = compile_ahead(module, "bfloat16")
+    assert kernel.texts["cubin"]
+    assert "wgmma.mma_async" in kernel.texts["ptx"] and "cp.async.bulk.tensor" in kernel.texts["ptx"]
+    assert kernel.shared <= SHARED_MEMORY

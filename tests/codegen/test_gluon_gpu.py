@@ -1,0 +1,146 @@
+"""The Hopper kernel on a Hopper GPU, compared with the reference in float64 at awkward shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attncompile.codegen.gluon import generate, why_not_spec
+from attncompile.codegen.triton import lower
+from attncompile.codegen.triton.cache import load, load_module
+from attncompile.codegen.triton.lower import on_hopper
+from attncompile.ir import parse_spec
+from tests.cases import BY_NAME, Case
+from tests.kernels.cases import ALL_CASES
+from tests.kernels.comparison import aligned_inputs, compare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not on_hopper(torch.device("cuda")), reason="the kernel needs compute capability 9.x"),
+]
+
+LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+
+ALIBI = "0.125·s + exp2(−0.5·h − 0.5)·float(j − i)"
+SHARED = "h // {0}"
+
+
+def _row(
+    name: str,
+    channels: int,
+    groups: int = 1,
+    mask: str = "true",
+    score: str = "0.125·s",
+    features: int = 0,
+    heads: int = 8,
+    more: str = "",
+    given: str = "",
+    dtype: str = "bfloat16",
+) -> Case:
+    """A row of 8 query heads, ``groups`` of which share a key head; its sizes are filled in by the test."""
+    lines = [
+        f"{name}   attend  q[B,{heads},I,{channels}]  k[B,{heads // groups},J,{channels}]  "
+        f"v[B,{heads // groups},J,{features or channels}]  {dtype}",
+        f"score  {score}",
+        f"mask   {mask}",
+        *([f"kv_head h // {groups}"] if groups > 1 else []),
+        *([more] if more.startswith("sink") else []),
+        "norm   softmax (float32)",
+        "lse    lse",
+        *([given] if given else []),
+        "gives  out, lse",
+    ]
+    return Case(name, "\n  ".join(lines), {})
+
+
+ROWS = (
+    _row("full-64", 64, 2),
+    _row("causal-64", 64, 4, "j ≤ i"),
+    _row("causal-128", 128, 8, "j ≤ i + J − I"),
+    _row("full-128", 128),
+    _row("window-128", 128, 2, "j ≤ i and j > i − 100"),
+    _row("sink-window-64", 64, 1, "j ≤ i and (j > i − 70 or j < 4)"),
+    _row("symmetric-80", 80, 2, "j ≤ i + 50 and j > i − 50"),
+    _row("alibi-128", 128, 4, "j ≤ i", ALIBI),
+    _row("distance-64", 64, 1, "true", "0.125·s − 0.03·abs(float(i − j))"),
+    _row("softcap-128", 128, 2, "j ≤ i", "30.0·tanh(0.01·s)"),
+    _row("bias-128", 128, 1, "j ≤ i", "0.09·s + bias[h, i, j]", given="given  bias[8,I,J]:float32"),
+    _row("documents-64", 64, 2, "j ≤ i and document[b, j] = document[b, min(i, J − 1)]",
+         given="given  document[B,J]:int64"),
+    _row("sinks-128", 128, 8, "j ≤ i and j > i − 160", more="sink   sinks[h]", given="given  sinks[8]:float32"),
+    _row("late-128", 128, 1, "j ≤ i − 200"),
+    _row("causal-256", 256, 2, "j ≤ i", "0.06·s"),
+    _row("mla-192-128", 192, 1, "j ≤ i", "0.07·s", features=128),
+    _row("narrow-16", 16, 2, "j ≤ i", "0.25·s", features=24),
+    _row("half-96", 96, 2, "j ≤ i", dtype="float16"),
+)  # fmt: skip
+SIZES = ((2, 1, 1), (1, 7, 13), (2, 64, 64), (1, 129, 128), (1, 130, 257), (3, 191, 191), (1, 777, 700))
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_table(case: Case) -> None:
+    attend = load(generate(case.spec))
+    for dtype in (torch.bfloat16, torch.float16):
+        for outcome in compare(case, attend, dtype, "cuda", place=aligned_inputs):
+            assert outcome.passed, (dtype, outcome)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_awkward_sizes(row: Case) -> None:
+    attend = load(generate(row.spec))
+    dtype = torch.float16 if "float16" in row.text.split() else torch.bfloat16
+    failures = []
+    for batch, queries, keys in SIZES:
+        case = Case(row.name, row.text, {"B": batch, "I": queries, "J": keys}, ranges={"document": (0, 3)})
+        outcomes = compare(case, attend, dtype, "cuda", place=aligned_inputs)
+        failures += [(case.sizes, outcome) for outcome in outcomes if not outcome.passed]
+    assert not failures
+
+
+def test_more_tiles_than_processors() -> None:
+    """Thread blocks that compute many tiles, of different lengths, again and again with the same result."""
+    for name in ("causal-64", "causal-128", "sink-window-64", "full-128"):
+        row = next(row for row in ROWS if row.name == name)
+        attend = load(generate(row.spec))
+        case = Case(name, row.text, {"B": 4, "I": 1500, "J": 1500})
+        assert all(outcome.passed for outcome in compare(case, attend, torch.bfloat16, "cuda", place=aligned_inputs))
+        tensors = [tensor.cuda() for tensor in case.tensors(1, torch.bfloat16).values()]
+        first = attend(*tensors)
+        for _ in range(20):
+            for one, other in zip(first, attend(*tensors), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_an_additive_mask_may_be_infinite() -> None:
+    spec = parse_spec(
+        "x   attend  q[B,2,I,64]  k,v[B,2,J,64]  bfloat16\n  score  0.125·s + bias[b, 0, i, j]\n  mask   true\n"
+        "  norm   softmax (float32)\n  given  bias[B,1,I,J]:float32"
+    )
+    query, key, value = (torch.randn(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for lowest in (float("-inf"), torch.finfo(torch.float32).min):
+        bias = torch.zeros(1, 1, 200, 200, device="cuda").masked_fill(
+            ~torch.ones(200, 200, device="cuda").tril().bool(), lowest
+        )
+        found = load(generate(spec))(query, key, value, bias)
+        (exact,) = spec.interpret({"q": query, "k": key, "v": value, "bias": bias}, torch.float64)
+        torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_what_it_cannot_read_runs_in_plain_triton() -> None:
+    case = BY_NAME["causal-long"]
+    lowering = lower(case.spec, "cuda")
+    assert "Gluon" in lowering.reason and "wgmma" not in lowering.reason
+    assert lowering.source is not None and "gluon.jit" in lowering.source
+    module = load_module(generate(case.spec))
+    wide = torch.randn(1, 4, 301, 17, device="cuda", dtype=torch.bfloat16)
+    for view, said in (
+        (wide[..., 1:], "does not begin"),
+        (wide[..., :16], "no multiple of 16 bytes"),
+        (wide[..., :16].float(), "float16 and bfloat16"),
+        (torch.randn(1, 4, 301, 32, device="cuda", dtype=torch.bfloat16)[..., ::2], "2 elements apart"),
+        (torch.randn(1, 1, 301, 16, device="cuda", dtype=torch.bfloat16).expand(1, 4, 301, 16), "has stride 0"),
+    ):
+        assert said in (module.why_not(view, view, view) or "")
+        found = lowering.run(view, view, view)
+        (exact,) = case.spec.interpret({"q": view, "k": view, "v": view}, torch.float64)
+        torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=2e-2)
