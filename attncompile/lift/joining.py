@@ -141,7 +141,8 @@ def _join_products(view: _View, weights: str, products: Sequence[Contract]) -> N
     """Join the products of slices of some weights that are added up."""
     graph = view.base
     pieces = [piece for product in products if (piece := piece_of_weights(graph, weights, product)) is not None]
-    for value, group in sums_of(graph, pieces):
+    # the longest sum first: some of its pieces may follow each other too
+    for value, group in sorted(sums_of(graph, pieces), key=lambda entry: -len(entry[1])):
         if value in view.made or any(piece.product.output in view.done for piece in group):
             continue
         row = tiled(group)
@@ -272,6 +273,8 @@ def _join_scores(view: _View, anchor: Anchor, products: Sequence[Contract]) -> N
     pieces = tiled([piece for piece in every if piece.length != whole])
     if pieces is None or len(pieces) < 2:
         return
+    # the masks too may be made of products, and those of an earlier layer be behind the keys of this one
+    behind = frozenset().union(*(graph.descendants(piece.product.output, source) for piece in pieces))
     shape = graph.infos[source].shape
     axes = {Index(f"y{n}"): size for n, size in enumerate(shape) if n != axis}
     found = [_scored(graph, piece, axes, behind) for piece in pieces]

@@ -31,6 +31,7 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
         model gives
         it: −∞, a large negative constant, or the score plus one.
     """
+    logits = _hidden_last(logits)
     score, parts = _peeled(logits, _peel)
     if not parts:
         return logits, TRUE, Const(-math.inf)
@@ -62,6 +63,38 @@ def _peeled(logits: Expr, peel: Callable[[Expr], tuple[Expr, Expr] | None]) -> t
     return logits, parts
 
 
+def _hidden_last(expr: Expr) -> Expr:
+    """A choice one of whose cases is masked, as a mask of the choice: pieces of one row may be masked apart.
+
+    ``where(c, where(m, x, −∞), y)`` is ``where(m or not c, where(c, x, y), −∞)``.
+    """
+    if _masked(expr) is not None:
+        return expr
+    match expr:
+        case Apply("where", (condition, then, otherwise)):
+            then, otherwise = _hidden_last(then), _hidden_last(otherwise)
+            negated = simplify(apply("not", condition))
+            if (masked := _masked(then)) is not None:
+                mask, shown, hidden = masked
+                rest = _hidden_last(apply("where", condition, shown, otherwise))
+                return simplify(apply("where", apply("or", mask, negated), rest, hidden))
+            if (masked := _masked(otherwise)) is not None:
+                mask, shown, hidden = masked
+                rest = apply("where", condition, then, shown)
+                return simplify(apply("where", apply("or", mask, condition), rest, hidden))
+    return expr
+
+
+def _masked(expr: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """Mask, visible and hidden value of a choice that hides; ``None`` for any other expression."""
+    match expr:
+        case Apply("where", (condition, shown, hidden)) if _hides(hidden) and not _hides(shown):
+            return condition, shown, hidden
+        case Apply("where", (condition, hidden, shown)) if _hides(hidden) and not _hides(shown):
+            return simplify(apply("not", condition)), shown, hidden
+    return None
+
+
 def _peel_zero(expr: Expr) -> tuple[Expr, Expr] | None:
     """One condition that makes logits zero, and the expression where it does not."""
     for node in walk(expr):
@@ -89,11 +122,10 @@ def _is_zero(expr: Expr) -> bool:
 
 def _peel(expr: Expr) -> tuple[Expr, Expr] | None:
     """One condition that hides positions, and the expression where it holds."""
+    masked = _masked(expr)
+    if masked is not None:
+        return masked[:2]
     match expr:
-        case Apply("where", (condition, visible, hidden)) if _hides(hidden) and not _hides(visible):
-            return condition, visible
-        case Apply("where", (condition, hidden, visible)) if _hides(hidden) and not _hides(visible):
-            return simplify(apply("not", condition)), visible
         case Apply("add", terms):
             for number, term in enumerate(terms):
                 found = _peel(term)

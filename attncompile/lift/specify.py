@@ -215,14 +215,19 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     linear = statement.normalizer.kind in HIDING_NOTHING
     score, mask, fill = split_zeros(logits) if linear else split_mask(logits)
     parted = len(key.operands) + len(value.operands) > 2
-    naming = _Naming(graph, extents, "bi" if parted else "bij")
+    named = [("B", extents["b"]), ("I", extents["i"]), ("J", extents["j"])]
+    if parted:  # heads may be the blocks of a sequence here, which are as many as its length says
+        each = [size for chosen in (key, value) if len(chosen.operands) > 1 for size in chosen.lengths]
+        parts = [(f"P{n}", size) for n, size in enumerate(dict.fromkeys(each))]
+        named = [named[0], ("H", extents["h"]), named[1], *parts]
+    naming = _Naming(graph, named)
     groups_sizes = {**extents, "g": groups}
     bound = [
-        *_bind("k", "bgjd", key, groups_sizes, naming),
-        *_bind("v", "bgje", value, groups_sizes, naming),
+        _bind(name, letters, chosen, groups_sizes, naming)
+        for name, letters, chosen in (("q", "bhid", query), ("k", "bgjd", key), ("v", "bgje", value))
     ]
-    asked = _bind("q", "bhid", query, groups_sizes, naming)
-    operands = [*bound, *asked] if parted else [*asked, *bound]
+    # in the order in which the operations read them: what is put together first
+    operands = [entry for found in sorted(bound, key=lambda found: len(found) == 1) for entry in found]
     attend = Attend(
         "q",
         "k",
@@ -327,21 +332,20 @@ class _Naming:
 
     Args:
         graph: the graph.
-        extents: sizes of the axes.
-        called: the axes whose sizes get the axis' name, such as ``J`` for that of the keys.
+        named: sizes of axes with what they are called where they are symbolic, such as ``J`` for that of the keys.
     """
 
-    def __init__(self, graph: Graph, extents: Mapping[str, Expr], called: str) -> None:
+    def __init__(self, graph: Graph, named: Sequence[tuple[str, Expr]]) -> None:
         self.graph = graph
         # a native size that is called as an axis of the Spec is set apart first
-        self.sizes: dict[Expr, Expr] = {Size(n): Size(f"{n}0") for n in "BIJ" if n in graph.size_names}
-        named: set[Expr] = set()
-        for axis, name in ((axis, axis.upper()) for axis in called):
-            size = simplify(substitute(extents[axis], self.sizes))
-            free = [node for node in walk(size) if isinstance(node, Size) and node not in named]
+        self.sizes: dict[Expr, Expr] = {Size(n): Size(f"{n}0") for n, _ in named if n in graph.size_names}
+        done: set[Expr] = set()
+        for name, native in named:
+            size = simplify(substitute(native, self.sizes))
+            free = [node for node in walk(size) if isinstance(node, Size) and node not in done]
             if isinstance(size, Const) or not free:
                 continue
-            named.add(Size(name))
+            done.add(Size(name))
             poly = polynomial(size)
             atoms = [*free, *(mono[0] for mono in poly if len(mono) == 1 and isinstance(mono[0], Apply))]
             for atom in atoms:
@@ -351,7 +355,7 @@ class _Naming:
                     self._call(atom, simplify(Size(name) - (size - atom)))
                     break
             else:
-                self._call(extents[axis], Size(name))
+                self._call(native, Size(name))
         self.tensors: dict[str, str] = {}
 
     def _call(self, size: Expr, name: Expr) -> None:

@@ -18,6 +18,9 @@ BATCH, QUERIES, KEYS, PAST, HEADS, GROUPS, CHANNELS = 2, 7, 9, 5, 6, 2, 4
 
 WIDTH = HEADS * CHANNELS
 
+BLOCKS = 3
+"""Blocks of a sequence of ``blocks``."""
+
 
 def _normal(*shape: int) -> Callable[[], torch.Tensor]:
     return lambda: torch.randn(shape)
@@ -44,6 +47,7 @@ INPUTS: Mapping[str, Callable[[], torch.Tensor]] = {
     "one": _normal(BATCH, 1, WIDTH),
     "k_past": _normal(BATCH, PAST, WIDTH),
     "v_past": _normal(BATCH, PAST, WIDTH),
+    "blocks": _normal(BATCH, BLOCKS * CHANNELS, WIDTH),
     "k_static": _normal(BATCH, KEYS, WIDTH),
     "v_static": _normal(BATCH, KEYS, WIDTH),
     "keep": _truth(BATCH, QUERIES),

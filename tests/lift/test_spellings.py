@@ -7,7 +7,7 @@ import torch
 
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured
-from attncompile.ir import Operation, Position, parse_spec, print_expr, print_spec
+from attncompile.ir import Operation, Position, Size, parse_spec, print_expr, print_spec
 from attncompile.lift import Site, lift_graph
 from attncompile.lift.prove import AGREEMENT, canonical, difference
 from tests.lift.forms import Form
@@ -71,9 +71,10 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
         sizes = {"B": 2, "I": 7, "J": 7}
         for binding in site.region.inputs:
             if binding.layout is not None:
-                for group, extent in zip(binding.layout.groups, values[binding.value].shape, strict=True):
-                    if len(group) == 1 and str(types[binding.name].size(group[0])) in sizes:
-                        sizes[str(types[binding.name].size(group[0]))] = int(extent)
+                for group, extent in binding.layout.spans(values[binding.value].shape):
+                    size = types[binding.name].size(group[0])
+                    if len(group) == 1 and isinstance(size, Size):
+                        sizes[size.name] = int(extent)
         tensors = {
             b.name: canonical(values[b.value], b.layout, types[b.name], sizes)
             if b.layout

@@ -1,0 +1,47 @@
+"""One softmax whose weights are sliced and multiplied with different values is one attention, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attncompile.frontends.aten import aten_graph
+from attncompile.ir import Cache, parse_spec, print_spec
+from attncompile.lift import lift_graph
+from attncompile.lift.prove import AGREEMENT
+from tests.lift.forms import Form
+from tests.lift.split_products import NOT_ONE, SPLIT
+from tests.lift.test_spellings import DEFAULTS, agrees_on_real_inputs, stated
+
+
+@pytest.mark.parametrize("form", SPLIT.rows, ids=lambda form: form.name)
+def test_pieces_are_one_attention(form: Form) -> None:
+    captured = form.capture()
+    program = lift_graph(aten_graph(captured), form.name, captured.notes)
+    expected = dict(form.expected)
+    status, reason = expected.pop("status", "lifted"), expected.pop("reason", "")
+    (site,) = program.sites
+    assert site.status == status, site.refusal
+    found = stated(site)
+    assert {name: found[name] for name in {**DEFAULTS, **expected}} == {**DEFAULTS, **expected}
+    assert site.proof is not None and site.proof.cases and site.proof.max_error <= AGREEMENT[torch.float64]
+    assert site.spec is not None and parse_spec(print_spec(site.spec)) == site.spec
+    assert reason in (site.refusal.reason if site.refusal else "")
+    agrees_on_real_inputs(captured, form, program.sites)
+
+
+@pytest.mark.parametrize("form", NOT_ONE.rows, ids=lambda form: form.name)
+def test_near_miss(form: Form) -> None:
+    sites = form.lift().sites
+    assert len(sites) == form.expected.get("sites", 1), sites
+    for site in sites:
+        assert site.status == "refused" and site.refusal is not None
+        assert site.refusal.kind == form.expected["kind"], site.refusal
+
+
+def test_a_tensor_that_holds_all_pieces_is_the_operand() -> None:
+    form = next(form for form in SPLIT.rows if form.name == "slices_of_one_tensor")
+    (site,) = form.lift().sites
+    assert site.spec is not None and site.region is not None
+    assert not any(isinstance(operation, Cache) for operation in site.spec.operations)
+    assert [binding.value for binding in site.region.inputs] == ["q", "k", "v"]
