@@ -18,7 +18,14 @@ from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.aten_sizes import note_hints, size_expr, unified
 from attncompile.frontends.capture import Captured, module_path, module_type, source_line
 from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
-from attncompile.frontends.memory import Change, Versions, entangled_results, memory_versions, written_arguments
+from attncompile.frontends.memory import (
+    Change,
+    Versions,
+    entangled_results,
+    lasting_writes,
+    memory_versions,
+    written_arguments,
+)
 from attncompile.frontends.torch_internals import is_batched
 from attncompile.frontends.view_writes import ViewWrites, common_view
 from attncompile.ir import Expr
@@ -123,6 +130,7 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
         display,
         versions.overwritten,
         entangled=entangled_results(captured.graph_module.graph, versions),
+        effects=lasting_writes(captured.graph_module.graph, versions),
     )
 
 

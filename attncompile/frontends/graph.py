@@ -344,6 +344,7 @@ class Graph:
             loaded.
         entangled: native values in whose place no other tensor can be put, with the reason: what their memory holds is
             written or read later through a tensor that is not made of them.
+        effects: values that were written to memory of the caller: they count though nothing may read them.
     """
 
     infos: Mapping[str, Info]
@@ -361,6 +362,7 @@ class Graph:
     precision: Precision | None = None
     withheld: frozenset[str] = frozenset()
     entangled: Mapping[str, str] = field(default_factory=dict)
+    effects: frozenset[str] = frozenset()
 
     @cached_property
     def producer(self) -> Mapping[str, Node]:
@@ -386,6 +388,11 @@ class Graph:
             if any(name in found for name in node.inputs):
                 found.add(node.output)
         return frozenset(found)
+
+    @cached_property
+    def live(self) -> frozenset[str]:
+        """The values that something comes of: a result, or what is written to memory of the caller."""
+        return self.ancestors([*self.outputs, *self.effects])
 
     @cached_property
     def size_names(self) -> frozenset[str]:

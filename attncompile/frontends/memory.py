@@ -252,6 +252,19 @@ def entangled_results(graph: torch.fx.Graph, versions: Versions) -> dict[str, st
     return found
 
 
+def lasting_writes(graph: torch.fx.Graph, versions: Versions) -> frozenset[str]:
+    """The values that operations leave in memory that the caller may hold: that of an input, parameter or constant."""
+    memory = Memory()
+    for node in graph.nodes:
+        memory.place(node)
+    held = {memory.place_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    return frozenset(
+        versions.made(node.name)
+        for node in graph.nodes
+        if any(memory.place_of(target) in held for target in written_arguments(node))
+    )
+
+
 def _seen_after(node: torch.fx.Node, time: Mapping[torch.fx.Node, int], moment: int) -> bool:
     """Whether anything reads a node after a moment; what the caller holds it may always read."""
     return node.op in ("placeholder", "get_attr") or any(time[user] > moment for user in node.users)

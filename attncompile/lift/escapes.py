@@ -15,12 +15,6 @@ from attncompile.lift.rows import KEY, Rows
 from attncompile.lift.statement import Statement
 
 
-def _is_dead(graph: Graph, node: Node) -> bool:
-    """Whether nothing comes of a node: the positions that ``max`` gives with its values, for instance."""
-    writes = graph.describe(node.output).what.endswith("_")
-    return not graph.users.get(node.output) and node.output not in graph.outputs and not writes
-
-
 def escaping(graph: Graph, statement: Statement) -> Iterator[tuple[str, Node | None]]:
     """The inner values that are needed outside, each with a node that reads it, or ``None`` where the model gives it.
 
@@ -31,7 +25,7 @@ def escaping(graph: Graph, statement: Statement) -> Iterator[tuple[str, Node | N
         if value == statement.lse:
             continue
         readers = [user for user in graph.users.get(value, ()) if user.output not in inside]
-        outside = [user for user in readers if not _is_dead(graph, user)]
+        outside = [user for user in readers if user.output in graph.live]
         if value in graph.outputs:
             yield value, None
         elif outside:
