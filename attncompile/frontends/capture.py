@@ -16,6 +16,7 @@ from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
+from attncompile.frontends.vmap_regions import without_vmap
 
 Role = Literal["parameter", "buffer", "constant", "user"]
 
@@ -370,7 +371,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     """
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
-    source = _with_fixed_module_floats(graph_module, fakes)
+    source = without_vmap(_with_fixed_module_floats(graph_module, fakes))
     try:
         traced = torch_internals.trace_pre_dispatch(
             lambda *flat: torch_internals.interpret(source, flat),
@@ -384,7 +385,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
             _first_line(error),
             _RUNS_ANYWAY,
         ) from error
-    reason = _lost_in_tracing(graph_module, traced, fakes)
+    reason = _lost_in_tracing(graph_module, source, traced, fakes)
     if reason is not None:
         raise CaptureError("Dynamo", "the compiled function", reason, _RUNS_ANYWAY)
     _adopt_calling_convention(graph_module, traced)
@@ -401,8 +402,10 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     )
 
 
-def _lost_in_tracing(before: torch.fx.GraphModule, after: torch.fx.GraphModule, inputs: Sequence[Any]) -> str | None:
-    """Why the traced graph is not the same function, or None.
+def _lost_in_tracing(
+    before: torch.fx.GraphModule, source: torch.fx.GraphModule, after: torch.fx.GraphModule, inputs: Sequence[Any]
+) -> str | None:
+    """Why the traced graph is not the same function, or None. ``source`` is what was traced in place of ``before``.
 
     Three things vanish without an error: a custom backward, once its forward has been traced through; what a
     function transform such as vmap does to the values inside it; and values that only existed while the tracer
@@ -415,7 +418,7 @@ def _lost_in_tracing(before: torch.fx.GraphModule, after: torch.fx.GraphModule, 
         lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
         if lost:
             return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
-    transforms = torch_internals.function_transforms(before)
+    transforms = torch_internals.function_transforms(source)
     if transforms:
         return f"it computes inside {', '.join(sorted(transforms))} of torch.func, which ATen does not hold"
     for node in after.graph.nodes:

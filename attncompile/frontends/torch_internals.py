@@ -18,7 +18,7 @@ from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
 
 # --- fake tensors -------------------------------------------------------------------------------------------
@@ -136,6 +136,15 @@ def trace_pre_dispatch(
     tracer = make_fx(function, tracing_mode="real", pre_dispatch=True)
     with mode, fx_traceback.preserve_node_meta():
         return tracer(*inputs)
+
+
+def trace_below_transforms(function: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """Run ``function`` on the values of a trace that is going on, and record the ATen calls below vmap and autograd.
+
+    The trace around it sees nothing of this; it records what the result does when that is run.
+    """
+    with disable_proxy_modes_tracing():
+        return make_fx(function, tracing_mode="real")(*inputs)
 
 
 def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:

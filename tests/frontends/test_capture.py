@@ -390,7 +390,10 @@ LOSSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
         lambda x: StraightThrough.apply(x) * 2,
         "autograd_function_apply has a gradient of its own",
     ),
-    "vmap": (lambda x: torch.vmap(lambda row: row * 2)(x), "inside vmap of torch.func"),
+    "grad inside vmap": (
+        lambda x: torch.vmap(torch.func.grad(lambda row: (row * row).sum()))(x),
+        "inside grad, vmap of torch.func",
+    ),
     "grad": (lambda x: torch.func.grad(lambda y: (y * y).sum())(x), "inside grad of torch.func"),
     "vjp": (lambda x: torch.func.vjp(torch.sin, x)[1](x)[0], "inside grad of torch.func"),
 }
@@ -401,6 +404,32 @@ def test_what_ATen_would_lose_is_refused(case: str) -> None:
     function, reason = LOSSES[case]
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=reason):
         torch.compile(function, backend=Recorder())(torch.randn(3, 4, requires_grad=True))
+
+
+def _mapped(x: torch.Tensor) -> torch.Tensor:
+    return torch.vmap(lambda row: torch.softmax(row, -1) * row.sum())(x)
+
+
+def _mapped_twice(x: torch.Tensor) -> torch.Tensor:
+    rows, columns = torch.arange(x.shape[0]), torch.arange(x.shape[1])
+    seen = torch.vmap(torch.vmap(lambda i, j: (j <= i) & (x[i, j] > 0), (None, 0)), (0, None))(rows, columns)
+    return torch.where(seen, x, 0.0)
+
+
+@pytest.mark.parametrize("function", [_mapped, _mapped_twice], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_vmap_does_becomes_operations_on_whole_tensors(
+    function: Callable[[torch.Tensor], torch.Tensor], dynamic: bool
+) -> None:
+    recorder = Recorder()
+    compiled = torch.compile(function, backend=recorder, dynamic=dynamic)
+    for rows in (3, 5):
+        x, y = (torch.linspace(-1, 2, rows * 4).view(rows, 4).requires_grad_() for _ in range(2))
+        found, expected = compiled(x), function(y)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_a_custom_gradient_is_no_obstacle_without_gradients() -> None:
