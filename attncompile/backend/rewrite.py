@@ -97,9 +97,7 @@ def _needed_too_early(program: Program, site: Site) -> str:
     return f"its result {first.value} is made before its input {later[0].value}" if later else ""
 
 
-def rewrite(
-    module: torch.fx.GraphModule, program: Program, decisions: tuple[Decision, ...]
-) -> torch.fx.GraphModule:
+def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Decision, ...]) -> torch.fx.GraphModule:
     """A copy of the graph in which every decided site is one module call; what it replaces is gone.
 
     Args:
@@ -123,7 +121,8 @@ def rewrite(
         targets = [by_name[binding.value] for binding in region.outputs]
         shared = keys[number] is not None and keys.count(keys[number]) > 1
         infos = [program.graph.infos[binding.value] for binding in region.outputs]
-        site = SiteModule(decision.spec, region, decision.lowering, infos, shared)
+        given = [program.graph.infos[binding.value] for binding in region.inputs]
+        site = SiteModule(decision.spec, region, decision.lowering, given, infos, shared)
         arguments = [by_name[entry.value] for entry in region.inputs]
         first = min(region.outputs, key=lambda entry: program.graph.position[entry.value])
         with graph.inserting_before(by_name[first.value]):
@@ -148,11 +147,7 @@ def rewrite(
 
 def _mask_key(decision: Decision) -> object | None:
     """What sites must have in common to share a mask: its definition, the captured tensors and the sizes."""
-    if (
-        decision.lowering is None
-        or decision.lowering.operator not in ("sdpa", "blockwise")
-        or decision.spec is None
-    ):
+    if decision.lowering is None or decision.lowering.operator not in ("sdpa", "blockwise") or decision.spec is None:
         return None
     key, region = mask_inputs(decision.spec), decision.site.region
     if key is None or region is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,9 +16,7 @@ from attncompile.ir.types import DTYPES
 from attncompile.lift.program import Layout, Region
 
 
-def to_spec_axes(
-    native: torch.Tensor, layout: Layout, kind: TensorType, sizes: dict[Expr, int]
-) -> torch.Tensor:
+def to_spec_axes(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: dict[Expr, int]) -> torch.Tensor:
     """A native tensor in the axis order of its Spec type, as views where possible.
 
     Args:
@@ -27,12 +26,15 @@ def to_spec_axes(
         sizes: sizes seen so far, by expression; needed for axes that the native tensor lacks, and added to.
     """
     lengths: dict[str, int] = {}
-    for group, extent in layout.spans(native.shape):
-        for axis in group:
-            size = kind.size(axis)
-            lengths[axis] = int(size.value) if isinstance(size, Const) else extent if len(group) == 1 else -1
-    wanted = [lengths[axis] for axis in layout.axes]
-    split = native if layout.groups == tuple((axis,) for axis in layout.axes) else native.reshape(wanted)
+    for group, extent in zip(layout.groups, layout.extents(native.shape), strict=True):
+        fixed = {axis: int(size.value) for axis in group if isinstance(size := kind.size(axis), Const)}
+        open_axes = [axis for axis in group if axis not in fixed]
+        lengths |= fixed
+        if len(open_axes) == 1:
+            lengths[open_axes[0]] = extent // math.prod(fixed.values())
+        else:
+            lengths |= {axis: sizes.get(kind.size(axis), -1) for axis in open_axes}
+    split = native if layout.plain else native.reshape([lengths[axis] for axis in layout.axes])
     names = [axis.name for axis in kind.axes]
     present = [name for name in names if name in layout.axes]
     result = split.permute([layout.axes.index(name) for name in present])
@@ -40,11 +42,7 @@ def to_spec_axes(
         if name not in present:
             result = result.unsqueeze(names.index(name))
     sizes.update(
-        {
-            entry.size: extent
-            for entry, extent in zip(kind.axes, result.shape, strict=True)
-            if entry.name in present
-        }
+        {entry.size: extent for entry, extent in zip(kind.axes, result.shape, strict=True) if entry.name in present}
     )
     if len(present) < len(names):
         result = result.expand(
@@ -61,27 +59,45 @@ def to_spec_axes(
 
 
 def to_native_axes(
-    result: torch.Tensor, layout: Layout, kind: TensorType, native_shape: tuple[Expr, ...]
+    result: torch.Tensor,
+    layout: Layout,
+    kind: TensorType,
+    native_shape: tuple[Expr, ...],
+    sizes: Mapping[Expr, int],
 ) -> torch.Tensor:
-    """A Spec result in the model's own layout."""
+    """A Spec result in the model's own layout.
+
+    Args:
+        result: with the axes of its Spec type.
+        layout: where they are in the native tensor.
+        kind: the Spec type.
+        native_shape: the shape that the graph gives it.
+        sizes: native sizes that are known from the inputs.
+
+    Raises:
+        ValueError: when several sizes of one run of axes are not among them.
+    """
     names = [axis.name for axis in kind.axes]
     order = [names.index(axis) for axis in layout.axes]
-    rest = [
-        place for place in range(len(names)) if place not in order
-    ]  # axes of size 1 that the model does not have
+    rest = [place for place in range(len(names)) if place not in order]  # axes of size 1 that the model does not have
     ordered = result.permute([*order, *rest])
-    if not rest and layout.groups == tuple((axis,) for axis in layout.axes):
+    if not rest and layout.plain:
         return ordered
     shape: list[int] = []
-    goes_on = [not group for group in layout.groups[1:]] + [False]
-    for group, size, more in zip(layout.groups, native_shape, goes_on, strict=True):
-        if isinstance(size, Const):
-            shape.append(int(size.value))
-        elif len(group) == 1 and not more:
-            shape.append(result.shape[names.index(group[0])])
-        else:
-            shape.append(-1)
+    for group, (start, stop) in zip(layout.groups, layout.places(), strict=True):
+        whole = math.prod(result.shape[names.index(axis)] for axis in group)
+        found = [_known(size, sizes) for size in native_shape[start:stop]]
+        missing = [place for place, size in enumerate(found) if size is None]
+        if len(missing) > 1:
+            raise ValueError(f"the sizes {native_shape[start:stop]} of an output do not follow from its inputs' shapes")
+        for place in missing:
+            found[place] = whole // max(math.prod(size for size in found if size is not None), 1)
+        shape += [size for size in found if size is not None]
     return ordered.reshape(shape)
+
+
+def _known(size: Expr, sizes: Mapping[Expr, int]) -> int | None:
+    return int(size.value) if isinstance(size, Const) else sizes.get(size)
 
 
 class SiteModule(torch.nn.Module):
@@ -91,11 +107,17 @@ class SiteModule(torch.nn.Module):
     """
 
     def __init__(
-        self, spec: Spec, region: Region, lowering: Lowering, natives: Sequence[Info], takes_mask: bool
+        self,
+        spec: Spec,
+        region: Region,
+        lowering: Lowering,
+        given: Sequence[Info],
+        natives: Sequence[Info],
+        takes_mask: bool,
     ) -> None:
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
-        self.natives, self.takes_mask = tuple(natives), takes_mask
+        self.given, self.natives, self.takes_mask = tuple(given), tuple(natives), takes_mask
         self.types = spec.types()
 
     def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -114,10 +136,12 @@ class SiteModule(torch.nn.Module):
         options = {"mask": native[-1]} if self.takes_mask else {}
         result = self.lowering.run(*self.spec_tensors(tensors), **options)
         made = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        shapes = zip(self.given, tensors, strict=True)
+        sizes = {size: n for info, tensor in shapes for size, n in zip(info.shape, tensor.shape, strict=True)}
         outputs = []
         for binding, found, info in zip(self.region.outputs, made, self.natives, strict=True):
             assert binding.layout is not None
-            native_axes = to_native_axes(found, binding.layout, self.types[binding.name], info.shape)
+            native_axes = to_native_axes(found, binding.layout, self.types[binding.name], info.shape, sizes)
             outputs.append(native_axes if len(made) == 1 else native_axes.to(DTYPES[info.dtype]))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -132,7 +156,6 @@ class MaskModule(torch.nn.Module):
     def forward(self, *native: torch.Tensor) -> torch.Tensor | None:
         site = self.inputs_of[0]
         tensors: Mapping[str, torch.Tensor] = {
-            binding.name: tensor
-            for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
+            binding.name: tensor for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
         }
         return visible_mask(site.spec, tensors)

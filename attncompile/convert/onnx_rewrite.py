@@ -11,16 +11,18 @@ from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, Provider
 from attncompile.codegen.onnx.choose import Choice, Prefer, choose, expected_speed
 from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
-from attncompile.codegen.onnx.layouts import Operand, single_groups
+from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
+from attncompile.frontends.graph import Graph
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
-from attncompile.ir import RefusalError, Spec
-from attncompile.lift import Program, Site, lift_graph
+from attncompile.ir import Refusal, RefusalError, Spec
+from attncompile.ir.expr import Const
+from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.passes import PassCall, PassResult, run_passes
 
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
@@ -96,7 +98,7 @@ def rewrite_onnx(
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
             replaced.add(place)
-            _replace(model, values, site, result, choice, scopes.at(place), provider)
+            _replace(program.graph, model, values, site, result, choice, scopes.at(place), provider)
         except RefusalError as error:
             outcomes.append(Outcome(site, _untouched(site.spec, result), "original", str(error.refusal)))
             continue
@@ -145,6 +147,7 @@ def _untouched(spec: Spec, result: PassResult) -> PassResult:
 
 
 def _replace(
+    graph: Graph | None,
     model: onnx_ir.Model,
     values: Mapping[str | None, onnx_ir.Value],
     site: Site,
@@ -163,16 +166,48 @@ def _replace(
     build = Builder(model.graph, site.name)
     types = result.spec.types()
     operands = {
-        entry.name: Operand(
-            values[entry.value],
-            entry.layout.groups if entry.layout else single_groups(axis.name for axis in types[entry.name].axes),
-        )
+        entry.name: Operand(joined(build, values[entry.value], entry.layout.places()), entry.layout.groups)
+        if entry.layout
+        else Operand(values[entry.value], single_groups(axis.name for axis in types[entry.name].axes))
         for entry in site.region.inputs
     }
     outputs = {binding.name: binding.layout.groups}
     made = emit(result.spec, operands, outputs, choice.row, build, shared, provider)
+    result_value = made[binding.name]
+    if binding.layout.runs:
+        assert graph is not None  # what was lifted from one model has one graph
+        result_value = reshaped(build, result_value, _native_sizes(graph, values, site.region, binding.value, build))
     for node in build.nodes:
         node.metadata_props["attncompile.site"] = site.name
         node.metadata_props["attncompile.spec"] = str(result.spec)
     build.insert_before(place)
-    redirect(old, made[binding.name])
+    redirect(old, result_value)
+
+
+def _native_sizes(
+    graph: Graph, values: Mapping[str | None, onnx_ir.Value], region: Region, output: str, build: Builder
+) -> list[int | onnx_ir.Value]:
+    """The shape of an output, read off the inputs of its region; one size may be left to ``Reshape``.
+
+    Raises:
+        RefusalError: when more than one size is no axis of an input.
+    """
+    found: list[int | onnx_ir.Value] = []
+    for size in graph.infos[output].shape:
+        places = (
+            (values[entry.value], axis)
+            for entry in region.inputs
+            for axis, other in enumerate(graph.infos[entry.value].shape)
+            if other == size
+        )
+        place = next(places, None)
+        if isinstance(size, Const):
+            found.append(int(size.value))
+        elif place is not None:
+            found.append(build("Shape", place[0], start=place[1], end=place[1] + 1))
+        else:
+            found.append(-1)
+    if found.count(-1) > 1:
+        reason = f"the shape of {output} does not follow from those of the operands"
+        raise RefusalError(Refusal("output-shape", reason, output))
+    return found

@@ -32,6 +32,7 @@ from attncompile.frontends.onnx_bodies import (
     prepare,
     starts,
 )
+from attncompile.frontends.onnx_branches import inline_decided
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
 from attncompile.frontends.onnx_definitions import spell_out
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
@@ -43,9 +44,11 @@ from attncompile.frontends.onnx_known import (
     known_shape,
     known_tensor,
     known_value,
+    scalar,
 )
 from attncompile.frontends.onnx_rows import EVERY_OUTPUT, opaque_info, rows_of
 from attncompile.frontends.onnx_sizes import SizeNames, product
+from attncompile.frontends.onnx_unranked import refuse_unranked
 from attncompile.frontends.source import innermost_model_frame
 from attncompile.ir import Expr
 from attncompile.ir.expr import Const
@@ -56,7 +59,7 @@ def onnx_graph(model: ir.Model) -> Graph:
 
     Values keep their names, and natives are the nodes by name. So that both can be named, the model is
     prepared in place, without changing what it computes: functions are inlined, nameless nodes and values get
-    names, and names become unique.
+    names, names become unique, and an ``If`` whose condition is known gives way to the branch that is taken.
 
     Nodes in the bodies of ``If``, ``Loop`` and ``Scan`` are part of the view, in front of the node that holds
     them, which reads what they capture and what they return. What a body is given round by round is an input.
@@ -79,7 +82,9 @@ def onnx_graph(model: ir.Model) -> Graph:
         before = sizes.merged, len(growing)
         view = _View(model, sizes, inference, growing)
         view.build()
-        if (sizes.merged, len(growing)) == before:
+        if inline_decided(model, view.known):
+            inference = Inference(model, sizes)
+        elif (sizes.merged, len(growing)) == before:
             return view.graph()
 
 
@@ -199,12 +204,7 @@ class _View:
 
     def _opset(self, node: ir.Node) -> int:
         versions = self.model.opset_imports
-        return (
-            node.version
-            or versions.get(node.domain)
-            or versions.get("ai.onnx" if not node.domain else "")
-            or 1
-        )
+        return node.version or versions.get(node.domain) or versions.get("ai.onnx" if not node.domain else "") or 1
 
     def _known(self, b: Builder) -> Known | None:
         """The elements of an output, where they are known from constants and sizes."""
@@ -217,7 +217,7 @@ class _View:
                 return None
             shape = self.infos[source].shape
             if operator == "Size":
-                return Known(0, (product(shape),))
+                return scalar(product(shape))
             return known_shape(shape, b.attribute("start", 0), b.attribute("end"))
         given = [self.known.get(value.name or "") if value is not None else None for value in b.node.inputs]
         if operator == "CastLike":
@@ -235,8 +235,9 @@ class _View:
         if known is not None:
             self.known[b.output] = known
             self.constants.add(b.output)
-            self._finish(b, fills(b, known))
-            return
+            if known.rank < 2:
+                self._finish(b, fills(b, known))
+                return
         hidden = hidden_attention(self.model, b.node) if self.model.functions and not b.position else None
         if hidden is not None:
             self._opaque(b, output, RefusedAttention(b.output, names, b.node.op_type, hidden))
@@ -283,9 +284,7 @@ class _View:
     def _module_nearby(self, names: Iterable[str]) -> str:
         """The innermost module that holds all parameters that a node reads, or those that its inputs belong to."""
         own = [name.rsplit(".", 1)[0] for name in names if name in self.inputs and _PARAMETER.fullmatch(name)]
-        near = own or [
-            self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants
-        ]
+        near = own or [self.scopes[name] for name in names if self.scopes.get(name) and name not in self.constants]
         return _common_path(near)
 
     def graph(self) -> Graph:
@@ -311,7 +310,7 @@ class _View:
         evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
         return Graph(
             self.infos,
-            tuple(self.nodes),
+            refuse_unranked(self.nodes, self.infos, self.natives, self.owner),
             self.inputs,
             outputs,
             self.natives,
@@ -373,9 +372,7 @@ def _source(node: ir.Node) -> str:
 
 
 def _signature(node: ir.Node) -> str:
-    written = ", ".join(
-        f"{key}={_attribute_text(attribute)}" for key, attribute in sorted(node.attributes.items())
-    )
+    written = ", ".join(f"{key}={_attribute_text(attribute)}" for key, attribute in sorted(node.attributes.items()))
     given = "".join("·" if value is not None else "-" for value in node.inputs)
     return f"{node.domain or 'ai.onnx'}::{node.op_type}({given}) {written}".rstrip()
 

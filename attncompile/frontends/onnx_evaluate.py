@@ -127,9 +127,7 @@ class OnnxEvaluator:
             stack += reads(node)
         return [node for node in nested_nodes(self.model.graph) if node.name in needed], leaves
 
-    def _part(
-        self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
-    ) -> _Part:
+    def _part(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Part:
         nodes, leaves = self._needed(wanted, list(feeds))
         constants: dict[str, np.ndarray] = {}
         for name in leaves:
@@ -163,7 +161,7 @@ def _computed(known: Known, sizes: Mapping[str, int]) -> np.ndarray:
     else:
         items = [evaluate(item, Environment(sizes=sizes)).item() for item in known.items]
     tensor = torch.tensor(items, dtype=torch.float64 if dtype.is_floating_point else dtype)
-    return (tensor if known.rank else tensor.reshape(())).numpy()
+    return tensor.reshape(known.dims).numpy()
 
 
 class Erf(OpRun):
@@ -231,9 +229,7 @@ class _Part:
         try:
             with np.errstate(all="ignore"):  # 0 · ∞ in masked positions is the model's business
                 results = dict(zip(outputs, evaluator.run(None, given), strict=True))
-        except (
-            Exception
-        ) as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
+        except Exception as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
             raise ValueError(f"ONNX's reference cannot compute {', '.join(outputs)}: {error}") from error
         return {name: _wide(np.asarray(results.get(name, given.get(name)))) for name in self.wanted}
 
@@ -241,25 +237,19 @@ class _Part:
         """In the model's own dtypes, by ONNX Runtime."""
         import onnxruntime
 
-        declared = {
-            value.name: value.dtype for node in self.nodes for value in node.inputs if value is not None
-        }
+        declared = {value.name: value.dtype for node in self.nodes for value in node.inputs if value is not None}
         given = {}
         for name, value in {**self.constants, **{n: _array(t) for n, t in feeds.items()}}.items():
             dtype = declared.get(name)
             narrowed = value.dtype.kind == "f"
-            given[name] = (
-                value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
-            )
+            given[name] = value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
         used = {name for node in self.nodes for name in (v.name for v in node.inputs if v is not None)}
         given = {name: value for name, value in given.items() if name in used}
         proto = _model(model, [ir.to_proto(node) for node in self.nodes], given, list(self.wanted))
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         results = session.run(list(self.wanted), given)
         return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
 
@@ -268,18 +258,12 @@ def _model(
     model: ir.Model, nodes: list[onnx.NodeProto], given: Mapping[str, np.ndarray], outputs: list[str]
 ) -> onnx.ModelProto:
     inputs = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
-        )
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in given.items()
     ]
-    graph = onnx.helper.make_graph(
-        nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in outputs]
-    )
+    graph = onnx.helper.make_graph(nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in outputs])
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    return onnx.helper.make_model(
-        graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION)
-    )
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=min(model.ir_version, onnx.IR_VERSION))
 
 
 def _widen(node: onnx.NodeProto) -> None:
@@ -293,9 +277,7 @@ def _widen(node: onnx.NodeProto) -> None:
             for tensor in graph.initializer:
                 if tensor.data_type in _NARROW:
                     name = tensor.name
-                    tensor.CopyFrom(
-                        onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name)
-                    )
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name))
             for inner in graph.node:
                 _widen(inner)
 

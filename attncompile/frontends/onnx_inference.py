@@ -90,14 +90,20 @@ def _symbolically_inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ValueError: when some shape is not found.
     """
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+    from onnxruntime.tools import symbolic_shape_infer
 
-    inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
-    inference._preprocess(proto)
-    complete = False
-    while inference.run_:
-        complete = inference._infer_impl()
-    inference._update_output_from_vi()
+    inference = symbolic_shape_infer.SymbolicShapeInference(
+        2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
+    )
+    said, symbolic_shape_infer.logger.disabled = symbolic_shape_infer.logger.disabled, True  # its guesses are not news
+    try:
+        inference._preprocess(proto)
+        complete = False
+        while inference.run_:
+            complete = inference._infer_impl()
+        inference._update_output_from_vi()
+    finally:
+        symbolic_shape_infer.logger.disabled = said
     if not complete:
         raise ValueError("ONNX Runtime cannot infer every shape")
     inferred: onnx.ModelProto = inference.out_mp_

@@ -24,7 +24,7 @@ from attncompile.frontends.graph import (
 )
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_builder import Builder, Row, Unstated, axis_of
-from attncompile.frontends.onnx_known import DTYPE_NAMES, Known, known_tensor
+from attncompile.frontends.onnx_known import DTYPE_NAMES, known_tensor, scalar
 from attncompile.frontends.onnx_sizes import (
     broadcast_shapes,
     nonnegative,
@@ -376,7 +376,7 @@ def _gather(b: Builder) -> str:
         if isinstance(position, Const) and position.value < 0:
             position = simplify(shape[axis] + position)
         return b.move(data, movement.select(axis, position), "select", target)
-    numbers = known.integers() if known is not None else None
+    numbers = known.integers() if known is not None and known.rank == 1 else None
     if numbers and len(numbers) <= LARGEST_INDEX_LIST and min(numbers) >= 0:
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         if all(n == numbers[0] + step * place for place, n in enumerate(numbers)):
@@ -397,9 +397,7 @@ def _part(first: int, last: int | None = None) -> IndexMap:
 def _gather_elements(b: Builder) -> str:
     data, index = b.tensor(), b.tensor(1)
     axis = axis_of(b.attribute("axis", 0), len(b.shape(data)))
-    positions = tuple(
-        (index, movement.identity) if a == axis else (None, _part(a)) for a in range(len(b.shape(data)))
-    )
+    positions = tuple((index, movement.identity) if a == axis else (None, _part(a)) for a in range(len(b.shape(data))))
     return b.emit(lambda name: Select(name, data, positions), b.shape(index), b.dtype(data))
 
 
@@ -446,7 +444,7 @@ def _range(b: Builder) -> str:
 
 def _constant_of_shape(b: Builder) -> str:
     value = b.attribute("value")
-    known = known_tensor(value) if value is not None else Known(0, (Const(0.0),), "float32")
+    known = known_tensor(value) if value is not None else scalar(Const(0.0), "float32")
     if known is None:
         raise Unstated
     return b.emit(lambda name: Fill(name, known.items[0]), b.elements(0), known.dtype)
@@ -502,12 +500,7 @@ def _linear(b: Builder, source: str, weight: str, bias: str | None, transposed: 
 
 def _matmul(b: Builder) -> str:
     left, right = b.tensors()
-    if (
-        right in b.constants
-        and left not in b.constants
-        and len(b.shape(right)) == 2
-        and len(b.shape(left)) > 1
-    ):
+    if right in b.constants and left not in b.constants and len(b.shape(right)) == 2 and len(b.shape(left)) > 1:
         return _linear(b, left, right, None, True)
     return b.contract(left, right, _matmul_labels(b.shape(left), b.shape(right)))
 
@@ -537,9 +530,7 @@ def _gemm(b: Builder) -> str:
         made = b.pointwise("mul", Const(alpha), made)
     if added is None:
         return made
-    return b.pointwise(
-        "add", made, b.tensor(2) if beta == 1.0 else b.pointwise("mul", Const(beta), b.tensor(2))
-    )
+    return b.pointwise("add", made, b.tensor(2) if beta == 1.0 else b.pointwise("mul", Const(beta), b.tensor(2)))
 
 
 def _einsum(b: Builder) -> str:
@@ -615,9 +606,7 @@ def reduced_axes(b: Builder) -> tuple[int, ...]:
 def reduced_shape(b: Builder) -> Indices:
     """The shape that a reduction leaves."""
     shape, gone, keeps = b.shape(b.tensor()), reduced_axes(b), b.attribute("keepdims", 1)
-    return tuple(
-        ONE if axis in gone else size for axis, size in enumerate(shape) if keeps or axis not in gone
-    )
+    return tuple(ONE if axis in gone else size for axis, size in enumerate(shape) if keeps or axis not in gone)
 
 
 def _reduce(operator: Literal["sum", "max"]) -> Row:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from attncompile.frontends.graph import Cast, Concatenate, Graph, Indices, Linear, Move, Node, Opaque, Pointwise
 from attncompile.ir import Expr, Index, Load, Operation, Position, Project, RefusalError, Spec, print_expr, simplify
-from attncompile.ir.expr import Const, loads, rewrite, substitute, symbols, walk
+from attncompile.ir.expr import ONE, Const, apply, loads, rewrite, substitute, symbols, walk
 from attncompile.lift.frequencies import read_frequencies
 from attncompile.lift.interpret import LARGEST, Interpreter
 from attncompile.lift.norms import cuts, recognise_norm
@@ -50,14 +50,20 @@ def _shown(graph: Graph, value: str) -> str:
     return given.name if given else graph.describe(value).name
 
 
-def _element(layout: Layout, sizes: Mapping[str, Expr]) -> Indices:
+def _element(layout: Layout, sizes: Mapping[str, Expr], shape: Indices) -> Indices:
     """Native indices of the Spec element at its axis symbols."""
     indices: list[Expr] = []
-    for group in layout.groups:
+    for group, (start, stop) in zip(layout.groups, layout.places(), strict=True):
         index: Expr = Const(0)
         for axis in group:
             index = index * sizes[axis] + Index(_ROLES.get(axis, axis))
-        indices.append(simplify(index))
+        below: Expr = ONE
+        digits: list[Expr] = []
+        for place in reversed(range(start, stop)):
+            digit = index // below
+            digits.insert(0, simplify(digit % shape[place] if place > start else digit))
+            below = simplify(below * shape[place])
+        indices += digits
     return tuple(indices)
 
 
@@ -79,13 +85,18 @@ class _Walk:
         shape = self.graph.infos[self.binding.value].shape
         groups = layout.groups if layout is not None else ()
         # native sizes, where an axis stands alone: the Spec's are renamed
-        sizes |= {group[0]: shape[n] for n, group in enumerate(groups) if len(group) == 1}
+        places = layout.places() if layout is not None else ()
+        sizes |= {
+            group[0]: simplify(apply("mul", ONE, *shape[start:stop]))
+            for group, (start, stop) in zip(groups, places, strict=True)
+            if len(group) == 1
+        }
         self.extents = {_ROLES.get(axis, axis): size for axis, size in sizes.items()}
         self.channels = simplify(self.extents["d"])
         heads = simplify(kind.sizes[1])
         self.heads = int(heads.value) if isinstance(heads, Const) else 1
         if layout is not None:
-            self._follow(self.binding.value, _element(layout, sizes))
+            self._follow(self.binding.value, _element(layout, sizes, shape))
 
     def _note(self, kind: str, value: str, **facts: object) -> None:
         self.steps.append(Step(self.name, kind, _shown(self.graph, value), facts))

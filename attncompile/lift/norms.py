@@ -151,8 +151,8 @@ _KINDS: dict[Kind, tuple[_Part, _Part]] = {
 
 def _fitted(inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Weight and bias that make every output of every input, element by element."""
-    if any(made.shape != x.shape for x, made in zip(inputs, outputs, strict=True)):
-        return None
+    if any(made.shape != x.shape or not made.numel() for x, made in zip(inputs, outputs, strict=True)):
+        return None  # small sizes may leave nothing of a sequence
     weight = (outputs[0] - outputs[1]) / (inputs[0] - inputs[1])
     bias = outputs[0] - weight * inputs[0]
     scale = max(float(made.abs().max()) for made in outputs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from attncompile.frontends.graph import Cast, Contract, Graph, Indices, Move, Pointwise
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Apply, Const, Score, Weight, apply, substitute, symbols, walk
+from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import element_kind
 from attncompile.lift.interpret import Interpreter
 from attncompile.lift.program import Layout
@@ -29,9 +30,7 @@ class Operand:
     factor: Expr
 
 
-def operand_indices(
-    graph: Graph, node: Contract, side: str, output: Indices, summed: Mapping[str, Expr]
-) -> Indices:
+def operand_indices(graph: Graph, node: Contract, side: str, output: Indices, summed: Mapping[str, Expr]) -> Indices:
     """The element of one side of a contraction that contributes to an output element."""
     name, labels = (node.left, node.left_labels) if side == "left" else (node.right, node.right_labels)
     position = {**dict(zip(node.output_labels, output, strict=True)), **summed}
@@ -54,9 +53,7 @@ def label_sizes(graph: Graph, node: Contract) -> dict[str, Expr]:
     return found
 
 
-def trace_operand(
-    interpreter: Interpreter, value: str, indices: Indices, summed: frozenset[Expr]
-) -> list[Operand]:
+def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed: frozenset[Expr]) -> list[Operand]:
     """The tensors that a product could be said to read, nearest first.
 
     Follows movements of data, float casts and factors that do not depend on the summed indices.
@@ -70,9 +67,7 @@ def trace_operand(
         node = graph.producer.get(value)
         if isinstance(node, Move):
             value, indices = node.source, tuple(interpreter.simplifier(i) for i in node.index_map(indices))
-        elif isinstance(node, Cast) and element_kind(node.dtype) is element_kind(
-            graph.infos[node.source].dtype
-        ):
+        elif isinstance(node, Cast) and element_kind(node.dtype) is element_kind(graph.infos[node.source].dtype):
             value = node.source
         elif isinstance(node, Pointwise) and node.operator in ("mul", "div"):
             followed = _followed_factor(interpreter, node, indices, summed)
@@ -113,9 +108,7 @@ def _followed_factor(
     return None
 
 
-def layout_of(
-    graph: Graph, indices: Indices, shape: Indices, axes: Mapping[str, tuple[Expr, Expr]]
-) -> Layout | None:
+def layout_of(graph: Graph, indices: Indices, shape: Indices, axes: Mapping[str, tuple[Expr, Expr]]) -> Layout | None:
     """The layout of a tensor whose element at ``indices`` is the Spec element at the axis symbols.
 
     Args:
@@ -132,10 +125,7 @@ def layout_of(
     # an axis symbol may be compound (h // 3): a name of its own makes it an atom
     placeholder: dict[str, Expr] = {name: Index(f"axis_{name}") for name in axes}
     named = {symbol: name for name, symbol in placeholder.items()}
-    replaced = [
-        _replace(index, {symbol: placeholder[name] for name, (symbol, _) in axes.items()})
-        for index in indices
-    ]
+    replaced = [_replace(index, {symbol: placeholder[name] for name, (symbol, _) in axes.items()}) for index in indices]
     sizes = {name: size for name, (_, size) in axes.items()}
     groups: list[list[str]] = []
     used: list[str] = []
@@ -157,8 +147,28 @@ def layout_of(
     for orders in itertools.product(*(itertools.permutations(group) for group in groups)):
         order = [name for group in orders for name in group]
         if simplifier(_linear([placeholder[n] for n in order], [sizes[n] for n in order])[0]) == position:
-            return Layout(tuple(orders))
+            return _runs(simplifier, shape, order, sizes)
     return None
+
+
+def _runs(simplifier: Simplifier, shape: Indices, order: Sequence[str], sizes: Mapping[str, Expr]) -> Layout:
+    """The shortest runs of native axes that are as large as runs of the Spec's axes, outermost first."""
+    groups: list[tuple[str, ...]] = []
+    runs: list[int] = []
+    start = first = 0
+    while start < len(shape):
+        ends = ((stop, last) for stop in range(start + 1, len(shape) + 1) for last in range(first, len(order) + 1))
+        for stop, last in ends:
+            rest = last if stop < len(shape) else len(order)  # sizes of 1 at the end belong to the last
+            native = simplifier(apply("mul", ONE, *shape[start:stop]))
+            if native == simplifier(apply("mul", ONE, *(sizes[name] for name in order[first:rest]))):
+                break
+        else:
+            stop, rest = len(shape), len(order)
+        groups.append(tuple(order[first:rest]))
+        runs.append(stop - start)
+        start, first = stop, rest
+    return Layout(tuple(groups), () if set(runs) <= {1} else tuple(runs))
 
 
 _SHARED = ("b", "h", "g")

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,29 +21,34 @@ class Layout:
     """How a native tensor holds the axes of a Spec tensor.
 
     Attributes:
-        groups: for each native axis the Spec axes it is made of, outermost first: ``(("b",), ("i",), ("h",
-            "d"))`` is a ``[B, I, H·D]`` tensor. An empty group is an axis of size 1, or goes on with the axis
-            of the group before it: ``(("b",), ("h",), (), ("i",), ("d",))`` is a ``[B, G, R, I, D]`` tensor
-            of ``G·R`` heads. A Spec axis in no group has size 1, or (``b h g`` of an operand) is the same for
-            all.
+        groups: for each native axis, or run of native axes, the Spec axes it is made of, outermost first:
+            ``(("b",), ("i",), ("h", "d"))`` is a ``[B, I, H·D]`` tensor. An empty group is an axis of size 1. A Spec
+            axis in no group has size 1, or (``b h g`` of an operand) is the same for all.
+        runs: for each group how many native axes it stands for, empty where each stands for one:
+            ``(("b",), ("h",), ("i",), ("d",))`` with ``(1, 2, 1, 1)`` is a ``[B, G, R, I, D]`` tensor of ``G·R`` heads.
     """
 
     groups: tuple[tuple[str, ...], ...]
+    runs: tuple[int, ...] = ()
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The Spec axes in native order."""
         return tuple(axis for group in self.groups for axis in group)
 
-    def spans(self, shape: Sequence[int]) -> list[tuple[tuple[str, ...], int]]:
-        """Each group that is not empty, with how many elements its native axes have: an empty one goes on with it."""
-        found: list[tuple[tuple[str, ...], int]] = []
-        for group, extent in zip(self.groups, shape, strict=True):
-            if group:
-                found.append((group, extent))
-            elif found:
-                found[-1] = (found[-1][0], found[-1][1] * extent)
-        return found
+    @property
+    def plain(self) -> bool:
+        """Whether every native axis is one Spec axis."""
+        return not self.runs and all(len(group) == 1 for group in self.groups)
+
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """First native axis of each group, and the one behind its last."""
+        counts = self.runs or (1,) * len(self.groups)
+        return tuple((sum(counts[:n]), sum(counts[: n + 1])) for n in range(len(counts)))
+
+    def extents(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The size of each group in a tensor of a native shape."""
+        return tuple(math.prod(shape[start:stop]) for start, stop in self.places())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,11 @@ from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 
 INSTANCES = ((2, 5, 7, 11, 3, 13), (3, 6, 4, 9, 5, 8))
 """Values given to the symbolic sizes, one per distinct example size, in ascending order of the example sizes.
+"""
+
+GROWN = (4, 16, 64)
+"""Factors of the small values where those do not run (a convolution leaves nothing of a short sequence), or where
+some number of blocks would be 1 in every instance, which hides the order of blocks and rows.
 """
 
 SEARCHED = range(2, 14)
@@ -48,9 +53,7 @@ has no other form.
 """
 
 
-def canonical(
-    native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Mapping[str, int]
-) -> torch.Tensor:
+def canonical(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Mapping[str, int]) -> torch.Tensor:
     """A native tensor in the axis order of its Spec type; axes that the native tensor lacks are expanded."""
     names = [axis.name for axis in kind.axes]
     lengths = {axis.name: concrete(axis.size, sizes) for axis in kind.axes}
@@ -88,9 +91,7 @@ def _size_values(graph: Graph, exprs: list[Expr], instance: tuple[int, ...]) -> 
 def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) -> dict[str, int]:
     hints = {name: graph.size_hints.get(name) for name in symbols}
     distinct = sorted({hint for hint in hints.values() if hint is not None})
-    values = {
-        hint: instance[n % len(instance)] + 10 * (n // len(instance)) for n, hint in enumerate(distinct)
-    }
+    values = {hint: instance[n % len(instance)] + 10 * (n // len(instance)) for n, hint in enumerate(distinct)}
     free = iter(range(len(distinct), len(distinct) + len(symbols)))
     return {
         name: values[hint] if hint is not None else instance[next(free) % len(instance)]
@@ -98,9 +99,7 @@ def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) ->
     }
 
 
-def _random(
-    kind: str, shape: list[int], generator: torch.Generator, compared: bool, longest: int
-) -> torch.Tensor:
+def _random(kind: str, shape: list[int], generator: torch.Generator, compared: bool, longest: int) -> torch.Tensor:
     """Random values of a dtype; those that a mask compares are sometimes 0, and on the first of several rows
     always.
 
@@ -171,9 +170,7 @@ def _structure(graph: Graph, site: Site) -> str:
     region = site.region
     assert region is not None and site.spec is not None
     fed = {binding.value for binding in region.inputs}
-    numbers: dict[str, int] = {
-        name: n for n, name in enumerate(dict.fromkeys(b.value for b in region.inputs))
-    }
+    numbers: dict[str, int] = {name: n for n, name in enumerate(dict.fromkeys(b.value for b in region.inputs))}
     text = [site.spec.fingerprint()] + [f"{b.name} {b.layout} {numbers[b.value]}" for b in region.inputs]
     needed, stack = set(), [b.value for b in region.outputs]
     while stack:
@@ -215,8 +212,8 @@ def _bound_sizes(
         if binding.layout is None:
             joined += [([axis.size], int(n)) for axis, n in zip(value.type.axes, tensor.shape, strict=False)]
         else:
-            spans = binding.layout.spans([int(extent) for extent in tensor.shape])
-            joined += [([value.type.size(name) for name in group], extent) for group, extent in spans]
+            axes = [[value.type.size(name) for name in group] for group in binding.layout.groups]
+            joined += zip(axes, binding.layout.extents(tensor.shape), strict=True)
     for group, extent in sorted(joined, key=lambda entry: len(entry[0])):
         open_sizes = [size for size in group if isinstance(size, Size) and size.name not in found]
         rest = [size for size in group if size not in open_sizes]
@@ -271,9 +268,7 @@ def _feeds(
             feeds.update(graph.evaluate([binding.value], {}, values))
         else:
             shape = [concrete(s, values) for s in info.shape]
-            feeds[binding.value] = _random(
-                info.dtype, shape, generator, binding.name in compared, longest
-            )
+            feeds[binding.value] = _random(info.dtype, shape, generator, binding.name in compared, longest)
     return feeds
 
 
@@ -312,14 +307,26 @@ def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, i
     exprs = _all_sizes(graph, spec, region)
     names = sorted({node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)})
     small = [_size_values(graph, exprs, instance) for instance in (INSTANCES if names else INSTANCES[:1])]
+    grown = (_size_values(graph, exprs, tuple(factor * size for size in INSTANCES[-1])) for factor in GROWN)
+    if len(small) > 1 and _single_blocks(exprs, small[-1]):
+        small[-1] = next((values for values in grown if not _single_blocks(exprs, values)), small[-1])
     yield from small
     hinted = {name: graph.size_hints[name] for name in names if name in graph.size_hints}
     searched = [name for name in names if name not in hinted]
     if hinted and not searched:
         yield {**small[0], **hinted}
+        for factor in GROWN:
+            yield _size_values(graph, exprs, tuple(factor * size for size in INSTANCES[0]))
     elif 0 < len(searched) <= 2:
         for found in itertools.product(SEARCHED, repeat=len(searched)):
             yield {**small[0], **dict(zip(searched, found, strict=True))}
+
+
+def _single_blocks(exprs: Sequence[Expr], values: Mapping[str, int]) -> bool:
+    """Whether a compound size, such as a number of blocks, is at most 1."""
+    compound = [expr for expr in dict.fromkeys(exprs) if not isinstance(expr, Size | Const)]
+    known = [expr for expr in compound if all(n.name in values for n in walk(expr) if isinstance(n, Size))]
+    return any(concrete(expr, values) <= 1 for expr in known)
 
 
 def _allowed(spec: Spec, precision: torch.dtype) -> float:

@@ -220,7 +220,7 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
         each = [size for chosen in (key, value) if len(chosen.operands) > 1 for size in chosen.lengths]
         parts = [(f"P{n}", size) for n, size in enumerate(dict.fromkeys(each))]
         named = [named[0], ("H", extents["h"]), named[1], *parts]
-    naming = _Naming(graph, named)
+    naming = _Naming(graph, named, extents)
     groups_sizes = {**extents, "g": groups}
     bound = [
         _bind(name, letters, chosen, groups_sizes, naming)
@@ -333,9 +333,10 @@ class _Naming:
     Args:
         graph: the graph.
         named: sizes of axes with what they are called where they are symbolic, such as ``J`` for that of the keys.
+        extents: index of a statement to the size of its axis, so that bounds are known under the new names.
     """
 
-    def __init__(self, graph: Graph, named: Sequence[tuple[str, Expr]]) -> None:
+    def __init__(self, graph: Graph, named: Sequence[tuple[str, Expr]], extents: Mapping[str, Expr]) -> None:
         self.graph = graph
         # a native size that is called as an axis of the Spec is set apart first
         self.sizes: dict[Expr, Expr] = {Size(n): Size(f"{n}0") for n, _ in named if n in graph.size_names}
@@ -357,6 +358,7 @@ class _Naming:
             else:
                 self._call(native, Size(name))
         self.tensors: dict[str, str] = {}
+        self.extents = {axis: self.size(size) for axis, size in extents.items()}
 
     def _call(self, size: Expr, name: Expr) -> None:
         """Write a size by a name from now on, also where it was set apart before."""
@@ -380,7 +382,8 @@ class _Naming:
                 return Load(self.tensors[node.tensor], node.indices, node.element)
             return self.sizes.get(node)
 
-        return simplify(rewrite(expr, renamed)) if expr not in (TRUE, WEIGHT, TOTAL) else expr
+        # once more under the sizes' names: that J is not 0 is plain, of n // 4 - 2 it was not
+        return simplify(rewrite(expr, renamed), self.extents) if expr not in (TRUE, WEIGHT, TOTAL) else expr
 
     def _name(self, native: str) -> str:
         given = self.graph.inputs.get(native)

@@ -18,11 +18,16 @@ from typing import Any, cast
 
 import onnx
 import onnx_ir
+import onnxruntime
 import torch
 from torch.utils._pytree import tree_leaves
 
 from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.codegen import pytorch
+from attncompile.convert.calibration import Call
+from attncompile.convert.onnx_rewrite import rewrite_onnx
+from attncompile.convert.runtime import run as run_onnx
+from attncompile.convert.runtime import session
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import (
     Captured,
@@ -31,7 +36,7 @@ from attncompile.frontends.capture import (
     dynamic_axes_of,
     exported_program,
 )
-from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.lift import Program, lift_graph
 from benchmarks.zoo.processes import said
@@ -241,12 +246,32 @@ def quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def _lift_onnx(model: onnx_ir.Model, finding: Finding) -> Finding:
+def _lift_onnx(model: onnx_ir.Model, call: Call, finding: Finding) -> Finding:
+    """Lift an exported model, and run it as it was and with every lifted site in the operators that we write for it."""
+    stored = onnx_ir.to_proto(model).SerializeToString()
+    try:
+        expected = _in_runtime(stored, call)
+    except (InputError, RuntimeError) as error:
+        raise ValueError(f"the exported model does not run: {error}") from error
     start = time.perf_counter()
     program = lift_graph(onnx_graph(model), "model")
     finding.lift_s = time.perf_counter() - start
     finding.sites = _sites(program)
+    try:
+        fresh = onnx_ir.from_proto(onnx.load_from_string(stored))
+        rewritten = rewrite_onnx(fresh, "model", (), "cpu", "fused", False, ())
+        finding.replaced = len(rewritten.choices)
+        actual = _in_runtime(onnx_ir.to_proto(rewritten.model).SerializeToString(), call)
+        finding.error = difference(list(expected.values()), [actual[name] for name in expected])
+    except Exception as error:  # what was found stays found
+        finding.unchecked = said(error)
     return finding
+
+
+def _in_runtime(model: bytes, call: Call) -> dict[str, torch.Tensor]:
+    """The outputs in ONNX Runtime on the CPU; random numbers start afresh."""
+    onnxruntime.set_seed(0)
+    return run_onnx(session(model, "cpu", threads=1), call)
 
 
 def torch_onnx(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> onnx_ir.Model:
@@ -265,7 +290,7 @@ def onnx_dynamo(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) 
     start = time.perf_counter()
     exported = torch_onnx(model, args, kwargs)
     finding.capture_s = time.perf_counter() - start
-    return _lift_onnx(exported, finding)
+    return _lift_onnx(exported, Call(tuple(args), kwargs, "example"), finding)
 
 
 class _Positional(torch.nn.Module):
@@ -297,7 +322,7 @@ def onnx_torchscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Argume
         )
     exported = onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
     finding.capture_s = time.perf_counter() - start
-    return _lift_onnx(exported, finding)
+    return _lift_onnx(exported, Call(tuple(args), kwargs, "example"), finding)
 
 
 def warm_up(names: Iterable[str]) -> None:

@@ -145,6 +145,33 @@ def arrange(
     return value
 
 
+def joined(build: Builder, value: ir.Value, places: Sequence[tuple[int, int]]) -> ir.Value:
+    """The value with each run of axes, from first to behind the last, as one axis."""
+    if all(stop - start == 1 for start, stop in places):
+        return value
+    sizes = dimensions(value) or (None,) * places[-1][1]
+    parts: list[int | ir.Value] = []
+    for start, stop in places:
+        run = sizes[start:stop]
+        numbers = [size for size in run if isinstance(size, int)]
+        if len(numbers) == len(run):
+            parts.append(math.prod(numbers))
+        elif -1 not in parts:
+            parts.append(-1)
+        else:
+            parts.append(build("ReduceProd", build("Shape", value, start=start, end=stop)))
+    return reshaped(build, value, parts)
+
+
+def reshaped(build: Builder, value: ir.Value, sizes: Sequence[int | ir.Value]) -> ir.Value:
+    """The value in a shape of numbers and int64 ``[1]`` values."""
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) == len(sizes):
+        return build("Reshape", value, build.constant(numbers))
+    pieces = [build.constant([size]) if isinstance(size, int) else size for size in sizes]
+    return build("Reshape", value, build("Concat", *pieces, axis=0))
+
+
 def _axis_dimensions(
     operand: Operand, extents: Mapping[str, int | Callable[[], ir.Value]]
 ) -> dict[str, int | str | None]:
@@ -166,9 +193,7 @@ def state_shape(
     for group in groups:
         parts = [known.get(axis) for axis in group]
         numbers = [part for part in parts if isinstance(part, int)]
-        sizes.append(
-            math.prod(numbers) if len(numbers) == len(parts) else parts[0] if len(parts) == 1 else None
-        )
+        sizes.append(math.prod(numbers) if len(numbers) == len(parts) else parts[0] if len(parts) == 1 else None)
     value.shape = ir.Shape(sizes)
     if dtype is not None:
         value.dtype = dtype
@@ -210,11 +235,7 @@ def _reshape(
         parts[unknown.pop()] = -1
     if parts.count(-1) > 1:
         raise ValueError(f"cannot reshape {groups} to {wanted} without knowing more sizes")
-    numbers = [part for part in parts if isinstance(part, int)]
-    if len(numbers) == len(parts):
-        return build("Reshape", value, build.constant(numbers))
-    pieces = [build.constant([part]) if isinstance(part, int) else part() for part in parts]
-    return build("Reshape", value, build("Concat", *pieces, axis=0))
+    return reshaped(build, value, [part() if callable(part) else part for part in parts])
 
 
 def drop_double_turns(model: ir.Model) -> int:

@@ -41,12 +41,17 @@ class Tidied:
 def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
     """Bring the model to at least this standard opset; whether it is there now.
 
-    The converter leaves the model at its old opset when it cannot convert a node; then the operators that
-    need the newer one are not used.
+    From opset 18 on onnxscript converts, below it ONNX itself (onnxscript would raise the number and leave the
+    nodes as they are). A converter that cannot convert some node leaves the model at its old opset; then the
+    operators that need the newer one are not used.
     """
     if model.opset_imports.get("", 0) >= opset:
         return True
-    version_converter.convert_version(model, opset)
+    said, version_converter.logger.disabled = version_converter.logger.disabled, True  # we say what came of it
+    try:
+        version_converter.convert_version(model, opset, fallback=True)
+    finally:
+        version_converter.logger.disabled = said
     return model.opset_imports.get("", 0) >= opset
 
 

@@ -194,6 +194,12 @@ SAME = {
     ],
     "digit": ["i // 4 % 3", "i % 12 // 4", "(i + 24) // 4 % 3"],
     "block": ["i // 12", "i // 4 // 3", "i // 3 // 4", "(4·i + 3) // 48", "(i + 24) // 12 − 2"],
+    "rounded up": [
+        "(i + 7) // 8",
+        "−((−i) // 8)",
+        "(i + 15) // 8 − 1",
+        "−((1 − i) // 8) + (i + 7) // 8 − (i + 6) // 8",
+    ],
     "block limit": ["j < 4·(i // 4) + 4", "j // 4 ≤ i // 4", "not (j // 4 > i // 4)"],
     "never": [
         "false",
@@ -317,9 +323,7 @@ def test_constants_fold_in_full_precision(text: str, value: float) -> None:
     assert simplify(read(text)) == Const(value)
 
 
-@pytest.mark.parametrize(
-    "text", ["i // 0", "i % 0", "5 // 0", "int(nan)", "int(inf)", "5 // where(j ≤ i, 0, 1)"]
-)
+@pytest.mark.parametrize("text", ["i // 0", "i % 0", "5 // 0", "int(nan)", "int(inf)", "5 // where(j ≤ i, 0, 1)"])
 def test_what_has_no_value_stays(text: str) -> None:
     assert simplify(read(text)) == simplify(simplify(read(text)))
     assert isinstance(simplify(read(text)), Apply)

@@ -40,15 +40,11 @@ def test_spelling(form: Form) -> None:
     status, count = expected.pop("status", "lifted"), expected.pop("sites", 1)
     reason, around = expected.pop("reason", ""), expected.pop("block", None)
     rotated = expected.pop("rotated", None)
-    assert [site.status for site in program.sites] == [status] * count, [
-        site.refusal for site in program.sites
-    ]
+    assert [site.status for site in program.sites] == [status] * count, [site.refusal for site in program.sites]
     for site in program.sites:
         found = stated(site)
         assert {name: found[name] for name in {**DEFAULTS, **expected}} == {**DEFAULTS, **expected}
-        assert (
-            site.proof is not None and site.proof.cases and site.proof.max_error <= AGREEMENT[torch.float64]
-        )
+        assert site.proof is not None and site.proof.cases and site.proof.max_error <= AGREEMENT[torch.float64]
         assert site.spec is not None and parse_spec(print_spec(site.spec)) == site.spec
         assert reason in (site.refusal.reason if site.refusal else "")
         if around is not None:
@@ -71,14 +67,12 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
         sizes = {"B": 2, "I": 7, "J": 7}
         for binding in site.region.inputs:
             if binding.layout is not None:
-                for group, extent in binding.layout.spans(values[binding.value].shape):
-                    size = types[binding.name].size(group[0])
-                    if len(group) == 1 and isinstance(size, Size):
+                extents = binding.layout.extents(values[binding.value].shape)
+                for group, extent in zip(binding.layout.groups, extents, strict=True):
+                    if len(group) == 1 and isinstance(size := types[binding.name].size(group[0]), Size):
                         sizes[size.name] = int(extent)
         tensors = {
-            b.name: canonical(values[b.value], b.layout, types[b.name], sizes)
-            if b.layout
-            else values[b.value]
+            b.name: canonical(values[b.value], b.layout, types[b.name], sizes) if b.layout else values[b.value]
             for b in site.region.inputs
         }
         for binding, result in zip(site.region.outputs, site.spec.interpret(tensors), strict=True):

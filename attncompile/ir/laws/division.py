@@ -70,9 +70,7 @@ def settle(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
 
 
 def _without_remainders(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
-    terms: list[Polynomial] = [
-        {mono: value for mono, value in poly.items() if not any(map(_is_remainder, mono))}
-    ]
+    terms: list[Polynomial] = [{mono: value for mono, value in poly.items() if not any(map(_is_remainder, mono))}]
     for mono, value in poly.items():
         if mono in terms[0]:
             continue
@@ -194,6 +192,9 @@ def _law_floordiv(simplifier: Simplifier, node: Apply) -> Expr:
             left = None if larger is None else _divided(larger, by)
             if left is not None:
                 return (inner_dividend // divisor) % _expr(left)
+    if by[0] == () and any(poly) and all(value < 0 for mono, value in poly.items() if mono):
+        # a rounding up, -(-x // k), in the one way that is plainly not negative
+        return -(from_polynomial(plus(negated(poly), constant(by[1] - 1))) // divisor)
     return node
 
 
