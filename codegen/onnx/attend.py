@@ -84,10 +84,7 @@ def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[st
     """A tensor of the Spec in the layout ``wanted`` makes of its axis names."""
     kind = place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
-    sizes: dict[str, int | Callable[[], ir.Value]] = {}
-    for axis in kind.axes:
-        number = fixed(axis.size)
-        sizes[axis.name] = number if number is not None else _size_maker(writer, axis.size)
+    sizes = {axis.name: extent(writer, axis.size) for axis in kind.axes}
     return arrange(place.build, place.operands[name], wanted(axes), sizes)
 
 
@@ -106,8 +103,10 @@ def result(place: Place, name: str, value: ir.Value, groups: Groups, *sources: s
     return {name: Operand(value, groups)}
 
 
-def _size_maker(writer: Writer, size: Expr) -> Callable[[], ir.Value]:
-    return lambda: writer.size(size)
+def extent(writer: Writer, size: Expr) -> int | Callable[[], ir.Value]:
+    """A size as a number, or as what makes it an int64 tensor ``[1]``."""
+    number = fixed(size)
+    return number if number is not None else lambda: writer.size(size)
 
 
 def _heads(place: Place, name: str) -> int:
