@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attncompile.backend.rewrite import decide, rewrite
+from attncompile.codegen.pytorch import lower
 from attncompile.frontends.aten import aten_graph
 from attncompile.ir import Cache, parse_spec, print_spec
 from attncompile.lift import lift_graph
@@ -45,3 +47,19 @@ def test_a_tensor_that_holds_all_pieces_is_the_operand() -> None:
     assert site.spec is not None and site.region is not None
     assert not any(isinstance(operation, Cache) for operation in site.spec.operations)
     assert [binding.value for binding in site.region.inputs] == ["q", "k", "v"]
+
+
+REPLACED = ("two_pieces", "global_and_local_in_blocks", "learned_keys_for_all", "one_piece_subtracted")
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_pieces_can_be_replaced(name: str) -> None:
+    form = next(form for form in SPLIT.rows if form.name == name)
+    captured = form.capture()
+    program = lift_graph(aten_graph(captured), form.name, captured.notes)
+    decisions = decide(program, (), lambda spec: lower(spec, "cpu"), even_reference=True)
+    assert [decision.lowering is not None for decision in decisions] == [True]
+    inputs = captured.flat_inputs((), form.inputs)
+    (expected,) = captured.graph_module(*inputs)
+    (actual,) = rewrite(captured.graph_module, program, decisions)(*inputs)
+    torch.testing.assert_close(actual, expected)
