@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+
+import onnx
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
 from attncompile.backend.rewrite import decide, rewrite
 from attncompile.codegen.pytorch import lower
+from attncompile.convert.onnx_rewrite import rewrite_onnx
 from attncompile.frontends.aten import aten_graph
 from attncompile.ir import Cache, parse_spec, print_spec
 from attncompile.lift import lift_graph
@@ -63,3 +70,20 @@ def test_pieces_can_be_replaced(name: str) -> None:
     (expected,) = captured.graph_module(*inputs)
     (actual,) = rewrite(captured.graph_module, program, decisions)(*inputs)
     torch.testing.assert_close(actual, expected)
+
+
+def test_keys_that_all_blocks_share_are_repeated_in_onnx() -> None:
+    form = next(form for form in SPLIT.rows if form.name == "global_and_local_in_blocks")
+    inputs, file = form.inputs, io.BytesIO()
+    sizes = {name: {0: "batch"} if name == "blocks" else {0: "batch", 1: "past"} for name in inputs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            form.module(), tuple(inputs.values()), file, dynamo=False, input_names=list(inputs), dynamic_axes=sizes
+        )
+    model = onnx_ir.from_proto(onnx.load_from_string(file.getvalue()))
+    (outcome,) = rewrite_onnx(model, form.name, (), "cpu", "decomposed", False, ()).outcomes
+    assert outcome.operator == "decomposition", outcome.reason
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    (actual,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(actual), form.module()(**inputs))
