@@ -106,6 +106,11 @@ class Move(Node):
 
 
 @dataclass(frozen=True)
+class Kept(Move):
+    """The version of a value that a write to the memory beside it left: the one before."""
+
+
+@dataclass(frozen=True)
 class Concatenate(Node):
     """The parts one after the other along ``axis``."""
 

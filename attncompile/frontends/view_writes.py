@@ -21,7 +21,7 @@ from operator import getitem
 import torch
 
 from attncompile.frontends import movement
-from attncompile.frontends.graph import Indices, Info, Move, Node, Opaque, Write
+from attncompile.frontends.graph import Indices, Info, Kept, Move, Node, Opaque, Write
 from attncompile.frontends.memory import Change, Versions, written_arguments
 from attncompile.frontends.torch_internals import is_batched
 from attncompile.ir import Expr, Index, simplify
@@ -216,7 +216,7 @@ class ViewWrites:
         simplifier = Simplifier({x.name: size for x, size in zip(own, shape, strict=True)})
         inside = {simplifier(condition) for condition in place(own)[0]}
         if Const(False) in inside:
-            return Move(change.after, change.before, movement.identity, "kept")
+            return Kept(change.after, change.before, movement.identity, "kept")
         if inside <= {Const(True)}:
             return Move(change.after, change.written, lambda indices: place(indices)[1], "written")
         return Write(change.after, change.before, change.written, place)

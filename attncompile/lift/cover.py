@@ -11,6 +11,9 @@ from attncompile.ir.simplify import Simplifier
 _PERIOD = 16
 """Largest step of a slice whose other positions are gone through one by one."""
 
+_PIECES = 256
+"""Pieces of what is left out that are looked at."""
+
 
 def covers(simplifier: Simplifier, conditions: Sequence[Sequence[Expr]]) -> bool:
     """Whether every element satisfies at least one conjunction.
@@ -21,26 +24,26 @@ def covers(simplifier: Simplifier, conditions: Sequence[Sequence[Expr]]) -> bool
     Args:
         simplifier: knows the extents of the indices.
         conditions: the conjunctions; an empty one is always satisfied.
+
+    Returns:
+        False too where there are more pieces than :data:`_PIECES`: their number may double with every conjunction.
     """
-    return _covers(simplifier, list(conditions), [])
-
-
-def _covers(simplifier: Simplifier, conditions: list[Sequence[Expr]], given: list[Expr]) -> bool:
-    if not conditions:
-        return _impossible(simplifier, given)
-    held = list(given)
-    for condition in conditions[0]:
-        for failed in _failures(simplifier, condition):
-            piece = [*held, failed]
-            if not _impossible(simplifier, piece) and not _covers(simplifier, conditions[1:], piece):
-                return False
-        held.append(condition)
-    return True
+    waiting: list[tuple[Sequence[Sequence[Expr]], list[Expr]]] = [(conditions, [])]
+    for _ in range(_PIECES):
+        if not waiting:
+            return True
+        left, given = waiting.pop()
+        if given and _impossible(simplifier, given):
+            continue
+        if not left:
+            return False
+        for condition in left[0]:
+            waiting += ((left[1:], [*given, failed]) for failed in _failures(simplifier, condition))
+            given = [*given, condition]
+    return False
 
 
 def _impossible(simplifier: Simplifier, given: Sequence[Expr]) -> bool:
-    if not given:
-        return False
     remainders: dict[Expr, Expr] = {}
     for condition in given:
         match condition:

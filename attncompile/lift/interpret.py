@@ -17,6 +17,7 @@ from attncompile.frontends.graph import (
     Graph,
     Indices,
     Iota,
+    Kept,
     Move,
     Node,
     Pointwise,
@@ -253,17 +254,21 @@ class Interpreter:
         filled, there is nothing to read.
         """
         writes: list[tuple[Indices, str, Indices]] = []
-        value, place = node.output, indices
-        while isinstance(made := self.graph.producer.get(value), Write) and value not in self.stops:
-            inside, target = made.place(place)
+        value = node.output
+        while isinstance(made := self.graph.producer.get(value), Write | Kept) and value not in self.stops:
+            if isinstance(made, Kept):
+                value = made.source
+                continue
+            inside, place = made.place(indices)
             conditions = tuple(c for c in map(self.simplifier, inside) if c != Const(True))
             if Const(False) not in conditions:
-                writes.append((conditions, made.written, target))
-                if covers(self.simplifier, [conditions for conditions, _, _ in writes]):
+                writes.append((conditions, made.written, place))
+                if not conditions:
                     break
             value = made.before
         else:
-            writes.append(((), value, place))
+            if not writes or not covers(self.simplifier, [conditions for conditions, _, _ in writes]):
+                writes.append(((), value, indices))
         result = self.at(*writes[-1][1:])
         for conditions, written, target in reversed(writes[:-1]):
             result = _typed("where", [apply("and", *conditions), self.at(written, target), result], None)

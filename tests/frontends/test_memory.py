@@ -106,6 +106,15 @@ def filled_by_quarters(x, y):
     return z
 
 
+def write_beside_a_view_between_others(x, y):
+    z = x.new_empty(x.shape)
+    part = z[..., :2]
+    z[:, :2] = x[:, :2]
+    z[:, :, 2:] = 1.0
+    z[:, 2:] = y[:, 2:]
+    return part * 2
+
+
 def later_write_wins(x, y):
     z = x.clone()
     z[:, 1:] = y[:, 1:]
@@ -202,6 +211,7 @@ def values_written_are_views_themselves(x, y):
 
 PROGRAMS: tuple[Program, ...] = (
     slices, selected_rows, every_second, every_second_of_symbolic_length, filled_in_parts, filled_by_quarters,
+    write_beside_a_view_between_others,
     later_write_wins, earlier_write_lost, through_a_reshape, through_a_transpose, read_through_another_view,
     read_before_and_after, view_of_a_view, on_the_diagonal, one_part_of_a_split, all_of_it_through_a_view, flattened,
     written_twice_and_read_between, masked_part, values_written_are_views_themselves,
