@@ -190,7 +190,7 @@ def flex(work: Work, tensors: list[torch.Tensor]) -> Run:
 
     blocks = None
     if work.kind not in ("full", "bias"):
-        blocks = create_block_mask(mask, work.batch, None, work.length, work.length, device="cuda", _compile=True)
+        blocks = create_block_mask(mask, work.batch, None, work.length, work.length, device="cuda")
     changed = score if work.kind in ("alibi", "softcap", "bias") else None
     compiled = torch.compile(flex_attention, dynamic=False)
     sinks = work.kind == "sinks"
@@ -246,7 +246,7 @@ def plain_triton(work: Work, tensors: list[torch.Tensor]) -> Run:
 
 def our_gluon(work: Work, tensors: list[torch.Tensor]) -> Run:
     """Our generated kernel in Gluon."""
-    attend = load(gluon.generate(work.spec()))
+    attend = load(gluon.generate(work.spec(), queries=work.length))
     return lambda: attend(*tensors)
 
 
@@ -294,11 +294,10 @@ def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
 
 def _warm(work: Work) -> None:
     """Fill Triton's cache with one row's kernels: called in processes of its own, many at a time."""
-    small = Work(work.name, 1, work.heads, work.groups, 256, work.channels, work.kind, ())
-    tensors = tensors_of(small)
-    for make in (our_gluon, plain_triton):
+    tensors = tensors_of(work)  # Inductor's cache knows sizes
+    for make in (our_gluon, plain_triton, *([flex] if "flex" in work.peers else [])):
         try:
-            make(small, tensors)()
+            make(work, tensors)()
         except Exception as error:
             print(f"{work.name}: {error}", flush=True)
     torch.cuda.synchronize()
@@ -306,7 +305,7 @@ def _warm(work: Work) -> None:
 
 def warm_up(works: tuple[Work, ...], processes: int) -> None:
     """Compile the kernels of these rows, one for each distinct Spec."""
-    distinct = {work.spec().fingerprint(): work for work in works}
+    distinct = {(work.spec().fingerprint(), work.length < 4096, "flex" in work.peers): work for work in works}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
         list(pool.map(_warm, distinct.values()))

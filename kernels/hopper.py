@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.hopper_marks import MarkBlocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import WIDTH, signature, wrap
 
@@ -42,6 +43,7 @@ RING = (
     "barrier_text",
     "signal",
     "meet",
+    "unpacked",
     "following",
     "fill",
     "own_sums",
@@ -66,6 +68,7 @@ class HopperTile:
         registers: of a thread of a computing warpgroup; the copying warp keeps 24.
         limit: registers of a thread when the block starts.
         staged: whether results leave through shared memory and TMA; otherwise each thread stores its own.
+        early: whether a step waits for its keys itself, instead of the step before.
     """
 
     groups: int
@@ -76,6 +79,7 @@ class HopperTile:
     registers: int
     limit: int
     staged: bool
+    early: bool = False
 
     @property
     def queries(self) -> int:
@@ -103,6 +107,7 @@ class HopperForward:
         sizes: identifiers of other sizes.
         channels, features: number of channels of keys and of values.
         clamped: whether tensors are loaded by ``i`` or ``j``.
+        marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
     """
 
     tile: HopperTile
@@ -121,6 +126,7 @@ class HopperForward:
     channels: int
     features: int
     clamped: bool
+    marks: MarkBlocks | None = None
 
     def padded(self, extent: int) -> int:
         """Tile size for a number of channels: a power of two; TMA fills the rest with zeros."""
@@ -133,7 +139,8 @@ class HopperForward:
     def pointers(self) -> tuple[str, ...]:
         """Pointer arguments in order, the work list last."""
         own = (*(() if self.tile.staged else ("out",)), *(("lse",) if self.lse else ()))
-        return (*own, *(name for name, _ in self.captured), "work")
+        lists = ("counts", "places") if self.marks else ()
+        return (*own, *(name for name, _ in self.captured), *lists, "work")
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
@@ -144,10 +151,14 @@ class HopperForward:
         """Size arguments in order."""
         return tuple(dict.fromkeys((*self.lengths, *self.sizes)))
 
-    def context(self) -> tuple[str, ...]:
-        """Arguments that every function gets: what expressions may read."""
+    def read(self) -> tuple[str, ...]:
+        """Arguments that expressions may read."""
         captured = [name for name, _ in self.captured]
         return (*captured, *(s for s in self.strides() if not s.startswith("out_stride_")), *self.integers())
+
+    def context(self) -> tuple[str, ...]:
+        """Arguments that every function gets: what expressions may read, and the lists of key blocks."""
+        return (*(("counts", "places") if self.marks else ()), *self.read())
 
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
@@ -184,6 +195,8 @@ class HopperForward:
             "staged": self.tile.staged,
             "two buffers": self.tile.buffers == 2,
             "one buffer": self.tile.buffers == 1,
+            "early": self.tile.early,
+            "late": not self.tile.early,
         }
         lines: list[str] = []
         for line in template.strip("\n").splitlines():
@@ -213,6 +226,8 @@ class HopperForward:
     def known(self) -> tuple[str, ...]:
         """What ``key_blocks`` returns after the number of blocks."""
         runs = self.runs
+        if self.marks:
+            return ("edges", "turned", "listed")
         first = ("first_start", "first_count") if runs.first else ()
         if runs.everything:
             return ("edges", "main_start", "full_start")
@@ -220,6 +235,8 @@ class HopperForward:
 
     def _runs(self) -> str:
         """``key_blocks`` and ``block_start``: which key blocks a tile visits, those on an edge of the mask first."""
+        if self.marks:
+            return self._listed(self.marks)
         keys, runs = self.lengths[2], self.runs
         lines = [f"row_last = gl.minimum(row_first + BLOCK_I, {self.lengths[1]}) - 1", *runs.lines]
         places = ["start = main_start + number * BLOCK_J"]
@@ -266,6 +283,25 @@ class HopperForward:
         if not runs.everything:
             lines.append(f"edges = {' + '.join(terms)}")
             lines.append("blocks = edges + (full_stop - full_start) // BLOCK_J" if runs.full else "blocks = edges")
+        return self._placed(lines, places)
+
+    def _listed(self, marks: MarkBlocks) -> str:
+        """``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
+        heads, queries, keys = self.lengths
+        head = f"b * {heads} + h" if marks.by_head else "b"
+        counts = [
+            f"tile = ({head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
+            "edges = gl.load(counts + 2 * tile)",
+            "blocks = gl.load(counts + 2 * tile + 1)",
+            f"row = gl.cast(tile, gl.int64) * gl.cdiv({keys}, BLOCK_J)",
+            "# The edges stand at the front of the row, the others at its end, in falling order.",
+            f"turned = edges + gl.cdiv({keys}, BLOCK_J) - 1",
+            "listed = places + row",
+        ]
+        place = ["start = gl.load(listed + gl.where(number < edges, number, turned - number)) * BLOCK_J"]
+        return self._placed(counts, place)
+
+    def _placed(self, lines: list[str], places: list[str]) -> str:
         counted = [
             "@gluon.jit",
             signature("def key_blocks", ["row_first", "b", "h", *self.context()], ":"),
@@ -290,7 +326,7 @@ class HopperForward:
             limited = f"gl.minimum(rows, {queries} - 1)" if self.clamped else "rows"
             positions.append(f"i = gl.expand_dims({limited}, 1)")
         if "j" in read:
-            positions.append("j = near + far")
+            positions.append("j = start + columns")
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
         score = [signature("s = score", self.score.parameters, "")] if self.score else []
@@ -326,7 +362,11 @@ class HopperForward:
             "gl.store(lse + lse_row + rows, row_lse, mask=rows < QUERIES)",
         ]
         stored = [] if self.tile.staged else STORED.strip("\n").splitlines()
-        full = FULL.strip("\n").splitlines() if self.runs.full else []
+        full = FULL.strip("\n").splitlines() if self.runs.full or self.marks else []
+        if self.marks:
+            full = [
+                line.replace("full_start + (number - edges) * BLOCK_J", "block_start(number, KNOWN)") for line in full
+            ]
         return self._filled(
             CONSUMER,
             sink=sink,
@@ -363,6 +403,7 @@ class HopperForward:
             [
                 *(hopper_function(name) for name in RING),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
+                *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 self._runs(),
                 self._logits(),
                 self._filled(STEP),

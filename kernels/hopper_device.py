@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 GROUPS = gl.constexpr(2)
+BLOCK_I = gl.constexpr(128)
 STAGES = gl.constexpr(2)
 
 
@@ -36,6 +37,13 @@ def meet(barrier, THREADS: gl.constexpr):
 def barrier_text(verb, threads):
     """PTX of a named barrier whose number is the operand."""
     return f"bar.{verb} $1, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def unpacked(tile):
+    """First query, batch row and head of an entry of the work list: divisions would cost more than a key block."""
+    row_first = (tile & 0xFFFFFF).to(gl.int32) * BLOCK_I
+    return row_first, (tile >> 40).to(gl.int32), ((tile >> 24) & 0xFFFF).to(gl.int32)
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
     """
     rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     columns = gl.expand_dims(gl.arange(0, BLOCK_J, layout=gl.SliceLayout(0, SCORES)), 0)
+    start = gl.multiple_of(start, BLOCK_J)
     near = start + (columns & 6)
     far = columns & ~6
     # <positions>
@@ -33,9 +34,10 @@ def step(
 ):
     """One key block: its products with the queries, then its softmax while the block before meets its values.
 
-    The block's keys have arrived. ``stage`` holds the values of the block before, ``more`` says whether another block
+    ``stage`` holds the values of the block before, ``more`` says whether another block
     follows.
     """
+    mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
     products = warpgroup_mma(
         query_tile,
@@ -57,8 +59,8 @@ def step(
     in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p)
     later_stage, later_phase = following(next_stage, next_phase)
-    # This wait also keeps the next one from being scheduled before the exponentials.
-    mbarrier.wait(key_ready.index(later_stage), later_phase, pred=more)
+    # This wait also keeps the next one from being scheduled before the exponentials.  # if late
+    mbarrier.wait(key_ready.index(later_stage), later_phase, pred=more)  # if late
     accumulator, weights = warpgroup_mma_wait(0, deps=[sums, weights])
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
     accumulator = rescaled(accumulator, factor)
@@ -94,9 +96,7 @@ def consumer(
     s = warpgroup_mma_wait(0, deps=[first_products])
     while tile >= 0:
         later_tile = gl.load(work + position)
-        row_first = tile % gl.cdiv(QUERIES, BLOCK_I) * BLOCK_I
-        b = tile // gl.cdiv(QUERIES, BLOCK_I) // HEADS
-        h = tile // gl.cdiv(QUERIES, BLOCK_I) % HEADS
+        row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
         blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])
@@ -108,7 +108,7 @@ def consumer(
         weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
         next_stage, next_phase = following(stage, phase)
-        mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)
+        mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
         for number in range(1, edges):
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
                 query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
@@ -191,23 +191,29 @@ def producer(
     buffer = 0
     buffer_phase = 1
     filled = 0
+    last_b = 0  # if two buffers
+    last_g = 0  # if two buffers
+    last_start = 0  # if two buffers
+    last_stage = 0  # if two buffers
     tile = gl.load(work)
     position = 1
     while tile >= 0:
         next_tile = gl.load(work + position)
-        row_first = tile % gl.cdiv(QUERIES, BLOCK_I) * BLOCK_I
-        b = tile // gl.cdiv(QUERIES, BLOCK_I) // HEADS
-        h = tile // gl.cdiv(QUERIES, BLOCK_I) % HEADS
+        row_first, b, h = unpacked(tile)
         g = KV_HEAD
         blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
         for group in gl.static_range(GROUPS):
             slot = buffer * GROUPS + group
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
-            at = [b, h, row_first + 64 * group, 0]
-            tma.async_copy_global_to_shared(query, at, query_ready.index(slot), query_tiles.index(slot))
+            place = [b, h, row_first + 64 * group, 0]
+            tma.async_copy_global_to_shared(query, place, query_ready.index(slot), query_tiles.index(slot))
         start = block_start(0, KNOWN)
         fill(key, [b, g, start, 0], key_ready, key_tiles, stage, KEY_FREE, filled)
+        if filled > 0:  # if two buffers
+            # The last values of the tile before come after the first keys of this one.  # if two buffers
+            at = [last_b, last_g, last_start, 0]  # if two buffers
+            fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
@@ -216,7 +222,11 @@ def producer(
             start = next_start
             stage = next_stage
             filled += 1
-        fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)
+        fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)  # if one buffer
+        last_b = b  # if two buffers
+        last_g = g  # if two buffers
+        last_start = start  # if two buffers
+        last_stage = stage  # if two buffers
         stage, phase = following(stage, phase)
         filled += 1
         buffer ^= 1  # if two buffers
@@ -225,6 +235,9 @@ def producer(
         buffer_phase ^= 1  # if one buffer
         tile = next_tile
         position += 1
+    if filled > 0:  # if two buffers
+        at = [last_b, last_g, last_start, 0]  # if two buffers
+        fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
 '''
 
 KERNEL = '''

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from attncompile.codegen.gluon.generate import HopperModule
@@ -12,8 +11,8 @@ from attncompile.codegen.triton.cache import load_module
 HOPPER = Target("cuda", 90, 32)
 
 
-def compile_ahead(module: HopperModule, dtype: str) -> Compiled:
-    """Compile the module's kernel for Hopper.
+def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
+    """Compile the module's kernels for Hopper, the attention last.
 
     Captured tensors are taken to be aligned to 16 bytes and contiguous along their last axis.
 
@@ -48,6 +47,7 @@ def compile_ahead(module: HopperModule, dtype: str) -> Compiled:
             constants[name] = 1
         else:
             signature[name] = "i32"
+            aligned.append(name)
     signature |= dict.fromkeys(kernel.integers, "i32")
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -56,10 +56,33 @@ def compile_ahead(module: HopperModule, dtype: str) -> Compiled:
         target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp),
         options={"num_warps": 4, "maxnreg": skeleton.tile.limit},
     )
+    own = _compiled(kernel.name, built)
+    return (*_small(loaded, module, signature, constants, aligned), own) if skeleton.marks else (own,)
+
+
+def _compiled(name: str, built: Any) -> Compiled:
     registers, spills = resources(built.asm, HOPPER)
-    return Compiled(kernel.name, str(HOPPER), int(built.metadata.shared), registers, spills, dict(built.asm))
+    return Compiled(name, str(HOPPER), int(built.metadata.shared), registers, spills, dict(built.asm))
 
 
-def spilled_bytes(compiled: Compiled) -> int:
-    """Bytes of local memory that the binary's PTX declares."""
-    return sum(int(found) for found in re.findall(r"\.local .*?\[(\d+)\]", str(compiled.texts.get("ptx", ""))))
+def _small(
+    loaded: Any, module: HopperModule, known: dict[str, str], constants: dict[str, Any], aligned: list[str]
+) -> list[Compiled]:
+    """The kernels that list key blocks and deal out tiles."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tile = module.skeleton.tile
+    space = 1 << (tile.queries - 1).bit_length()
+    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "CHUNK": 16, "SPACE": 64, **constants}
+    made = []
+    for name in ("mark_blocks", "order_tiles"):
+        function = getattr(loaded, name)
+        arguments = {n: "constexpr" if n in chosen else known.get(n, "i32") for n in function.arg_names}
+        attributes = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in arguments}
+        source = ASTSource(
+            function, arguments, constexprs={n: chosen[n] for n in arguments if n in chosen}, attrs=attributes
+        )
+        made.append(_compiled(name, triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))))
+    return made

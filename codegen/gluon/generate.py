@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
-from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, key_count, launch_lines
+from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, WORK_LIST, key_count, launch_lines
+from attncompile.codegen.gluon.marks import marks
 from attncompile.codegen.gluon.structure import may_be_infinite, padded, why_not_spec
-from attncompile.codegen.gluon.tiles import hopper_tile
+from attncompile.codegen.gluon.tiles import SHORT, hopper_tile
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.generate import GeneratedModule
@@ -33,6 +34,8 @@ from attncompile.ir.blocks import key_bounds
 from attncompile.ir.expr import SCORE, TRUE, Apply, loads, walk
 from attncompile.ir.simplify import Simplifier
 from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile, hopper_function
+from attncompile.kernels.hopper_marks import HOST as LISTS
+from attncompile.kernels.hopper_marks import MarkBlocks
 
 GLUON = Dialect("gl.", {"sigmoid": "(1.0 / (1.0 + gl.exp(-{0})))"})
 """Gluon has Triton's functions under another name, but no sigmoid."""
@@ -54,7 +57,7 @@ class HopperModule(GeneratedModule):
     elements: dict[str, str]
 
 
-def generate(spec: Spec, tile: HopperTile | None = None) -> HopperModule:
+def generate(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT) -> HopperModule:
     """The Gluon module of a Spec.
 
     The same Spec gives the same text; the Spec's name is no part of it.
@@ -62,6 +65,7 @@ def generate(spec: Spec, tile: HopperTile | None = None) -> HopperModule:
     Args:
         spec: one attention.
         tile: how the work is divided, when not as :mod:`attncompile.codegen.gluon.tiles` says.
+        queries: about how many queries there will be; any number is computed.
 
     Raises:
         ValueError: when there is no kernel for the Spec; says why.
@@ -72,30 +76,34 @@ def generate(spec: Spec, tile: HopperTile | None = None) -> HopperModule:
     spec = dataclasses.replace(spec, name="attention")
     parts = dense(spec)
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
-    binding = Binding.of(spec, captured_tensors(*expressions), (*MODULE_NAMES, *RESERVED), LAUNCHER_WORDS)
+    binding = Binding.of(
+        spec, captured_tensors(*expressions), (*MODULE_NAMES, *RESERVED, *MarkBlocks.words()), LAUNCHER_WORDS
+    )
     lengths = (
         binding.length("H", parts.query.sizes[1]),
         binding.length("I", parts.query.sizes[2]),
         binding.length("J", parts.key.sizes[2]),
     )
-    skeleton = _skeleton(spec, parts, binding, lengths, tile)
+    skeleton = _skeleton(spec, parts, binding, lengths, tile or _tile(parts, queries))
     kernel_text = skeleton.source()
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
     sections = (
         _documentation(spec, inputs, kernel_text),
-        IMPORTS,
+        IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1)
+        if skeleton.marks
+        else IMPORTS,
         skeleton.constants() + "\n" + CHECKS,
         *_device_functions(kernel_text),
         kernel_text,
         HOST,
-        key_count(found, binding, skeleton),
+        *([LISTS] if skeleton.marks else [WORK_LIST, key_count(found, binding, skeleton)]),
         launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton)),
     )
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    elements |= {"out": "operand", "lse": "float32", "work": "int32"}
+    elements |= {"out": "operand", "lse": "float32", "work": "int64", "counts": "int32", "places": "int32"}
     kernel = Kernel(
         "attend_forward",
         tuple((pointer, elements[pointer]) for pointer in skeleton.pointers()),
@@ -112,7 +120,7 @@ def _skeleton(
     parts: Dense,
     binding: Binding,
     lengths: tuple[Length, Length, Length],
-    tile: HopperTile | None,
+    tile: HopperTile,
 ) -> HopperForward:
     attend, types = parts.attend, spec.types()
     batch, heads, queries = parts.query.sizes[:3]
@@ -129,12 +137,14 @@ def _skeleton(
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
     parameters = [name for function in (score, visible, sink) if function for name in function.parameters]
+    listed = marks(parts.mask, queries, keys, binding.pointers, binding.sizes, types, extents)
+    marks_text = listed.texts() if listed else ""
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
     channels, features = constant(parts.query.sizes[3]), constant(parts.value.sizes[3])
     within = Simplifier({"b": batch, "h": heads, "i": queries})
     inside = not any(within.nonnegative(keys - limit) for limit in key_bounds(parts.mask).upper)
     return HopperForward(
-        tile=tile or hopper_tile(padded(channels), padded(features), light=_light(parts)),
+        tile=tile,
         scale=parts.scale,
         score=score,
         bounded=may_be_infinite(parts.score),
@@ -146,10 +156,11 @@ def _skeleton(
         lse=bool(attend.lse) and attend.lse in spec.outputs,
         captured=tuple((pointer, len(types[name].axes)) for name, pointer in binding.pointers.items()),
         lengths=(lengths[0].name, lengths[1].name, lengths[2].name),
-        sizes=tuple(s for s in binding.sizes.values() if mentions(s, runs_text, kv_head, *parameters)),
+        sizes=tuple(s for s in binding.sizes.values() if mentions(s, runs_text, kv_head, marks_text, *parameters)),
         channels=channels,
         features=features,
         clamped=any(loads(expr) for expr in expressions),
+        marks=listed,
     )
 
 
@@ -159,6 +170,12 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
         notes += " tanh is that of the special-function unit: relative error at most 2^-11."
     text = documentation(spec, inputs).replace("as a Triton kernel", "as a Gluon kernel for Hopper GPUs", 1)
     return re.sub(r"^Products in .*$", notes, text, count=1, flags=re.MULTILINE)
+
+
+def _tile(parts: Dense, queries: int) -> HopperTile:
+    channels, features = (padded(constant(found.sizes[3])) for found in (parts.query, parts.value))
+    short = queries < SHORT and parts.mask != TRUE
+    return hopper_tile(channels, features, light=_light(parts), short=short)
 
 
 def _light(parts: Dense) -> bool:

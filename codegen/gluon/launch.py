@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
@@ -59,8 +59,9 @@ def descriptor(tensor, rows, channels):
     strides[3] = 1
     block = [1, 1, rows, channels]
     return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+'''
 
-
+WORK_LIST = '''\
 @functools.lru_cache(maxsize=256)
 def work_list(device, batch, heads, queries, *sizes):
     """Tiles of each thread block, those with most keys first, each for the block that is free first; then −1."""
@@ -80,14 +81,16 @@ def work_list(device, batch, heads, queries, *sizes):
             costs[h] = sorted(counts, reverse=True)
         for cost, block in costs[h]:
             busy, row = free[0]
-            rows[row].append(head * blocks + block)
+            rows[row].append((head // heads << 40) | (head % heads << 24) | block)
             heapq.heapreplace(free, (busy + cost, row))
     width = max(map(len, rows)) + 2
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)'''
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
-LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(
-    re.findall(r"\w+", "work reason why_not work_list descriptor start stop first_start first_stop")
-)
+_WORDS = """
+    work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
+    start stop first_start first_stop
+"""
+LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
 
 
@@ -99,9 +102,10 @@ def key_count(found: Visits, binding: Binding, skeleton: HopperForward) -> str:
     names = {name: name for name in ("h", "row_first", "row_last")}
     scope = Scope(names, binding.sizes, {}, {}, dialect=PYTHON)
     lines: list[str] = []
+    numbers: Counter[str] = Counter()
 
     def text(expr: Expr) -> str:
-        printed = print_triton(expr, scope)
+        printed = print_triton(expr, scope, numbers)
         lines.extend(printed.lines)
         return printed.value
 
@@ -155,6 +159,7 @@ def launch_lines(
         f"descriptor(out, 64, {features})" if tile.staged else "out",
         *(["lse"] if skeleton.lse else []),
         *captured,
+        *(["counts", "places"] if skeleton.marks else []),
         "work",
         "work.shape[1]",
         *([] if tile.staged else ["*out.stride()[:3]"]),
@@ -166,6 +171,27 @@ def launch_lines(
     lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
     results = {attend.out: "out", attend.lse: "lse"}
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
+    listed = signature(
+        "work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4
+    ).splitlines()
+    read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
+    marked: list[str] = []
+    if skeleton.marks:
+        lists, shared = (f"{batch} * {heads} * tiles", "1") if skeleton.marks.by_head else (f"{batch} * tiles", heads)
+        processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
+        marked = [
+            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
+            f"    lists = {lists}",
+            *signature(
+                "counts, places = block_lists",
+                [query, "lists", f"triton.cdiv({lengths[2].value}, BLOCK_J.value)", f"({', '.join(read)},)"],
+                "",
+                4,
+                inside=4,
+            ).splitlines(),
+            f"    rows = min({processors}, {batch} * {heads} * tiles)",
+            f"    work = dealt(counts, tiles, {heads}, {shared}, rows)",
+        ]
     return [
         *expectations(spec, binding, query),
         allocation("out", batch, queries, heads, skeleton.features, query),
@@ -175,8 +201,9 @@ def launch_lines(
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
         "    raise ValueError(reason)",
-        *signature("work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4).splitlines(),
+        *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
+        *marked,
         *signature("attend_forward[(work.shape[0],)]", arguments, "", 4, inside=4).splitlines(),
         returned,
     ]

@@ -8,10 +8,13 @@ SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory of a thread block on compute capability 9.0."""
 _BARRIERS = 1024
 
-_ROWS: tuple[tuple[int, bool, HopperTile], ...] = (  # channels up to, few registers needed for the score
+SHORT = 4096
+"""Fewer queries than this count as short."""
+
+_ROWS: tuple[tuple[int, bool, HopperTile], ...] = (  # channels up to, only for long and light work
     (64, True, HopperTile(3, 128, 2, 2, True, 160, 128, True)),
-    (64, False, HopperTile(2, 128, 3, 2, True, 240, 168, True)),
-    (128, False, HopperTile(2, 128, 2, 2, True, 240, 168, True)),
+    (64, False, HopperTile(2, 128, 3, 2, True, 240, 168, True, early=True)),
+    (128, False, HopperTile(2, 128, 2, 2, True, 240, 168, True, early=True)),
     (256, False, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
     (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
     (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, False)),
@@ -26,18 +29,20 @@ def shared_bytes(tile: HopperTile, channels: int, features: int) -> int:
     return 2 * (query + ring + out) + _BARRIERS
 
 
-def hopper_tile(channels: int, features: int, *, light: bool) -> HopperTile:
+def hopper_tile(channels: int, features: int, *, light: bool, short: bool = False) -> HopperTile:
     """The first row that fits.
 
     Args:
         channels, features: of key and value, padded.
         light: whether score and mask need hardly any registers.
+        short: whether there are few queries, under a mask that leaves some of a tile's keys out: a tile of 192 queries
+            then wastes more of its work than one of 128.
 
     Raises:
         ValueError: when there is none.
     """
     for largest, needs_light, tile in _ROWS:
         fits = max(channels, features) <= largest and shared_bytes(tile, channels, features) <= SHARED_MEMORY
-        if fits and (light or not needs_light):
+        if fits and ((light and not short) or not needs_light):
             return tile
     raise ValueError(f"no tile for {channels} key and {features} value channels")

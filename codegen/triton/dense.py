@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from attncompile.codegen.triton.expressions import Scope, captured_tensors, print_triton
@@ -106,9 +107,10 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
 def key_runs(found: Visits, scope: Scope) -> tuple[KeyRuns, str]:
     """The key loops' limits in Triton, and all their text."""
     lines: list[str] = []
+    numbers: Counter[str] = Counter()
 
     def text(expr: Expr) -> str:
-        printed = print_triton(expr, scope)
+        printed = print_triton(expr, scope, numbers)
         lines.extend(printed.lines)
         return printed.value
 

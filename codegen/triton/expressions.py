@@ -104,8 +104,14 @@ def _positive(expr: Expr) -> bool:
     return bool(low > 0)
 
 
-def print_triton(expr: Expr, scope: Scope) -> Printed:
+def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) -> Printed:
     """Source of an expression.
+
+    Args:
+        expr: what to write.
+        scope: names.
+        numbers: how often each name is taken by lines that run before; share it between expressions whose lines
+            stand together.
 
     Raises:
         ValueError: for an operator without a Triton form, or a name that the scope lacks.
@@ -117,7 +123,7 @@ def print_triton(expr: Expr, scope: Scope) -> Printed:
     simplifier = Simplifier(scope.extents)
     lines: list[str] = []
     known: dict[Expr, str] = {}
-    numbers: Counter[str] = Counter()
+    numbers = Counter() if numbers is None else numbers
     dialect = scope.dialect
 
     def bind(text: str, name: str) -> str:

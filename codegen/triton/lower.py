@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FEWEST_QUERIES = 64
 """With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
 
+LENGTHS = (1024, 16384)
+"""Numbers of queries that stand for few and for many."""
+
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "False")
@@ -55,13 +58,13 @@ def _generated(text: str) -> GeneratedModule:
 
 
 @functools.lru_cache(maxsize=512)
-def _hopper(text: str) -> HopperModule | str:
-    """The Gluon module of a Spec, or why there is none."""
+def _hopper(text: str, length: int) -> HopperModule | str:
+    """The Gluon module of a Spec for about so many queries, or why there is none."""
     # here, because that package is made from this one's parts
     from attncompile.codegen import gluon
 
     spec = operators.parsed(text)
-    return gluon.why_not_spec(spec) or gluon.generate(spec)
+    return gluon.why_not_spec(spec) or gluon.generate(spec, queries=length)
 
 
 @functools.cache
@@ -92,7 +95,7 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     device = torch.device(device)
     run = load(module) if device.type == "cpu" else operators.bind(spec)
     if on_hopper(device):
-        found = _hopper(operators.bind(spec).text)
+        found = _hopper(operators.bind(spec).text, LENGTHS[-1])
         if isinstance(found, str):
             said += f"; in plain Triton, since {found}"
         else:
@@ -115,6 +118,7 @@ class _Chosen:
 
     def __init__(self, text: str) -> None:
         self._text = text
+        self._modules: dict[int, ModuleType | None] = {}
         attend = operators.parsed(text).attend()
         names = [value.name for value in operators.parsed(text).inputs]
         self._operands = attend and [names.index(n) for n in (attend.query, attend.key, attend.value) if n in names]
@@ -123,17 +127,20 @@ class _Chosen:
     def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
         return load(_generated(self._text))
 
-    @functools.cached_property
-    def _gluon(self) -> ModuleType | None:
-        found = _hopper(self._text)
-        return None if isinstance(found, str) else load_module(found)
+    def _gluon(self, queries: int) -> ModuleType | None:
+        length = next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
+        if length not in self._modules:
+            found = _hopper(self._text, length)
+            self._modules[length] = None if isinstance(found, str) else load_module(found)
+        return self._modules[length]
 
     def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec."""
-        if on_hopper(tensors[0].device) and self._gluon is not None and self._operands:
+        if self._operands and on_hopper(tensors[0].device):
             query, key, value = (tensors[position] for position in self._operands)
-            if query.shape[2] >= FEWEST_QUERIES and self._gluon.why_not(query, key, value) is None:
-                return self._gluon.attend(*tensors)
+            module = self._gluon(query.shape[2]) if query.shape[2] >= FEWEST_QUERIES else None
+            if module is not None and module.why_not(query, key, value) is None:
+                return module.attend(*tensors)
         return self._plain(*tensors)
 
 

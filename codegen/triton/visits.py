@@ -109,7 +109,38 @@ def possible(mask: Expr, ranges: Ranges) -> Expr:
             return TRUE if low is None or high is None else apply(operator, high, low)
         case Apply("eq", (left, right)) if left.kind is right.kind is Kind.INT:
             return apply("and", possible(left <= right, ranges), possible(left >= right, ranges))
+        case Apply("ne", (left, right)) if left.kind is right.kind is Kind.INT:
+            return apply("or", possible(left < right, ranges), possible(left > right, ranges))
+        case Apply("not", (inner,)) if inner != (opposite := _opposite(inner)):
+            return possible(opposite, ranges)
     return TRUE
+
+
+def certain(mask: Expr, ranges: Ranges) -> Expr:
+    """A scalar truth value that holds only where the mask holds everywhere in the ranges."""
+    return apply("not", possible(_negated(mask), ranges))
+
+
+_OPPOSITES = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq", "and": "or", "or": "and"}
+
+
+def _opposite(mask: Expr) -> Expr:
+    """The mask's negation, pushed inwards as far as comparisons of integers; itself where it cannot be."""
+    match mask:
+        case Const(bool(value)):
+            return Const(not value)
+        case Apply("not", (inner,)):
+            return inner
+        case Apply("and" | "or" as operator, parts):
+            return apply(_OPPOSITES[operator], *(_negated(part) for part in parts))
+        case Apply(operator, (left, right)) if operator in _OPPOSITES and left.kind is right.kind is Kind.INT:
+            return apply(_OPPOSITES[operator], left, right)
+    return mask
+
+
+def _negated(mask: Expr) -> Expr:
+    opposite = _opposite(mask)
+    return apply("not", mask) if opposite == mask else opposite
 
 
 @dataclass(frozen=True)
@@ -226,6 +257,7 @@ __all__ = [
     "ROW_LAST",
     "KeyRange",
     "Visits",
+    "certain",
     "extreme",
     "possible",
     "reads_tensors",

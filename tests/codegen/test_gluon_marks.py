@@ -1,0 +1,115 @@
+"""The lists of key blocks, made by Triton's interpreter and compared with the mask itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attncompile.codegen.gluon import generate
+from attncompile.codegen.gluon.generate import HopperModule
+from attncompile.ir.evaluate import evaluate
+from tests.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _row(name: str, mask: str, given: str = "", heads: int = 2) -> Case:
+    lines = [
+        f"{name}   attend  q[B,{heads},I,16]  k,v[B,{heads},J,16]  bfloat16",
+        "score  0.25·s",
+        f"mask   {mask}",
+        "norm   softmax (float32)",
+        *([f"given  {given}"] if given else []),
+    ]
+    ranges = {"document": (0, 2), "length": (1, 700), "last": (0, 600)}
+    return Case(name, "\n  ".join(lines), {"B": 2, "I": 500, "J": 700}, ranges=ranges)
+
+
+ROWS = (
+    _row("documents", "j ≤ i and document[b, j] = document[b, min(i, J − 1)]", "document[B,J]:int64"),
+    _row("padding", "j ≤ i + 200 and attention_mask[b, j] ≠ 0", "attention_mask[B,J]:int64"),
+    _row("truth", "visible[b, j]", "visible[B,J]:bool"),
+    _row("by-head", "j ≤ last[h, i]", "last[2,I]:int32"),
+    _row("lengths", "j < length[b]", "length[B]:int32"),
+    _row("blocks", "i // 200 = j // 200"),
+    _row("three-ranges", "j ≤ i and (j < 4 or j > i − 90 or j // 128 = 2)"),
+)
+PLAIN = ("j ≤ i", "j ≤ i and (j > i − 40 or j < 2)", "true", "j ≤ i and (i − j) % 7 = 0")
+
+
+def test_limits_in_closed_form_need_no_lists() -> None:
+    for mask in PLAIN:
+        assert generate(_row("x", mask).spec).skeleton.marks is None, mask
+
+
+def sorted_documents(case: Case) -> dict[str, Any]:
+    """Inputs whose documents and padding lie in runs, as they do."""
+    tensors = case.tensors()
+    for name in ("document", "attention_mask", "visible", "last"):
+        if name in tensors:
+            tensors[name] = tensors[name].sort(-1).values
+    if "attention_mask" in tensors:
+        tensors["attention_mask"] = tensors["attention_mask"].flip(-1)
+    return tensors
+
+
+def answer() -> None:
+    """For each row: the blocks that the kernel lists, beside what the mask says of every block."""
+    from attncompile.codegen.triton.cache import load_module
+
+    for case in ROWS:
+        spec = case.spec
+        module: HopperModule = generate(spec)
+        loaded, skeleton = load_module(module), module.skeleton
+        tensors, sizes = sorted_documents(case), case.sizes
+        attend = spec.attend()
+        assert attend is not None and skeleton.marks is not None
+        rows, keys = skeleton.tile.queries, skeleton.tile.keys
+        tiles, blocks = -(-sizes["I"] // rows), -(-sizes["J"] // keys)
+        heads = 2 if skeleton.marks.by_head else 1
+        captured = [tensors[name.removesuffix("_2")] for name, _ in skeleton.captured]
+        values = {"H": 2, **sizes}
+        strides = [step for tensor in captured for step in tensor.stride()]
+        read = [*captured, *strides, *(values[name] for name in skeleton.integers())]
+        counts, places = loaded.block_lists(tensors["q"], sizes["B"] * heads * tiles, blocks, read)
+        work = loaded.dealt(counts, tiles, 2, 2 // heads, 5)
+        shown = evaluate(attend.mask, attend.environment(tensors, sizes, tensors["q"].dtype))
+        shown = shown.expand(sizes["B"], 2, sizes["I"], sizes["J"])
+        faults = []
+        for number, (edges, total) in enumerate(counts.tolist()):
+            edge = places[number, :edges].tolist()
+            full = places[number, blocks - (total - edges) :].tolist()
+            b, h, tile = number // tiles // heads, number // tiles % heads, number % tiles
+            for block in range(blocks):
+                part = shown[b, h, tile * rows : (tile + 1) * rows, block * keys : (block + 1) * keys]
+                whole = bool(part.all()) and (block + 1) * keys <= sizes["J"]
+                if (bool(part.any()) and block not in edge + full) or (block in full and not whole):
+                    faults.append([number, block, "hidden" if block not in edge + full else "shown"])
+            if len(set(edge + full)) != total:
+                faults.append([number, edge, full])
+        dealt = sorted(tile for tile in work.flatten().tolist() if tile >= 0)
+        complete = dealt == [
+            b << 40 | h << 24 | tile for b in range(sizes["B"]) for h in range(2) for tile in range(tiles)
+        ] and bool((work[:, -2:] == -1).all())
+        visited = int(counts[:, 1].sum()), int((counts[:, 1] - counts[:, 0]).sum())
+        print(json.dumps([case.name, faults, complete, visited, len(counts) * blocks]))
+
+
+def test_lists_hold_every_block_that_is_seen(tmp_path: Path) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "ATTNCOMPILE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from tests.codegen.test_gluon_marks import answer; answer()"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in found] == [row.name for row in ROWS]
+    for name, faults, complete, (visited, full), everything in found:
+        assert not faults and complete, name
+        assert visited < everything, f"{name} skips nothing"
+        assert full > 0 or name in ("three-ranges",), f"{name} has no block without a mask"
