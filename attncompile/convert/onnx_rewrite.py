@@ -97,10 +97,18 @@ def rewrite_onnx(
             if stays is not None:
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
+            shared = scopes.at(place)
+            before = set(shared)
+            try:
+                _replace(program.graph, model, values, site, result, choice, shared, provider)
+            except ValueError:
+                for key in set(shared) - before:
+                    del shared[key]  # what was built for this site is nowhere in the model
+                raise
             replaced.add(place)
-            _replace(program.graph, model, values, site, result, choice, scopes.at(place), provider)
-        except RefusalError as error:
-            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", str(error.refusal)))
+        except ValueError as error:
+            reason = str(error.refusal) if isinstance(error, RefusalError) else f"it can not be written: {error}"
+            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
             continue
         outcomes.append(Outcome(site, result, choice.row.operator, choice.reason))
         choices[site.name] = choice

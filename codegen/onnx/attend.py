@@ -10,7 +10,7 @@ float, and otherwise the plain softmax; ``MultiHeadAttention`` always gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,11 +81,24 @@ def writer_of(attend: Attend, place: Place) -> Writer:
 
 
 def arranged(writer: Writer, place: Place, name: str, wanted: Callable[[tuple[str, ...]], Groups]) -> ir.Value:
-    """A tensor of the Spec in the layout ``wanted`` makes of its axis names."""
-    kind = place.types[name]
+    """A tensor of the Spec in the layout ``wanted`` makes of its axis names.
+
+    Axes that the graph's tensor lacks, because it is the same for all heads, say, are repeated.
+    """
+    build, operand, kind = place.build, place.operands[name], place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
     sizes = {axis.name: extent(writer, axis.size) for axis in kind.axes}
-    return arrange(place.build, place.operands[name], wanted(axes), sizes)
+    held = {axis for group in operand.groups for axis in group}
+    lacking = [n for n, axis in enumerate(axes) if axis not in held]
+    if lacking:
+        present = single_groups(axis for axis in axes if axis in held)
+        value = build("Unsqueeze", arrange(build, operand, present, sizes), build.constant(lacking))
+        if any(sizes[axes[n]] != 1 for n in lacking):
+            one = build.constant([1])
+            lengths = [writer.size(axis.size) if n in lacking else one for n, axis in enumerate(kind.axes)]
+            value = build("Expand", value, build("Concat", *lengths, axis=0))
+        operand = Operand(value, single_groups(axes))
+    return arrange(build, operand, wanted(axes), sizes)
 
 
 def result(place: Place, name: str, value: ir.Value, groups: Groups, *sources: str) -> Made:
@@ -146,7 +159,12 @@ def additive_mask(
         return _expanded(writer, whole, mask, bias) if square else whole
 
     meaning = (writer.key(mask), repr(low), writer.key(bias) if bias is not None else None, writer.dtype)
-    return writer.once(("additive mask", square, *meaning), make)
+    return writer.once(("additive mask", _map_size(writer) if square else None, *meaning), make)
+
+
+def _map_size(writer: Writer) -> tuple[Hashable, Hashable]:
+    """The meaning of the numbers of queries and keys: sites that agree in all else may differ in them."""
+    return writer.key(writer.extents["i"]), writer.key(writer.extents["j"])
 
 
 def _expanded(writer: Writer, value: ir.Value, *parts: Expr | None) -> ir.Value:
@@ -161,7 +179,8 @@ def _expanded(writer: Writer, value: ir.Value, *parts: Expr | None) -> ir.Value:
 
 def boolean_mask(writer: Writer, mask: Expr) -> ir.Value:
     """The mask over all queries and keys as truth values."""
-    return writer.once(("boolean mask", writer.key(mask)), lambda: _expanded(writer, writer.write(mask), mask))
+    key = ("boolean mask", _map_size(writer), writer.key(mask))
+    return writer.once(key, lambda: _expanded(writer, writer.write(mask), mask))
 
 
 def _seeing_rows(writer: Writer, mask: Expr) -> ir.Value:
@@ -173,7 +192,7 @@ def _seeing_rows(writer: Writer, mask: Expr) -> ir.Value:
         some = build("ReduceMax", ones, build.constant([3]), keepdims=1)
         return build("Cast", some, to=int(NUMPY_TYPES[writer.dtype]))
 
-    return writer.once(("seeing rows", writer.key(mask), writer.dtype), make)
+    return writer.once(("seeing rows", _map_size(writer), writer.key(mask), writer.dtype), make)
 
 
 def _rows(writer: Writer, mask: Expr, *, seen: bool) -> ir.Value:
@@ -184,7 +203,7 @@ def _rows(writer: Writer, mask: Expr, *, seen: bool) -> ir.Value:
         number = build("Squeeze", _seeing_rows(writer, mask), build.constant([1]))
         return number if seen else build("Sub", build.constant(1.0, writer.dtype), number)
 
-    return writer.once(("rows", seen, writer.key(mask), writer.dtype), make)
+    return writer.once(("rows", seen, _map_size(writer), writer.key(mask), writer.dtype), make)
 
 
 # The plain decomposition

@@ -132,6 +132,10 @@ def arrange(
         state_shape(value, groups, known, operand.value.dtype)
     order = tuple(axis for group in wanted for axis in group)
     current = tuple(group[0] for group in groups)
+    absent = [place for place, axis in enumerate(current) if axis not in order and extents.get(axis) == 1]
+    if absent:  # the graph has no axis for a single batch row, or head
+        value = build("Squeeze", value, build.constant(absent))
+        current = tuple(axis for axis in current if axis in order)
     if sorted(order) != sorted(current):
         raise ValueError(f"a tensor with axes {current} cannot be laid out as {wanted}")
     if order != current:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from attncompile.codegen.onnx.attend import Made, Place, arranged, extent
+from attncompile.codegen.onnx.attend import Made, Place, arranged
 from attncompile.codegen.onnx.expressions import Writer
-from attncompile.codegen.onnx.layouts import Operand, arrange, single_groups
+from attncompile.codegen.onnx.layouts import Operand, single_groups
 from attncompile.codegen.onnx.reading import fixed
 from attncompile.ir.expr import Const
 from attncompile.ir.ops import Cache, Operation, Position, Project, Quantize
@@ -56,24 +56,10 @@ def position(step: Position, place: Place) -> Made:
     return {step.out: Operand(out, single_groups(_axes(place, step.out)))}
 
 
-def _repeated(writer: Writer, place: Place, name: str) -> ir.Value:
-    """A tensor with all the axes that the Spec says it has: the graph's own may be the same for all heads, say."""
-    build, operand, kind = place.build, place.operands[name], place.types[name]
-    held = {axis for group in operand.groups for axis in group}
-    lacking = [n for n, axis in enumerate(kind.axes) if axis.name not in held]
-    if not lacking:
-        return arranged(writer, place, name, single_groups)
-    sizes = {axis.name: extent(writer, axis.size) for axis in kind.axes}
-    present = single_groups(axis.name for axis in kind.axes if axis.name in held)
-    value = build("Unsqueeze", arrange(build, operand, present, sizes), build.constant(lacking))
-    lengths = [writer.size(axis.size) if n in lacking else build.constant([1]) for n, axis in enumerate(kind.axes)]
-    return build("Expand", value, build("Concat", *lengths, axis=0))
-
-
 def cache(step: Cache, place: Place) -> Made:
     """Past and new along the positions."""
     writer = _writer(place, step.new)
-    past, new = (_repeated(writer, place, name) for name in (step.past, step.new))
+    past, new = (arranged(writer, place, name, single_groups) for name in (step.past, step.new))
     return {
         step.out: Operand(place.build("Concat", past, new, axis=2), single_groups(_axes(place, step.out)))
     }

@@ -69,3 +69,52 @@ def test_the_groups_of_a_layout_and_their_sizes() -> None:
     assert layout.places() == ((0, 1), (1, 3), (3, 4), (4, 5))
     assert layout.extents((2, 3, 4, 5, 8)) == (2, 12, 5, 8)
     assert not layout.plain and Layout((("b",), ("i",))).plain
+
+
+def test_a_mask_of_the_encoder_is_expanded_for_each_number_of_queries() -> None:
+    """Self- and cross-attention of a decoder share a padding mask; fused operators want it over their own queries."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[B, 2, S, 8] x, float[B, 2, T, 8] y, bool[B, 1, 1, S] keep) => (float[B, 2, S, 8] a, float[B, 2, T, 8] c) {
+       zero = Constant<value = float {0.0}>()
+       low = Constant<value = float {-3.0e38}>()
+       mask = Where(keep, zero, low)
+       xt = Transpose<perm = [0, 1, 3, 2]>(x)
+       s0 = MatMul(x, xt)
+       m0 = Add(s0, mask)
+       w0 = Softmax<axis = -1>(m0)
+       a = MatMul(w0, x)
+       s1 = MatMul(y, xt)
+       m1 = Add(s1, mask)
+       w1 = Softmax<axis = -1>(m1)
+       c = MatMul(w1, x)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    model = ir.from_proto(proto)
+    rewritten = rewrite_onnx(model, "shared", (), "cpu", "fused", False, ())
+    assert [one.operator for one in rewritten.outcomes] == ["Attention", "Attention"]
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, 7, 8, generator=generator), torch.randn(2, 2, 3, 8, generator=generator)
+    keep = torch.rand(2, 1, 1, 7, generator=generator) < 0.6
+    keep[..., 0] = True
+    call = Call((), {"x": x, "y": y, "keep": keep}, "two")
+    expected = run(session(proto.SerializeToString(), "cpu", threads=1), call)
+    actual = run(session(ir.to_proto(rewritten.model).SerializeToString(), "cpu", threads=1), call)
+    for name, value in expected.items():
+        assert torch.allclose(actual[name], value, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
+
+
+def test_an_operand_without_a_batch_axis_is_repeated_and_a_result_without_one_squeezed() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2, S, 8] q, float[2, S, 8] k, float[2, S, 8] v) => (float[2, S, 8] out) {
+       kt = Transpose<perm = [0, 2, 1]>(k)
+       scores = MatMul(q, kt)
+       weights = Softmax<axis = -1>(scores)
+       out = MatMul(weights, v)
+    }"""
+    proto = onnx.parser.parse_model(text)
+    rewritten = rewrite_onnx(ir.from_proto(proto), "flat", (), "cpu", "fused", False, ())
+    assert [one.operator != "original" for one in rewritten.outcomes] == [True]
+    call = Call((), {name: torch.randn(2, 5, 8) for name in "qkv"}, "one")
+    (expected,) = run(session(proto.SerializeToString(), "cpu", threads=1), call).values()
+    (actual,) = run(session(ir.to_proto(rewritten.model).SerializeToString(), "cpu", threads=1), call).values()
+    assert torch.allclose(actual, expected, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
