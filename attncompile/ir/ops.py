@@ -666,6 +666,9 @@ class Project(Operation):
 class Cache(Operation):
     """Keys or values of earlier steps, followed by the new ones along ``j``.
 
+    Several groups of keys that one softmax runs over, such as blocks of a window and global tokens, are put together
+    the same way, one after the other.
+
     Attributes:
         past: ``[b,g,p,d]``; new: ``[b,g,i,d]``.
     """

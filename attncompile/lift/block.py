@@ -37,7 +37,7 @@ def attach_block(graph: Graph, site: Site) -> tuple[tuple[Operation, ...], tuple
         return (), ()
     operations: list[Operation] = []
     steps: list[Step] = []
-    for binding in site.region.inputs[:3]:
+    for binding in (entry for entry in site.region.inputs if entry.layout is not None):
         walked = _Walk(graph, site.spec, binding)
         operations += walked.operations
         steps += reversed(walked.steps)

@@ -128,7 +128,7 @@ def _peel(expr: Expr) -> tuple[Expr, Expr] | None:
     match expr:
         case Apply("add", terms):
             for number, term in enumerate(terms):
-                found = _peel(term)
+                found = _peel(_hidden_last(term))
                 # a term that hides without being the score: where(visible, 0 or a bias, hidden)
                 if found is not None:
                     rest = [t for n, t in enumerate(terms) if n != number]
@@ -145,14 +145,17 @@ def _fill(logits: Expr, mask: Expr, parts: list[Expr]) -> Expr:
 
 
 def _where_false(logits: Expr, condition: Expr) -> Expr:
-    negated = simplify(apply("not", condition))
+    """The logits where a condition does not hold; of several alternatives none does."""
+    parts = condition.children if isinstance(condition, Apply) and condition.operator == "or" else ()
+    false = {condition, *parts}
+    true = {simplify(apply("not", part)) for part in false}
 
     def resolved(expr: Expr) -> Expr:
         match expr:
             case Apply("where", (found, then, otherwise)):
-                if found == condition:
+                if found in false:
                     return resolved(otherwise)
-                if found == negated:
+                if found in true:
                     return resolved(then)
         children = expr.children
         return expr.with_children(tuple(resolved(c) for c in children)) if children else expr

@@ -212,6 +212,11 @@ SAME = {
     "always": ["true", "j ≤ i or j > i", "i − i = 0", "keep[b, j] or not keep[b, j]", "i ≥ 0", "i < inf"],
     "smallest": ["min(i, 3)", "min(3, i)", "min(3, min(5, i))", "min(i, 3, i + 1)"],
     "rounded integers": ["i + 1.0", "float(i + 1)", "floor(float(i)) + 1", "ceil(i + 1.0)", "float(i) + 1.0"],
+    "told": [
+        "where(documents[b, j] = 1, s, −1e9)",
+        "where(documents[b, j] = 1, s + 1.0 − float(documents[b, j]), −1e9)",
+        "where(documents[b, j] ≠ 1, −1e9, s·float(documents[b, j]))",
+    ],
     "integers": ["2·i", "i + i", "int(float(2·i))", "int(2.0·float(i))", "i·2"],
 }
 

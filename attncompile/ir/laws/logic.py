@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from attncompile.ir.expr import FALSE, TRUE, Apply, Const, Expr, apply
+from attncompile.ir.expr import FALSE, TRUE, Apply, Const, Expr, Load, apply, substitute
 from attncompile.ir.laws import Law
 from attncompile.ir.laws.constants import as_real, as_whole
 from attncompile.ir.laws.division import settle
@@ -189,6 +189,8 @@ def _law_where(simplifier: Simplifier, node: Apply) -> Expr:
         then, otherwise = as_real(then), as_real(otherwise)
     if isinstance(condition, Const):
         return then if condition.value else otherwise
+    then = substitute(then, _told(condition, "and", "eq"))
+    otherwise = substitute(otherwise, _told(condition, "or", "ne"))
     if then == otherwise:
         return then
     if node.result is Kind.BOOL:
@@ -211,6 +213,17 @@ def _law_where(simplifier: Simplifier, node: Apply) -> Expr:
         case Apply("where", (inner, first, second)) if first == then:
             return apply("where", apply("or", condition, inner), then, second)
     return apply("where", condition, then, otherwise)
+
+
+def _told(condition: Expr, joined: str, compared: str) -> dict[Expr, Expr]:
+    """The loaded numbers that a condition, or its opposite, says are constants."""
+    parts = condition.children if isinstance(condition, Apply) and condition.operator == joined else (condition,)
+    found: dict[Expr, Expr] = {}
+    for part in parts:
+        match part:
+            case Apply(operator, (Load() as loaded, Const() as value)) if operator == compared:
+                found[loaded] = value
+    return found
 
 
 def _branch_key(branch: Expr) -> tuple[bool, float]:
