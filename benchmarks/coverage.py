@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -72,7 +73,8 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except ModuleNotFoundError:
             continue
-    return found
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
 # --- one row ------------------------------------------------------------------------------------------------------
