@@ -73,8 +73,13 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except ModuleNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found | ({"commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured, or nothing outside of a repository."""
+    asked = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
 # --- one row ------------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def run(options: argparse.Namespace, types: Sequence[str]) -> None:
     """Measure what is missing and append it to the rows."""
     tasks = plan(options, types, set(read_rows(options.rows)))
     options.rows.parent.mkdir(parents=True, exist_ok=True)
-    stamp = {"versions": versions(), "date": time.strftime("%Y-%m-%d")}
+    stamp = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     totals = Counter[str]()
     with Progress(*columns) as progress, options.rows.open("a") as out:

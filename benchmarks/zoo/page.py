@@ -185,6 +185,11 @@ def _costs(rows: Sequence[Row]) -> list[str]:
     return ["## Cost", "", *_table(heads, lines)] if lines else []
 
 
+def _commits(rows: Sequence[Row]) -> str:
+    counted = Counter(row.get("commit") or "before it was noted" for row in rows)
+    return ", ".join(f"{name} ({number})" for name, number in counted.most_common())
+
+
 def write_page(rows: Sequence[Row], table: Table, page: Path, results: Path) -> None:
     """Write both files.
 
@@ -203,14 +208,15 @@ def write_page(rows: Sequence[Row], table: Table, page: Path, results: Path) -> 
         "",
         "Written by `python -m benchmarks.coverage --all`; do not edit.",
         "",
-        f"{newest['date']}; {said}.",
+        f"{newest['date']}; {said}. Rows by commit: {_commits(rows)}.",
         "",
         "Every transformers model type with attention, tiny and random. *Sites* are the attentions that one forward",
         "pass computes, counted from what it does to tensors by code that knows nothing of lifting",
         "(`benchmarks/zoo/truth.py`). *Found* is lifted or observed. *Wrong* counts rows in which the model's outputs",
-        f"change by more than {CLOSE:g} of their largest element when the lowered Specs run in place of lifted sites",
-        "(checked for export and dynamo). *Not captured* are the sites of models for which the capture itself failed,",
-        "*unchecked* the models for which the check did.",
+        f"change by more than {CLOSE:g} of their largest element when the lowered Specs run in place of lifted sites:",
+        "as PyTorch calls for export and dynamo, in ONNX Runtime as the fused operators where there are any for ONNX.",
+        "*Not captured* are the sites of models for which the capture itself failed, or gave an ONNX model that ONNX",
+        "Runtime does not run; *unchecked* the models for which the check did.",
         "",
         "## Totals",
         "",
