@@ -20,8 +20,9 @@ def capture_with_breaks(
 ) -> tuple[tuple[Captured, ...], tuple[str, ...]]:
     """Run a model once under Dynamo, in evaluation mode without gradients, and take every graph that it executes.
 
-    A graph that runs several times is there several times, in the order of execution. The model itself computes what
-    it always does: nothing is rewritten.
+    A graph that runs several times is there several times, in the order of execution. A function that Dynamo cannot
+    trace runs as it is, and those that it calls are traced by themselves. The model itself computes what it always
+    does: nothing is rewritten.
 
     Returns:
         The graphs, and what to know of them: those of which no ATen graph could be made are notes.
@@ -31,12 +32,16 @@ def capture_with_breaks(
     """
     executed: list[Captured] = []
     notes: list[str] = []
+    failed: list[Exception] = []
 
     def back_end(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             captured = capture_dynamo(graph_module, inputs)
         except CaptureError as error:
             notes.append(str(error))
+            return graph_module.forward
+        except Exception as error:  # a mistake of ours, which Dynamo would pass over
+            failed.append(error)
             return graph_module.forward
 
         def noted(*flat: Any) -> Any:
@@ -49,7 +54,7 @@ def capture_with_breaks(
     try:
         with (
             evaluating(model),
-            torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, suppress_errors=False),
+            torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS, suppress_errors=True),
         ):
             torch.compile(model, backend=back_end)(*args, **copy.deepcopy(dict(kwargs or {})))
     except Exception as error:
@@ -61,4 +66,6 @@ def capture_with_breaks(
         ) from error
     finally:
         torch._dynamo.reset()
+    if failed:
+        raise failed[0]
     return tuple(executed), tuple(dict.fromkeys(notes))

@@ -188,6 +188,7 @@ def _check_export(
 def dynamo(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> Finding:
     """Every graph that Dynamo hands over between its breaks; a graph that runs twice counts twice."""
     finding = Finding()
+    failed: list[Exception] = []
     torch._dynamo.reset()
 
     def back_end(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -195,10 +196,13 @@ def dynamo(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> Fi
         start = time.perf_counter()
         try:
             captured = capture_dynamo(graph_module, inputs)
+            program = lift_graph(aten_graph(captured), "graph", captured.notes)
         except CaptureError as error:
             finding.notes.append(str(error))
             return graph_module.forward
-        program = lift_graph(aten_graph(captured), "graph", captured.notes)
+        except Exception as error:  # a mistake of ours, which Dynamo would pass over
+            failed.append(error)
+            return graph_module.forward
         finding.lift_s += time.perf_counter() - start
         found = _sites(program)
         run = graph_module.forward
@@ -214,11 +218,13 @@ def dynamo(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> Fi
 
         return counted
 
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, suppress_errors=False):
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, suppress_errors=True):
         expected = _seeded(model, *args, **copy.deepcopy(dict(kwargs)))
         start = time.perf_counter()
         actual = _seeded(torch.compile(model, backend=back_end), *args, **copy.deepcopy(dict(kwargs)))
         finding.capture_s = time.perf_counter() - start - finding.lift_s
+        if failed:
+            raise failed[0]
         finding.error = difference(expected, actual)
         if finding.error > CLOSE:
             torch._dynamo.reset()
