@@ -55,3 +55,20 @@ def test_a_model_that_fails_says_so() -> None:
 
     with pytest.raises(CaptureError, match="no such luck"):
         attncompile.lift(Failing(), (torch.randn(2, 3),))
+
+
+class Marking(Breaking):
+    """Marks places in a table by numbers that only the data tell, which Dynamo cannot trace in one piece."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        marked = torch.zeros(x.shape[:2], dtype=torch.bool)
+        rows, columns = (x[..., 0] > 0).nonzero().unbind(-1)
+        marked[[*rows], [*columns]] = True
+        x = torch.where(marked[..., None], x, 2 * x)
+        return self.attend(self.attend(x, 0), 1)
+
+
+def test_functions_inside_one_that_can_not_be_traced_are_traced() -> None:
+    torch.manual_seed(0)
+    program = attncompile.lift(Marking(), (torch.randn(2, 5, 8),))
+    assert program.count("lifted") == 2 and len(program.sites) == 2
