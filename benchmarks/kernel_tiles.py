@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend
 from attncompile.codegen import gluon
 from attncompile.codegen.triton import load
 from attncompile.kernels.hopper import HopperTile
-from benchmarks.kernels import Work, sdpa, tensors_of
+from benchmarks.kernels import Work, graphed, sdpa, tensors_of
 from benchmarks.kernels_smoke import milliseconds
 
 TWO = HopperTile(2, 128, 2, 2, True, 240, 168, True)
@@ -87,11 +87,14 @@ def main() -> None:
         for name, tile in variants(work.channels).items():
             attend = load(gluon.generate(work.spec(), tile))
             running[name] = lambda attend=attend, tensors=tensors: attend(*tensors)
+        for run in running.values():
+            run()
         times: dict[str, list[float]] = {name: [] for name in running}
         repeats = max(1, int(12 / milliseconds(running["cudnn"], 3)))
+        running = {name: graphed(run, repeats) for name, run in running.items()}
         for number in range(options.rounds + 1):
             for name, run in running.items():
-                once = milliseconds(run, repeats)
+                once = milliseconds(run, 1) / repeats
                 times[name] += [once] if number else []
         flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
         found = {name: flops / statistics.median(each) / 1e9 for name, each in times.items()}
