@@ -13,7 +13,7 @@ SHORT = 4096
 
 _ROWS: tuple[tuple[int, bool, HopperTile], ...] = (  # channels up to, only for long and light work
     (64, True, HopperTile(3, 128, 2, 2, True, 160, 128, True)),
-    (64, False, HopperTile(2, 128, 3, 2, True, 240, 168, True, early=True)),
+    (64, False, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
     (128, False, HopperTile(2, 128, 2, 2, True, 240, 168, True, early=True)),
     (256, False, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
     (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, True)),

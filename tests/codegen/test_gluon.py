@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attncompile.codegen.gluon import generate, why_not_spec
+from attncompile.codegen.gluon import generate, slower, why_not_spec
 from attncompile.codegen.gluon.columns import fold_columns
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
 from attncompile.codegen.triton.structure import dense
@@ -59,6 +59,18 @@ def test_refusals_name_the_cause(name: str, said: str) -> None:
     assert said in (why_not_spec(ALL_BY_NAME[name].spec) or "")
     with pytest.raises(ValueError, match="no Hopper kernel"):
         generate(ALL_BY_NAME[name].spec)
+
+
+@pytest.mark.parametrize("name, said", (("additive-bias", "bias[b, 0, i, j] is loaded for each pair"), ("alibi", None)))
+def test_where_plain_triton_is_faster(name: str, said: str | None) -> None:
+    found = slower(BY_NAME[name].spec)
+    assert found is None if said is None else said in (found or "")
+
+
+@pytest.mark.parametrize("queries, groups", ((1024, 2), (16384, 3)))
+def test_few_queries_under_a_mask_get_smaller_tiles(queries: int, groups: int) -> None:
+    assert generate(BY_NAME["causal"].spec, queries=queries).skeleton.tile.groups == groups
+    assert generate(BY_NAME["full"].spec, queries=queries).skeleton.tile.groups == 3
 
 
 @pytest.mark.parametrize(
