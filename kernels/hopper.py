@@ -11,16 +11,15 @@ Follows: Dao 2023 (arXiv:2307.08691); Shah et al. 2024 (arXiv:2407.08608).
 
 from __future__ import annotations
 
-import ast
-import functools
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
 from attncompile.kernels.hopper_marks import MarkBlocks
+from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
-from attncompile.kernels.source import WIDTH, signature, wrap
+from attncompile.kernels.source import signature
 
 IMPORTS = """\
 import functools
@@ -37,7 +36,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor"""
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.8 renamed these, and 3.9 dropped the old names.
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global"""
 
 RING = (
     "barrier_text",
@@ -216,107 +219,21 @@ class HopperForward:
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
-        for marker, names in (("CONTEXT", self.context()), ("KNOWN", self.known()), ("LAUNCHED", launched)):
+        for marker, names in (
+            ("CONTEXT", self.context()),
+            ("KNOWN", known(self.runs, self.marks)),
+            ("LAUNCHED", launched),
+        ):
             text = ", ".join(names)
             line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
 
-    def known(self) -> tuple[str, ...]:
-        """What ``key_blocks`` returns after the number of blocks."""
-        runs = self.runs
+    def _blocks(self) -> str:
         if self.marks:
-            return ("edges", "turned", "listed")
-        first = ("first_start", "first_count") if runs.first else ()
-        if runs.everything:
-            return ("edges", "main_start", "full_start")
-        return ("edges", "main_start", *first, *(("before", "full_start", "full_stop") if runs.full else ()))
-
-    def _runs(self) -> str:
-        """``key_blocks`` and ``block_start``: which key blocks a tile visits, those on an edge of the mask first."""
-        if self.marks:
-            return self._listed(self.marks)
-        keys, runs = self.lengths[2], self.runs
-        lines = [f"row_last = gl.minimum(row_first + BLOCK_I, {self.lengths[1]}) - 1", *runs.lines]
-        places = ["start = main_start + number * BLOCK_J"]
-        terms: list[str] = []
-        if runs.everything:
-            lines = [
-                "# Only the last block, if keys do not fill it, is an edge.",
-                f"main_start = {keys} // BLOCK_J * BLOCK_J",
-                f"edges = gl.cdiv({keys}, BLOCK_J) - {keys} // BLOCK_J",
-                "full_start = 0",
-                f"blocks = gl.cdiv({keys}, BLOCK_J)",
-            ]
-        else:
-            lines += [f"main_start = {aligned(runs.main[0])}", f"main_stop = gl.maximum({runs.main[1]}, main_start)"]
-        if runs.first:
-            lines += [
-                "# A range before it, as far as it does not reach into it.",
-                f"first_start = {aligned(runs.first[0])}",
-                f"first_stop = gl.minimum(gl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
-                "first_count = gl.maximum(first_stop - first_start, 0) // BLOCK_J",
-            ]
-            terms.append("first_count")
-            places = [
-                "start = first_start + number * BLOCK_J",
-                "start += gl.where(number >= first_count, main_start - first_start - first_count * BLOCK_J, 0)",
-            ]
-        if runs.full and not runs.everything:
-            lines += [
-                "# Without a mask: full_start to full_stop.",
-                f"full_start = gl.cdiv(gl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
-                "full_start = gl.minimum(full_start, gl.cdiv(main_stop, BLOCK_J) * BLOCK_J)",
-                f"full_stop = gl.minimum({runs.full[1]}, main_stop) // BLOCK_J * BLOCK_J",
-                "full_stop = gl.maximum(full_stop, full_start)",
-                "before = (full_start - main_start) // BLOCK_J",
-                "after = gl.cdiv(gl.maximum(main_stop - full_stop, 0), BLOCK_J)",
-            ]
-            passed = " + ".join([*terms, "before"])
-            places.append(f"start += gl.where(number >= {passed}, full_stop - full_start, 0)")
-            terms += ["before", "after"]
-        elif not runs.full:
-            terms.append("gl.cdiv(main_stop - main_start, BLOCK_J)")
-        if runs.full:
-            places.append("start = gl.where(number < edges, start, full_start + (number - edges) * BLOCK_J)")
-        if not runs.everything:
-            lines.append(f"edges = {' + '.join(terms)}")
-            lines.append("blocks = edges + (full_stop - full_start) // BLOCK_J" if runs.full else "blocks = edges")
-        return self._placed(lines, places)
-
-    def _listed(self, marks: MarkBlocks) -> str:
-        """``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
-        heads, queries, keys = self.lengths
-        head = f"b * {heads} + h" if marks.by_head else "b"
-        counts = [
-            f"tile = ({head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
-            "edges = gl.load(counts + 2 * tile)",
-            "blocks = gl.load(counts + 2 * tile + 1)",
-            f"row = gl.cast(tile, gl.int64) * gl.cdiv({keys}, BLOCK_J)",
-            "# The edges stand at the front of the row, the others at its end, in falling order.",
-            f"turned = edges + gl.cdiv({keys}, BLOCK_J) - 1",
-            "listed = places + row",
-        ]
-        place = ["start = gl.load(listed + gl.where(number < edges, number, turned - number)) * BLOCK_J"]
-        return self._placed(counts, place)
-
-    def _placed(self, lines: list[str], places: list[str]) -> str:
-        counted = [
-            "@gluon.jit",
-            signature("def key_blocks", ["row_first", "b", "h", *self.context()], ":"),
-            '    """How many key blocks a tile visits (at least one), and what ``block_start`` needs."""',
-            *(f"    {line}" for line in lines),
-            f"    return gl.maximum(blocks, 1), {', '.join(self.known())}",
-        ]
-        placed = [
-            "@gluon.jit",
-            signature("def block_start", ["number", *self.known()], ":"),
-            '    """First key of a block; blocks on an edge of the mask come first."""',
-            *(f"    {line}" for line in places),
-            "    return start",
-        ]
-        return tidy(counted) + "\n\n\n" + tidy(placed)
+            return listed_blocks(self.marks, self.context(), self.lengths)
+        return visited_blocks(self.runs, self.context(), self.lengths)
 
     def _logits(self) -> str:
         _, queries, keys = self.lengths
@@ -404,7 +321,7 @@ class HopperForward:
                 *(hopper_function(name) for name in RING),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
-                self._runs(),
+                self._blocks(),
                 self._logits(),
                 self._filled(STEP),
                 self._consumer(),
@@ -414,66 +331,10 @@ class HopperForward:
         )
 
 
-def aligned(start: str) -> str:
-    """The start of the key block that holds a key (never a negative one)."""
-    return start if start == "0" else f"({start}) // BLOCK_J * BLOCK_J"
-
-
-@functools.cache
-def _device_source() -> str:
-    return Path(__file__).with_name("hopper_device.py").read_text(encoding="utf-8")
-
-
-@functools.cache
-def hopper_function(name: str) -> str:
-    """Source text of a function of :mod:`attncompile.kernels.hopper_device`, decorator included.
-
-    Raises:
-        ValueError: when there is no such function.
-    """
-    text = _device_source()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    raise ValueError(f"no function {name!r} in kernels/hopper_device.py")
-
-
-def tidy(lines: list[str]) -> str:
-    """The lines as text, those with many arguments broken to fit."""
-    return "\n".join(_fitted(line) for line in "\n".join(lines).splitlines())
-
-
-def _fitted(line: str) -> str:
-    """A call or a line of arguments on as many lines as it takes."""
-    if len(line) <= WIDTH:
-        return line
-    indent = len(line) - len(line.lstrip())
-    tuple_of_call = re.fullmatch(r"\((\w+), \((.*)\)\),", line.strip())
-    if tuple_of_call:
-        return signature(f"({tuple_of_call[1]}, ", _arguments(tuple_of_call[2]), "),", indent)
-    call = re.fullmatch(r"(.*?)\((.*)\)([^()]*)", line.strip())
-    if call and not line.rstrip().endswith(","):
-        return signature(call[1], _arguments(call[2]), call[3], indent)
-    return wrap(_arguments(line.strip().rstrip(",")), indent)
-
-
-def _arguments(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets."""
-    found, depth = [""], 0
-    for character in text:
-        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += character
-    return [part.strip() for part in found if part.strip()]
-
-
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, _device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL)),
+        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL)),
     )
 )
 """Identifiers that the skeleton uses itself."""

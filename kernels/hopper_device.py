@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as copy_in
 
 GROUPS = gl.constexpr(2)
 BLOCK_I = gl.constexpr(128)
@@ -62,7 +63,7 @@ def fill(source, at, ready, tiles, stage, free, filled):
     if filled >= STAGES:
         meet(free + stage, GROUPS * 128 + 32)
     mbarrier.expect(ready.index(stage), source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, at, ready.index(stage), tiles.index(stage))
+    copy_in(source, at, ready.index(stage), tiles.index(stage))
 
 
 @gluon.jit

@@ -149,7 +149,7 @@ def consumer(
         tma.store_wait(0)  # if staged
         out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged
         fence_async_shared()  # if staged
-        tma.async_copy_shared_to_global(out, [b, h, first_row, 0], out_tiles.index(GROUP))  # if staged
+        copy_out(out, [b, h, first_row, 0], out_tiles.index(GROUP))  # if staged
         # <stored>
         s = warpgroup_mma_wait(0, deps=[next_s])
         tile = next_tile
@@ -207,7 +207,7 @@ def producer(
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
             place = [b, h, row_first + 64 * group, 0]
-            tma.async_copy_global_to_shared(query, place, query_ready.index(slot), query_tiles.index(slot))
+            copy_in(query, place, query_ready.index(slot), query_tiles.index(slot))
         start = block_start(0, KNOWN)
         fill(key, [b, g, start, 0], key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers

@@ -33,7 +33,8 @@ from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
 from attncompile.ir.expr import SCORE, TRUE, Apply, loads, walk
 from attncompile.ir.simplify import Simplifier
-from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile, hopper_function
+from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile
+from attncompile.kernels.hopper_lines import hopper_function
 from attncompile.kernels.hopper_marks import HOST as LISTS
 from attncompile.kernels.hopper_marks import MarkBlocks
 

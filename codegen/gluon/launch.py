@@ -30,20 +30,26 @@ PYTHON = Dialect(
 """Integer expressions on the host."""
 
 HOST = '''\
+HALF = (torch.float16, torch.bfloat16)
+
+
 def why_not(query, key, value):
     """Why the kernel cannot read these tensors where they lie, or None."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dtype not in (torch.float16, torch.bfloat16):
+        sizes, strides = tensor.shape, tensor.stride()
+        if tensor.dtype not in HALF:
             return f"the kernel takes float16 and bfloat16; the {name} is {tensor.dtype}"
-        if tensor.shape[2] == 0:
+        if sizes[2] == 0:
             return f"the {name} is empty"
+        if sizes[1] > 65535:
+            return f"the {name} has {sizes[1]} heads; the work list has room for 65535"
         if tensor.data_ptr() % 16:
             return f"the {name} does not begin at a multiple of 16 bytes"
-        if tensor.stride(3) != 1:
-            return f"channels of the {name} lie {tensor.stride(3)} elements apart"
+        if strides[3] != 1:
+            return f"channels of the {name} lie {strides[3]} elements apart"
         for axis in range(3):
-            if tensor.shape[axis] > 1 and (tensor.stride(axis) % 8 or tensor.stride(axis) <= 0):
-                return f"axis {axis} of the {name} has stride {tensor.stride(axis)}, no multiple of 16 bytes"
+            if (strides[axis] % 8 or strides[axis] <= 0) and sizes[axis] > 1:
+                return f"axis {axis} of the {name} has stride {strides[axis]}, no multiple of 16 bytes"
     return None
 
 
@@ -87,7 +93,7 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
+    HALF work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
     start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())

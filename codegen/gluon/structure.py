@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from attncompile.codegen.gluon.tiles import hopper_tile
 from attncompile.codegen.triton.structure import dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
@@ -23,6 +25,19 @@ def _effort(expr: Expr) -> int:
     """Roughly how many instructions an expression takes, each shared part counted once."""
     nodes = dict.fromkeys(node for node in walk(expr) if isinstance(node, Apply))
     return sum(_LONG.get(node.operator, 1) for node in nodes)
+
+
+TRITON = ((3, 6), (3, 9))
+"""Oldest and newest release of Triton that the generated text is compiled with: Gluon still moves between releases."""
+
+
+def why_not_installed(version: str) -> str | None:
+    """Why this release of Triton does not run the kernel, or ``None``."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if TRITON[0] <= numbers <= TRITON[1]:
+        return None
+    oldest, newest = (".".join(map(str, each)) for each in TRITON)
+    return f"the Hopper kernel is written for Triton {oldest} to {newest}; installed is {version}"
 
 
 def padded(channels: int) -> int:

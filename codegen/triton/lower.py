@@ -60,11 +60,14 @@ def _generated(text: str) -> GeneratedModule:
 @functools.lru_cache(maxsize=512)
 def _hopper(text: str, length: int) -> HopperModule | str:
     """The Gluon module of a Spec for about so many queries, or why there is none or it does not pay."""
+    import triton
+
     # here, because that package is made from this one's parts
     from attncompile.codegen import gluon
 
     spec = operators.parsed(text)
-    return gluon.why_not_spec(spec) or gluon.slower(spec) or gluon.generate(spec, queries=length)
+    reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_spec(spec) or gluon.slower(spec)
+    return reason or gluon.generate(spec, queries=length)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attncompile.codegen.gluon import generate, slower, why_not_spec
+from attncompile.codegen.gluon import generate, slower, why_not_installed, why_not_spec
 from attncompile.codegen.gluon.columns import fold_columns
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
 from attncompile.codegen.triton.structure import dense
@@ -65,6 +65,11 @@ def test_refusals_name_the_cause(name: str, said: str) -> None:
 def test_where_plain_triton_is_faster(name: str, said: str | None) -> None:
     found = slower(BY_NAME[name].spec)
     assert found is None if said is None else said in (found or "")
+
+
+@pytest.mark.parametrize("version, runs", (("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False)))
+def test_releases_of_triton_that_it_is_written_for(version: str, runs: bool) -> None:
+    assert (why_not_installed(version) is None) == runs
 
 
 @pytest.mark.parametrize("queries, groups", ((1024, 2), (16384, 3)))

@@ -1,0 +1,115 @@
+"""``key_blocks`` and ``block_start`` of the Hopper kernel: which key blocks a tile of queries visits, in what order.
+
+Blocks on an edge of the mask come first, those that every query sees in full last.
+"""
+
+from __future__ import annotations
+
+from attncompile.kernels.dense import KeyRuns
+from attncompile.kernels.hopper_lines import tidy
+from attncompile.kernels.hopper_marks import MarkBlocks
+from attncompile.kernels.source import signature
+
+LISTED = ("edges", "turned", "listed")
+"""What ``key_blocks`` returns after the number of blocks where they are listed beforehand."""
+
+
+def known(runs: KeyRuns, marks: MarkBlocks | None) -> tuple[str, ...]:
+    """What ``key_blocks`` returns after the number of blocks."""
+    if marks:
+        return LISTED
+    first = ("first_start", "first_count") if runs.first else ()
+    if runs.everything:
+        return ("edges", "main_start", "full_start")
+    return ("edges", "main_start", *first, *(("before", "full_start", "full_stop") if runs.full else ()))
+
+
+def visited_blocks(runs: KeyRuns, context: tuple[str, ...], lengths: tuple[str, str, str]) -> str:
+    """``key_blocks`` and ``block_start``: which key blocks a tile visits, those on an edge of the mask first."""
+    keys = lengths[2]
+    lines = [f"row_last = gl.minimum(row_first + BLOCK_I, {lengths[1]}) - 1", *runs.lines]
+    places = ["start = main_start + number * BLOCK_J"]
+    terms: list[str] = []
+    if runs.everything:
+        lines = [
+            "# Only the last block, if keys do not fill it, is an edge.",
+            f"main_start = {keys} // BLOCK_J * BLOCK_J",
+            f"edges = gl.cdiv({keys}, BLOCK_J) - {keys} // BLOCK_J",
+            "full_start = 0",
+            f"blocks = gl.cdiv({keys}, BLOCK_J)",
+        ]
+    else:
+        lines += [f"main_start = {_aligned(runs.main[0])}", f"main_stop = gl.maximum({runs.main[1]}, main_start)"]
+    if runs.first:
+        lines += [
+            "# A range before it, as far as it does not reach into it.",
+            f"first_start = {_aligned(runs.first[0])}",
+            f"first_stop = gl.minimum(gl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
+            "first_count = gl.maximum(first_stop - first_start, 0) // BLOCK_J",
+        ]
+        terms.append("first_count")
+        places = [
+            "start = first_start + number * BLOCK_J",
+            "start += gl.where(number >= first_count, main_start - first_start - first_count * BLOCK_J, 0)",
+        ]
+    if runs.full and not runs.everything:
+        lines += [
+            "# Without a mask: full_start to full_stop.",
+            f"full_start = gl.cdiv(gl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
+            "full_start = gl.minimum(full_start, gl.cdiv(main_stop, BLOCK_J) * BLOCK_J)",
+            f"full_stop = gl.minimum({runs.full[1]}, main_stop) // BLOCK_J * BLOCK_J",
+            "full_stop = gl.maximum(full_stop, full_start)",
+            "before = (full_start - main_start) // BLOCK_J",
+            "after = gl.cdiv(gl.maximum(main_stop - full_stop, 0), BLOCK_J)",
+        ]
+        passed = " + ".join([*terms, "before"])
+        places.append(f"start += gl.where(number >= {passed}, full_stop - full_start, 0)")
+        terms += ["before", "after"]
+    elif not runs.full:
+        terms.append("gl.cdiv(main_stop - main_start, BLOCK_J)")
+    if runs.full:
+        places.append("start = gl.where(number < edges, start, full_start + (number - edges) * BLOCK_J)")
+    if not runs.everything:
+        lines.append(f"edges = {' + '.join(terms)}")
+        lines.append("blocks = edges + (full_stop - full_start) // BLOCK_J" if runs.full else "blocks = edges")
+    return _placed(lines, places, known(runs, None), context)
+
+
+def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[str, str, str]) -> str:
+    """``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
+    heads, queries, keys = lengths
+    head = f"b * {heads} + h" if marks.by_head else "b"
+    counts = [
+        f"tile = ({head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
+        "edges = gl.load(counts + 2 * tile)",
+        "blocks = gl.load(counts + 2 * tile + 1)",
+        f"row = gl.cast(tile, gl.int64) * gl.cdiv({keys}, BLOCK_J)",
+        "# The edges stand at the front of the row, the others at its end, in falling order.",
+        f"turned = edges + gl.cdiv({keys}, BLOCK_J) - 1",
+        "listed = places + row",
+    ]
+    place = ["start = gl.load(listed + gl.where(number < edges, number, turned - number)) * BLOCK_J"]
+    return _placed(counts, place, LISTED, context)
+
+
+def _placed(lines: list[str], places: list[str], known: tuple[str, ...], context: tuple[str, ...]) -> str:
+    counted = [
+        "@gluon.jit",
+        signature("def key_blocks", ["row_first", "b", "h", *context], ":"),
+        '    """How many key blocks a tile visits (at least one), and what ``block_start`` needs."""',
+        *(f"    {line}" for line in lines),
+        f"    return gl.maximum(blocks, 1), {', '.join(known)}",
+    ]
+    placed = [
+        "@gluon.jit",
+        signature("def block_start", ["number", *known], ":"),
+        '    """First key of a block; blocks on an edge of the mask come first."""',
+        *(f"    {line}" for line in places),
+        "    return start",
+    ]
+    return tidy(counted) + "\n\n\n" + tidy(placed)
+
+
+def _aligned(start: str) -> str:
+    """The start of the key block that holds a key (never a negative one)."""
+    return start if start == "0" else f"({start}) // BLOCK_J * BLOCK_J"
