@@ -13,6 +13,7 @@ import torch
 from attncompile.codegen.gluon import generate, slower, why_not_installed, why_not_spec
 from attncompile.codegen.gluon.columns import fold_columns
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import dense
 from attncompile.ir import parse_expr, parse_spec
 from attncompile.ir.evaluate import evaluate
@@ -120,6 +121,25 @@ def test_tiles_fit_into_shared_memory(channels: int, features: int, light: bool)
     assert shared_bytes(tile, channels, features) <= SHARED_MEMORY
     assert tile.stages <= 3  # named barriers: three of each kind
     assert 128 * ((tile.groups * tile.registers) + 24) <= 65536
+
+
+def test_tensors_that_tma_cannot_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    why_not = load_module(generate(BY_NAME["causal"].spec)).why_not
+    room = torch.empty(2, 4, 9, 33, dtype=torch.bfloat16)
+    good = torch.empty(2, 9, 4, 16, dtype=torch.bfloat16).transpose(1, 2)
+    assert why_not(good, good, good) is None
+    assert why_not(good[:1, :1], good, good) is None
+    for tensor, said in (
+        (room[..., 1:17], "does not begin at a multiple of 16 bytes"),
+        (room[..., :16], "axis 0 of the value has stride 1188"),
+        (good.float(), "float16 and bfloat16"),
+        (torch.empty(2, 4, 9, 32, dtype=torch.bfloat16)[..., ::2], "2 elements apart"),
+        (good[:, :1].expand(2, 4, 9, 16), "has stride 0"),
+        (good[:, :, :0], "is empty"),
+    ):
+        assert said in (why_not(good, good, tensor) or "")
 
 
 # One row for each shape of text: dense with a tail, two ranges with loads, sinks with rows in a head of 128.
