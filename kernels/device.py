@@ -79,3 +79,47 @@ def join_sink(accumulator, peak, total, logit):
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key, and a sink of -inf
     rescale = tl.exp2(peak - shift)
     return accumulator * rescale[:, None], new_peak, total * rescale + tl.exp2(logit - shift)
+
+
+@triton.jit
+def weigh(peak, total, logits, SCALE: tl.constexpr):
+    """One step of the online softmax without its product: weights, the factor of earlier ones, new peak and sum.
+
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * SCALE)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(logits * SCALE - shift[:, None])
+    rescale = tl.exp2(peak - shift)
+    return weights, rescale, new_peak, total * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def power_above(x):
+    """The least power of two that is at least x; 1 for 0. A division by it is exact."""
+    return tl.where(x > 0.0, tl.exp2(tl.ceil(tl.log2(x))), 1.0)
+
+
+@triton.jit
+def from_e4m3(codes, DTYPE: tl.constexpr):
+    """Numbers of float8 e4m3, given as such or as bytes: exact in float16 and everything wider."""
+    if codes.dtype == tl.uint8:
+        bits = codes.to(tl.uint16)
+        # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
+        numbers = tl.where((bits & 127) == 127, float("nan"), half.to(tl.float32)).to(DTYPE)
+    else:
+        numbers = codes.to(DTYPE)
+    return numbers
+
+
+@triton.jit
+def from_low_bits(codes, DTYPE: tl.constexpr):
+    """The signed numbers in the low four bits of bytes."""
+    return (((codes & 15) ^ 8).to(tl.int8) - 8).to(DTYPE)
+
+
+@triton.jit
+def from_high_bits(codes, DTYPE: tl.constexpr):
+    """The signed numbers in the high four bits of bytes."""
+    return (codes.to(tl.int8, bitcast=True) >> 4).to(DTYPE)

@@ -17,6 +17,7 @@ from attncompile.ir.ops import (
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec, parse_spec, print_spec
+from attncompile.ir.storage import Dequantize, Gather
 from attncompile.ir.text import parse_expr, print_expr
 from attncompile.ir.types import Axis, TensorType, Value, tensor_type
 
@@ -25,7 +26,9 @@ __all__ = [
     "Attend",
     "Axis",
     "Cache",
+    "Dequantize",
     "Expr",
+    "Gather",
     "Index",
     "Kind",
     "Load",

@@ -20,7 +20,7 @@ from attncompile.ir.expr import Expr, Size, walk
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import OPERATIONS, Attend, Normalizer, Operation, Scan
 from attncompile.ir.polynomial import polynomial
-from attncompile.ir.text import parse_expr, print_expr
+from attncompile.ir.text import parse_expr, parse_exprs, print_expr
 from attncompile.ir.types import DTYPES, Axis, TensorType, Value, bind_sizes, element_kind
 
 
@@ -215,6 +215,8 @@ def _attribute_lines(operation: Operation, digits: int | None) -> list[tuple[str
             continue
         if isinstance(value, Expr):
             text = print_expr(value, digits)
+        elif isinstance(value, tuple):
+            text = ", ".join(print_expr(each, digits) for each in value)
         else:
             text = str(value).lower() if isinstance(value, bool) else str(value) or "none"
         lines.append((field.name, text))
@@ -390,6 +392,7 @@ def _read_truth(text: str, kinds: Mapping[str, Kind]) -> bool:
 
 _READERS: dict[Any, Callable[[str, Mapping[str, Kind]], Any]] = {
     Expr: parse_expr,
+    tuple[Expr, ...]: parse_exprs,
     Normalizer: lambda text, kinds: Normalizer.parse(text),
     bool: _read_truth,
     int: lambda text, kinds: int(text),

@@ -101,7 +101,10 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     constants: dict[str, Any] = {}
     aligned: list[str] = []
     for name, element in kernel.pointers:
-        signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
+        element = dtype if element == "operand" else element
+        if element == "float8_e4m3" and not _has_float8(target):
+            element = "uint8"  # as the launcher passes it there
+        signature[name] = "*" + ELEMENTS[element]
         aligned.append(name)
     for name in kernel.strides:
         last = _is_last_stride(name, kernel.strides)
@@ -125,6 +128,10 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     )
     registers, spills = resources(built.asm, target)
     return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
+
+
+def _has_float8(target: Target) -> bool:
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
 
 
 def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
+from attncompile.codegen.triton.decode import few_queries
 from attncompile.codegen.triton.expressions import Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.module import (
     CHECKS,
@@ -24,13 +24,14 @@ from attncompile.codegen.triton.module import (
     mentions,
     tiles_text,
 )
+from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.tiles import Tile, dense_tile
-from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, KeyRange, Visits, visits
+from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
 from attncompile.ir import Quantize, Spec, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Expr, Index, Load, loads, symbols, walk
 from attncompile.kernels import quantize
-from attncompile.kernels.dense import DenseForward, KeyRuns
+from attncompile.kernels.dense import DenseForward
 from attncompile.kernels.source import signature
 
 HEAVY = 12
@@ -52,16 +53,21 @@ def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     kernel_text = skeleton.source()
     rounding = [quantize.SOURCE.rstrip()] if parts.quantized else []
+    few = few_queries(spec, parts, binding, lengths, skeleton)
     source = join(
-        documentation(spec, inputs),
+        documentation(spec, inputs, *([few.note] if few else [])),
+        *([few.tables] if few else []),
         tiles_text(tiles, "queries and keys per block, warps, pipeline stages") + "\n" + CHECKS,
         TILE_OF,
+        *(few.functions if few else []),
         *device_functions_of(kernel_text, *rounding),
         *rounding,
         kernel_text,
-        launcher(spec, inputs, _launch(spec, parts, binding, lengths, skeleton)),
+        *([few.source] if few else []),
+        launcher(spec, inputs, _launch(spec, parts, binding, lengths, skeleton, few.launch if few else [])),
     )
-    return source, _kernels(parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles)
+    kernels = _kernels(parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles)
+    return source, (*(few.kernels if few else ()), *kernels)
 
 
 def _expressions(parts: Dense) -> tuple[Expr, ...]:
@@ -104,30 +110,6 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     )
 
 
-def key_runs(found: Visits, scope: Scope) -> tuple[KeyRuns, str]:
-    """The key loops' limits in Triton, and all their text."""
-    lines: list[str] = []
-    numbers: Counter[str] = Counter()
-
-    def text(expr: Expr) -> str:
-        printed = print_triton(expr, scope, numbers)
-        lines.extend(printed.lines)
-        return printed.value
-
-    def pair(limits: KeyRange | None) -> tuple[str, str] | None:
-        return None if limits is None else (text(limits.start), text(limits.stop))
-
-    runs = KeyRuns(
-        first=pair(found.first),
-        main=(text(found.main.start), text(found.main.stop)),
-        full=pair(found.full),
-        test=None if found.test == TRUE else text(found.test),
-        lines=tuple(lines),
-    )
-    texts = [*lines, *(runs.first or ()), *runs.main, *(runs.full or ()), runs.test or ""]
-    return runs, "\n".join(texts)
-
-
 def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
     nodes = [node for expr in _expressions(parts) for node in walk(expr)]
     by_key = any(isinstance(node, Load) and Index("j") in symbols(node) for node in nodes)
@@ -138,7 +120,12 @@ def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
 
 
 def _launch(
-    spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length], skeleton: DenseForward
+    spec: Spec,
+    parts: Dense,
+    binding: Binding,
+    lengths: tuple[Length, Length, Length],
+    skeleton: DenseForward,
+    few: list[str],
 ) -> list[str]:
     attend = parts.attend
     heads, queries = lengths[0].value, lengths[1].value
@@ -176,6 +163,7 @@ def _launch(
         *([lse] if skeleton.lse else []),
         "if out.numel() == 0:",
         f"    {returned}",
+        *few,
         f"queries, keys, warps, stages = tile_of({like}, {queries})",
         *rounding,
         f"if max({key}.stride(2), {value}.stride(2)) * keys >= 2**31:",

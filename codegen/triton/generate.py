@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
+from attncompile.codegen.triton.decode import decode_module
 from attncompile.codegen.triton.dense import dense_module
 from attncompile.codegen.triton.module import Kernel
 from attncompile.codegen.triton.scan import scan_module
+from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import Spec
 
@@ -45,7 +47,8 @@ def generate(spec: Spec) -> GeneratedModule:
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name}: {reason}")
     spec = dataclasses.replace(spec, name="attention")
-    source, kernels = scan_module(spec) if spec.scan() else dense_module(spec)
+    make = scan_module if spec.scan() else decode_module if reads_storage(spec) else dense_module
+    source, kernels = make(spec)
     return GeneratedModule(f"{spec.operations[-1].keyword}_{spec.fingerprint()}", source, kernels)
 
 

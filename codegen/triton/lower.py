@@ -124,7 +124,8 @@ class _Chosen:
         self._modules: dict[int, ModuleType | None] = {}
         attend = operators.parsed(text).attend()
         names = [value.name for value in operators.parsed(text).inputs]
-        self._operands = attend and [names.index(n) for n in (attend.query, attend.key, attend.value) if n in names]
+        read = (attend.query, attend.key, attend.value) if attend else ()
+        self._operands = [names.index(name) for name in read] if set(read) <= set(names) else []
 
     @functools.cached_property
     def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import refusal
+from attncompile.codegen.triton.storage import reads_storage, storage_reason
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.ir import NO_SINK, Attend, Quantize, Scan, Spec, simplify
 from attncompile.ir.expr import (
@@ -68,6 +69,8 @@ def operations_reason(spec: Spec) -> str | None:
     names = [operation.keyword for operation in spec.operations]
     if names == ["scan"] or names == ["attend"]:
         return None
+    if reads_storage(spec):
+        return storage_reason(spec)
     attend = spec.attend()
     if names == ["quantize", "quantize", "attend"] and attend is not None:
         rounded = [op.out for op in spec.operations[:2]]  # type: ignore[attr-defined]
@@ -81,7 +84,8 @@ def operations_reason(spec: Spec) -> str | None:
             return "the int8 kernel rounds inputs of the Spec, not results of other operations"
         return None
     return (
-        f"there is a kernel for one attend, one attend with query and key quantized, and one scan; "
+        f"there is a kernel for one attend, one attend with query and key quantized, one attend behind gather and "
+        f"dequantize, and one scan; "
         f"this Spec is {', '.join(names)}"
     )
 

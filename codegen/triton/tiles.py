@@ -54,6 +54,18 @@ def dense_tile(channels: int, element: int, *, most_keys: int | None = None, hea
     return Tile(tile.queries, min(tile.keys, most_keys or tile.keys), warps, tile.stages)
 
 
+def decode_tile(bytes_of_a_key: int) -> Tile:
+    """The tile of the decode kernel: a stage is to hold 32 KiB of stored keys and values, at most 128 of them.
+
+    Args:
+        bytes_of_a_key: what one key and its value take, with channels padded as in the tile.
+    """
+    keys = 128
+    while keys > 16 and keys * bytes_of_a_key > 32 * 1024:
+        keys //= 2
+    return Tile(16, keys, 4, 4 if keys * bytes_of_a_key <= 16 * 1024 else 3)
+
+
 def scan_tile(channels: int, element: int) -> Tile:
     """The tile of the scan: chunk length and value channels of a program."""
     return _find(_SCAN, channels, element)
@@ -63,6 +75,4 @@ def _find(table: tuple[tuple[int, int, Tile], ...], channels: int, element: int)
     for largest, size, tile in table:
         if channels <= largest and element == size:
             return tile
-    raise ValueError(
-        f"no tile for {channels} channels of {element} bytes; the largest head has {LARGEST_HEAD}"
-    )
+    raise ValueError(f"no tile for {channels} channels of {element} bytes; the largest head has {LARGEST_HEAD}")

@@ -14,8 +14,9 @@ from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import parse_spec
 from tests.cases import Case
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
+from tests.kernels.decode_cases import DECODE_BY_NAME, DECODE_CASES
 
-LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+LOWERED = tuple(case for case in (*ALL_CASES, *DECODE_CASES) if why_not_spec(case.spec) is None)
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="TRITON_INTERPRET replaces the compiler"
 )
@@ -60,6 +61,16 @@ def test_compiles_for_other_gpus(target: Target) -> None:
         for kernel in compile_ahead(generate(ALL_BY_NAME[name].spec), target, "float16"):
             assert kernel.texts["cubin" if target.backend == "cuda" else "hsaco"]
             assert kernel.shared <= (65536 if target.backend == "hip" else 163840)
+
+
+# half precision; the tiles of float32 are compiled with the whole table
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("name", ("channels-128", "paged", "float8", "int8-smooth", "int4-channel", "int4-groups"))
+def test_decode_compiles(name: str, target: Target) -> None:
+    for kernel in compile_ahead(generate(DECODE_BY_NAME[name].spec), target, "bfloat16"):
+        assert kernel.texts["cubin" if target.backend == "cuda" else "hsaco"]
+        assert kernel.shared <= (65536 if target.backend == "hip" else 163840)
+        assert target.backend == "hip" or kernel.spills in (0, None)
 
 
 @pytest.mark.parametrize("channels", (64, 128))

@@ -17,17 +17,18 @@ from attncompile.codegen.triton.structure import gives_zeros, weight_factor, why
 from attncompile.ir import Kind, parse_expr, parse_spec
 from attncompile.ir.operators import OPERATORS
 from attncompile.kernels.source import WIDTH
-from tests.cases import BY_NAME
+from tests.cases import BY_NAME, Case
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
+from tests.kernels.decode_cases import DECODE_CASES
 
-LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
+LOWERED = tuple(case for case in (*ALL_CASES, *DECODE_CASES) if why_not_spec(case.spec) is None)
 HEAD = "attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s\n"
 SOFTMAX = "norm   softmax (float32)"
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
-def test_module_text(case: object) -> None:
-    spec = ALL_BY_NAME[case.name].spec  # type: ignore[attr-defined]
+def test_module_text(case: Case) -> None:
+    spec = case.spec
     module = generate(spec)
     assert module == generate(dataclasses.replace(spec, name="another.place"))
     assert module.name.isidentifier()

@@ -13,6 +13,8 @@ import torch
 from attncompile.ir import (
     Attend,
     Cache,
+    Dequantize,
+    Gather,
     Normalizer,
     Operation,
     Position,
@@ -410,6 +412,22 @@ TYPED = [
         {"out": "[B,2,I + P,16] float32"},
     ),
     TypeCase("quantize", Quantize("k"), attend_types(), {"out": "[B,2,J,16] float32"}),
+    TypeCase(
+        "gather",
+        Gather(
+            "pages",
+            (parse_expr("table[b, j // 16]", {"table": Kind.INT}), *map(parse_expr, ("j % 16", "g", "d"))),
+            tuple(map(parse_expr, ("B", "2", "16·M", "8"))),
+        ),
+        {"pages": tensor_type("psgd", ("P", 16, 2, 8), "int8"), "table": tensor_type("bm", ("B", "M"), "int32")},
+        {"out": "[B,2,16·M,8] int8"},
+    ),
+    TypeCase(
+        "dequantize",
+        Dequantize("codes", bits=4, dtype="bfloat16"),
+        {"codes": tensor_type("bgjd", ("B", 2, "J", 8), "uint8")},
+        {"out": "[B,2,J,16] bfloat16"},
+    ),
 ]
 
 
@@ -424,7 +442,7 @@ def test_every_operation_has_a_typed_case() -> None:
 
 @pytest.mark.parametrize("case", TYPED, ids=lambda case: case.name)
 def test_inferred_types_are_those_of_the_reference(case: TypeCase) -> None:
-    sizes = {"B": 2, "I": 3, "J": 3, "P": 4}
+    sizes = {"B": 2, "I": 3, "J": 3, "P": 4, "M": 2}
     tensors = {
         name: torch.randn([int(s.value) if isinstance(s, Const) else sizes[s.name] for s in found.sizes])  # type: ignore[attr-defined]
         for name, found in case.types.items()

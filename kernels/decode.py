@@ -1,0 +1,539 @@
+"""Skeleton of the decode kernel: few queries, long caches.
+
+All query positions of all query heads that share a KV head are the rows of one tile, so that every key is read once.
+The visible keys of a batch row are cut into ``splits`` equal parts; one program computes one part of one tile and
+writes its unnormalised sum with the peak and the total of its softmax, and a second kernel joins the parts of a row in
+a fixed order: results do not depend on timing.
+
+Keys and values may lie behind index tables, and in narrow types. A scale that differs by channel or by token factors
+out of the products, so the codes themselves are multiplied, in float16, where each of them is exact; a scale that
+differs by both is applied to the tile.
+
+Follows: Flash-Decoding (Dao et al. 2023); Milakov and Gimelshein 2018 (arXiv:1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.source import indented, signature
+
+Form = Literal["real", "float8_e4m3", "int8", "int4"]
+Reads = Literal["channel", "token", "both"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A scale or a shift of stored numbers.
+
+    Attributes:
+        function: of ``b g j d``.
+        reads: what it differs by inside a head: ``channel`` (or nothing), ``token``, or ``both``.
+    """
+
+    function: DeviceFunction
+    reads: Reads
+
+    def read(self, target: str, token: str, channel: str) -> list[str]:
+        """Lines that bind the target to its values at a key position and a channel, given as source."""
+        places = {"j": token, "d": channel}
+        arguments = [places.get(name, name) for name in self.function.parameters]
+        return signature(f"{target} = {self.function.name}", arguments, "", inside=12).splitlines()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys or values as they lie in memory.
+
+    Attributes:
+        name: ``key`` or ``value``.
+        rows: source of the index of each stored axis over ``b g keys``; ``None`` for the axis of the channels.
+        channels: number of channels, as the Spec has them.
+        form: how a number is stored; ``real`` is the operands' own type.
+        scale, shift: of stored numbers, or ``None``.
+        factored: whether scale and shift are applied around the products, not to the tile.
+    """
+
+    name: str
+    rows: tuple[str | None, ...]
+    channels: int
+    form: Form = "real"
+    scale: Term | None = None
+    shift: Term | None = None
+    factored: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Endings of the names of the tiles that a tile of bytes gives."""
+        return ("_low", "_high") if self.form == "int4" else ("",)
+
+    @property
+    def width(self) -> int:
+        """Channels of each part."""
+        return self.channels // len(self.parts)
+
+    @property
+    def padded(self) -> int:
+        """Channels of a part's tile: a power of two that the matrix units take."""
+        return max(16, 1 << (self.width - 1).bit_length())
+
+    @property
+    def lanes(self) -> str:
+        """Identifier of the numbers of a part's channels."""
+        return "channels" if self.name == "key" else "features"
+
+    def bytes_of_a_key(self, element: int) -> int:
+        """Bytes of a tile's row in shared memory, its scales included, for operands of so many bytes."""
+        terms = sum(term is not None for term in (self.scale, self.shift)) if not self.factored else 0
+        return self.padded * ((element if self.form == "real" else 1) + 4 * terms * len(self.parts))
+
+    def strides(self) -> tuple[str, ...]:
+        """Stride arguments in order."""
+        return tuple(f"{self.name}_stride_{axis}" for axis in range(len(self.rows)))
+
+    def lane(self, part: int) -> str:
+        """Source of the channels of a part that exist; past the last one the last."""
+        lanes = self.lanes if self.padded == self.width else f"tl.minimum({self.lanes}, {self.width - 1})"
+        return f"({lanes} + {self.width})" if part else lanes
+
+    def offsets(self) -> list[str]:
+        """Lines that compute the offset of each key."""
+        steps = [
+            f"tl.cast({text}, tl.int64) * {stride}"
+            for text, stride in zip(self.rows, self.strides(), strict=True)
+            if text not in (None, "0")
+        ]
+        name = f"{self.name}_rows"
+        return [f"{name} = {steps[0]}", *(f"{name} += {step}" for step in steps[1:])]
+
+    def load(self, across: bool) -> list[str]:
+        """Lines that read the tile of stored numbers ``[keys, channels]``, or ``[channels, keys]`` if ``across``."""
+        token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
+        shown = f"inside{token}"
+        if self.padded != self.width:
+            shown += f" & ({self.lanes} < {self.width}){channel}"
+        step = f"{self.lanes}{channel} * {self.name}_stride_{self.rows.index(None)}"
+        empty = "0" if self.form in ("int8", "int4") else "0.0"
+        return [
+            *self.offsets(),
+            f"{self.name}_offsets = {self.name}_rows{token} + {step}",
+            f"{self.name}_stored = tl.load({self.name} + {self.name}_offsets, mask={shown}, other={empty})",
+        ]
+
+    def numbers(self, across: bool) -> list[str]:
+        """Lines that make the tiles of numbers from the stored ones."""
+        name = f"{self.name}_stored"
+        if self.form == "real":
+            return [f"{self.name}_tile = {name}"]
+        dtype = "PRODUCT" if self.factored else "tl.float32"
+        texts = {
+            "int8": [f"{name}.to({dtype})"],
+            "float8_e4m3": [f"from_e4m3({name}, {dtype})"],
+            "int4": [f"from_low_bits({name}, {dtype})", f"from_high_bits({name}, {dtype})"],
+        }[self.form]
+        lines = []
+        token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
+        for number, (part, text) in enumerate(zip(self.parts, texts, strict=True)):
+            tile = f"{self.name}_tile{part}"
+            lines.append(f"{tile} = {text}")
+            if not self.factored:
+                for sign, term in (("*", self.scale), ("+", self.shift)):
+                    if term:
+                        lines += term.read(f"{self.name}_terms", f"keys{token}", f"{self.lane(number)}{channel}")
+                        lines.append(f"{tile} = {tile} {sign} {self.name}_terms")
+                if not across:  # the weight there is zero, but no number times zero may be NaN
+                    lines.append(f"{tile} = tl.where(inside{token}, {tile}, 0.0)")
+                lines.append(f"{tile} = {tile}.to(query.dtype.element_ty)")
+        return lines
+
+
+@dataclass(frozen=True)
+class Decode:
+    """What a Spec decides about the kernel.
+
+    Attributes:
+        scale: constant factor of the logits that ``score`` leaves out.
+        score, visible, edit, sink: as in :class:`attncompile.kernels.dense.DenseForward`.
+        group: query heads that share a KV head.
+        contiguous: whether they follow each other; otherwise they are ``key_heads`` apart.
+        key, value: how they are stored.
+        runs: limits of the keys; ``full`` is not used.
+        lse: whether the log-sum-exp is stored.
+        captured: identifier and number of axes of each captured tensor.
+        lengths: identifiers of the numbers of heads, queries and keys.
+        sizes: identifiers of other sizes.
+        lines: statements that the rows of keys and values rely on.
+    """
+
+    scale: float
+    score: DeviceFunction | None
+    visible: DeviceFunction | None
+    edit: DeviceFunction | None
+    sink: DeviceFunction | None
+    group: int
+    contiguous: bool
+    key: Stored
+    value: Stored
+    runs: KeyRuns
+    lse: bool
+    captured: tuple[tuple[str, int], ...]
+    lengths: tuple[str, str, str]
+    sizes: tuple[str, ...]
+    lines: tuple[str, ...] = ()
+
+    def pointers(self) -> tuple[str, ...]:
+        """Pointer arguments of the first kernel in order."""
+        return ("query", "key", "value", "partial", "peaks", "totals", *(name for name, _ in self.captured))
+
+    def strides(self) -> tuple[str, ...]:
+        """Stride arguments of the first kernel in order."""
+        captured = [f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)]
+        return (*(f"query_stride_{a}" for a in "bhid"), *self.key.strides(), *self.value.strides(), *captured)
+
+    def integers(self) -> tuple[str, ...]:
+        """Size arguments of the first kernel in order."""
+        return tuple(dict.fromkeys((*self.lengths, *self.sizes, "key_heads", "splits")))
+
+    def sink_captured(self) -> tuple[tuple[str, int], ...]:
+        """Captured tensors that the sink reads."""
+        read = self.sink.parameters if self.sink else ()
+        return tuple(each for each in self.captured if each[0] in read)
+
+    def merge_pointers(self) -> tuple[str, ...]:
+        """Pointer arguments of the second kernel in order."""
+        lse = ("lse",) if self.lse else ()
+        return ("partial", "peaks", "totals", "out", *lse, *(name for name, _ in self.sink_captured()))
+
+    def merge_strides(self) -> tuple[str, ...]:
+        """Stride arguments of the second kernel in order."""
+        captured = [f"{name}_stride_{axis}" for name, rank in self.sink_captured() for axis in range(rank)]
+        return (*(f"out_stride_{axis}" for axis in "bhie"), *captured)
+
+    def merge_integers(self) -> tuple[str, ...]:
+        """Size arguments of the second kernel in order."""
+        read = self.sink.parameters if self.sink else ()
+        return tuple(dict.fromkeys((*self.lengths[:2], *(s for s in self.sizes if s in read), "splits")))
+
+    def functions(self) -> tuple[DeviceFunction, ...]:
+        """The functions that belong to the storage alone."""
+        terms = (self.key.scale, self.key.shift, self.value.scale, self.value.shift)
+        return tuple(term.function for term in terms if term)
+
+    def source(self) -> str:
+        """The storage's functions and both kernels as text."""
+        own = [function.source() for function in self.functions()]
+        return "\n\n\n".join([*own, self._kernel(), self._merge()])
+
+    def _kernel(self) -> str:
+        parameters = [
+            *self.pointers(),
+            *self.strides(),
+            *self.integers(),
+            "BLOCK_I: tl.constexpr",
+            "BLOCK_J: tl.constexpr",
+        ]
+        blocks = [self._setup(), self._query(), self._limits(), self._loop(), self._store()]
+        return "\n".join(
+            [
+                "@triton.jit",
+                signature("def attend_split", parameters, ":"),
+                '    """One program: one part of the visible keys for the queries that share a KV head."""',
+                "\n\n".join(indented(block, 4) for block in blocks),
+            ]
+        )
+
+    def _setup(self) -> list[str]:
+        _, queries, _ = self.lengths
+        head = f"g * {self.group} + row // {queries}" if self.contiguous else f"row // {queries} * key_heads + g"
+        narrow = any(each.form != "real" and each.factored for each in (self.key, self.value))
+        return [
+            *(
+                [
+                    "# Codes are exact in float16, and queries and weights are divided by what might not fit.",
+                    "PRODUCT: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16",
+                ]
+                if narrow
+                else []
+            ),
+            "program = tl.program_id(0)",
+            "split = program % splits",
+            f"blocks = tl.cdiv({self.group} * {queries}, BLOCK_I)",
+            "block = program // splits % blocks",
+            "g = program // splits // blocks % key_heads",
+            "b = program // splits // blocks // key_heads",
+            f"row_first, row_last = 0, {queries} - 1",
+            "rows = block * BLOCK_I + tl.arange(0, BLOCK_I)",
+            f"row = tl.minimum(rows, {self.group} * {queries} - 1)",
+            f"i = (row % {queries})[:, None]",
+            f"h = ({head})[:, None]",
+            "lanes = tl.arange(0, BLOCK_J)",
+            f"channels = tl.arange(0, {self.key.padded})",
+            f"features = tl.arange(0, {self.value.padded})",
+        ]
+
+    def _query(self) -> list[str]:
+        key = self.key
+        _, queries, _ = self.lengths
+        asked = f"(rows < {self.group} * {queries})[:, None]"
+        if key.padded != key.width:
+            asked += f" & (channels < {key.width})[None, :]"
+        lines = [
+            "query_rows = tl.cast(b, tl.int64) * query_stride_b + tl.cast(h, tl.int64) * query_stride_h",
+            "query_rows += tl.cast(i, tl.int64) * query_stride_i",
+        ]
+        for number, part in enumerate(key.parts):
+            place = f"(channels + {key.width})" if number else "channels"
+            lines += [
+                f"query_offsets = query_rows + {place}[None, :] * query_stride_d",
+                f"query_tile{part} = tl.load(query + query_offsets, mask={asked}, other=0.0)",
+            ]
+        if key.form != "real" and key.factored:
+            lines += self._query_for_codes()
+        tiles = "".join(
+            f"accumulator{part} = tl.zeros([BLOCK_I, {self.value.padded}], tl.float32)\n" for part in self.value.parts
+        )
+        return [
+            *lines,
+            *tiles.splitlines(),
+            'peak = tl.full([BLOCK_I], float("-inf"), tl.float32)',
+            "total = tl.zeros([BLOCK_I], tl.float32)",
+        ]
+
+    def _query_for_codes(self) -> list[str]:
+        """Channel scales and shifts of the keys move to the query; its rows are divided by a power of two."""
+        key, lines = self.key, []
+        tiles = [f"query_tile{part}" for part in key.parts]
+        lines += [f"{tile} = {tile}.to(tl.float32)" for tile in tiles]
+        if key.shift:
+            for number, tile in enumerate(tiles):
+                lines += key.shift.read("by_channel", "0", f"{key.lane(number)}[None, :]")
+                lines.append(f"query_shift {'+=' if number else '='} tl.sum({tile} * by_channel, 1)")
+        if key.scale and key.scale.reads == "channel":
+            for number, tile in enumerate(tiles):
+                lines += key.scale.read("by_channel", "0", f"{key.lane(number)}[None, :]")
+                lines.append(f"{tile} = {tile} * by_channel")
+        lines.append(f"query_peak = tl.max(tl.abs({tiles[0]}), 1)")
+        lines += [f"query_peak = tl.maximum(query_peak, tl.max(tl.abs({tile}), 1))" for tile in tiles[1:]]
+        lines.append("query_peak = power_above(query_peak)")
+        return lines + [f"{tile} = ({tile} / query_peak[:, None]).to(PRODUCT)" for tile in tiles]
+
+    def _limits(self) -> list[str]:
+        runs = self.runs
+
+        def whole(text: str) -> str:
+            """Limits that are read from tensors may have 64 bits."""
+            return f"tl.cast({text}, tl.int32)" if runs.lines and not text.isidentifier() and text != "0" else text
+
+        start, stop = map(whole, runs.main)
+        lines = [
+            "# The visible keys, cut into parts of as many tiles.",
+            *runs.lines,
+            f"main_start = {start}",
+            f"main_stop = {stop}" if start == "0" else f"main_stop = tl.maximum({stop}, main_start)",
+        ]
+        count = "tl.cdiv(tl.maximum(main_stop - main_start, 0), BLOCK_J)"
+        if runs.first:
+            lines += [
+                "# A range before it, as far as it does not reach into it.",
+                f"first_start = {whole(runs.first[0])}",
+                f"first_stop = tl.minimum({whole(runs.first[1])}, main_start)",
+                "first_count = tl.cdiv(tl.maximum(first_stop - first_start, 0), BLOCK_J)",
+            ]
+            count = f"first_count + {count}"
+        return [*lines, f"count = {count}", "share = tl.cdiv(count, splits)"]
+
+    def _loop(self) -> list[str]:
+        keys = self.lengths[2]
+        step = []
+        if self.runs.first:
+            step += [
+                "start = first_start + number * BLOCK_J",
+                "stop = first_stop",
+                "if number >= first_count:",
+                "    start = main_start + (number - first_count) * BLOCK_J",
+                "    stop = main_stop",
+            ]
+        else:
+            step += ["start = main_start + number * BLOCK_J", "stop = main_stop"]
+        body = [
+            "keys = start + lanes",
+            "inside = keys < stop",
+            f"keys = tl.minimum(keys, {keys} - 1)",
+            "j = keys[None, :]",
+            *dict.fromkeys(self.lines),
+            *self.key.load(across=True),
+            *self.key.numbers(across=True),
+            *self._scores(),
+            *self.value.load(across=False),
+            *self.value.numbers(across=False),
+            *self._weights(),
+        ]
+        if self.runs.test:
+            step += ["key_first, key_last = start, start + BLOCK_J - 1", f"if {self.runs.test}:"]
+            body = _deeper(body)
+        return [
+            "for number in range(split * share, tl.minimum(split * share + share, count)):",
+            *_deeper([*step, *body]),
+        ]
+
+    def _scores(self) -> list[str]:
+        key = self.key
+        lines: list[str] = []
+        for part in key.parts:
+            more = ", s" if lines else ""
+            product = f'tl.dot(query_tile{part}, key_tile{part}{more}, input_precision="ieee")'
+            lines.append(f"s = {product}")
+        if key.form != "real" and key.factored:
+            scale = ""
+            if key.scale and key.scale.reads == "token":
+                lines += key.scale.read("by_key", "j", "0")
+                scale = " * by_key"
+            shift = " + query_shift[:, None]" if key.shift else ""
+            lines.append(f"s = s * query_peak[:, None]{scale}{shift}")
+        if self.score:
+            lines += signature("logits = score", self.score.parameters, "", inside=8).splitlines()
+        shown = "inside[None, :]"
+        if self.visible:
+            lines += signature("shown = visible", self.visible.parameters, "", inside=8).splitlines()
+            shown += " & shown"
+        logits = "logits" if self.score else "s"
+        return [*lines, f'logits = tl.where({shown}, {logits}, float("-inf"))']
+
+    def _weights(self) -> list[str]:
+        value = self.value
+        lines = [f"weights, rescale, peak, total = weigh(peak, total, logits, {self.scale * LOG2E!r})"]
+        if self.edit:
+            lines += signature("factor = edit", self.edit.parameters, "", inside=8).splitlines()
+            lines.append("weights = weights * factor")
+        by_token = value.factored and value.scale is not None and value.scale.reads == "token"
+        if by_token and value.scale:
+            lines += [
+                *value.scale.read("by_key", "j", "0"),
+                "value_scales = tl.where(inside[None, :], by_key, 0.0)",
+                "largest = power_above(tl.max(tl.abs(value_scales)))",
+                "weights = weights * (value_scales / largest)",
+            ]
+        lines.append(f"weights = weights.to(value_tile{value.parts[0]}.dtype)")
+        for part in value.parts:
+            total, tile = f"accumulator{part}", f"value_tile{part}"
+            lines.append(f"{total} = {total} * rescale[:, None]")
+            if by_token:
+                lines.append(f'{total} += tl.dot(weights, {tile}, input_precision="ieee") * largest')
+            else:
+                lines.append(f'{total} = tl.dot(weights, {tile}, {total}, input_precision="ieee")')
+        return lines
+
+    def _store(self) -> list[str]:
+        value = self.value
+        heads, queries, _ = self.lengths
+        written = f"(rows < {self.group} * {queries})[:, None]"
+        if value.padded != value.width:
+            written += f" & (features < {value.width})[None, :]"
+        lines = [f"place = ((tl.cast(b, tl.int64) * {heads} + h) * {queries} + i) * splits + split"]
+        for number, part in enumerate(value.parts):
+            if value.factored and value.scale and value.scale.reads == "channel":
+                lines += value.scale.read("by_channel", "0", f"{value.lane(number)}[None, :]")
+                lines.append(f"accumulator{part} = accumulator{part} * by_channel")
+            place = f"features + {value.width}" if number else "features"
+            lines += [
+                f"part_offsets = place * {value.channels} + {f'({place})' if number else place}[None, :]",
+                f"tl.store(partial + part_offsets, accumulator{part}, mask={written})",
+            ]
+        rows = f"mask=rows < {self.group} * {queries}"
+        return [
+            *lines,
+            "place = tl.reshape(place, [BLOCK_I])",
+            f"tl.store(peaks + place, peak, {rows})",
+            f"tl.store(totals + place, total, {rows})",
+        ]
+
+    def _merge(self) -> str:
+        heads, queries, _ = self.lengths
+        channels = self.value.channels
+        padded = max(16, 1 << (channels - 1).bit_length())
+        asked = "" if padded == channels else f" & (features < {channels})[None, :]"
+        end = "" if padded == channels else f", mask=features < {channels}"
+        lines = [
+            "program = tl.program_id(0)",
+            f"i = program % {queries}",
+            f"h = program // {queries} % {heads}",
+            f"b = program // {queries} // {heads}",
+            "lanes = tl.arange(0, BLOCK_S)",
+            f"features = tl.arange(0, {padded})",
+            f"accumulator = tl.zeros([{padded}], tl.float32)",
+            'peak = tl.full([1], float("-inf"), tl.float32)',
+            "total = tl.zeros([1], tl.float32)",
+            "for start in range(0, splits, BLOCK_S):",
+            "    inside = start + lanes < splits",
+            "    place = tl.cast(program, tl.int64) * splits + start + lanes",
+            '    part_peak = tl.load(peaks + place, mask=inside, other=float("-inf"))',
+            "    part_total = tl.load(totals + place, mask=inside, other=0.0)",
+            f"    part_offsets = place[:, None] * {channels} + features[None, :]",
+            f"    part = tl.load(partial + part_offsets, mask=inside[:, None]{asked}, other=0.0)",
+            "    new_peak = tl.maximum(peak, tl.max(part_peak, 0))",
+            '    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no part has seen a key yet',
+            "    weights = tl.exp2(part_peak - shift)",
+            "    rescale = tl.exp2(peak - shift)",
+            "    total = total * rescale + tl.sum(part_total * weights, 0)",
+            "    accumulator = accumulator * rescale + tl.sum(part * weights[:, None], 0)",
+            "    peak = new_peak",
+        ]
+        if self.sink:
+            lines += [
+                *signature("sink_logit = sink", self.sink.parameters, "", inside=4).splitlines(),
+                f"sink_logit = tl.zeros([1], tl.float32) + sink_logit * {LOG2E!r}",
+                "new_peak = tl.maximum(peak, sink_logit)",
+                'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # no key, and a sink of -inf',
+                "accumulator = accumulator * tl.exp2(peak - shift)",
+                "total = total * tl.exp2(peak - shift) + tl.exp2(sink_logit - shift)",
+                "peak = new_peak",
+            ]
+        lines += [
+            "# A row that saw no key gives zeros.",
+            "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)",
+            "out += tl.cast(b, tl.int64) * out_stride_b + tl.cast(h, tl.int64) * out_stride_h",
+            "out += tl.cast(i, tl.int64) * out_stride_i",
+            f"tl.store(out + features * out_stride_e, accumulator.to(out.dtype.element_ty){end})",
+        ]
+        if self.lse:
+            lines.append(f"tl.store(lse + program + tl.arange(0, 1), (peak + tl.log2(total)) * {1 / LOG2E!r})")
+        parameters = [
+            *self.merge_pointers(),
+            *self.merge_strides(),
+            *self.merge_integers(),
+            "BLOCK_S: tl.constexpr",
+        ]
+        return "\n".join(
+            [
+                "@triton.jit",
+                signature("def merge_splits", parameters, ":"),
+                '    """One program: the parts of one row, joined by their peaks and totals."""',
+                indented(lines, 4),
+            ]
+        )
+
+
+def _deeper(lines: Iterable[str]) -> list[str]:
+    return ["    " + line for line in lines]
+
+
+SPLITS_OF = '''\
+def splits_of(like, programs, tiles):
+    """Into how many parts the visible keys are cut: as many as fit into WAVES waves of programs, two of them on each
+    multiprocessor at a time, but with at least LEAST_TILES of the tiles of keys in each, and 128 at most.
+    """
+    slots = 8
+    if like.is_cuda:
+        slots = 2 * torch.cuda.get_device_properties(like.device).multi_processor_count
+    return max(1, min(WAVES * slots // programs, triton.cdiv(tiles, LEAST_TILES), 128))'''
+
+BYTES_OF = '''\
+def bytes_of(tensor):
+    """float8 numbers as plain bytes where the device has no instructions for them."""
+    native = tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 9)
+    return tensor if native else tensor.view(torch.uint8)'''
+
+__all__ = ["BYTES_OF", "SPLITS_OF", "Decode", "Stored", "Term"]

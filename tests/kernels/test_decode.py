@@ -1,0 +1,90 @@
+"""The decode kernel against the reference in float64: on the CPU in Triton's interpreter, on a GPU compiled."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from attncompile.codegen.triton import generate, why_not
+from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.structure import why_not_spec
+from attncompile.ir import parse_spec
+from tests.cases import Case
+from tests.kernels.comparison import compare
+from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES
+from tests.kernels.interpreter import Interpreter
+from tests.kernels.test_values import check
+
+HALF = ("three-queries", "sink", "paged-narrow", "float8", "int8-smooth", "int4-channel", "int4-groups", "mixed")
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_float32_in_several_parts(case: Case, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=case.name, dtype="float32", small=True))
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_float16_in_several_parts(name: str, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=name, dtype="float16", small=True))
+
+
+@pytest.mark.parametrize("case", PLAIN_CASES, ids=lambda case: case.name)
+def test_a_module_holds_both_kernels(case: Case) -> None:
+    assert [kernel.name for kernel in generate(case.spec).kernels] == ["merge_splits", "attend_split", "attend_forward"]
+
+
+@pytest.mark.parametrize("case", STORED_CASES, ids=lambda case: case.name)
+def test_a_store_has_the_decode_kernel_alone(case: Case) -> None:
+    assert [kernel.name for kernel in generate(case.spec).kernels] == ["merge_splits", "attend_split"]
+
+
+def test_as_many_queries_as_keys_have_no_decode_kernel() -> None:
+    text = "x   attend  q,k,v[B,4,I,16]  float32\n  score  s\n  mask   j ≤ i\n  norm   softmax (float32)"
+    assert [kernel.name for kernel in generate(parse_spec(text)).kernels] == ["attend_forward"]
+
+
+STORE = "x\n  {}\n  attend  q[B,4,I,64]  k  v[B,{},J,64]  float32\n    score  s\n    mask   true\n    {}\n    norm   {}"
+CODES = "dequantize  codes[B,2,J,64]:int8 float32\n    out    k"
+REFUSED = (
+    (CODES, 2, "kv_head h // 2", "sigmoid (float32)", "softmax"),
+    (CODES, 2, "kv_head (h + 1) // 2 % 2", "softmax (float32)", "neighbours"),
+    (
+        "gather  pages[J,2,8,8]  float32\n    at     j, g, d % 8, d // 8\n    sizes  B, 2, J, 64\n    out    k",
+        2,
+        "kv_head h // 2",
+        "softmax (float32)",
+        "along one axis",
+    ),
+)
+
+
+@pytest.mark.parametrize("store, groups, head, norm, said", REFUSED, ids=("norm", "heads", "channels"))
+def test_refusals_name_the_cause(store: str, groups: int, head: str, norm: str, said: str) -> None:
+    spec = parse_spec(STORE.format(store, groups, head, norm))
+    assert said in (why_not_spec(spec) or "")
+    assert said in (why_not(spec, "cuda") or "") or "not installed" in (why_not(spec, "cuda") or "")
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        generate(spec)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    module = load_module(generate(case.spec))
+    with mock.patch.multiple(module, LEAST_TILES=1, **({"LONG_CACHE": 0} if hasattr(module, "LONG_CACHE") else {})):
+        for outcome in compare(case, module.attend, dtype, "cuda"):
+            assert outcome.passed, f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("keys-1000", "paged", "int4-channel"))
+def test_results_repeat_on_a_gpu(name: str) -> None:
+    case = next(case for case in DECODE_CASES if case.name == name)
+    given = [case.tensors()[value.name].cuda() for value in case.spec.inputs]
+    attend = load_module(generate(case.spec)).attend
+    first, second = (attend(*given) for _ in range(2))
+    pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+    assert all(torch.equal(left, right) for left, right in pairs)
