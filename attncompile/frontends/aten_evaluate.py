@@ -43,7 +43,8 @@ class AtenEvaluator:
                 continue
             if name in self.versions.changes:
                 needed.add(name)
-                stack += self.versions.changes[name].read
+                change = self.versions.changes[name]
+                stack += [change.before] if self._writes_nothing(change, nodes) else change.read
                 continue
             node = nodes[name.split("#")[0]]
             if is_number(node):
@@ -87,6 +88,11 @@ class AtenEvaluator:
         assert callable(node.target)
         return torch.utils._pytree.tree_map(_widened, node.target(*args, **kwargs))
 
+    def _writes_nothing(self, change: Change, nodes: Mapping[str, torch.fx.Node]) -> bool:
+        """Whether what a write puts down has no elements, whatever the sizes: the channels of a part that is off."""
+        written = nodes[self.versions.root(change.written)].meta["val"] if change.written else None
+        return written is not None and any(size == 0 for size in written.shape if isinstance(size, int))
+
     def _changed(
         self, change: Change, nodes: Mapping[str, torch.fx.Node], known: Mapping[str, Any], sizes: Mapping[str, int]
     ) -> torch.Tensor:
@@ -95,6 +101,8 @@ class AtenEvaluator:
         Raises:
             ValueError: when nothing says how the value and what was written share memory.
         """
+        if self._writes_nothing(change, nodes):
+            return known[change.before]
         value, target = (nodes[self.versions.root(name)] for name in (change.after, change.writer))
         ways = common_view(value, target) if change.written else None
         if ways is None:

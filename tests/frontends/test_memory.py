@@ -285,6 +285,21 @@ def test_the_inverse_of_a_slice_says_what_lies_inside() -> None:
             assert found[-1] == Const((position - 2) // 3)
 
 
+def test_what_a_write_of_no_elements_puts_down_is_not_needed() -> None:
+    def function(x, y):
+        z = x.new_empty(x.shape)
+        z[:] = x
+        z[:, :, x.shape[2] :] = y[:, :, :0]
+        return z * 2
+
+    found = captured(function)
+    graph = aten_graph(found)
+    x = torch.randn(INPUTS["x"]().shape, dtype=torch.float64)
+    sizes = {str(size): extent for size, extent in zip(graph.infos["x"].shape, x.shape, strict=True)}
+    (run,) = graph.evaluate(list(graph.outputs), {"x": x}, sizes).values()
+    assert torch.equal(run, 2 * x)
+
+
 def test_views_are_followed_to_the_tensor_that_owns_the_memory() -> None:
     def function(x):
         z = x.clone()
