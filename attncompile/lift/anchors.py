@@ -27,7 +27,12 @@ from attncompile.frontends.graph import (
 )
 from attncompile.ir.expr import Const
 
-TRANSPARENT = (Pointwise, Cast, Move, Concatenate, Select, Write)
+UNWRITTEN = (Pointwise, Cast, Move, Concatenate, Select)
+"""Nodes that only read. Products that follow each other through what each writes into one buffer are the steps of a
+recurrence (the rows of a triangular inverse, say); only a normaliser between them makes attention of that.
+"""
+
+TRANSPARENT = (*UNWRITTEN, Write)
 """Nodes that interpretation passes through."""
 
 
@@ -180,8 +185,8 @@ def _contractions_behind(graph: Graph, value: str) -> list[Contract]:
     return found
 
 
-def products_after(graph: Graph, weights: str) -> list[Contract]:
-    """Products that read a value through pointwise operations and movements only."""
+def products_after(graph: Graph, weights: str, passed: tuple[type[Node], ...] = TRANSPARENT) -> list[Contract]:
+    """Products that read a value through pointwise operations and movements only; ``passed`` are their kinds."""
     found: list[Contract] = []
     seen, stack = {weights}, [weights]
     while stack:
@@ -189,7 +194,7 @@ def products_after(graph: Graph, weights: str) -> list[Contract]:
             if isinstance(user, Contract):
                 if user not in found:
                     found.append(user)
-            elif isinstance(user, TRANSPARENT) and user.output not in seen:
+            elif isinstance(user, passed) and user.output not in seen:
                 seen.add(user.output)
                 stack.append(user.output)
     return found
@@ -255,7 +260,7 @@ def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple
             continue
         pointwise = [user for user in graph.users.get(node.output, ()) if isinstance(user, Pointwise)]
         for user in pointwise:
-            for product in products_after(graph, user.output):
+            for product in products_after(graph, user.output, UNWRITTEN):
                 if product.output not in known and not any(is_learned(graph, name) for name in product.inputs):
                     yield node, product
                     break
