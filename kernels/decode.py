@@ -129,16 +129,15 @@ class Stored:
         if self.form == "real":
             return [f"{self.name}_tile = {name}"]
         dtype = "PRODUCT" if self.factored else "tl.float32"
-        texts = {
-            "int8": [f"{name}.to({dtype})"],
-            "float8_e4m3": [f"from_e4m3({name}, {dtype})"],
-            "int4": [f"from_low_bits({name}, {dtype})", f"from_high_bits({name}, {dtype})"],
-        }[self.form]
-        lines = []
+        calls = {
+            "int8": f"from_int8({name}, {dtype}, NVIDIA)",
+            "float8_e4m3": f"from_e4m3({name}, {dtype})",
+            "int4": f"from_int4({name}, {dtype}, NVIDIA)",
+        }
+        tiles = [f"{self.name}_tile{part}" for part in self.parts]
+        lines = [f"{', '.join(tiles)} = {calls[self.form]}"]
         token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
-        for number, (part, text) in enumerate(zip(self.parts, texts, strict=True)):
-            tile = f"{self.name}_tile{part}"
-            lines.append(f"{tile} = {text}")
+        for number, tile in enumerate(tiles):
             if not self.factored:
                 for sign, term in (("*", self.scale), ("+", self.shift)):
                     if term:
@@ -197,6 +196,11 @@ class Decode:
         """Size arguments of the first kernel in order."""
         return tuple(dict.fromkeys((*self.lengths, *self.sizes, "key_heads", "splits")))
 
+    def constants(self) -> tuple[str, ...]:
+        """Compile-time arguments of the first kernel in order; ``NVIDIA`` says whose GPU it is."""
+        integers = any(each.form in ("int8", "int4") for each in (self.key, self.value))
+        return ("BLOCK_I", "BLOCK_J", *(["NVIDIA"] if integers else []))
+
     def sink_captured(self) -> tuple[tuple[str, int], ...]:
         """Captured tensors that the sink reads."""
         read = self.sink.parameters if self.sink else ()
@@ -232,8 +236,7 @@ class Decode:
             *self.pointers(),
             *self.strides(),
             *self.integers(),
-            "BLOCK_I: tl.constexpr",
-            "BLOCK_J: tl.constexpr",
+            *(f"{name}: tl.constexpr" for name in self.constants()),
         ]
         blocks = [self._setup(), self._query(), self._limits(), self._loop(), self._store()]
         return "\n".join(

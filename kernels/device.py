@@ -114,12 +114,57 @@ def from_e4m3(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def from_low_bits(codes, DTYPE: tl.constexpr):
-    """The signed numbers in the low four bits of bytes."""
-    return (((codes & 15) ^ 8).to(tl.int8) - 8).to(DTYPE)
+def from_int8(codes, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Numbers of int8: exact in float16 and everything wider.
+
+    Converting integers has a sixteenth of the rate of other instructions there, so the byte u = code + 128 becomes the
+    last bits of 1024 + u, from which 1152 is subtracted: four numbers in five instructions.
+    """
+    if NVIDIA and tl.float16 == DTYPE:
+        numbers = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, offset;
+            mov.b32 offset, 0x64806480;
+            xor.b32 bytes, $2, 0x80808080;
+            prmt.b32 $0, bytes, 0x64646464, 0x4140;
+            prmt.b32 $1, bytes, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, offset;
+            sub.f16x2 $1, $1, offset;
+            }""",
+            "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
+        )
+    else:
+        numbers = codes.to(DTYPE)
+    return numbers
 
 
 @triton.jit
-def from_high_bits(codes, DTYPE: tl.constexpr):
-    """The signed numbers in the high four bits of bytes."""
-    return (codes.to(tl.int8, bitcast=True) >> 4).to(DTYPE)
+def from_int4(codes, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+    """The signed numbers in the low and in the high four bits of bytes.
+
+    On NVIDIA's GPUs they become the last bits of 1024 + n and of 1024 + 16 n, as in ``from_int8``.
+    """
+    if NVIDIA and tl.float16 == DTYPE:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 first, second, offset, sixteenth, offset_high;
+            mov.b32 offset, 0x64086408;
+            mov.b32 sixteenth, 0x2c002c00;
+            mov.b32 offset_high, 0xd480d480;
+            prmt.b32 first, $4, 0, 0x4140;
+            prmt.b32 second, $4, 0, 0x4342;
+            lop3.b32 $0, first, 0x000f000f, 0x64086408, 0x6a;
+            lop3.b32 $1, second, 0x000f000f, 0x64086408, 0x6a;
+            lop3.b32 $2, first, 0x00f000f0, 0x64806480, 0x6a;
+            lop3.b32 $3, second, 0x00f000f0, 0x64806480, 0x6a;
+            sub.f16x2 $0, $0, offset;
+            sub.f16x2 $1, $1, offset;
+            fma.rn.f16x2 $2, $2, sixteenth, offset_high;
+            fma.rn.f16x2 $3, $3, sixteenth, offset_high;
+            }""",
+            "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        )
+    else:
+        low = (((codes & 15) ^ 8).to(tl.int8) - 8).to(DTYPE)
+        high = (codes.to(tl.int8, bitcast=True) >> 4).to(DTYPE)
+    return low, high

@@ -117,6 +117,8 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     for name, value in kernel.constants[dtype].items():
         signature[name] = "constexpr"
         constants[name] = value
+    if "NVIDIA" in function.arg_names:  # the one constant that depends on the target
+        signature["NVIDIA"], constants["NVIDIA"] = "constexpr", target.backend == "cuda"
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     tile = kernel.tiles[dtype]

@@ -45,7 +45,7 @@ keys."""
 MOST_ROWS, MERGED = 64, 16
 """Rows of a tile at most, and parts that the second kernel reads at a time."""
 
-DEVICE = ("weigh", "power_above", "from_e4m3", "from_low_bits", "from_high_bits")
+DEVICE = ("weigh", "power_above", "from_e4m3", "from_int8", "from_int4")
 
 
 def decode_expressions(spec: Spec, parts: Dense) -> tuple[Expr, ...]:
@@ -354,11 +354,13 @@ def decode_launch(
     values = {length.name: length.value for length in lengths} | {"key_heads": key_heads}
     captured = [own[name] for name, _ in skeleton.captured]
     merged = [own[name] for name, _ in skeleton.sink_captured()]
+    known = "NVIDIA" in skeleton.constants()
+    nvidia = [f"NVIDIA={query}.is_cuda and torch.version.hip is None"] if known else []
     first = [
         *(query, *stores, "partial", "peaks", "totals", *captured),
         *(f"*{name}.stride()" for name in (query, *stores, *captured)),
         *(values.get(name, name) for name in skeleton.integers()),
-        *("BLOCK_I=rows", "BLOCK_J=block", "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"),
+        *("BLOCK_I=rows", "BLOCK_J=block", *nvidia, "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"),
     ]
     second = [
         *("partial", "peaks", "totals", "out", *(("lse",) if skeleton.lse else ()), *merged),
