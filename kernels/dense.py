@@ -10,9 +10,9 @@ Follows: Dao 2023 (arXiv:2307.08691); online softmax, Milakov and Gimelshein 201
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from attncompile.kernels.loops import KeyRuns, key_loops
 from attncompile.kernels.source import device_function, indented, signature
 
 LOG2E = 1.4426950408889634
@@ -41,30 +41,6 @@ class DeviceFunction:
         head = signature(f"def {self.name}", self.parameters, ":")
         body = indented([*self.lines, f"return {self.value}"], 4)
         return f'@triton.jit\n{head}\n    """{self.docstring}"""\n{body}'
-
-
-@dataclass(frozen=True)
-class KeyRuns:
-    """Source of the limits of the key loops; ``None`` where there is no such run, or no limit.
-
-    Attributes:
-        first: start and stop of a range before the main one.
-        main: start and stop of the main range; starts are at least 0, stops at most the number of keys.
-        full: start and stop of the keys that every query of the block sees.
-        test: condition for a key block to be visited at all, over ``key_first`` and ``key_last``.
-        lines: statements that these texts rely on.
-    """
-
-    first: tuple[str, str] | None
-    main: tuple[str, str]
-    full: tuple[str, str] | None
-    test: str | None
-    lines: tuple[str, ...] = ()
-
-    @property
-    def everything(self) -> bool:
-        """Whether all keys are visible."""
-        return self.first is None and self.main[0] == "0" and self.full is not None and self.full == self.main
 
 
 @dataclass(frozen=True)
@@ -170,7 +146,7 @@ class DenseForward:
             *self.integers(),
             *(f"{name}: tl.constexpr" for name in self.constants()),
         ]
-        blocks = [self._setup(), self._query(), *self._loops(), self._store()]
+        blocks = [self._setup(), self._query(), *key_loops(self.runs, self.lengths[2], self._step), self._store()]
         body = "\n\n".join(indented(block, 4) for block in blocks)
         return "\n".join(
             [
@@ -291,9 +267,7 @@ class DenseForward:
                 "value_tile",
                 repr(self.scale * LOG2E),
             ]
-            call = signature(
-                f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8
-            )
+            call = signature(f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8)
             return [*self._factor(), *call.splitlines()]
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
         weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
@@ -302,98 +276,11 @@ class DenseForward:
         return [
             *self._factor(),
             f"weights = {weights}",
-            "accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, "
-            'input_precision="ieee")',
+            'accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")',
         ]
 
     def _factor(self) -> list[str]:
-        return (
-            signature("factor = edit", self.edit.parameters, "", inside=8).splitlines() if self.edit else []
-        )
-
-    def _loops(self) -> list[list[str]]:
-        keys = self.lengths[2]
-        runs = self.runs
-        full = [
-            "# Every query of the block sees every one of these keys.",
-            "for start in range(full_start, full_stop, BLOCK_J):",
-            *_deeper(self._step(False)),
-        ]
-        if runs.everything:
-            return [
-                ["full_start = 0", f"full_stop = {keys} // BLOCK_J * BLOCK_J"],
-                full,
-                [
-                    "# The rest of the keys does not fill a block.",
-                    f"for start in range(full_stop, {keys}, BLOCK_J):",
-                    *_deeper(self._step(True)),
-                ],
-            ]
-        limits = [*runs.lines]
-        if runs.full and runs.first is None and runs.main[0] == runs.full[0] == "0":
-            return [
-                [
-                    *limits,
-                    "full_start = 0",
-                    f"full_stop = tl.maximum({runs.full[1]}, 0) // BLOCK_J * BLOCK_J",
-                    f"main_stop = {runs.main[1]}",
-                ],
-                full,
-                [
-                    "# Blocks on the edge of the mask.",
-                    *_guarded(
-                        "for start in range(full_stop, main_stop, BLOCK_J):", runs.test, self._step(True)
-                    ),
-                ],
-            ]
-        if runs.full:
-            limits.append("# Visited: main_start to main_stop; without a mask: full_start to full_stop.")
-        limits += [
-            f"main_start = {_aligned(runs.main[0])}",
-            f"main_stop = tl.maximum({runs.main[1]}, main_start)",
-        ]
-        if runs.first:
-            limits += [
-                "# A range before it, as far as it does not reach into it.",
-                f"first_start = {_aligned(runs.first[0])}",
-                f"first_stop = tl.minimum(tl.cdiv({runs.first[1]}, BLOCK_J) * BLOCK_J, main_start)",
-                "first_count = tl.maximum(first_stop - first_start, 0) // BLOCK_J",
-            ]
-        if runs.full:
-            limits += [
-                f"full_start = tl.cdiv(tl.maximum({runs.full[0]}, main_start), BLOCK_J) * BLOCK_J",
-                "full_start = tl.minimum(full_start, tl.cdiv(main_stop, BLOCK_J) * BLOCK_J)",
-                f"full_stop = tl.minimum({runs.full[1]}, main_stop) // BLOCK_J * BLOCK_J",
-                "full_stop = tl.maximum(full_stop, full_start)",
-                "before = (full_start - main_start) // BLOCK_J",
-                "after = tl.cdiv(tl.maximum(main_stop - full_stop, 0), BLOCK_J)",
-            ]
-        blocks = [limits]
-        if runs.full:
-            blocks.append(full)
-        blocks.append(self._edges())
-        return blocks
-
-    def _edges(self) -> list[str]:
-        runs = self.runs
-        if not runs.first and not runs.full:
-            return _guarded(
-                "for start in range(main_start, main_stop, BLOCK_J):", runs.test, self._step(True)
-            )
-        counts = ["first_count"] if runs.first else []
-        counts += ["before", "after"] if runs.full else ["tl.cdiv(main_stop - main_start, BLOCK_J)"]
-        origin = "first_start" if runs.first else "main_start"
-        where = [f"start = {origin} + number * BLOCK_J"]
-        if runs.first:
-            where.append(
-                "start += tl.where(number >= first_count, "
-                "main_start - first_start - first_count * BLOCK_J, 0)"
-            )
-        if runs.full:
-            passed = "first_count + before" if runs.first else "before"
-            where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
-        loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs.test, self._step(True))
-        return ["# Blocks on an edge of the mask, one run after the other.", loop, *_deeper(where), *body]
+        return signature("factor = edit", self.edit.parameters, "", inside=8).splitlines() if self.edit else []
 
     def _store(self) -> list[str]:
         queries = self.lengths[1]
@@ -423,20 +310,4 @@ class DenseForward:
         return lines
 
 
-def _aligned(start: str) -> str:
-    """The start of the key block that holds a key (never a negative one)."""
-    if start == "0":
-        return start
-    one_call = start.startswith("tl.maximum(") and start.count(") ") == 0
-    return f"{start if one_call else f'({start})'} // BLOCK_J * BLOCK_J"
-
-
-def _guarded(head: str, test: str | None, step: list[str]) -> list[str]:
-    """A loop's head and body; with a test, blocks that fail it are passed over."""
-    if test:
-        step = ["key_first, key_last = start, start + BLOCK_J - 1", f"if {test}:", *_deeper(step)]
-    return [head, *_deeper(step)]
-
-
-def _deeper(lines: Iterable[str]) -> list[str]:
-    return ["    " + line for line in lines]
+__all__ = ["LOG2E", "DenseForward", "DeviceFunction", "KeyRuns"]

@@ -1,0 +1,175 @@
+"""The loops of a kernel over the positions that its block may see, from limits that the mask gives.
+
+Written for a block of queries and the keys it visits; with the roles exchanged it serves a block of keys and the
+queries that see it. The steps come in up to three runs: blocks where everything is visible, without any mask; blocks on
+an edge of the mask or past the last position, with it; and none at all for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+Step = Callable[[bool], list[str]]
+"""Lines of one step at the position ``start``; told whether the mask has to be applied."""
+
+
+@dataclass(frozen=True)
+class KeyRuns:
+    """Source of the limits of the key loops; ``None`` where there is no such run, or no limit.
+
+    Attributes:
+        first: start and stop of a range before the main one.
+        main: start and stop of the main range; starts are at least 0, stops at most the number of keys.
+        full: start and stop of the keys that every query of the block sees.
+        test: condition for a key block to be visited at all, over ``key_first`` and ``key_last``.
+        lines: statements that these texts rely on.
+    """
+
+    first: tuple[str, str] | None
+    main: tuple[str, str]
+    full: tuple[str, str] | None
+    test: str | None
+    lines: tuple[str, ...] = ()
+
+    @property
+    def everything(self) -> bool:
+        """Whether all keys are visible."""
+        return self.first is None and self.main[0] == "0" and self.full is not None and self.full == self.main
+
+
+@dataclass(frozen=True)
+class Visited:
+    """Which positions a loop goes over.
+
+    Attributes:
+        block: compile-time argument with the size of a step.
+        first, last: identifiers of a step's first and last position in :attr:`KeyRuns.test`.
+        full: what is said of the run without a mask.
+        rest: what is said of the positions behind the last whole block.
+    """
+
+    block: str
+    first: str
+    last: str
+    full: str
+    rest: str
+
+
+KEYS = Visited(
+    "BLOCK_J",
+    "key_first",
+    "key_last",
+    "Every query of the block sees every one of these keys.",
+    "The rest of the keys does not fill a block.",
+)
+QUERIES = Visited(
+    "BLOCK_I",
+    "row_first",
+    "row_last",
+    "Every one of these queries sees every key of the block.",
+    "The rest of the queries does not fill a block.",
+)
+
+
+def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> list[list[str]]:
+    """The loops as groups of lines: limits, steps without a mask, steps with it.
+
+    Args:
+        runs: the limits.
+        length: identifier of the number of positions.
+        step: gives the body.
+        over: what the loops go over.
+    """
+    block = over.block
+    full = [
+        f"# {over.full}",
+        f"for start in range(full_start, full_stop, {block}):",
+        *deeper(step(False)),
+    ]
+    if runs.everything:
+        return [
+            ["full_start = 0", f"full_stop = {length} // {block} * {block}"],
+            full,
+            [
+                f"# {over.rest}",
+                f"for start in range(full_stop, {length}, {block}):",
+                *deeper(step(True)),
+            ],
+        ]
+    limits = [*runs.lines]
+    if runs.full and runs.first is None and runs.main[0] == runs.full[0] == "0":
+        return [
+            [
+                *limits,
+                "full_start = 0",
+                f"full_stop = tl.maximum({runs.full[1]}, 0) // {block} * {block}",
+                f"main_stop = {runs.main[1]}",
+            ],
+            full,
+            [
+                "# Blocks on the edge of the mask.",
+                *_guarded(f"for start in range(full_stop, main_stop, {block}):", runs.test, step(True), over),
+            ],
+        ]
+    if runs.full:
+        limits.append("# Visited: main_start to main_stop; without a mask: full_start to full_stop.")
+    limits += [
+        f"main_start = {_aligned(runs.main[0], block)}",
+        f"main_stop = tl.maximum({runs.main[1]}, main_start)",
+    ]
+    if runs.first:
+        limits += [
+            "# A range before it, as far as it does not reach into it.",
+            f"first_start = {_aligned(runs.first[0], block)}",
+            f"first_stop = tl.minimum(tl.cdiv({runs.first[1]}, {block}) * {block}, main_start)",
+            f"first_count = tl.maximum(first_stop - first_start, 0) // {block}",
+        ]
+    if runs.full:
+        limits += [
+            f"full_start = tl.cdiv(tl.maximum({runs.full[0]}, main_start), {block}) * {block}",
+            f"full_start = tl.minimum(full_start, tl.cdiv(main_stop, {block}) * {block})",
+            f"full_stop = tl.minimum({runs.full[1]}, main_stop) // {block} * {block}",
+            "full_stop = tl.maximum(full_stop, full_start)",
+            f"before = (full_start - main_start) // {block}",
+            f"after = tl.cdiv(tl.maximum(main_stop - full_stop, 0), {block})",
+        ]
+    return [limits, *([full] if runs.full else []), _edges(runs, step, over)]
+
+
+def _edges(runs: KeyRuns, step: Step, over: Visited) -> list[str]:
+    block = over.block
+    if not runs.first and not runs.full:
+        return _guarded(f"for start in range(main_start, main_stop, {block}):", runs.test, step(True), over)
+    counts = ["first_count"] if runs.first else []
+    counts += ["before", "after"] if runs.full else [f"tl.cdiv(main_stop - main_start, {block})"]
+    origin = "first_start" if runs.first else "main_start"
+    where = [f"start = {origin} + number * {block}"]
+    if runs.first:
+        where.append(f"start += tl.where(number >= first_count, main_start - first_start - first_count * {block}, 0)")
+    if runs.full:
+        passed = "first_count + before" if runs.first else "before"
+        where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
+    loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs.test, step(True), over)
+    return ["# Blocks on an edge of the mask, one run after the other.", loop, *deeper(where), *body]
+
+
+def _aligned(start: str, block: str) -> str:
+    """The start of the block that holds a position (never a negative one)."""
+    if start == "0":
+        return start
+    one_call = start.isidentifier() or (start.startswith("tl.maximum(") and start.count(") ") == 0)
+    return f"{start if one_call else f'({start})'} // {block} * {block}"
+
+
+def _guarded(head: str, test: str | None, step: list[str], over: Visited) -> list[str]:
+    """A loop's head and body; with a test, blocks that fail it are passed over."""
+    if test:
+        limits = f"{over.first}, {over.last} = start, start + {over.block} - 1"
+        step = [limits, f"if {test}:", *deeper(step)]
+    return [head, *deeper(step)]
+
+
+def deeper(lines: Iterable[str]) -> list[str]:
+    """The lines, one level further in."""
+    return ["    " + line if line else "" for line in lines]
