@@ -3,8 +3,12 @@
 ``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it
 depends on
 the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes
-come from the Spec's types. The gradient recomputes the Spec's reference in PyTorch: correct, not fast, and
-with the whole attention map in memory. Rounding (``quantize``) is passed straight through by the gradient.
+come from the Spec's types.
+
+``attncompile::run_backward(spec, wanted, gradients, inputs, outputs) -> gradients`` is its derivative. Where the device
+type has kernels for it they are used: the forward pass then also gives the log-sum-exp of a softmax, which they need.
+Otherwise the Spec's reference is computed again in PyTorch: correct, not fast, and with the whole attention map in
+memory. Rounding (``quantize``) is passed straight through by that gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,22 +30,40 @@ from attncompile.ir.types import DTYPES, bind_sizes
 Implementation = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 """Takes a Spec's inputs in order, returns its outputs."""
 
+Backward = Callable[
+    [tuple[str, ...], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    "Sequence[torch.Tensor | None]",
+]
+"""Takes the names of the inputs whose gradients are wanted, the gradients of the outputs, the inputs and the outputs;
+returns a gradient for each input, ``None`` where it is not wanted."""
+
 _implementations: dict[str, Callable[[str], Implementation]] = {}
+_backwards: dict[str, Callable[[str], Backward | str]] = {}
 
 LOWEST = -1e30
 """Stands for −∞ in gradients: a masked weight is still 0, and a row of nothing else has no NaN in it."""
 
 
-def register(device_type: str, implementation: Callable[[str], Implementation]) -> None:
+def register(
+    device_type: str,
+    implementation: Callable[[str], Implementation],
+    backward: Callable[[str], Backward | str] | None = None,
+) -> None:
     """Say what computes Specs on a device type.
 
     Args:
         device_type: such as ``cuda``.
         implementation: from a Spec's text to a function of its inputs; called once for each text and device
             type.
+        backward: from a Spec's text to what computes its gradients, or to the reason why nothing but the
+            reference does; called as ``implementation`` is.
     """
     _implementations[device_type] = implementation
+    _backwards.pop(device_type, None)
+    if backward is not None:
+        _backwards[device_type] = backward
     _resolved.cache_clear()
+    _resolved_backward.cache_clear()
 
 
 def use_reference(device_type: str) -> None:
@@ -77,6 +100,37 @@ def _resolved(text: str, device_type: str) -> Implementation:
     return implementation(text)
 
 
+@functools.lru_cache(maxsize=1024)
+def _resolved_backward(text: str, device_type: str) -> Backward | str:
+    found = _backwards.get(device_type)
+    return f"there are no backward kernels for {device_type}" if found is None else found(text)
+
+
+def why_recomputed(spec: Spec | str, device_type: str) -> str | None:
+    """Why gradients of a Spec are computed by its reference on a device type, or ``None`` where there are kernels.
+
+    Args:
+        spec: a Spec or its text.
+        device_type: such as ``cuda``.
+    """
+    text = spec if isinstance(spec, str) else print_spec(spec).replace("\n", LINE_BREAK)
+    found = _resolved_backward(text, device_type)
+    return found if isinstance(found, str) else None
+
+
+def with_log_sum_exp(spec: Spec) -> Spec:
+    """The Spec of one softmax attention with its log-sum-exp among the outputs; any other as it is."""
+    attend = spec.attend()
+    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 or attend.lse in spec.outputs:
+        return spec
+    name = attend.lse or "lse"
+    taken = {attend.out, *(value.name for value in spec.inputs)}
+    while name in taken:
+        name += "_row"
+    changed = dataclasses.replace(attend, lse=name)
+    return dataclasses.replace(spec, operations=(changed,), outputs=(*spec.outputs, name))
+
+
 LINE_BREAK = "␤"
 """Stands for a line break in the operator's argument: compilers print that argument into one line of code."""
 
@@ -87,19 +141,32 @@ class Bound:
 
     Attributes:
         text: the operator's argument: the printed Spec in one line.
+        training: the same with the log-sum-exp as one more output, for calls whose gradients are recorded; empty
+            where that makes no difference.
+        outputs: number of outputs.
         order: for each input of the text its position among the arguments.
         takes: what to say when called with another number of tensors.
     """
 
     text: str
+    training: str
+    outputs: int
     order: tuple[int, ...]
     takes: str
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if len(tensors) != len(self.order):
             raise ValueError(f"{self.takes}, got {len(tensors)}")
-        outputs = torch.ops.attncompile.run(self.text, [tensors[position] for position in self.order])
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        text = self.training if self.training and _recorded(tensors) else self.text
+        outputs = torch.ops.attncompile.run(text, [tensors[position] for position in self.order])
+        return outputs[0] if self.outputs == 1 else tuple(outputs[: self.outputs])
+
+
+def _recorded(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients of a call are recorded on a device that has kernels for them."""
+    if not torch.is_grad_enabled() or tensors[0].device.type not in _backwards:
+        return False
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def bind(spec: Spec) -> Bound:
@@ -111,7 +178,13 @@ def bind(spec: Spec) -> Bound:
     names = [value.name for value in spec.inputs]
     # reading back may reorder the inputs
     order = tuple(names.index(value.name) for value in parsed(text).inputs)
-    return Bound(text, order, f"{spec.name} takes {len(names)} tensors ({', '.join(names)})")
+    training = print_spec(with_log_sum_exp(parsed(text))).replace("\n", LINE_BREAK)
+    inputs = [value.name for value in parsed(text).inputs]
+    if training == text or [value.name for value in parsed(training).inputs] != inputs:
+        training = ""
+    return Bound(
+        text, training, len(spec.outputs), order, f"{spec.name} takes {len(names)} tensors ({', '.join(names)})"
+    )
 
 
 def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -192,10 +265,55 @@ def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @torch.library.custom_op("attncompile::run_backward", mutates_args=())
 def run_backward(
-    spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+    spec: str,
+    wanted: Sequence[bool],
+    gradients: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Gradients of a Spec's real inputs (others: zeros), by recomputation through its reference."""
+    """Gradients of a Spec's inputs; an empty tensor where none is wanted.
+
+    Args:
+        spec: the text.
+        wanted: for each input whether its gradient is wanted.
+        gradients: of the outputs.
+        inputs: of the Spec.
+        outputs: of the Spec, or none of them.
+    """
+    backward = _resolved_backward(spec, inputs[0].device.type)
     original = parsed(spec)
+    if isinstance(backward, str):
+        _say_recomputed(spec, inputs[0].device.type)
+        found: Sequence[torch.Tensor | None] = _recomputed(original, gradients, inputs)
+    else:
+        names = tuple(value.name for value, want in zip(original.inputs, wanted, strict=True) if want)
+        found = backward(names, gradients, inputs, outputs)
+    made = []
+    for gradient, tensor, want in zip(found, inputs, wanted, strict=True):
+        like = torch.empty_like(tensor, device="meta") if want else tensor.new_empty(0)
+        if not want:
+            made.append(like)
+        elif gradient is None:
+            made.append(torch.zeros_like(tensor))
+        else:
+            made.append(_laid_out(gradient, like))
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_recomputed(text: str, device_type: str) -> None:
+    if device_type in _backwards:
+        warnings.warn(
+            f"gradients of {parsed(text).name} are computed by its reference, with the whole attention map in "
+            f"memory: {why_recomputed(text, device_type)}",
+            stacklevel=2,
+        )
+
+
+def _recomputed(
+    original: Spec, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Gradients of the real inputs through the reference."""
     smooth = _differentiable(original)
     dtype = torch.promote_types(inputs[0].dtype, torch.float32)
     named = {value.name: tensor for value, tensor in zip(original.inputs, inputs, strict=True)}
@@ -214,17 +332,18 @@ def run_backward(
             gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
         given.append(gradient)
     found = dict(zip(real, pull(tuple(given)), strict=True))
-    return [
-        found[name].to(tensor.dtype).clone(memory_format=torch.contiguous_format)
-        if name in found
-        else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-        for name, tensor in named.items()
-    ]
+    return [found[name].to(tensor.dtype) if name in found else None for name, tensor in named.items()]
 
 
 @run_backward.register_fake
-def _(spec: str, gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+def _(
+    spec: str,
+    wanted: Sequence[bool],
+    gradients: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    return [torch.empty_like(t) if want else t.new_empty(0) for t, want in zip(inputs, wanted, strict=True)]
 
 
 def _differentiable(spec: Spec) -> Spec:
@@ -259,19 +378,23 @@ def _rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.d
 def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output: Any) -> None:
     spec, tensors = inputs
     ctx.spec = spec
-    ctx.shapes = [(t.shape, t.stride(), t.dtype) for t in output]
-    ctx.save_for_backward(*tensors)
+    ctx.shapes = [(t.shape, t.dtype) for t in output]
+    ctx.count = len(tensors)
+    kept = [] if why_recomputed(spec, tensors[0].device.type) else output
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
-    inputs = ctx.saved_tensors
+    inputs, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     device = inputs[0].device
     given = [
         torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-        for gradient, (shape, _, dtype) in zip(gradients, ctx.shapes, strict=True)
+        for gradient, (shape, dtype) in zip(gradients, ctx.shapes, strict=True)
     ]
-    found = torch.ops.attncompile.run_backward(ctx.spec, given, list(inputs))
-    return None, [g if t.is_floating_point() else None for g, t in zip(found, inputs, strict=True)]
+    needed = ctx.needs_input_grad[1]
+    wanted = [bool(need) and t.is_floating_point() for need, t in zip(needed, inputs, strict=True)]
+    found = torch.ops.attncompile.run_backward(ctx.spec, wanted, given, list(inputs), list(outputs))
+    return None, [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
 
 run_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -116,6 +116,24 @@ def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) 
     Raises:
         ValueError: for an operator without a Triton form, or a name that the scope lacks.
     """
+    return _print(expr, scope, Counter() if numbers is None else numbers, address=False)
+
+
+def print_address(node: Load, scope: Scope) -> Printed:
+    """Source of the address that a load reads.
+
+    Args:
+        node: the load.
+        scope: names; the tensor's identifier may stand for another tensor of the same axes, or for 0: the source is
+            then the element's offset in int64.
+
+    Raises:
+        ValueError: as :func:`print_triton`.
+    """
+    return _print(node, scope, Counter(), address=True)
+
+
+def _print(expr: Expr, scope: Scope, numbers: Counter[str], *, address: bool) -> Printed:
     reason = refusal(expr)
     if reason:
         raise ValueError(reason)
@@ -123,7 +141,6 @@ def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) 
     simplifier = Simplifier(scope.extents)
     lines: list[str] = []
     known: dict[Expr, str] = {}
-    numbers = Counter() if numbers is None else numbers
     dialect = scope.dialect
 
     def bind(text: str, name: str) -> str:
@@ -150,9 +167,9 @@ def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) 
     def nonnegative(node: Expr) -> bool:
         return simplifier.nonnegative(node) or bool(bounds(simplifier(node), {}).low >= 0)
 
-    def load(node: Load) -> str:
+    def located(node: Load) -> str:
         pointer = scope.tensors[node.tensor]
-        address = pointer  # grows by one axis a line
+        place = pointer  # grows by one axis a line
         axes = scope.types[node.tensor].axes
         for position, (index, axis) in enumerate(zip(node.indices, axes, strict=True)):
             if index == Const(0):
@@ -165,13 +182,14 @@ def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) 
             if len(text) > LONGEST_INDEX:
                 text = bind(text, "index")
             step = f" + {dialect.call(f'tl.cast({text}, tl.int64)')} * {stride_name(pointer, position)}"
-            if len(address) + len(step) > LONGEST and address != pointer:
-                address = bind(address, f"{pointer}_at")
-            address += step
-        if len(address) > LONGEST:
-            address = bind(address, f"{pointer}_at")
+            if len(place) + len(step) > LONGEST and place != pointer:
+                place = bind(place, f"{pointer}_at")
+            place += step
+        return bind(place, f"{pointer}_at") if len(place) > LONGEST else place
+
+    def load(node: Load) -> str:
         dtype = scope.types[node.tensor].dtype
-        read = dialect.call(f"tl.load({address})")
+        read = dialect.call(f"tl.load({located(node)})")
         if node.element is Kind.FLOAT:
             return dialect.call(f"{read}.to(tl.float32)")
         return dialect.call(f"{read}.to(tl.int32)") if dtype in ("int8", "uint8") else read
@@ -212,7 +230,7 @@ def print_triton(expr: Expr, scope: Scope, numbers: Counter[str] | None = None) 
                 return _written(operator, texts, dialect)
         raise ValueError(f"cannot write {node!r} in Triton")
 
-    value = go(expr)
+    value = located(expr) if address and isinstance(expr, Load) else go(expr)
     return Printed(tuple(lines), _bare(value))
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 
 from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
-from attncompile.ir import Spec
+from attncompile.ir import Spec, print_spec
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
             )
     if gives_zeros(spec):
         said += "; rows without any visible key give zeros, where the original gives their mean or NaN"
+    unavailable = why_not_backward(spec)
+    if unavailable:
+        said += f"; gradients are computed by the reference, since {unavailable}"
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 
@@ -148,4 +152,51 @@ class _Chosen:
         return self._plain(*tensors)
 
 
-operators.register("cuda", _implementation)
+@functools.lru_cache(maxsize=512)
+def _generated_backward(text: str, wanted: tuple[str, ...]) -> GeneratedModule:
+    return generate_backward(operators.parsed(text), wanted)
+
+
+class _Gradients:
+    """A Spec's backward kernels; the wanted gradients decide which are generated."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._spec = operators.parsed(text)
+        self._training = operators.with_log_sum_exp(self._spec)
+
+    @functools.cached_property
+    def _forward(self) -> operators.Implementation:
+        return _implementation(print_spec(self._training))
+
+    def run(
+        self,
+        wanted: tuple[str, ...],
+        gradients: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> Sequence[torch.Tensor | None]:
+        """A gradient for each input, see :data:`attncompile.kernels.operators.Backward`."""
+        attend = self._training.attend()
+        assert attend is not None  # why_not_backward has seen to it
+        module = load_module(_generated_backward(self._text, wanted))
+        given = dict(zip(self._spec.outputs, gradients, strict=True))
+        made = dict(zip(self._spec.outputs, outputs, strict=False))
+        softmax = attend.norm.kind == "softmax"
+        if softmax and not {attend.out, attend.lse} <= set(made):
+            again = self._forward(*inputs)
+            again = (again,) if isinstance(again, torch.Tensor) else again
+            made = dict(zip(self._training.outputs, again, strict=True))
+        if attend.out not in given:
+            given[attend.out] = torch.zeros_like(made[attend.out])
+        before = [given[attend.out], *([given[attend.lse]] if attend.lse in given else [])]
+        before += [made[attend.out], made[attend.lse]] if softmax else []
+        return module.attend_backward(*before, *inputs)
+
+
+def backward_implementation(text: str) -> operators.Backward | str:
+    """What computes the gradients of a Spec's text by generated kernels, or why nothing does."""
+    return why_not_backward(operators.parsed(text)) or _Gradients(text).run
+
+
+operators.register("cuda", _implementation, backward_implementation)

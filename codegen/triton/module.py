@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import textwrap
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import (
     DEVICE_FUNCTIONS,
+    Printed,
     Scope,
     captured_tensors,
+    print_address,
     print_triton,
     stride_name,
 )
@@ -19,7 +22,7 @@ from attncompile.codegen.triton.names import KERNEL_NAMES, LAUNCHER_NAMES, Names
 from attncompile.codegen.triton.structure import gives_zeros
 from attncompile.codegen.triton.tiles import Tile
 from attncompile.ir import Spec, simplify
-from attncompile.ir.expr import SCORE, Const, Expr, Index, Size, symbols
+from attncompile.ir.expr import SCORE, Const, Expr, Index, Load, Size, symbols
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import element_kind
 from attncompile.kernels.dense import DeviceFunction
@@ -201,21 +204,41 @@ def tile_of(tensor, length):
     return queries, keys, warps, stages'''
 
 
-def tiles_text(tiles: Mapping[str, Tile], comment: str) -> str:
-    """The table ``TILES`` of a module."""
+def tiles_text(tiles: Mapping[str, Tile], comment: str, name: str = "TILES") -> str:
+    """The table ``TILES`` of a module, or one of another name."""
     rows = "\n".join(
         f"    torch.{dtype}: ({t.queries}, {t.keys}, {t.warps}, {t.stages})," for dtype, t in tiles.items()
     )
-    return f"TILES = {{  # {comment}\n{rows}\n}}"
+    return f"{name} = {{  # {comment}\n{rows}\n}}"
 
 
 def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
     """The device function that computes an expression; a score always has the shape of ``s``."""
     printed = print_triton(expr, scope)
+    if name == "score" and SCORE not in symbols(expr):
+        spread = scope.dialect.call(f"tl.zeros_like(s) + ({printed.value})")
+        return _function(name, f"{expr}.", expr, scope, Printed(printed.lines, spread), ("s",))
+    return _function(name, f"{expr}.", expr, scope, printed, ("s",) if SCORE in symbols(expr) else ())
+
+
+def place_function(name: str, load: Load, scope: Scope, base: str) -> DeviceFunction:
+    """The device function that says where an element lies in a tensor of the same axes, or its offset in int64.
+
+    Args:
+        name: of the function.
+        load: reads the element.
+        scope: names.
+        base: identifier of that tensor's pointer; strides are ``{base}_stride_{axis}``.
+    """
+    scope = dataclasses.replace(scope, tensors={**scope.tensors, load.tensor: base})
+    return _function(name, f"Where {load} lies.", load, scope, print_address(load, scope), ())
+
+
+def _function(
+    name: str, documentation: str, expr: Expr, scope: Scope, printed: Printed, first: tuple[str, ...]
+) -> DeviceFunction:
     texts = (*printed.lines, printed.value)
     found = symbols(expr)
-    spread = name == "score" and SCORE not in found
-    value = scope.dialect.call(f"tl.zeros_like(s) + ({printed.value})") if spread else printed.value
     pointers = [scope.tensors[tensor] for tensor in captured_tensors(expr)]
     strides = [
         stride_name(scope.tensors[tensor], axis)
@@ -223,16 +246,16 @@ def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
         for axis in range(len(scope.types[tensor].axes))
     ]
     parameters = (
-        *(["s"] if spread or SCORE in found else []),
+        *first,
         *(scope.indices[index] for index in scope.indices if Index(index) in found),
         # a load that may leave its tensor also reads a size to clamp the index
         *(size for size in scope.sizes.values() if mentions(size, *texts)),
         *pointers,
         *(stride for stride in strides if mentions(stride, *texts)),
     )
-    text = str(expr).replace("\\", "\\\\").replace('"', "'")
-    documentation = "\n    ".join(textwrap.wrap(f"{text}.", WIDTH - 12, break_on_hyphens=False))
-    return DeviceFunction(name, documentation, parameters, printed.lines, value)
+    text = documentation.replace("\\", "\\\\").replace('"', "'")
+    wrapped = "\n    ".join(textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False))
+    return DeviceFunction(name, wrapped, parameters, printed.lines, printed.value)
 
 
 def device_functions_of(*texts: str, names: Iterable[str] = DEVICE_FUNCTIONS) -> list[str]:

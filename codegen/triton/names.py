@@ -21,6 +21,20 @@ MODULE_NAMES = _words("""
 """)
 """Names that a module defines or imports, and built-in ones that it uses."""
 
+BACKWARD_NAMES = _words("""
+    attend_backward prepare query_gradient key_value_gradient score_slope slope add_at TILES_QUERY TILES_KEY TILES_PAIR
+    out lse grad_out grad_lse grad_query grad_key grad_value shift delta deterministic gradients zeros atomic
+    queries keys warps stages lead room first_row last_row tiles like
+    program blocks block b g h i j rows lanes channels features real_channels real_features row_first row_last
+    key_first key_last query_tile grad_tile key_tile value_tile key_offsets value_offsets query_offsets
+    grad_out_offsets
+    query_own key_own value_own grad_out_own out_own
+    grad_query_own grad_key_own grad_value_own at row_base key_base query_sum key_sum
+    value_sum row_shift row_delta query_head grad_out_head key_head value_head out_tile where empty sink_weight
+    logit_gradient score_gradient rest key_blocks row_blocks row_start row_stop ATOMIC
+""")
+"""Names of the backward module."""
+
 LAUNCHER_NAMES = _words("""
     out lse queries keys warps stages whole_query whole_key query_scale key_scale chunk features
     block rows programs splits peaks totals partial
@@ -60,3 +74,12 @@ class Names:
             name, number = f"{plain}_{number}", number + 1
         self._taken.add(name)
         return name
+
+    def stem(self, wanted: str, suffixes: Iterable[str]) -> str:
+        """An identifier like ``wanted`` that gives a new one with each of the suffixes."""
+        suffixes = tuple(suffixes)
+        stem, number = wanted, 2
+        while any(f"{stem}{suffix}" in self._taken for suffix in suffixes):
+            stem, number = f"{wanted}_{number}", number + 1
+        self._taken.update(f"{stem}{suffix}" for suffix in suffixes)
+        return stem

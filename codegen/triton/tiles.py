@@ -37,6 +37,14 @@ _SCAN: tuple[tuple[int, int, Tile], ...] = (  # queries is the chunk, keys the v
     (256, 4, Tile(16, 16, 8, 1)),
 )
 
+_BACKWARD: tuple[tuple[int, int, dict[str, Tile]], ...] = (  # by what a program computes the gradient of
+    (64, 2, {"query": Tile(128, 64, 8, 3), "key": Tile(64, 128, 8, 3), "pair": Tile(64, 64, 8, 1)}),
+    (128, 2, {"query": Tile(128, 64, 8, 2), "key": Tile(64, 128, 8, 2), "pair": Tile(64, 64, 8, 1)}),
+    (256, 2, {"query": Tile(64, 32, 8, 2), "key": Tile(32, 64, 8, 2), "pair": Tile(32, 32, 8, 1)}),
+    (64, 4, {"query": Tile(32, 32, 8, 2), "key": Tile(32, 32, 8, 2), "pair": Tile(32, 32, 8, 1)}),
+    (256, 4, {"query": Tile(16, 16, 4, 1), "key": Tile(16, 16, 4, 1), "pair": Tile(16, 16, 4, 1)}),
+)
+
 LARGEST_HEAD = 256
 
 
@@ -69,6 +77,17 @@ def decode_tile(bytes_of_a_key: int) -> Tile:
 def scan_tile(channels: int, element: int) -> Tile:
     """The tile of the scan: chunk length and value channels of a program."""
     return _find(_SCAN, channels, element)
+
+
+def backward_tile(gradient: str, channels: int, element: int) -> Tile:
+    """The tile of a backward kernel.
+
+    Args:
+        gradient: of what a program computes it: ``query``, ``key`` or ``pair``.
+        channels: the larger of key and value channels, padded to a power of two.
+        element: bytes of an element of the values.
+    """
+    return _find(tuple((largest, size, tiles[gradient]) for largest, size, tiles in _BACKWARD), channels, element)
 
 
 def _find(table: tuple[tuple[int, int, Tile], ...], channels: int, element: int) -> Tile:

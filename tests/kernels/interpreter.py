@@ -18,10 +18,10 @@ from typing import Any
 from unittest import mock
 
 from tests.cases import Case
-from tests.kernels.cases import ALL_BY_NAME
+from tests.kernels.backward_cases import BACKWARD_BY_NAME
 from tests.kernels.decode_cases import DECODE_BY_NAME
 
-BY_NAME: dict[str, Case] = {**ALL_BY_NAME, **DECODE_BY_NAME}
+BY_NAME: dict[str, Case] = {**BACKWARD_BY_NAME, **DECODE_BY_NAME}
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +41,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     case = BY_NAME[request["case"]]
     dtype = getattr(torch, request["dtype"])
+    if request.get("gradients"):
+        from tests.kernels.backward import compare_backward, compare_operator
+
+        side = small_tile(max(case.sizes.values()))
+        torch.use_deterministic_algorithms(bool(request.get("deterministic")))
+        if request["gradients"] == "operator":
+            found = compare_operator(case, dtype)
+        else:
+            found = compare_backward(case, dtype, tiles=(side, side, 4, 1) if request["small"] else None)
+        return {"outcomes": [[o.output, o.error, o.limit, o.passed] for o in found]}
     module = load_module(generate(case.spec))
     side = small_tile(max(case.sizes.values()))
     small: dict[str, Any] = {"TILES": {dtype: (side, side, 4, 1)}} if request["small"] else {}

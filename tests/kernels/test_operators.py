@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -28,9 +28,12 @@ GRADIENTS = (
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(operators, "_implementations", dict(operators._implementations))
+    monkeypatch.setattr(operators, "_backwards", dict(operators._backwards))
     operators.use_reference("cpu")
     yield
     operators._resolved.cache_clear()
+    operators._resolved_backward.cache_clear()
+    operators._say_recomputed.cache_clear()
 
 
 def inputs(case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -108,6 +111,58 @@ def test_compiles_whole_with_any_length() -> None:
         torch.testing.assert_close(found, exact.transpose(1, 2).flatten(2) * 2)
         found.sum().backward()
         assert given[0].grad is not None
+
+
+def _with_backward(seen: list[tuple[str, int]]) -> None:
+    """Register a backward for the CPU that says what it was asked, and computes it by the reference."""
+
+    def backward(text: str) -> operators.Backward:
+        def run(
+            wanted: tuple[str, ...],
+            gradients: Sequence[torch.Tensor],
+            inputs: Sequence[torch.Tensor],
+            outputs: Sequence[torch.Tensor],
+        ) -> list[torch.Tensor | None]:
+            seen.append((",".join(wanted), len(outputs)))
+            return operators._recomputed(operators.parsed(text), gradients, inputs)
+
+        return run
+
+    operators.register("cpu", operators._reference, backward)
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_a_backward_of_the_device_gets_the_log_sum_exp_and_what_is_wanted(compiled: bool) -> None:
+    seen: list[tuple[str, int]] = []
+    _with_backward(seen)
+    run = operators.bind(BY_NAME["gqa"].spec)
+
+    def model(*tensors: torch.Tensor) -> torch.Tensor:
+        found = run(*tensors)
+        assert isinstance(found, torch.Tensor)
+        return found * 2
+
+    called = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager") if compiled else model
+    query, key, value = (torch.randn(2, heads, 13, 16) for heads in (6, 2, 2))
+    query.requires_grad_()
+    value.requires_grad_()
+    called(query, key, value).square().sum().backward()
+    assert seen == [("q,v", 2)]
+    assert query.grad is not None and value.grad is not None and key.grad is None
+    with torch.no_grad():
+        assert called(query, key, value).shape == (2, 6, 13, 16)
+
+
+def test_why_gradients_are_recomputed() -> None:
+    spec = BY_NAME["scan"].spec
+    assert "no backward kernels for cpu" in (operators.why_recomputed(spec, "cpu") or "")
+    operators.register("cpu", operators._reference, lambda text: "it is a scan")
+    assert operators.why_recomputed(spec, "cpu") == "it is a scan"
+    given = [t.requires_grad_() for t in inputs(BY_NAME["scan"])]
+    found = operators.run(spec, *given)
+    assert isinstance(found, torch.Tensor)
+    with pytest.warns(UserWarning, match="computed by its reference.*it is a scan"):
+        found.sum().backward()
 
 
 def test_exports() -> None:
