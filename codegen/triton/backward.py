@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from attncompile.codegen.triton.captured_gradients import Element, elements, expressions_of, summed_along
-from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Scope, captured_tensors, print_triton, refusal
 from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.module import (
@@ -25,6 +24,7 @@ from attncompile.codegen.triton.module import (
     tiles_text,
 )
 from attncompile.codegen.triton.names import BACKWARD_NAMES, KERNEL_NAMES, LAUNCHER_NAMES
+from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.structure import Dense, dense, why_not_spec
 from attncompile.codegen.triton.tiles import Tile, backward_tile
 from attncompile.codegen.triton.visits import BLOCK, ROW_FIRST, ROW_LAST, Visits, possible, visits
