@@ -184,7 +184,7 @@ def copy_rate(rounds: int) -> float:
     return 2 * COPIED / statistics.median(times) * 1e3
 
 
-def measure(work: Work, rounds: int, sweep: bool) -> dict[str, Any]:
+def measure(work: Work, rounds: int, sweep: str | None) -> dict[str, Any]:
     """Interleaved medians of all competitors of a row."""
     spec = work.spec()
     module = load_module(generate(spec))
@@ -205,24 +205,26 @@ def measure(work: Work, rounds: int, sweep: bool) -> dict[str, Any]:
     for name, found in times.items():
         median = statistics.median(found)
         row["results"][name] |= {"ms": median, "min_ms": min(found), "gb_per_s": work.cache_bytes() / median / 1e6}
-    if sweep:
-        row["sweep"] = swept(module, given)
+    if sweep is not None:
+        row["sweep"] = swept(module, given, tiles=bool(sweep) and sweep in work.name)
     return row
 
 
-def swept(module: ModuleType, given: list[torch.Tensor]) -> list[dict[str, Any]]:
-    """Times with other tiles, warps, stages and numbers of waves, the best first."""
+def swept(module: ModuleType, given: list[torch.Tensor], tiles: bool) -> list[dict[str, Any]]:
+    """Times with other numbers of waves and, if asked for, other tiles, warps and stages; the best first."""
+    usual = module.DECODE_TILES[torch.bfloat16]
+    shapes = [*itertools.product((64, 128), (4, 8), (2, 3, 4))] if tiles else [usual]
     tried = []
-    for keys, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4)):
-        for waves in (1, 2, 4, 8):
-            tiles = {torch.bfloat16: (keys, warps, stages)}
-            with mock.patch.multiple(module, DECODE_TILES=tiles, WAVES=waves):
+    for shape in shapes:
+        for waves in (1, 1.5, 2, 3, 4, 6, 8):
+            changes: dict[str, Any] = {"DECODE_TILES": {torch.bfloat16: shape}, "WAVES": waves}
+            with mock.patch.multiple(module, **changes):
                 try:
                     replay = graphed(lambda: module.attend(*given), 3)
                     taken = statistics.median(milliseconds(replay, 1) / 3 for _ in range(4))
                 except Exception:
                     break  # too much shared memory
-            tried.append({"keys": keys, "warps": warps, "stages": stages, "waves": waves, "ms": taken})
+            tried.append({"keys": shape[0], "warps": shape[1], "stages": shape[2], "waves": waves, "ms": taken})
     return sorted(tried, key=lambda each: float(each["ms"]))[:24]
 
 
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON file to write")
     parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
-    parser.add_argument("--sweep", default="none", help="rows for which other tiles and numbers of parts are tried")
+    parser.add_argument("--sweep", help="try other numbers of parts, and other tiles for rows with this in their names")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU; torch.cuda.is_available() is false")
@@ -255,7 +257,7 @@ def main() -> None:
     for work in WORKS:
         if wanted and not any(part in work.name for part in wanted):
             continue
-        row = measure(work, options.rounds, options.sweep in work.name)
+        row = measure(work, options.rounds, options.sweep)
         torch.cuda.empty_cache()
         report["rows"].append(row)
         options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")

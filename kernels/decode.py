@@ -67,8 +67,12 @@ class Stored:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Endings of the names of the tiles that a tile of bytes gives."""
-        return ("_low", "_high") if self.form == "int4" else ("",)
+        """Endings of the names of the tiles that a tile of stored numbers gives.
+
+        Codes are read two bytes at a time: tensor cores take neighbouring keys of one channel in 32 bits, which is then
+        what two loads of 16 bits give.
+        """
+        return {"real": ("",), "int4": ("_0", "_1", "_2", "_3")}.get(self.form, ("_0", "_1"))
 
     @property
     def width(self) -> int:
@@ -88,16 +92,24 @@ class Stored:
     def bytes_of_a_key(self, element: int) -> int:
         """Bytes of a tile's row in shared memory, its scales included, for operands of so many bytes."""
         terms = sum(term is not None for term in (self.scale, self.shift)) if not self.factored else 0
-        return self.padded * ((element if self.form == "real" else 1) + 4 * terms * len(self.parts))
+        return self.padded * ((element if self.form == "real" else 2) + 4 * terms * len(self.parts))
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
         return tuple(f"{self.name}_stride_{axis}" for axis in range(len(self.rows)))
 
+    def place(self, part: int) -> str:
+        """Source of the channels of a part: the bytes of a pair hold neighbours, the halves of a byte are far apart."""
+        if self.form == "real":
+            return self.lanes
+        offset = part % 2 + (self.channels // 2 if part > 1 else 0)
+        return f"(2 * {self.lanes} + {offset})" if offset else f"(2 * {self.lanes})"
+
     def lane(self, part: int) -> str:
-        """Source of the channels of a part that exist; past the last one the last."""
-        lanes = self.lanes if self.padded == self.width else f"tl.minimum({self.lanes}, {self.width - 1})"
-        return f"({lanes} + {self.width})" if part else lanes
+        """The same for channels that exist; past the last one the last."""
+        if self.padded == self.width:
+            return self.place(part)
+        return self.place(part).replace(self.lanes, f"tl.minimum({self.lanes}, {self.width - 1})")
 
     def offsets(self) -> list[str]:
         """Lines that compute the offset of each key."""
@@ -116,7 +128,7 @@ class Stored:
         if self.padded != self.width:
             shown += f" & ({self.lanes} < {self.width}){channel}"
         step = f"{self.lanes}{channel} * {self.name}_stride_{self.rows.index(None)}"
-        empty = "0" if self.form in ("int8", "int4") else "0.0"
+        empty = "0.0" if self.form == "real" else "0"
         return [
             *self.offsets(),
             f"{self.name}_offsets = {self.name}_rows{token} + {step}",
@@ -129,13 +141,9 @@ class Stored:
         if self.form == "real":
             return [f"{self.name}_tile = {name}"]
         dtype = "PRODUCT" if self.factored else "tl.float32"
-        calls = {
-            "int8": f"from_int8({name}, {dtype}, NVIDIA)",
-            "float8_e4m3": f"from_e4m3({name}, {dtype})",
-            "int4": f"from_int4({name}, {dtype}, NVIDIA)",
-        }
+        function = {"int8": "from_int8", "float8_e4m3": "from_e4m3", "int4": "from_int4"}[self.form]
         tiles = [f"{self.name}_tile{part}" for part in self.parts]
-        lines = [f"{', '.join(tiles)} = {calls[self.form]}"]
+        lines = [f"{', '.join(tiles)} = {function}({name}, {dtype}, CAPABILITY)"]
         token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
         for number, tile in enumerate(tiles):
             if not self.factored:
@@ -197,9 +205,9 @@ class Decode:
         return tuple(dict.fromkeys((*self.lengths, *self.sizes, "key_heads", "splits")))
 
     def constants(self) -> tuple[str, ...]:
-        """Compile-time arguments of the first kernel in order; ``NVIDIA`` says whose GPU it is."""
-        integers = any(each.form in ("int8", "int4") for each in (self.key, self.value))
-        return ("BLOCK_I", "BLOCK_J", *(["NVIDIA"] if integers else []))
+        """Compile-time arguments of the first kernel in order; ``CAPABILITY`` is 0 on other GPUs than NVIDIA's."""
+        codes = any(each.form != "real" for each in (self.key, self.value))
+        return ("BLOCK_I", "BLOCK_J", *(["CAPABILITY"] if codes else []))
 
     def sink_captured(self) -> tuple[tuple[str, int], ...]:
         """Captured tensors that the sink reads."""
@@ -288,9 +296,8 @@ class Decode:
             "query_rows += tl.cast(i, tl.int64) * query_stride_i",
         ]
         for number, part in enumerate(key.parts):
-            place = f"(channels + {key.width})" if number else "channels"
             lines += [
-                f"query_offsets = query_rows + {place}[None, :] * query_stride_d",
+                f"query_offsets = query_rows + {key.place(number)}[None, :] * query_stride_d",
                 f"query_tile{part} = tl.load(query + query_offsets, mask={asked}, other=0.0)",
             ]
         if key.form != "real" and key.factored:
@@ -407,26 +414,22 @@ class Decode:
 
     def _weights(self) -> list[str]:
         value = self.value
-        lines = [f"weights, rescale, peak, total = weigh(peak, total, logits, {self.scale * LOG2E!r})"]
+        by_token = value.factored and value.scale is not None and value.scale.reads == "token"
+        lines = []
+        if by_token and value.scale:
+            lines += value.scale.read("by_key", "j", "0")
+            lines.append("value_scales = tl.where(inside[None, :], by_key, 0.0)")
+        call, scales = ("weigh_scaled", "value_scales, ") if by_token else ("weigh", "")
+        factor = repr(self.scale * LOG2E)
+        lines.append(f"weights, rescale, peak, total = {call}(peak, total, logits, {scales}{factor})")
         if self.edit:
             lines += signature("factor = edit", self.edit.parameters, "", inside=8).splitlines()
             lines.append("weights = weights * factor")
-        by_token = value.factored and value.scale is not None and value.scale.reads == "token"
-        if by_token and value.scale:
-            lines += [
-                *value.scale.read("by_key", "j", "0"),
-                "value_scales = tl.where(inside[None, :], by_key, 0.0)",
-                "largest = power_above(tl.max(tl.abs(value_scales)))",
-                "weights = weights * (value_scales / largest)",
-            ]
         lines.append(f"weights = weights.to(value_tile{value.parts[0]}.dtype)")
         for part in value.parts:
             total, tile = f"accumulator{part}", f"value_tile{part}"
             lines.append(f"{total} = {total} * rescale[:, None]")
-            if by_token:
-                lines.append(f'{total} += tl.dot(weights, {tile}, input_precision="ieee") * largest')
-            else:
-                lines.append(f'{total} = tl.dot(weights, {tile}, {total}, input_precision="ieee")')
+            lines.append(f'{total} = tl.dot(weights, {tile}, {total}, input_precision="ieee")')
         return lines
 
     def _store(self) -> list[str]:
@@ -440,9 +443,8 @@ class Decode:
             if value.factored and value.scale and value.scale.reads == "channel":
                 lines += value.scale.read("by_channel", "0", f"{value.lane(number)}[None, :]")
                 lines.append(f"accumulator{part} = accumulator{part} * by_channel")
-            place = f"features + {value.width}" if number else "features"
             lines += [
-                f"part_offsets = place * {value.channels} + {f'({place})' if number else place}[None, :]",
+                f"part_offsets = place * {value.channels} + {value.place(number)}[None, :]",
                 f"tl.store(partial + part_offsets, accumulator{part}, mask={written})",
             ]
         rows = f"mask=rows < {self.group} * {queries}"
@@ -531,12 +533,22 @@ def splits_of(like, programs, tiles):
     slots = 8
     if like.is_cuda:
         slots = 2 * torch.cuda.get_device_properties(like.device).multi_processor_count
-    return max(1, min(WAVES * slots // programs, triton.cdiv(tiles, LEAST_TILES), 128))'''
+    return max(1, min(int(WAVES * slots) // programs, triton.cdiv(tiles, LEAST_TILES), 128))'''
 
-BYTES_OF = '''\
-def bytes_of(tensor):
-    """float8 numbers as plain bytes where the device has no instructions for them."""
-    native = tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 9)
-    return tensor if native else tensor.view(torch.uint8)'''
+PAIRS_OF = '''\
+def pairs_of(name, tensor):
+    """A store of bytes as 16-bit numbers; its rows must lie so."""
+    places = (*tensor.stride()[:-1], tensor.storage_offset())
+    if tensor.stride()[-1] != 1 or any(place % 2 for place in places):
+        raise ValueError(f"rows of {name} should be contiguous and begin at even bytes: strides {tensor.stride()}")
+    return tensor.view(torch.int16)
 
-__all__ = ["BYTES_OF", "SPLITS_OF", "Decode", "Stored", "Term"]
+
+def capability_of(tensor):
+    """Compute capability of the tensor's device, such as 90; 0 where it is no GPU of NVIDIA's."""
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor'''
+
+__all__ = ["PAIRS_OF", "SPLITS_OF", "Decode", "Stored", "Term"]

@@ -95,76 +95,108 @@ def weigh(peak, total, logits, SCALE: tl.constexpr):
 
 
 @triton.jit
+def weigh_scaled(peak, total, logits, scales, SCALE: tl.constexpr):
+    """As ``weigh``, where each key's weight is multiplied by the scale of its value.
+
+    The peak is that of the products, so that none of them exceeds 1 whatever the scales are; the total counts the
+    weights without their scales, relative to the same peak.
+    """
+    logits = logits * SCALE
+    # the next power of two above each scale, from its exponent; at least 2^-60: a value of zero bounds its weight too
+    powers = tl.maximum((scales.to(tl.int32, bitcast=True) >> 23) & 255, 66) - 126
+    products = logits + powers.to(tl.float32)
+    new_peak = tl.maximum(peak, tl.max(products, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(logits - shift[:, None])
+    rescale = tl.exp2(peak - shift)
+    return weights * scales, rescale, new_peak, total * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
 def power_above(x):
     """The least power of two that is at least x; 1 for 0. A division by it is exact."""
     return tl.where(x > 0.0, tl.exp2(tl.ceil(tl.log2(x))), 1.0)
 
 
 @triton.jit
-def from_e4m3(codes, DTYPE: tl.constexpr):
-    """Numbers of float8 e4m3, given as such or as bytes: exact in float16 and everything wider."""
-    if codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
-        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
-        numbers = tl.where((bits & 127) == 127, float("nan"), half.to(tl.float32)).to(DTYPE)
-    else:
-        numbers = codes.to(DTYPE)
-    return numbers
+def from_int8(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The two int8 numbers of 16 bits, low byte first.
 
-
-@triton.jit
-def from_int8(codes, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
-    """Numbers of int8: exact in float16 and everything wider.
-
-    Converting integers has a sixteenth of the rate of other instructions there, so the byte u = code + 128 becomes the
-    last bits of 1024 + u, from which 1152 is subtracted: four numbers in five instructions.
+    Converting integers is slow on NVIDIA's GPUs, so the byte u = code + 128 becomes the last bits of 1024 + u there,
+    from which 1152 is subtracted; both are exact in float16.
     """
-    if NVIDIA and tl.float16 == DTYPE:
-        numbers = tl.inline_asm_elementwise(
+    if CAPABILITY > 0 and tl.float16 == DTYPE:
+        first, second = tl.inline_asm_elementwise(
             """{
-            .reg .b32 bytes, offset;
+            .reg .b32 offset, bytes;
             mov.b32 offset, 0x64806480;
-            xor.b32 bytes, $2, 0x80808080;
-            prmt.b32 $0, bytes, 0x64646464, 0x4140;
-            prmt.b32 $1, bytes, 0x64646464, 0x4342;
+            lop3.b32 $0, $2, 0x00ff00ff, offset, 0x6a;
+            shr.u32 bytes, $2, 8;
+            lop3.b32 $1, bytes, 0x00ff00ff, offset, 0x6a;
             sub.f16x2 $0, $0, offset;
             sub.f16x2 $1, $1, offset;
             }""",
-            "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4,
+            "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )
     else:
-        numbers = codes.to(DTYPE)
-    return numbers
+        first, second = ((pairs << 8) >> 8).to(DTYPE), (pairs >> 8).to(DTYPE)
+    return first, second
 
 
 @triton.jit
-def from_int4(codes, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
-    """The signed numbers in the low and in the high four bits of bytes.
+def from_int4(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The four signed numbers of 16 bits: the low four bits of both bytes, then the high four.
 
     On NVIDIA's GPUs they become the last bits of 1024 + n and of 1024 + 16 n, as in ``from_int8``.
     """
-    if NVIDIA and tl.float16 == DTYPE:
-        low, high = tl.inline_asm_elementwise(
+    if CAPABILITY > 0 and tl.float16 == DTYPE:
+        first, second, third, fourth = tl.inline_asm_elementwise(
             """{
-            .reg .b32 first, second, offset, sixteenth, offset_high;
+            .reg .b32 bytes, offset, sixteenth, last;
             mov.b32 offset, 0x64086408;
             mov.b32 sixteenth, 0x2c002c00;
-            mov.b32 offset_high, 0xd480d480;
-            prmt.b32 first, $4, 0, 0x4140;
-            prmt.b32 second, $4, 0, 0x4342;
-            lop3.b32 $0, first, 0x000f000f, 0x64086408, 0x6a;
-            lop3.b32 $1, second, 0x000f000f, 0x64086408, 0x6a;
-            lop3.b32 $2, first, 0x00f000f0, 0x64806480, 0x6a;
-            lop3.b32 $3, second, 0x00f000f0, 0x64806480, 0x6a;
+            mov.b32 last, 0xd480d480;
+            shr.u32 bytes, $4, 8;
+            lop3.b32 $0, $4, 0x000f000f, offset, 0x6a;
+            lop3.b32 $1, bytes, 0x000f000f, offset, 0x6a;
+            lop3.b32 $2, $4, 0x00f000f0, 0x64806480, 0x6a;
+            lop3.b32 $3, bytes, 0x00f000f0, 0x64806480, 0x6a;
             sub.f16x2 $0, $0, offset;
             sub.f16x2 $1, $1, offset;
-            fma.rn.f16x2 $2, $2, sixteenth, offset_high;
-            fma.rn.f16x2 $3, $3, sixteenth, offset_high;
+            fma.rn.f16x2 $2, $2, sixteenth, last;
+            fma.rn.f16x2 $3, $3, sixteenth, last;
             }""",
-            "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            "=&r,=&r,=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
         )
     else:
-        low = (((codes & 15) ^ 8).to(tl.int8) - 8).to(DTYPE)
-        high = (codes.to(tl.int8, bitcast=True) >> 4).to(DTYPE)
-    return low, high
+        first, second = ((pairs << 12) >> 12).to(DTYPE), ((pairs << 4) >> 12).to(DTYPE)
+        third, fourth = ((pairs << 8) >> 12).to(DTYPE), (pairs >> 12).to(DTYPE)
+    return first, second, third, fourth
+
+
+@triton.jit
+def from_e4m3(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The two float8 e4m3 numbers of 16 bits, low byte first: exact in float16 and everything wider."""
+    if CAPABILITY >= 89 and tl.float16 == DTYPE:
+        first, second = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes;
+            .reg .b16 low, high;
+            prmt.b32 bytes, $2, 0, 0x3120;
+            mov.b32 {low, high}, bytes;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )
+    else:
+        first, second = e4m3_number(pairs & 255, DTYPE), e4m3_number((pairs >> 8) & 255, DTYPE)
+    return first, second
+
+
+@triton.jit
+def e4m3_number(byte, DTYPE: tl.constexpr):
+    """The float8 e4m3 number of a byte."""
+    # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
+    half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((byte & 127) == 127, float("nan"), half.to(tl.float32)).to(DTYPE)

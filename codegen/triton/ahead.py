@@ -22,6 +22,7 @@ ELEMENTS = {
     "float8_e4m3": "fp8e4nv",
     "int64": "i64",
     "int32": "i32",
+    "int16": "i16",
     "int8": "i8",
     "uint8": "u8",
     "bool": "i1",
@@ -101,10 +102,7 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     constants: dict[str, Any] = {}
     aligned: list[str] = []
     for name, element in kernel.pointers:
-        element = dtype if element == "operand" else element
-        if element == "float8_e4m3" and not _has_float8(target):
-            element = "uint8"  # as the launcher passes it there
-        signature[name] = "*" + ELEMENTS[element]
+        signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
         aligned.append(name)
     for name in kernel.strides:
         last = _is_last_stride(name, kernel.strides)
@@ -117,8 +115,9 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     for name, value in kernel.constants[dtype].items():
         signature[name] = "constexpr"
         constants[name] = value
-    if "NVIDIA" in function.arg_names:  # the one constant that depends on the target
-        signature["NVIDIA"], constants["NVIDIA"] = "constexpr", target.backend == "cuda"
+    if "CAPABILITY" in function.arg_names:  # the one constant that depends on the target
+        signature["CAPABILITY"] = "constexpr"
+        constants["CAPABILITY"] = target.arch if target.backend == "cuda" else 0
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     tile = kernel.tiles[dtype]
@@ -130,10 +129,6 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
     )
     registers, spills = resources(built.asm, target)
     return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
-
-
-def _has_float8(target: Target) -> bool:
-    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 89
 
 
 def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, apply, c
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import TensorType
-from attncompile.kernels.decode import BYTES_OF, SPLITS_OF, Decode, Form, Reads, Stored, Term
+from attncompile.kernels.decode import PAIRS_OF, SPLITS_OF, Decode, Form, Reads, Stored, Term
 from attncompile.kernels.dense import DenseForward, DeviceFunction
 from attncompile.kernels.source import signature
 
@@ -45,7 +46,7 @@ keys."""
 MOST_ROWS, MERGED = 64, 16
 """Rows of a tile at most, and parts that the second kernel reads at a time."""
 
-DEVICE = ("weigh", "power_above", "from_e4m3", "from_int8", "from_int4")
+DEVICE = ("weigh", "weigh_scaled", "power_above", "from_int8", "from_int4", "from_e4m3")
 
 
 def decode_expressions(spec: Spec, parts: Dense) -> tuple[Expr, ...]:
@@ -89,8 +90,9 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         documentation(spec, inputs),
         decode_tiles_text(tiles) + "\n" + CHECKS,
         SPLITS_OF,
-        *([BYTES_OF] if any("bytes_of(" in line for line in lines) else []),
+        *([PAIRS_OF] if any("pairs_of(" in line for line in lines) else []),
         *decode_device_functions(text),
+        *device_functions_of(text),
         text,
         launcher(spec, inputs, lines),
     )
@@ -137,7 +139,7 @@ def few_queries(
         f"With at most {FEW_QUERIES} queries and at least {LONG_CACHE} keys the keys are cut into parts.",
         f"FEW_QUERIES, LONG_CACHE = {FEW_QUERIES}, {LONG_CACHE}  # what the kernel that cuts the keys is for\n"
         + decode_tiles_text(tiles),
-        (SPLITS_OF, *device_functions_of(text, names=DEVICE)),
+        (SPLITS_OF, *decode_device_functions(text)),
         text,
         [
             f"if {lengths[1].value} <= FEW_QUERIES and {lengths[2].value} >= LONG_CACHE:",
@@ -148,8 +150,9 @@ def few_queries(
 
 
 def decode_device_functions(text: str) -> list[str]:
-    """Source of the device functions that the kernels' text calls."""
-    return device_functions_of(text, names=DEVICE) + device_functions_of(text)
+    """Source of the device functions that the kernels' text calls, and of what those call."""
+    own = device_functions_of(text, names=DEVICE)
+    return [*device_functions_of(*own, names=("e4m3_number",)), *own]
 
 
 def _functions(spec: Spec, parts: Dense, binding: Binding) -> tuple[DeviceFunction | None, ...]:
@@ -354,13 +357,20 @@ def decode_launch(
     values = {length.name: length.value for length in lengths} | {"key_heads": key_heads}
     captured = [own[name] for name, _ in skeleton.captured]
     merged = [own[name] for name, _ in skeleton.sink_captured()]
-    known = "NVIDIA" in skeleton.constants()
-    nvidia = [f"NVIDIA={query}.is_cuda and torch.version.hip is None"] if known else []
+    known = "CAPABILITY" in skeleton.constants()
+    capability = [f"CAPABILITY=capability_of({query})"] if known else []
     first = [
         *(query, *stores, "partial", "peaks", "totals", *captured),
         *(f"*{name}.stride()" for name in (query, *stores, *captured)),
         *(values.get(name, name) for name in skeleton.integers()),
-        *("BLOCK_I=rows", "BLOCK_J=block", *nvidia, "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"),
+        *(
+            "BLOCK_I=rows",
+            "BLOCK_J=block",
+            *capability,
+            "num_warps=warps",
+            "num_stages=stages",
+            "enable_fp_fusion=True",
+        ),
     ]
     second = [
         *("partial", "peaks", "totals", "out", *(("lse",) if skeleton.lse else ()), *merged),
@@ -369,16 +379,16 @@ def decode_launch(
         *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True"),
     ]
     rows = f"{skeleton.group} * {queries}" if skeleton.group > 1 else queries
-    bytes_of = [
-        f"{name} = bytes_of({name})"
-        for name, each in zip(stores, (skeleton.key, skeleton.value), strict=True)
-        if each.form == "float8_e4m3"
+    pairs_of = [
+        f"{name} = pairs_of({json.dumps(storage.name)}, {name})"
+        for name, each, storage in zip(stores, (skeleton.key, skeleton.value), _storages(spec, parts), strict=True)
+        if each.form != "real"
     ]
     return [
         f"if {query}.dtype not in DECODE_TILES:",
         f"    raise ValueError(f\"the kernel takes {{', '.join(map(str, DECODE_TILES))}}, not {{{query}.dtype}}\")",
         f"block, warps, stages = DECODE_TILES[{query}.dtype]",
-        *dict.fromkeys(bytes_of),
+        *dict.fromkeys(pairs_of),
         f"rows = max(16, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
         f"programs = {batch} * {key_heads} * triton.cdiv({rows}, rows)",
         f"splits = splits_of({query}, programs, triton.cdiv({keys}, block))",
@@ -401,8 +411,7 @@ def decode_kernels(
     own = {"query": "operand", "out": "operand", "partial": "float32", "peaks": "float32", "totals": "float32"}
     own["lse"] = "float32"
     for name, storage in zip(("key", "value"), _storages(spec, parts), strict=True):
-        dtype = types[storage.name].dtype
-        own[name] = "operand" if storage.dequantize is None else dtype
+        own[name] = "operand" if storage.dequantize is None else "int16"
     own |= {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     rows = max(16, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
     split = Kernel(

@@ -16,8 +16,9 @@ MODULE_NAMES = _words("""
     attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit
     decay_factor feature_map update update_edited join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of
-    attend_split merge_splits weigh power_above from_e4m3 from_int8 from_int4
-    key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of bytes_of
+    attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number
+    pairs_of capability_of
+    key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of
 """)
 """Names that a module defines or imports, and built-in ones that it uses."""
 
@@ -50,9 +51,11 @@ KERNEL_NAMES = _words("""
     first_start first_stop first_count main_start main_stop full_start full_stop before after key_first
     key_last log_decay distance between since until whole_chunk state key_sum positions read dtype
     query_features key_features seen decayed_query decayed_key result norm written index BLOCK_I BLOCK_J BLOCK_E
-    CHUNK split splits row place share count stop partial peaks totals PRODUCT NVIDIA
-    key_rows key_stored key_tile_low key_tile_high value_rows value_stored value_tile_low value_tile_high
-    query_tile_low query_tile_high query_peak query_shift accumulator_low accumulator_high part_offsets
+    CHUNK split splits row place share count stop partial peaks totals PRODUCT CAPABILITY
+    key_rows key_stored key_tile_0 key_tile_1 key_tile_2 key_tile_3
+    value_rows value_stored value_tile_0 value_tile_1 value_tile_2 value_tile_3
+    query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
+    query_peak query_shift part_offsets
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
 """)
 """Local names of the kernels."""

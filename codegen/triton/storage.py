@@ -93,6 +93,10 @@ def storage_reason(spec: Spec) -> str | None:
             by_channel = [at for at in storage.gather.at if Index("d") in symbols(at)]
             if by_channel != [Index("d")]:
                 return f"{storage.name} should be read at d along one axis, not at {', '.join(map(str, by_channel))}"
+        if storage.dequantize is not None:
+            stored = simplify(spec.types()[storage.dequantize.code].sizes[3])
+            if not isinstance(stored, Const) or stored.value % 2:
+                return f"{storage.name} has rows of {stored} bytes; the kernel reads two at a time"
         for expr in storage.expressions():
             reason = refusal(simplify(expr))
             if reason:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from attncompile.ir import Dequantize, Gather
+from attncompile.ir import Dequantize, Gather, Spec
 from attncompile.ir.storage import LARGEST, narrow
 from attncompile.ir.types import DTYPES, concrete
 from tests.cases import Case
+from tests.kernels.comparison import poisoned_inputs
 
 CAUSAL = "j ≤ i + J − I"
 
@@ -276,4 +277,16 @@ DECODE_CASES = (*PLAIN_CASES, *STORED_CASES)
 DECODE_BY_NAME = {case.name: case for case in DECODE_CASES}
 
 
-__all__ = ["DECODE_BY_NAME", "DECODE_CASES", "PLAIN_CASES", "STORED_CASES", "DecodeCase"]
+def stored_inputs(spec: Spec, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Non-contiguous inputs with poison around them; rows of bytes are contiguous and begin at even places."""
+    made = poisoned_inputs(spec, tensors)
+    captured = {value.name for value in spec.captured()}
+    for number, value in enumerate(spec.inputs):
+        if DTYPES[value.type.dtype].itemsize == 1 and value.name not in captured:
+            tensor = tensors[value.name]
+            room = torch.full([*tensor.shape[:-1], tensor.shape[-1] + 6], 0x7F, dtype=torch.uint8, device=tensor.device)
+            made[number] = room.view(tensor.dtype)[..., 2 : 2 + tensor.shape[-1]].copy_(tensor)
+    return made
+
+
+__all__ = ["DECODE_BY_NAME", "DECODE_CASES", "PLAIN_CASES", "STORED_CASES", "DecodeCase", "stored_inputs"]

@@ -13,7 +13,7 @@ from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import parse_spec
 from tests.cases import Case
 from tests.kernels.comparison import compare
-from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES
+from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES, stored_inputs
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.test_values import check
 
@@ -75,8 +75,16 @@ def test_refusals_name_the_cause(store: str, groups: int, head: str, norm: str, 
 def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     module = load_module(generate(case.spec))
     with mock.patch.multiple(module, LEAST_TILES=1, **({"LONG_CACHE": 0} if hasattr(module, "LONG_CACHE") else {})):
-        for outcome in compare(case, module.attend, dtype, "cuda"):
+        for outcome in compare(case, module.attend, dtype, "cuda", place=stored_inputs):
             assert outcome.passed, f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
+
+
+def test_rows_at_odd_bytes_are_refused() -> None:
+    case = next(case for case in STORED_CASES if case.name == "int8-token")
+    tensors = case.tensors()
+    tensors["k_codes"] = torch.empty(2, 2, 300, 65, dtype=torch.int8)[..., :64]
+    with pytest.raises(ValueError, match="rows of k_codes should be contiguous and begin at even bytes"):
+        load_module(generate(case.spec)).attend(*(tensors[value.name] for value in case.spec.inputs))
 
 
 @pytest.mark.gpu
