@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from attncompile import __version__
-from attncompile.codegen.triton import generate
+from attncompile.codegen.triton.lower import modules
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.frontends.errors import InputError
 from attncompile.ir import Spec, parse_spec
@@ -22,12 +22,13 @@ KERNELS = "kernels"
 
 
 def kernel_sources(specs: Iterable[Spec]) -> dict[str, str]:
-    """File name to text of one Triton module for each distinct Spec that has one."""
+    """File name to text of each module that may run for one of these Specs: in Triton, and in Gluon for Hopper GPUs."""
     distinct = {spec.fingerprint(): spec for spec in specs}
     return {
-        f"attend_{fingerprint}.py": generate(spec).source
+        f"attend_{fingerprint}{suffix}.py": module.source
         for fingerprint, spec in distinct.items()
         if why_not_spec(spec) is None
+        for suffix, module in modules(spec).items()
     }
 
 

@@ -71,6 +71,23 @@ def _hopper(text: str, length: int) -> HopperModule | str:
     return reason or gluon.generate(spec, queries=length)
 
 
+def modules(spec: Spec) -> dict[str, GeneratedModule]:
+    """Every module that may run for a Spec, by what a file's name adds for it: nothing for the one in plain Triton.
+
+    Raises:
+        ValueError: when :func:`attncompile.codegen.triton.structure.why_not_spec` has a reason.
+    """
+    from attncompile.codegen import gluon
+
+    found = {"": generate(spec)}
+    if gluon.why_not_spec(spec) is None and gluon.slower(spec) is None:
+        for suffix, length in (("_hopper", LENGTHS[-1]), ("_hopper_short", LENGTHS[0])):
+            module = gluon.generate(spec, queries=length)
+            if all(module.source != other.source for other in found.values()):
+                found[suffix] = module
+    return found
+
+
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
     """Whether the device is a GPU of compute capability 9.x."""

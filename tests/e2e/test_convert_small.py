@@ -212,9 +212,11 @@ def test_a_torch_folder_runs_generates_and_verifies(llama_torch: Path) -> None:
         "kernels",
         "config.json",
     } <= names
-    (kernel,) = (llama_torch / "kernels").glob("*.py")
-    assert "attend" in kernel.read_text()
-    compile(kernel.read_text(), str(kernel), "exec")
+    plain, hopper = sorted((llama_torch / "kernels").glob("*.py"), key=lambda file: len(file.name))
+    assert hopper.stem == f"{plain.stem}_hopper" and "gluon" in hopper.read_text()
+    for kernel in (plain, hopper):
+        assert "def attend(" in kernel.read_text()
+        compile(kernel.read_text(), str(kernel), "exec")
     loaded, model, call = attncompile.load(llama_torch), small_llama(), tokens(2, 9)
     with torch.no_grad():
         expected = model.generate(**call, max_new_tokens=5, do_sample=False)
@@ -286,12 +288,12 @@ def test_damaged_weights_of_a_torch_folder_are_noticed(llama_torch: Path, tmp_pa
 
 def test_a_changed_kernel_is_refused_and_never_run(llama_torch: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(llama_torch, tmp_path / "changed"))
-    (kernel,) = (changed / "kernels").glob("*.py")
-    kernel.write_text("raise SystemExit('this must not run')\n")
-    for use in (attncompile.load, attncompile.verify):
-        with pytest.raises(InputError, match="it is not what is generated for the plan"):
-            use(changed)
-    kernel.unlink()
+    for kernel in (changed / "kernels").glob("*.py"):
+        kernel.write_text("raise SystemExit('this must not run')\n")
+        for use in (attncompile.load, attncompile.verify):
+            with pytest.raises(InputError, match="it is not what is generated for the plan"):
+                use(changed)
+        kernel.unlink()
     attncompile.load(changed)
 
 
