@@ -276,7 +276,7 @@ def run_backward(
     Args:
         spec: the text.
         wanted: for each input whether its gradient is wanted.
-        gradients: of the outputs.
+        gradients: of the outputs; a tensor of shape ``[0]`` for an output that nothing depends on.
         inputs: of the Spec.
         outputs: of the Spec, or none of them.
     """
@@ -298,6 +298,11 @@ def run_backward(
         else:
             made.append(_laid_out(gradient, like))
     return made
+
+
+def is_absent(gradient: torch.Tensor) -> bool:
+    """Whether it stands for the gradient of an output that nothing depends on."""
+    return gradient.dim() == 1 and gradient.numel() == 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -327,7 +332,7 @@ def _recomputed(
     shown = _rows_with_keys(smooth, named, dtype)
     given = []
     for output, gradient in zip(outputs, gradients, strict=True):
-        gradient = gradient.to(output.dtype)
+        gradient = torch.zeros_like(output) if is_absent(gradient) else gradient.to(output.dtype)
         if shown is not None:
             gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
         given.append(gradient)
@@ -378,7 +383,7 @@ def _rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.d
 def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output: Any) -> None:
     spec, tensors = inputs
     ctx.spec = spec
-    ctx.shapes = [(t.shape, t.dtype) for t in output]
+    ctx.set_materialize_grads(False)
     ctx.count = len(tensors)
     kept = [] if why_recomputed(spec, tensors[0].device.type) else output
     ctx.save_for_backward(*tensors, *kept)
@@ -386,11 +391,7 @@ def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output:
 
 def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
     inputs, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    device = inputs[0].device
-    given = [
-        torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-        for gradient, (shape, dtype) in zip(gradients, ctx.shapes, strict=True)
-    ]
+    given = [inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
     needed = ctx.needs_input_grad[1]
     wanted = [bool(need) and t.is_floating_point() for need, t in zip(needed, inputs, strict=True)]
     found = torch.ops.attncompile.run_backward(ctx.spec, wanted, given, list(inputs), list(outputs))

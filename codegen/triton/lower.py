@@ -6,6 +6,7 @@ does not take: Specs outside its reach, float32, few queries, tensors that TMA c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.triton import cudnn_gradient
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
@@ -130,6 +132,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     unavailable = why_not_backward(spec)
     if unavailable:
         said += f"; gradients are computed by the reference, since {unavailable}"
+    elif on_hopper(device) and not isinstance(cudnn_gradient.plain_form(spec), str):
+        said += "; gradients by cuDNN where it takes the tensors, otherwise by two generated kernels"
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 
@@ -175,16 +179,25 @@ def _generated_backward(text: str, wanted: tuple[str, ...]) -> GeneratedModule:
 
 
 class _Gradients:
-    """A Spec's backward kernels; the wanted gradients decide which are generated."""
+    """A Spec's backward kernels; which gradients there are and are wanted decides what is generated."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
         self._spec = operators.parsed(text)
         self._training = operators.with_log_sum_exp(self._spec)
+        attend = self._training.attend()
+        assert attend is not None  # why_not_backward has seen to it
+        self._attend = attend
+        alone = dataclasses.replace(self._training, outputs=(attend.out,))
+        # with and without a gradient of the log-sum-exp
+        self._texts = {True: print_spec(self._training), False: print_spec(alone)}
+
+    @functools.cached_property
+    def _plain(self) -> cudnn_gradient.PlainForm | str:
+        return cudnn_gradient.plain_form(operators.parsed(self._texts[False]))
 
     @functools.cached_property
     def _forward(self) -> operators.Implementation:
-        return _implementation(print_spec(self._training))
+        return _implementation(self._texts[True])
 
     def run(
         self,
@@ -194,10 +207,9 @@ class _Gradients:
         outputs: Sequence[torch.Tensor],
     ) -> Sequence[torch.Tensor | None]:
         """A gradient for each input, see :data:`attncompile.kernels.operators.Backward`."""
-        attend = self._training.attend()
-        assert attend is not None  # why_not_backward has seen to it
-        module = load_module(_generated_backward(self._text, wanted))
-        given = dict(zip(self._spec.outputs, gradients, strict=True))
+        attend = self._attend
+        pairs = zip(self._spec.outputs, gradients, strict=True)
+        given = {name: gradient for name, gradient in pairs if not operators.is_absent(gradient)}
         made = dict(zip(self._spec.outputs, outputs, strict=False))
         softmax = attend.norm.kind == "softmax"
         if softmax and not {attend.out, attend.lse} <= set(made):
@@ -206,7 +218,14 @@ class _Gradients:
             made = dict(zip(self._training.outputs, again, strict=True))
         if attend.out not in given:
             given[attend.out] = torch.zeros_like(made[attend.out])
-        before = [given[attend.out], *([given[attend.lse]] if attend.lse in given else [])]
+        by_lse = attend.lse in given
+        named = dict(zip((value.name for value in self._spec.inputs), inputs, strict=True))
+        plain = self._plain
+        if not by_lse and not isinstance(plain, str) and cudnn_gradient.serves(plain, named, given[attend.out]):
+            found = cudnn_gradient.gradients(plain, named, given[attend.out], made[attend.out], made[attend.lse])
+            return [found[name] if name in wanted else None for name in named]
+        module = load_module(_generated_backward(self._texts[by_lse], wanted))
+        before = [given[attend.out], *([given[attend.lse]] if by_lse else [])]
         before += [made[attend.out], made[attend.lse]] if softmax else []
         return module.attend_backward(*before, *inputs)
 

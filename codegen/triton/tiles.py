@@ -38,8 +38,8 @@ _SCAN: tuple[tuple[int, int, Tile], ...] = (  # queries is the chunk, keys the v
 )
 
 _BACKWARD: tuple[tuple[int, int, dict[str, Tile]], ...] = (  # by what a program computes the gradient of
-    (64, 2, {"query": Tile(128, 64, 8, 3), "key": Tile(64, 128, 8, 3), "pair": Tile(64, 64, 8, 1)}),
-    (128, 2, {"query": Tile(128, 64, 8, 2), "key": Tile(64, 128, 8, 2), "pair": Tile(64, 64, 8, 1)}),
+    (64, 2, {"query": Tile(64, 64, 4, 3), "key": Tile(64, 64, 4, 3), "pair": Tile(64, 64, 8, 1)}),
+    (128, 2, {"query": Tile(64, 64, 4, 2), "key": Tile(64, 128, 8, 3), "pair": Tile(64, 64, 8, 1)}),
     (256, 2, {"query": Tile(64, 32, 8, 2), "key": Tile(32, 64, 8, 2), "pair": Tile(32, 32, 8, 1)}),
     (64, 4, {"query": Tile(32, 32, 8, 2), "key": Tile(32, 32, 8, 2), "pair": Tile(32, 32, 8, 1)}),
     (256, 4, {"query": Tile(16, 16, 4, 1), "key": Tile(16, 16, 4, 1), "pair": Tile(16, 16, 4, 1)}),
