@@ -3,8 +3,8 @@
     python -m benchmarks.backward benchmarks/results/backward_h200.json [--rows causal] [--rounds 7] [--sweep]
 
 Only the backward pass is timed: the result and its log-sum-exp are there, as after a forward pass. Peers: cuDNN and
-FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled; ``ours`` are the generated kernels, ``chosen`` is what
-the operator's derivative runs. Every round runs each of them once as a replayed CUDA
+FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled; ``ours`` are the generated kernels, ``operator``
+is what autograd runs for the operator that models call. Every round runs each of them once as a replayed CUDA
 graph; medians of the rounds are reported. Work is counted as 2.5 times that of the forward pass over visible pairs
 (five products instead of two), for all alike, however many products a kernel computes again. Gradients are compared
 with those of cuDNN, or of FlexAttention where that has no such variant. ``--sweep`` tries other tiles of our kernels.
@@ -98,8 +98,8 @@ def module_of(work: Work, wanted: tuple[str, ...]) -> ModuleType:
     return load_module(generate_backward(work.spec(), wanted))
 
 
-def chosen(work: Work, tensors: list[torch.Tensor]) -> Run:
-    """The operator as a model calls it; its derivative runs cuDNN where that can, else our kernels."""
+def through_operator(work: Work, tensors: list[torch.Tensor]) -> Run:
+    """The operator as a model calls it."""
     run = lower(work.spec(), "cuda").run
 
     def forward() -> torch.Tensor:
@@ -112,7 +112,7 @@ def chosen(work: Work, tensors: list[torch.Tensor]) -> Run:
 
 MAKERS: dict[str, Callable[..., Callable[[], Any]]] = {
     "ours": ours,
-    "chosen": by_autograd(chosen),
+    "operator": by_autograd(through_operator),
     "cudnn": by_autograd(sdpa(SDPBackend.CUDNN_ATTENTION)),
     "flash2": by_autograd(sdpa(SDPBackend.FLASH_ATTENTION)),
     "flex": by_autograd(flex),
@@ -132,7 +132,7 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
     running: dict[str, tuple[Run, int]] = {}
     found: dict[str, list[torch.Tensor]] = {}
-    for name in ("ours", "chosen", *work.peers):
+    for name in ("ours", "operator", *work.peers):
         try:
             run = MAKERS[name](work, tensors, given)
             found[name] = [gradient.clone() for gradient in run()]
@@ -199,7 +199,9 @@ def warm_up(works: tuple[Work, ...], tiles: bool, processes: int) -> None:
     """Fill Triton's and Inductor's caches in processes of their own."""
     jobs: list[tuple[Work, str, str, Tile | None]] = []
     for work in works:
-        jobs += [(work, name, "", None) for name in ("ours", "chosen", "flex") if name != "flex" or name in work.peers]
+        jobs += [
+            (work, name, "", None) for name in ("ours", "operator", "flex") if name != "flex" or name in work.peers
+        ]
         if tiles:
             for (channels, table), options in SWEEP.items():
                 jobs += [(work, "ours", table, tile) for tile in options if channels == work.channels]

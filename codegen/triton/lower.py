@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from attncompile.codegen.lowering import Lowering
-from attncompile.codegen.triton import cudnn_gradient
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
@@ -132,8 +131,6 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     unavailable = why_not_backward(spec)
     if unavailable:
         said += f"; gradients are computed by the reference, since {unavailable}"
-    elif on_hopper(device) and not isinstance(cudnn_gradient.plain_form(spec), str):
-        said += "; gradients by cuDNN where it takes the tensors, otherwise by two generated kernels"
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 
@@ -192,10 +189,6 @@ class _Gradients:
         self._texts = {True: print_spec(self._training), False: print_spec(alone)}
 
     @functools.cached_property
-    def _plain(self) -> cudnn_gradient.PlainForm | str:
-        return cudnn_gradient.plain_form(operators.parsed(self._texts[False]))
-
-    @functools.cached_property
     def _forward(self) -> operators.Implementation:
         return _implementation(self._texts[True])
 
@@ -219,11 +212,6 @@ class _Gradients:
         if attend.out not in given:
             given[attend.out] = torch.zeros_like(made[attend.out])
         by_lse = attend.lse in given
-        named = dict(zip((value.name for value in self._spec.inputs), inputs, strict=True))
-        plain = self._plain
-        if not by_lse and not isinstance(plain, str) and cudnn_gradient.serves(plain, named, given[attend.out]):
-            found = cudnn_gradient.gradients(plain, named, given[attend.out], made[attend.out], made[attend.lse])
-            return [found[name] if name in wanted else None for name in named]
         module = load_module(_generated_backward(self._texts[by_lse], wanted))
         before = [given[attend.out], *([given[attend.lse]] if by_lse else [])]
         before += [made[attend.out], made[attend.lse]] if softmax else []
