@@ -124,6 +124,11 @@ def test_gradients_that_nobody_wants_cost_nothing() -> None:
     only = generate_backward(spec, ("q",))
     assert [kernel.name for kernel in only.kernels] == ["prepare", "query_gradient"]
     assert "No gradient is computed of k, v, bias" in only.source
+    assert [kernel.name for kernel in generate_backward(spec, ("v",)).kernels] == ["prepare", "key_value_gradient"]
+    assert [kernel.name for kernel in generate_backward(spec, ("bias",)).kernels] == [
+        "prepare",
+        "bias_gradient_of_pairs",
+    ]
     every = generate_backward(spec)
     assert [kernel.name for kernel in every.kernels][2:] == ["key_value_gradient", "bias_gradient_of_pairs"]
 
