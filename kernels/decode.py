@@ -527,13 +527,23 @@ def _deeper(lines: Iterable[str]) -> list[str]:
 
 SPLITS_OF = '''\
 def splits_of(like, programs, tiles):
-    """Into how many parts the visible keys are cut: as many as fit into WAVES waves of programs, two of them on each
-    multiprocessor at a time, but with at least LEAST_TILES of the tiles of keys in each, and 128 at most.
+    """Into how many parts the visible keys are cut.
+
+    Two programs run on a multiprocessor at a time. The parts make WAVES to 4 waves of programs; of these numbers it is
+    the one with the least time, which is waves for each part, and a twentieth for the start and end of each wave. A
+    part has at least LEAST_TILES tiles of keys, and there are at most 128.
     """
     slots = 8
     if like.is_cuda:
         slots = 2 * torch.cuda.get_device_properties(like.device).multi_processor_count
-    return max(1, min(int(WAVES * slots) // programs, triton.cdiv(tiles, LEAST_TILES), 128))'''
+    most = min(triton.cdiv(tiles, LEAST_TILES), 128)
+    best, least = 1, math.inf
+    for waves in range(WAVES, 5):
+        splits = max(1, min(waves * slots // programs, most))
+        time = math.ceil(programs * splits / slots) / splits * (1 + waves / 20)
+        if time < least:
+            best, least = splits, time
+    return best'''
 
 PAIRS_OF = '''\
 def pairs_of(name, tensor):

@@ -88,7 +88,7 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     ]
     source = join(
         documentation(spec, inputs),
-        decode_tiles_text(tiles) + "\n" + CHECKS,
+        decode_tiles_text(tiles, tables=any(each.gather for each in _storages(spec, parts))) + "\n" + CHECKS,
         SPLITS_OF,
         *([PAIRS_OF] if any("pairs_of(" in line for line in lines) else []),
         *decode_device_functions(text),
@@ -316,12 +316,16 @@ def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
     }
 
 
-def decode_tiles_text(tiles: Mapping[str, Tile]) -> str:
-    """The table ``DECODE_TILES`` of a module and the constants beside it."""
+def decode_tiles_text(tiles: Mapping[str, Tile], *, tables: bool = False) -> str:
+    """The table ``DECODE_TILES`` of a module and the constants beside it.
+
+    One wave of programs is fastest (measured on an H200): each more costs its start and its end again. Where ``tables``
+    say which rows to read, two waves hide how long that takes.
+    """
     rows = "\n".join(f"    torch.{dtype}: ({t.keys}, {t.warps}, {t.stages})," for dtype, t in tiles.items())
     return (
         f"DECODE_TILES = {{  # keys per tile, warps, pipeline stages\n{rows}\n}}\n"
-        "WAVES, LEAST_TILES = 4, 4  # see splits_of"
+        f"WAVES, LEAST_TILES = {2 if tables else 1}, 4  # see splits_of"
     )
 
 

@@ -20,6 +20,7 @@ from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
+from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
 from attncompile.ir import Spec, print_spec
 from attncompile.kernels import operators
@@ -112,6 +113,10 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     said = "one fused kernel; nothing of the attention map is stored"
     if any(operation.keyword == "quantize" for operation in spec.operations):
         said = "Q·K in int8 with a scale for each block, inside one fused kernel"
+    if reads_storage(spec):
+        said = "the cache is read as it is stored, in parts that a second kernel joins"
+    elif any(kernel.name == "attend_split" for kernel in module.kernels):
+        said += "; few queries over many keys in parts that a second kernel joins"
     if spec.scan():
         said = "a scan over chunks; the state stays on chip"
     device = torch.device(device)

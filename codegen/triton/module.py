@@ -282,7 +282,8 @@ def constant(size: Expr) -> int:
 
 def join(documentation: str, *sections: str) -> str:
     """The file: documentation, imports, then the sections two lines apart."""
-    return f"{documentation}\n\n{IMPORTS}\n\n" + "\n\n\n".join(sections) + "\n"
+    imports = f"import math\n\n{IMPORTS}" if any("math." in section for section in sections) else IMPORTS
+    return f"{documentation}\n\n{imports}\n\n" + "\n\n\n".join(sections) + "\n"
 
 
 def launcher(spec: Spec, inputs: list[str], body: list[str]) -> str:

@@ -71,7 +71,7 @@ def decode_tile(bytes_of_a_key: int) -> Tile:
     keys = 128
     while keys > 16 and keys * bytes_of_a_key > 32 * 1024:
         keys //= 2
-    return Tile(16, keys, 4, 4 if keys * bytes_of_a_key <= 16 * 1024 else 3)
+    return Tile(16, keys, 4, 3)
 
 
 def scan_tile(channels: int, element: int) -> Tile:

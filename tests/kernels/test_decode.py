@@ -79,6 +79,16 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
             assert outcome.passed, f"{outcome.output} is off by {outcome.error:.3g}, allowed is {outcome.limit:.3g}"
 
 
+@pytest.mark.parametrize(
+    "programs, tiles, splits",
+    ((1, 1, 1), (1, 100, 8), (4, 100, 2), (8, 100, 1), (5, 100, 3), (9, 100, 3), (1, 9, 3), (1000, 100, 1)),
+)
+def test_keys_are_cut_so_that_waves_are_full(programs: int, tiles: int, splits: int) -> None:
+    """Without a GPU eight programs are taken to run at a time."""
+    module = load_module(generate(PLAIN_CASES[0].spec))
+    assert module.splits_of(torch.zeros(1), programs, tiles) == splits
+
+
 def test_rows_at_odd_bytes_are_refused() -> None:
     case = next(case for case in STORED_CASES if case.name == "int8-token")
     tensors = case.tensors()
