@@ -13,11 +13,12 @@ from typing import ClassVar, Literal
 import torch
 
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
-from attncompile.ir.expr import Const, Expr
+from attncompile.ir.expr import Const, Expr, Index, Load
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import OPERATIONS, Operation, Tensors, Types, find, operand, result
 from attncompile.ir.simplify import simplify
-from attncompile.ir.types import Axis, TensorType, concrete, element_kind
+from attncompile.ir.spec import Spec
+from attncompile.ir.types import Axis, TensorType, Value, concrete, element_kind
 
 LARGEST = {"float8_e4m3": 448.0, "int8": 127.0, "int4": 7.0}
 """Largest magnitude of a code by storage type; int8 and int4 leave out their lowest number to stay symmetric."""
@@ -192,6 +193,52 @@ def narrow(
     return Narrowed(pack(codes) if storage == "int4" else codes, scale.squeeze(axis), shift)
 
 
+def with_narrow_store(
+    spec: Spec,
+    name: str,
+    storage: Literal["float8_e4m3", "int8", "int4"],
+    by: Literal["channel", "token"],
+    smooth: bool = False,
+) -> Spec:
+    """The Spec whose keys or values are read from a narrow store.
+
+    In place of the input it takes ``{name}_codes``, ``{name}_scale`` and, when ``smooth``, ``{name}_shift``: what
+    :func:`narrow` makes of it with the same arguments.
+
+    Args:
+        spec: with the input as an operand.
+        name: an input ``[b,g,j,d]``.
+        storage, by, smooth: as in :func:`narrow`.
+
+    Raises:
+        ValueError: when there is no such operand, its number of channels is odd (int4), or a new name is in use.
+    """
+    captured = {value.name for value in spec.captured()}
+    operands = {value.name: value.type for value in spec.inputs if value.name not in captured}
+    if name not in operands or len(operands[name].axes) != 4:
+        raise ValueError(f"{spec.name}: {name!r} is no operand with four axes; there are {', '.join(operands)}")
+    if storage not in LARGEST or by not in ("channel", "token"):
+        raise ValueError(f"storage is one of {', '.join(LARGEST)}, by channel or token; got {storage} by {by}")
+    kind = operands[name]
+    batch, groups, tokens, channels = kind.sizes
+    last = simplify(channels // 2) if storage == "int4" else channels
+    if storage == "int4" and simplify(last * 2) != simplify(channels):
+        raise ValueError(f"{spec.name}: {name} has {channels} channels; int4 packs them in pairs")
+    axes = (*kind.axes[:3], Axis(kind.axes[3].name, last))
+    along = (Index("d"), channels) if by == "channel" else (Index("j"), tokens)
+    given = {f"{name}_scale": along, **({f"{name}_shift": (Index("d"), channels)} if smooth else {})}
+    codes = Value(f"{name}_codes", TensorType(axes, "uint8" if storage == "int4" else storage))
+    added = [
+        Value(other, TensorType(tuple(Axis(f"a{n}", s) for n, s in enumerate((batch, groups, size))), "float32"))
+        for other, (_, size) in given.items()
+    ]
+    terms = [Load(other, (Index("b"), Index("g"), index), Kind.FLOAT) for other, (index, _) in given.items()]
+    read = Dequantize(codes.name, terms[0], terms[1] if smooth else Const(0.0), 4 if storage == "int4" else 8,
+                      kind.dtype, name)  # fmt: skip
+    inputs = tuple(codes if value.name == name else value for value in spec.inputs)
+    return Spec(spec.name, (*inputs, *added), (read, *spec.operations), spec.outputs).verify()
+
+
 OPERATIONS.update({kind.keyword: kind for kind in (Gather, Dequantize)})
 
-__all__ = ["LARGEST", "Dequantize", "Gather", "Narrowed", "narrow", "pack", "unpack"]
+__all__ = ["LARGEST", "Dequantize", "Gather", "Narrowed", "narrow", "pack", "unpack", "with_narrow_store"]

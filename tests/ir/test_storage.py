@@ -8,7 +8,7 @@ import torch
 from attncompile.ir import Dequantize, Gather, parse_expr, parse_spec, print_spec, tensor_type
 from attncompile.ir.expr import Const, Load
 from attncompile.ir.operators import Kind
-from attncompile.ir.storage import LARGEST, narrow, pack, unpack
+from attncompile.ir.storage import LARGEST, narrow, pack, unpack, with_narrow_store
 
 KINDS = {"table": Kind.INT, "scale": Kind.FLOAT, "shift": Kind.FLOAT}
 
@@ -89,6 +89,39 @@ def test_a_store_prints_and_reads_back() -> None:
     spec = parse_spec(TEXT)
     assert print_spec(spec) == TEXT
     assert {value.name for value in spec.captured()} == {"table", "scale", "lengths"}
+
+
+PLAIN = """plain   attend  q[B,4,I,16]  k,v[B,2,J,16]  bfloat16
+  score  0.25·s
+  mask   j ≤ i + J − I
+  kv_head h // 2
+  norm   softmax (float32)"""
+
+
+@pytest.mark.parametrize("storage", LARGEST)
+def test_a_plain_cache_becomes_a_narrow_one(storage: str) -> None:
+    plain = parse_spec(PLAIN)
+    spec = with_narrow_store(plain, "k", storage, "channel", smooth=True)  # type: ignore[arg-type]
+    spec = with_narrow_store(spec, "v", storage, "token")  # type: ignore[arg-type]
+    assert parse_spec(print_spec(spec)).fingerprint() == spec.fingerprint()
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16) + 1, torch.randn(2, 2, 9, 16)
+    keys = narrow(k, storage, "channel", smooth=True)  # type: ignore[arg-type]
+    values = narrow(v, storage, "token")  # type: ignore[arg-type]
+    assert keys.shift is not None
+    stored = {"k_codes": keys.codes, "k_scale": keys.scale, "k_shift": keys.shift}
+    stored |= {"v_codes": values.codes, "v_scale": values.scale}
+    (found,) = spec.interpret({"q": q, **stored})
+    (exact,) = plain.interpret({"q": q, "k": k, "v": v})
+    relative = float((found - exact).norm() / exact.norm())
+    assert 0 < relative < (0.3 if storage == "int4" else 0.05)
+
+
+def test_only_operands_have_a_store() -> None:
+    with pytest.raises(ValueError, match="no operand with four axes"):
+        with_narrow_store(parse_spec(TEXT), "table", "int8", "token")
+    odd = parse_spec(PLAIN.replace(",16]", ",15]"))
+    with pytest.raises(ValueError, match="packs them in pairs"):
+        with_narrow_store(odd, "k", "int4", "channel")
 
 
 WRONG = (

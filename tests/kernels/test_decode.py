@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from attncompile.codegen.triton import generate, why_not
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import parse_spec
+from attncompile.ir.storage import LARGEST, with_narrow_store
 from tests.cases import Case
 from tests.kernels.comparison import compare
 from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES, stored_inputs
@@ -38,6 +40,14 @@ def test_a_module_holds_both_kernels(case: Case) -> None:
 @pytest.mark.parametrize("case", STORED_CASES, ids=lambda case: case.name)
 def test_a_store_has_the_decode_kernel_alone(case: Case) -> None:
     assert [kernel.name for kernel in generate(case.spec).kernels] == ["merge_splits", "attend_split"]
+
+
+@pytest.mark.parametrize("storage", LARGEST)
+def test_a_plain_cache_in_a_narrow_type_has_a_kernel(storage: Any) -> None:
+    spec = with_narrow_store(PLAIN_CASES[0].spec, "k", storage, "channel", smooth=True)
+    assert why_not_spec(spec) is None
+    module = generate(with_narrow_store(spec, "v", storage, "token"))
+    assert [kernel.name for kernel in module.kernels] == ["merge_splits", "attend_split"]
 
 
 def test_as_many_queries_as_keys_have_no_decode_kernel() -> None:
