@@ -112,7 +112,12 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
         else:
             aligned.append(name)
     signature.update(dict.fromkeys(kernel.integers, "i32"))
-    for name, value in kernel.constants[dtype].items():
+    tile, given = kernel.tiles[dtype], dict(kernel.constants[dtype])
+    if target.backend == "hip" and kernel.on_hip is not None:
+        tile = kernel.on_hip(tile)
+        blocks = {"BLOCK_I": tile.queries, "BLOCK_J": tile.keys}
+        given |= {name: size for name, size in blocks.items() if name in given}
+    for name, value in given.items():
         signature[name] = "constexpr"
         constants[name] = value
     if "CAPABILITY" in function.arg_names:  # the one constant that depends on the target
@@ -120,7 +125,6 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
         constants["CAPABILITY"] = target.arch if target.backend == "cuda" else 0
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    tile = kernel.tiles[dtype]
     stages = min(tile.stages, 2) if target.backend == "hip" else tile.stages
     built = triton.compile(
         ASTSource(function, ordered, constexprs=constants, attrs=attributes),

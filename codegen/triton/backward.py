@@ -26,7 +26,7 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.names import BACKWARD_NAMES, KERNEL_NAMES, LAUNCHER_NAMES
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.structure import Dense, dense, why_not_spec
-from attncompile.codegen.triton.tiles import Tile, backward_tile
+from attncompile.codegen.triton.tiles import Tile, backward_tile, on_hip
 from attncompile.codegen.triton.visits import BLOCK, ROW_FIRST, ROW_LAST, Visits, possible, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.derivative import derivative, real_loads
@@ -125,6 +125,8 @@ def tile_of(tiles, like):
     if like.dtype not in tiles:
         raise ValueError(f"the kernels take {', '.join(map(str, tiles))}, not {like.dtype}")
     queries, keys, warps, stages = tiles[like.dtype]
+    if torch.version.hip:  # four waves of 64 lanes hold a tile of this size in registers
+        queries, keys, warps, stages = min(queries, 64), min(keys, 64), min(warps, 4), 1
     if like.is_cuda:
         properties = torch.cuda.get_device_properties(like.device)
         if getattr(properties, "shared_memory_per_block_optin", 65536) < 160 * 1024:
@@ -531,7 +533,7 @@ def _kernels(parts: _Parts, tiles: Mapping[str, Mapping[str, Tile]]) -> tuple[Ke
             for dtype, tile in used.items()
         }
         pointers = tuple((pointer, elements.get(pointer, "operand")) for pointer in kernel.pointers)
-        made.append(Kernel(kernel.name, pointers, kernel.strides, kernel.integers, constants, used))
+        made.append(Kernel(kernel.name, pointers, kernel.strides, kernel.integers, constants, used, on_hip))
     return tuple(made)
 
 

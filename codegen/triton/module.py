@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import (
@@ -47,6 +47,7 @@ class Kernel:
         strides, integers: identifiers.
         constants: per element type of the operands, the value of each compile-time argument.
         tiles: per element type of the operands, how it is launched.
+        on_hip: how a tile differs on an AMD GPU; ``None`` where it does not.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kernel:
     integers: tuple[str, ...]
     constants: Mapping[str, Mapping[str, int | str | bool]]
     tiles: Mapping[str, Tile]
+    on_hip: Callable[[Tile], Tile] | None = None
 
 
 @dataclass(frozen=True)
