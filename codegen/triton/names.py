@@ -51,7 +51,7 @@ KERNEL_NAMES = _words("""
     first_start first_stop first_count main_start main_stop full_start full_stop before after key_first
     key_last log_decay distance between since until whole_chunk state key_sum positions read dtype
     query_features key_features seen decayed_query decayed_key result norm written index BLOCK_I BLOCK_J BLOCK_E
-    CHUNK split splits row place share count stop partial peaks totals PRODUCT CAPABILITY
+    CHUNK split splits row several place share count stop partial peaks totals PRODUCT CAPABILITY
     key_rows key_stored key_tile_0 key_tile_1 key_tile_2 key_tile_3
     value_rows value_stored value_tile_0 value_tile_1 value_tile_2 value_tile_3
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3

@@ -197,6 +197,23 @@ STORED_CASES: tuple[DecodeCase, ...] = (
         given  lengths[B]:int32
         gives  out, lse
         """, PAGES, "pages of 16 tokens", tables=("block_table",), lengths=(2, 144)),
+    _row("paged-prefill", """
+        gather  key_pages[P,16,2,64]  float32
+          at     block_table[b, j // 16], j % 16, g, d
+          sizes  B, 2, 16·M, 64
+          out    k
+        gather  value_pages[P,16,2,64]  float32
+          at     block_table[b, j // 16], j % 16, g, d
+          sizes  B, 2, 16·M, 64
+          out    v
+        attend  q[B,2,I,64]  k  v  float32
+          score  0.125·s
+          mask   j ≤ i + lengths[b] − I and j > i + lengths[b] − I − 30
+          norm   softmax (float32)
+        given  block_table[B,M]:int32
+        given  lengths[B]:int32
+        """, {**PAGES, "I": 70}, "many queries: each tile has keys of its own", tables=("block_table",),
+        lengths=(70, 144)),
     _row("paged-by-head", """
         gather  pages[P,2,2,8,64]  float32
           at     block_table[b, j // 8], 0, g, j % 8, d
