@@ -35,9 +35,10 @@ from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, apply, c
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import TensorType
-from attncompile.kernels.decode import PAIRS_OF, SPLITS_OF, Decode, Form, Reads, Stored, Term
+from attncompile.kernels.decode import SPLITS_OF, Decode
 from attncompile.kernels.dense import DenseForward, DeviceFunction
 from attncompile.kernels.source import signature
+from attncompile.kernels.stored import PAIRS_OF, Form, Reads, Stored, Term
 
 FEW_QUERIES, LONG_CACHE = 16, 512
 """A Spec that the dense kernel computes too goes to the decode kernel with at most so many queries and at least so many
