@@ -76,10 +76,20 @@ def _reference(text: str) -> Implementation:
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = {value.name: tensor for value, tensor in zip(spec.inputs, tensors, strict=True)}
-        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-        return spec.interpret(named, dtype)
+        return spec.interpret(named, _arithmetic(tensors))
 
     return run
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds real numbers; one-byte types are codes, which are read through scales."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def _arithmetic(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype to compute in: at least float32, float64 where an input has it."""
+    wide = any(tensor.dtype is torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -221,7 +231,8 @@ def _empty_outputs(spec: Spec, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
             if isinstance(axis.size, Size):
                 sizes.setdefault(axis.size.name, extent)
     types = spec.types()
-    real = next(v.type.dtype for v in spec.inputs if DTYPES[v.type.dtype].is_floating_point)
+    floats = (v.type.dtype for v in spec.inputs if DTYPES[v.type.dtype].is_floating_point)
+    real = next(name for name in floats if DTYPES[name].itemsize > 1)
     found = next(t for v, t in zip(spec.inputs, inputs, strict=True) if v.type.dtype == real)
     made = []
     for name in spec.outputs:
@@ -320,9 +331,9 @@ def _recomputed(
 ) -> list[torch.Tensor | None]:
     """Gradients of the real inputs through the reference."""
     smooth = _differentiable(original)
-    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    dtype = _arithmetic(inputs)
     named = {value.name: tensor for value, tensor in zip(original.inputs, inputs, strict=True)}
-    real = [name for name, tensor in named.items() if tensor.is_floating_point()]
+    real = [name for name, tensor in named.items() if _is_real(tensor)]
 
     def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return smooth.interpret({**named, **dict(zip(real, tensors, strict=True))}, dtype)
@@ -393,7 +404,7 @@ def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None,
     inputs, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     given = [inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
     needed = ctx.needs_input_grad[1]
-    wanted = [bool(need) and t.is_floating_point() for need, t in zip(needed, inputs, strict=True)]
+    wanted = [bool(need) and _is_real(t) for need, t in zip(needed, inputs, strict=True)]
     found = torch.ops.attncompile.run_backward(ctx.spec, wanted, given, list(inputs), list(outputs))
     return None, [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 

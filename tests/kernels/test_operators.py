@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ import torch
 
 from attncompile.kernels import operators
 from tests.cases import BY_NAME, CASES, Case
+from tests.kernels.decode_cases import DECODE_BY_NAME
 
 GRADIENTS = (
     "causal",
@@ -198,3 +200,18 @@ def test_the_operator_s_argument_is_one_line_and_pickles() -> None:
     bound = operators.bind(spec)
     assert "\n" not in bound.text and operators.parsed(bound.text).fingerprint() == spec.fingerprint()
     assert pickle.loads(pickle.dumps(bound)) == bound
+
+
+def test_codes_are_no_real_numbers_wherever_they_stand_among_the_inputs() -> None:
+    case = DECODE_BY_NAME["float8"]
+    codes_first = sorted(case.spec.inputs, key=lambda value: value.type.dtype != "float8_e4m3")
+    spec = dataclasses.replace(case.spec, inputs=tuple(codes_first))
+    tensors = case.tensors(dtype=torch.float32)
+    given = [tensors[value.name].requires_grad_(value.name == "q") for value in spec.inputs]
+    assert given[0].dtype is torch.float8_e4m3fn
+    found = operators.run(spec, *given)
+    assert isinstance(found, torch.Tensor)
+    (expected,) = spec.interpret(tensors, torch.float32)
+    assert torch.allclose(found, expected, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
+    (gradient,) = torch.autograd.grad(found.sum(), [given[[v.name for v in spec.inputs].index("q")]])
+    assert bool(gradient.isfinite().all()) and bool(gradient.any())
