@@ -17,6 +17,7 @@ from attncompile.frontends.aten_evaluate import AtenEvaluator
 from attncompile.frontends.aten_rows import ROWS
 from attncompile.frontends.aten_sizes import note_hints, size_expr, unified
 from attncompile.frontends.capture import Captured, module_path, module_type, source_line
+from attncompile.frontends.collection import without_collection
 from attncompile.frontends.graph import Graph, GraphInput, Info, NativeNode, Node, Opaque, RefusedAttention
 from attncompile.frontends.memory import (
     Change,
@@ -32,6 +33,7 @@ from attncompile.ir import Expr
 from attncompile.ir.types import NAMES
 
 
+@without_collection()
 def aten_graph(captured: Captured) -> Graph:
     """The Graph view of a captured model."""
     equal: dict[Expr, Expr] = {}

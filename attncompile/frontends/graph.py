@@ -370,6 +370,16 @@ class Graph:
     effects: frozenset[str] = frozenset()
 
     @cached_property
+    def native_order(self) -> Mapping[str, int]:
+        """The place of each native node."""
+        return {name: place for place, name in enumerate(self.natives)}
+
+    @cached_property
+    def stated_order(self) -> Mapping[str, int]:
+        """The place of each value that has a signature or is an input, inputs first."""
+        return {name: place for place, name in enumerate(dict.fromkeys((*self.inputs, *self.signature)))}
+
+    @cached_property
     def producer(self) -> Mapping[str, Node]:
         """The node that makes a value."""
         return {node.output: node for node in self.nodes}

@@ -12,6 +12,7 @@ Laws that need a bound (``(b*H + h) // H`` is ``b``) prove it from the extents o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,6 +82,12 @@ class Simplifier:
         return self.prover.nonnegative(polynomial(self(expr)))
 
 
+REMEMBERED = 20_000
+"""Canonical forms without assumptions that a thread keeps: the layers of a model ask for the same ones."""
+
+_SHARED = threading.local()
+
+
 def simplify(expr: Expr, extents: Mapping[str, Expr] | None = None) -> Expr:
     """The canonical form of an expression.
 
@@ -88,4 +95,9 @@ def simplify(expr: Expr, extents: Mapping[str, Expr] | None = None) -> Expr:
         expr: any expression.
         extents: index name to axis size; lets the simplifier use ``0 <= index < size``.
     """
-    return Simplifier(extents or {})(expr)
+    if extents:
+        return Simplifier(extents)(expr)
+    known: Simplifier | None = getattr(_SHARED, "simplifier", None)
+    if known is None or len(known._known) > REMEMBERED:
+        known = _SHARED.simplifier = Simplifier({})
+    return known(expr)

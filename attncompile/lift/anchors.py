@@ -101,7 +101,7 @@ def _reads(graph: Graph, product: Contract, scores: set[str]) -> bool:
 
 def corrections(graph: Graph, score: Contract, value: str) -> Iterator[str]:
     """Products and quotients of the attention's result with something else that is made of its scores."""
-    made, later = graph.descendants(score.output), graph.descendants(value)
+    result = value
     while True:
         users = graph.users.get(value, ())
         if len(users) != 1 or not isinstance(users[0], Move | Cast | Pointwise):
@@ -109,8 +109,10 @@ def corrections(graph: Graph, score: Contract, value: str) -> Iterator[str]:
         (user,) = users
         if isinstance(user, Pointwise):
             others = [operand for operand in user.inputs if operand != value]
-            if user.operator in ("mul", "div") and any(o in made and o not in later for o in others):
-                yield user.output
+            if user.operator in ("mul", "div") and others:
+                made, later = (graph.descendants(start, user.output) for start in (score.output, result))
+                if any(o in made and o not in later for o in others):
+                    yield user.output
             return
         value = user.output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attncompile.frontends.collection import without_collection
 from attncompile.frontends.graph import Graph
 from attncompile.lift.anchors import normalisers
 from attncompile.lift.block import attach_block
@@ -14,6 +15,7 @@ from attncompile.lift.refusals import complete, nearest
 from attncompile.lift.sites import find_sites
 
 
+@without_collection()
 def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = (), *, blocks: bool = True) -> Program:
     """State every attention site of a graph as a Spec.
 

@@ -180,7 +180,7 @@ def _structure(graph: Graph, site: Site) -> str:
             continue
         needed.add(name)
         stack += graph.native_inputs.get(name, ())
-    for name in [n for n in (*graph.inputs, *graph.signature) if n in needed]:
+    for name in sorted(needed & graph.stated_order.keys(), key=graph.stated_order.__getitem__):
         numbers[name] = len(numbers)
         shape = graph.infos[name].shape if name in graph.infos else ()
         reads = [numbers.get(r, r) for r in graph.native_inputs.get(name, ())]

@@ -256,7 +256,7 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     inner = {graph.owner.get(v, v) for v in statement.inner} | {
         graph.owner.get(output.value, output.value) for output in outputs
     }
-    order = [n for n in graph.natives if n in inner]
+    order = sorted(inner & graph.native_order.keys(), key=graph.native_order.__getitem__)
     region = Region(
         (
             *(entry.binding for entry in operands),
