@@ -82,10 +82,11 @@ def onnx_graph(model: ir.Model) -> Graph:
         before = sizes.merged, len(growing)
         view = _View(model, sizes, inference, growing)
         view.build()
-        if inline_decided(model, view.known):
-            inference = Inference(model, sizes)
-        elif (sizes.merged, len(growing)) == before:
+        if (sizes.merged, len(growing)) != before:
+            continue
+        if not inline_decided(model, view.known):
             return view.graph()
+        inference = Inference(model, sizes)
 
 
 @dataclass

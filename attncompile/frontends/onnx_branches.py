@@ -7,11 +7,11 @@ shape; with the taken branch in the place of the ``If``, everything behind it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from attncompile.frontends.onnx_bodies import nested_graphs
+from attncompile.frontends.onnx_bodies import bodies_of
 from attncompile.frontends.onnx_known import Known
 from attncompile.ir.expr import Const
 
@@ -19,19 +19,32 @@ from attncompile.ir.expr import Const
 def inline_decided(model: ir.Model, known: Mapping[str, Known]) -> int:
     """Put the taken branch of every decided ``If`` in its place, in the model; how many there were.
 
+    Bodies of ``Loop`` and ``Scan`` stay as they are: what is known in them holds for the state of their first round,
+    and a condition may be decided otherwise in the second.
+
     Args:
         model: with names that no two values share.
-        known: elements of values by name; a condition is decided where its only element is a constant.
+        known: elements of values by name; a condition is decided where its only element is a constant. It must be
+            final: nothing in it may rest on a size that is still to be corrected.
     """
     decided = [
         (graph, node, branch)
-        for graph in nested_graphs(model.graph)
+        for graph in _run_once(model.graph)
         for node in graph
         if (branch := _taken(node, known)) is not None
     ]
     for graph, node, branch in decided:
         _inline(graph, node, branch)
     return len(decided)
+
+
+def _run_once(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """A graph and the branches in it that run at most once, outermost first."""
+    yield graph
+    for node in graph:
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            for _, body in bodies_of(node):
+                yield from _run_once(body)
 
 
 def _taken(node: ir.Node, known: Mapping[str, Known]) -> ir.Graph | None:

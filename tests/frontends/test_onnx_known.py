@@ -143,6 +143,26 @@ def test_an_if_that_data_decides_stays() -> None:
     assert [node.op_type for node in model.graph] == ["If"]
 
 
+def test_what_the_first_round_of_a_loop_decides_is_not_decided_for_the_others() -> None:
+    text = """g (float[1] x) => (float[M] y) {
+       trip = Constant<value = int64 {3}>()
+       yes = Constant<value = bool {1}>()
+       y = Loop(trip, yes, x) <body = b (int64 i, bool c, float s) => (bool d, float t) {
+          d = Identity(c)
+          n = Size(s)
+          one = Constant<value = int64 {1}>()
+          first = Equal(n, one)
+          u = If(first) <then_branch = p () => (float a) { a = Neg(s) }, else_branch = q () => (float e) { e = Abs(s) }>
+          t = Concat<axis = 0>(u, s)
+       }>
+    }"""
+    model, feeds = parsed(text), {"x": np.array([2.0], dtype=np.float32)}
+    (expected,) = ReferenceEvaluator(ir.to_proto(parsed(text))).run(None, feeds)
+    onnx_graph(model)
+    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
+    assert found.tolist() == expected.tolist() == [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, -2.0, 2.0]
+
+
 def test_a_softmax_of_unknown_rank_between_two_products_is_refused_by_name() -> None:
     model = parsed(
         """g (float[B, 2, N, 8] q, float[B, 2, N, 8] k, float[B, 2, N, 8] v, int64[M] s) => (float out) {
