@@ -242,7 +242,8 @@ def main() -> None:
         if options.sweep:
             report["rows"] += sweep(work)
         else:
-            row = measure(work, options.rounds)
+            with torch.cuda.stream(torch.cuda.Stream()):  # nothing of the default stream can be captured
+                row = measure(work, options.rounds)
             report["rows"].append(row)
             shown = {n: f"{r['tflops']:.0f}" if "tflops" in r else r["failure"][:80] for n, r in row["results"].items()}
             worst = max((max(r.get("differences", [0.0])) for r in row["results"].values()), default=math.nan)

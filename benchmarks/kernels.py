@@ -269,9 +269,12 @@ def graphed(run: Run, repeats: int) -> Run:
             run()
         return run()
 
+    # gradients are computed on the stream of the forward pass: that one must be captured
+    current = torch.cuda.current_stream()
+    stream = None if current == torch.cuda.default_stream() else current
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             found = loop()
     except Exception:
         torch.cuda.synchronize()

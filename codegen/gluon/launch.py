@@ -59,12 +59,24 @@ def tile_layout(rows, channels):
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)
 
 
+DESCRIBED = {}  # descriptors without their tensors
+
+
 def descriptor(tensor, rows, channels):
     """What the copying unit needs to know: it fills with zeros, or leaves out, what lies past the tensor's end."""
-    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride())]
-    strides[3] = 1
-    block = [1, 1, rows, channels]
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+    key = tensor.shape, tensor.stride(), tensor.dtype, rows, channels
+    if key not in DESCRIBED:
+        strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride())]
+        strides[3] = 1
+        block = [1, 1, rows, channels]
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+        if len(DESCRIBED) >= 4096:
+            DESCRIBED.clear()
+        DESCRIBED[key] = {name: value for name, value in vars(made).items() if name != "base"}
+    # its constructor checks at length what why_not and the first of its kind have been asked
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    vars(made).update(DESCRIBED[key], base=tensor)
+    return made
 '''
 
 WORK_LIST = '''\
@@ -93,7 +105,7 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
+    HALF DESCRIBED vars work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
     start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
@@ -210,6 +222,6 @@ def launch_lines(
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,
-        *signature("attend_forward[(work.shape[0],)]", arguments, "", 4, inside=4).splitlines(),
+        *signature("launch", ["attend_forward", "(work.shape[0],)", *arguments], "", 4, inside=4).splitlines(),
         returned,
     ]

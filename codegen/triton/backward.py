@@ -505,10 +505,8 @@ def _call(
     pointers, integers = arguments[: len(kernel.pointers)], arguments[len(kernel.pointers) :]
     stems = dict.fromkeys(stride.rsplit("_stride_", 1)[0] for stride in kernel.strides)
     strides = [f"*{values.get(stem, stem)}.stride()" for stem in stems]
-    text = signature(
-        f"{kernel.name}[({grid},)]", [*pointers, *strides, *integers, *options, "enable_fp_fusion=True"], "", inside=16
-    )
-    return text.splitlines()
+    passed = [*pointers, *strides, *integers, *options, "enable_fp_fusion=True"]
+    return signature("launch", [kernel.name, f"({grid},)", *passed], "", inside=16).splitlines()
 
 
 def _kernels(parts: _Parts, tiles: Mapping[str, Mapping[str, Tile]]) -> tuple[Kernel, ...]:

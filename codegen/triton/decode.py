@@ -384,6 +384,7 @@ def decode_launch(
         *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True"),
     ]
     rows = f"{skeleton.group} * {queries}" if skeleton.group > 1 else queries
+    merging = f"{batch} * {heads} * {queries}"
     pairs_of = [
         f"{name} = pairs_of({json.dumps(storage.name)}, {name})"
         for name, each, storage in zip(stores, (skeleton.key, skeleton.value), _storages(spec, parts), strict=True)
@@ -402,8 +403,8 @@ def decode_launch(
         "peaks, totals = peaks.chunk(2)",
         f"partial = torch.empty(out.numel() * splits, dtype=torch.float32, device={query}.device)",
         f"with torch.cuda.device_of({query}):",
-        *signature("attend_split[(programs * splits,)]", first, "", 4, inside=inside).splitlines(),
-        *signature(f"merge_splits[({batch} * {heads} * {queries},)]", second, "", 4, inside=inside).splitlines(),
+        *signature("launch", ["attend_split", "(programs * splits,)", *first], "", 4, inside=inside).splitlines(),
+        *signature("launch", ["merge_splits", f"({merging},)", *second], "", 4, inside=inside).splitlines(),
         _returned(spec, parts),
     ]
 

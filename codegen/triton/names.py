@@ -15,7 +15,7 @@ MODULE_NAMES = _words("""
     tl triton torch math range float int abs min max len map str tuple getattr super print
     attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit
     decay_factor feature_map update update_edited join_sink tanh round_half_even floor_divide floor_modulo
-    TILES REAL WHOLE TRUTH sizes_of expect tile_of
+    TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type
     attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number
     pairs_of capability_of
     key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of
