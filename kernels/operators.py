@@ -1,9 +1,9 @@
 """Spec operators: how generated kernels reach PyTorch so that tracing, export, Inductor and autograd compose.
 
-``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it
-depends on
-the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes
-come from the Spec's types.
+``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it depends on
+the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes come from
+the Spec's types. ``attncompile::infer`` is the same without a derivative, for calls whose gradients nobody records: it
+takes the host less time.
 
 ``attncompile::run_backward(spec, wanted, gradients, inputs, outputs) -> gradients`` is its derivative. Where the device
 type has kernels for it they are used: the forward pass then also gives the log-sum-exp of a softmax, which they need.
@@ -167,16 +167,16 @@ class Bound:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if len(tensors) != len(self.order):
             raise ValueError(f"{self.takes}, got {len(tensors)}")
-        text = self.training if self.training and _recorded(tensors) else self.text
-        outputs = torch.ops.attncompile.run(text, [tensors[position] for position in self.order])
+        inputs = [tensors[position] for position in self.order]
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if recorded and self.training and tensors[0].device.type in _backwards:
+            outputs = torch.ops.attncompile.run(self.training, inputs)
+        # nothing tells an exported program whether gradients are recorded where it runs
+        elif recorded or torch.compiler.is_exporting():
+            outputs = torch.ops.attncompile.run(self.text, inputs)
+        else:
+            outputs = torch.ops.attncompile.infer(self.text, inputs)
         return outputs[0] if self.outputs == 1 else tuple(outputs[: self.outputs])
-
-
-def _recorded(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients of a call are recorded on a device that has kernels for them."""
-    if not torch.is_grad_enabled() or tensors[0].device.type not in _backwards:
-        return False
-    return any(tensor.requires_grad for tensor in tensors)
 
 
 def bind(spec: Spec) -> Bound:
@@ -210,13 +210,13 @@ def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor
 _LIBRARY = torch.library.Library("attncompile", "FRAGMENT")
 # not torch.library.custom_op: its wrappers take longer on the host than a short kernel on the GPU
 _LIBRARY.define("run(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("infer(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "run_backward(str spec, bool[] wanted, Tensor[] gradients, Tensor[] inputs, Tensor[] outputs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.impl("attncompile::run", "CompositeExplicitAutograd", lib=_LIBRARY)
 def _run(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The outputs of a Spec, see :func:`run`."""
     found = _resolved(spec, inputs[0].device.type)(*inputs)
@@ -267,7 +267,8 @@ def _results(text: str) -> tuple[_Result, ...]:
     return tuple(made)
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
     """``[b,h,i,e]`` is stored as ``[b,i,h,e]``, which is how a model goes on with it; others are contiguous."""
     order = (0, 2, 1, 3) if len(shape) == 4 else range(len(shape))
     strides, stride = [1] * len(shape), 1
@@ -292,8 +293,7 @@ def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
     raise ValueError(f"cannot compute the size {size} of a result")
 
 
-@torch.library.register_fake("attncompile::run", lib=_LIBRARY)
-def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _traced(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     sizes: dict[str, Any] = {}
     for value, tensor in zip(parsed(spec).inputs, inputs, strict=True):
         for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
@@ -308,6 +308,11 @@ def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         empty = torch.empty(stored, dtype=result.dtype_among(inputs), device=inputs[0].device)
         made.append(empty.transpose(1, 2) if four else empty)
     return made
+
+
+for _name in ("run", "infer"):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attncompile::{_name}", _traced, lib=_LIBRARY)
 
 
 @torch.library.impl("attncompile::run_backward", "CompositeExplicitAutograd", lib=_LIBRARY)

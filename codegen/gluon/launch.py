@@ -33,6 +33,10 @@ HOST = '''\
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Refused(ValueError):
+    """The kernel cannot read these tensors where they lie."""
+
+
 def why_not(query, key, value):
     """Why the kernel cannot read these tensors where they lie, or None."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -105,8 +109,8 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF DESCRIBED vars work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
-    start stop first_start first_stop
+    HALF Refused DESCRIBED vars work reason why_not work_list descriptor
+    counts places lists tiles block_lists dealt rows start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
@@ -218,7 +222,7 @@ def launch_lines(
         f"    {returned}",
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
-        "    raise ValueError(reason)",
+        "    raise Refused(reason)",
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,

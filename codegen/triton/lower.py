@@ -151,8 +151,8 @@ class _Chosen:
         self._modules: dict[int, ModuleType | None] = {}
         attend = operators.parsed(text).attend()
         names = [value.name for value in operators.parsed(text).inputs]
-        read = (attend.query, attend.key, attend.value) if attend else ()
-        self._operands = [names.index(name) for name in read] if set(read) <= set(names) else []
+        read = {attend.query, attend.key, attend.value} if attend else set()
+        self._query = names.index(attend.query) if attend and read <= set(names) else None
 
     @functools.cached_property
     def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -167,11 +167,16 @@ class _Chosen:
 
     def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec."""
-        if self._operands and on_hopper(tensors[0].device):
-            query, key, value = (tensors[position] for position in self._operands)
-            module = self._gluon(query.shape[2]) if query.shape[2] >= FEWEST_QUERIES else None
-            if module is not None and module.why_not(query, key, value) is None:
-                return module.attend(*tensors)
+        if self._query is not None and on_hopper(tensors[0].device):
+            query = tensors[self._query]
+            queries = query.shape[2]
+            half = query.element_size() == 2
+            module = self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
+            if module is not None:
+                try:
+                    return module.attend(*tensors)
+                except module.Refused:
+                    pass
         return self._plain(*tensors)
 
 
