@@ -269,12 +269,9 @@ def graphed(run: Run, repeats: int) -> Run:
             run()
         return run()
 
-    # gradients are computed on the stream of the forward pass: that one must be captured
-    current = torch.cuda.current_stream()
-    stream = None if current == torch.cuda.default_stream() else current
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph):
             found = loop()
     except Exception:
         torch.cuda.synchronize()
