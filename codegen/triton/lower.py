@@ -1,7 +1,8 @@
 """The Triton target: generated kernels behind the operator ``attncompile::run``.
 
 On a Hopper GPU a kernel in Gluon comes first (:mod:`attncompile.codegen.gluon`); plain Triton computes what that one
-does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie.
+does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie. Dense and
+causal maps that are faster in PyTorch's own operator are computed by that one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attncompile.codegen import pytorch
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
+from attncompile.codegen.triton.plain_maps import plain_map
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
 from attncompile.ir import Spec, print_spec
@@ -131,6 +134,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
                 "; in Gluon for compute capability 9.x, in plain Triton for float32, "
                 f"for fewer than {FEWEST_QUERIES} queries, and for tensors whose rows TMA cannot copy"
             )
+            if plain_map(spec) is not None:
+                said += "; small maps, and those whose rows TMA cannot copy, in SDPA, which is faster there"
     if gives_zeros(spec):
         said += "; rows without any visible key give zeros, where the original gives their mean or NaN"
     unavailable = why_not_backward(spec)
@@ -153,6 +158,12 @@ class _Chosen:
         names = [value.name for value in operators.parsed(text).inputs]
         read = {attend.query, attend.key, attend.value} if attend else set()
         self._query = names.index(attend.query) if attend and read <= set(names) else None
+        spec = operators.parsed(text)
+        self._plain_map = plain_map(spec) if pytorch.why_not(spec, "cuda", "sdpa") is None else None
+
+    @functools.cached_property
+    def _sdpa(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+        return pytorch.lower(operators.parsed(self._text), "cuda", "sdpa").run
 
     @functools.cached_property
     def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -168,6 +179,8 @@ class _Chosen:
     def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec."""
         if self._query is not None and on_hopper(tensors[0].device):
+            if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
+                return self._sdpa(*tensors)
             query = tensors[self._query]
             queries = query.shape[2]
             half = query.element_size() == 2
@@ -176,7 +189,8 @@ class _Chosen:
                 try:
                     return module.attend(*tensors)
                 except module.Refused:
-                    pass
+                    if self._plain_map is not None:
+                        return self._sdpa(*tensors)
         return self._plain(*tensors)
 
 
