@@ -120,7 +120,8 @@ class _View:
     def _stored(self, graph: ir.Graph) -> None:
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                self._constant(name, value.const_value, "parameter")
+                whole = value.const_value.dtype.is_integer() or value.const_value.dtype == ir.DataType.BOOL
+                self._constant(name, value.const_value, "constant" if whole else "parameter")
 
     def _body(self, node: ir.Node, body: ir.Graph, module: str) -> None:
         """Everything in a body, from what it is given in its first round."""
