@@ -260,6 +260,17 @@ def recording_of(graph_module: torch.fx.GraphModule) -> AbstractContextManager[A
     return fake_mode_of_graph(graph_module) or nullcontext()
 
 
+def ahead_of_time(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph as ahead-of-time autograd runs it: forward and backward are graphs too, of plain operators.
+
+    Run node by node, a checkpointed block draws other random numbers when it is computed again than at first.
+    """
+    from torch._dynamo.backends.debugging import aot_eager
+
+    run: Callable[..., Any] = aot_eager(graph_module, list(example_inputs))
+    return run
+
+
 def inductor(
     graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
