@@ -39,7 +39,7 @@ def arguments(about: str | None, rounds: int | None = None, rows: bool = True) -
 
 
 def add_processes(parser: argparse.ArgumentParser, default: int = 8) -> None:
-    """``--processes``: how many compile at first, each alone with the device's driver."""
+    """``--processes``: how many compile at first."""
     text = f"processes that compile at first (default {default})"
     parser.add_argument("--processes", type=int, default=default, help=text)
 
