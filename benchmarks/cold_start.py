@@ -4,9 +4,9 @@
 
 Starting Python, importing and opening the device happen before and are stated by themselves. What is timed is
 everything from a Spec's text to the result on the device: generating the module, Triton's own preparations, compiling
-or reading the binary from the cache on disk, the launch. Each row has a cache of its own, so that none profits from another; the
-processes get ready together and are then timed one after the other. Rows run again under a profiler, apart from the
-times, for where these go. Targets: 3 s cold, 0.2 s warm for each new kernel.
+or reading the binary from the cache on disk, the launch. Each row has a cache of its own, so that none profits from
+another; the processes get ready together and are then timed one after the other. Rows run again under a profiler,
+apart from the times, for where these go. Targets: 3 s cold, 0.2 s warm for each new kernel.
 """
 
 from __future__ import annotations
