@@ -1,12 +1,12 @@
 """How long the first call of a kernel takes in a fresh process, with empty caches and with those of an earlier one.
 
-    python -m benchmarks.cold_start benchmarks/results/cold_start_h200.json [--rows dense]
+    python -m benchmarks.cold_start benchmarks/results/cold_start_h200.json [--rows dense] [--profile]
 
 Starting Python, importing and opening the device happen before and are stated by themselves. What is timed is
 everything from a Spec's text to the result on the device: generating the module, Triton's own preparations, compiling
 or reading the binary from the cache on disk, the launch. Each row has a cache of its own, so that none profits from
-another; the processes get ready together and are then timed one after the other. Rows run again under a profiler,
-apart from the times, for where these go. Targets: 3 s cold, 0.2 s warm for each new kernel.
+another; the processes get ready together and are then timed one after the other. With ``--profile`` all run again under
+a profiler, for where the time goes. Targets: 3 s cold, 0.2 s warm for each new kernel.
 """
 
 from __future__ import annotations
@@ -200,21 +200,20 @@ def main() -> None:
     """Time all, print a line for each row, write JSON."""
     from benchmarks.report import Report, arguments, chosen, parse
 
-    options = parse(arguments(__doc__))
+    parser = arguments(__doc__)
+    parser.add_argument("--profile", action="store_true", help="run all again under a profiler")
+    options = parse(parser)
     starts = chosen(STARTS, options.rows)
     report = Report(options.output, {"cores": os.cpu_count(), "target_cold_s": COLD, "target_warm_s": WARM})
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {start.name: Path(folder) / start.name for start in starts}
-        others = {start.name: Path(folder) / f"{start.name}-profiled" for start in starts}
-        cold = phase(starts, caches, False)
-        warm = phase(starts, caches, False)
-        profiles = [phase(starts, others, True), phase(starts, others, True)]
-    for start in starts:
-        row: dict[str, Any] = {"name": start.name, "spec": start.text, "part": start.part}
-        for when, found, profile in (("cold", cold, profiles[0]), ("warm", warm, profiles[1])):
-            row |= {when: found[start.name], f"{when}_profile": profile[start.name].get("profile")}
-            print(f"{start.name} {when}: {json.dumps(found[start.name])}", flush=True)
-        report.add(row)
+    for profiled in (False, True)[: 1 + options.profile]:
+        with tempfile.TemporaryDirectory() as folder:
+            caches = {start.name: Path(folder) / start.name for start in starts}
+            found = {when: phase(starts, caches, profiled) for when in ("cold", "warm")}
+        for start in starts:
+            row = {"name": start.name, "spec": start.text, "part": start.part, "profiled": profiled}
+            report.add({**row, **{when: each[start.name] for when, each in found.items()}})
+            for when, each in found.items():
+                print(f"{start.name} {when}: {json.dumps(each[start.name])[:600]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ PyTorch, differentiable, in whatever float dtype it is given.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,14 +128,20 @@ class Operation(ABC):
         symbolic = any(isinstance(node, Size) for node in walk(kv_head))
         if symbolic or not isinstance(heads, Const) or not isinstance(groups.size, Const):
             return
-        # one number at a time: a tensor would have no values under a fake tensor mode
-        found = [concrete(substitute(kv_head, {Index("h"): Const(head)}), {}) for head in range(int(heads.value))]
-        least, last = min(found), max(found)
+        least, last = _reached(kv_head, int(heads.value))
         if least < 0 or last >= groups.size.value:
             raise ValueError(
                 f"{self.keyword}: kv_head {kv_head} of {heads} query heads reaches from {least} to {last}, "
                 f"but axis {groups.name} of {key} is {groups.size}"
             )
+
+
+@functools.lru_cache(maxsize=1024)
+def _reached(kv_head: Expr, heads: int) -> tuple[int, int]:
+    """The first and the last KV head that so many query heads read; asked again whenever types are inferred."""
+    # one number at a time: a tensor would have no values under a fake tensor mode
+    found = [concrete(substitute(kv_head, {Index("h"): Const(head)}), {}) for head in range(heads)]
+    return min(found), max(found)
 
 
 def same_size(what: str, left: tuple[str, Axis], right: tuple[str, Axis]) -> None:
