@@ -50,6 +50,15 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
 ]
 
+_ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with")
+Attention = Annotated[Literal["sdpa", "eager"], _ATTENTION]
+Passes = Annotated[
+    str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')
+]
+AllowUntrained = Annotated[
+    bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
+]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -102,10 +111,7 @@ def inspect(
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="write every site as JSON; - for standard output")
     ] = None,
-    attn: Annotated[
-        Literal["sdpa", "eager"],
-        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
-    ] = "sdpa",
+    attn: Attention = "sdpa",
     every: Annotated[bool, typer.Option("--all", help="print each site, also when it is like another")] = False,
     block: Annotated[bool, typer.Option("--block", help="print the operations around each site")] = False,
     picture: Annotated[bool, typer.Option("--picture", help="draw the masks")] = False,
@@ -153,16 +159,9 @@ def convert(
         Literal["fastest", "fused", "decomposed"],
         typer.Option(help="take fused operators where they win, always, or never"),
     ] = "fastest",
-    passes: Annotated[
-        str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')
-    ] = "fuse",
-    allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
-    ] = False,
-    attn: Annotated[
-        Literal["sdpa", "eager"] | None,
-        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
-    ] = None,
+    passes: Passes = "fuse",
+    allow_untrained: AllowUntrained = False,
+    attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
@@ -199,14 +198,9 @@ def kernels(
         list[str] | None,
         typer.Option(metavar="TYPE", help="float16, bfloat16 or float32, the model's own if none; may be given again"),
     ] = None,
-    passes: Annotated[str, typer.Option(help="what to do at each site before, as in convert")] = "fuse",
-    allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
-    ] = False,
-    attn: Annotated[
-        Literal["sdpa", "eager"],
-        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
-    ] = "sdpa",
+    passes: Passes = "fuse",
+    allow_untrained: AllowUntrained = False,
+    attn: Attention = "sdpa",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier folder of kernels")] = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
