@@ -10,15 +10,12 @@ back end.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attncompile.codegen.triton import lower
 from benchmarks.kernels import Run, Work, flex, our_gluon, plain_triton, tensors_of
+from benchmarks.report import Report, arguments, parse
 
 CALLS = 200
 WORKS = (
@@ -111,32 +109,13 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print a line for each row, write JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds (default 15)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    import triton
-
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "calls": CALLS,
-        "rows": [],
-    }
+    options = parse(arguments(__doc__, rounds=15, rows=False))
+    processor = platform.processor() or platform.machine()
+    report = Report(options.output, {"processor": processor, "rounds": options.rounds, "calls": CALLS})
     with torch.no_grad():
         for work in WORKS:
             row = measure(work, options.rounds)
-            report["rows"].append(row)
-            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            report.add(row)
             shown = {n: f"{r['host_us']:.1f}" if "host_us" in r else r["failure"] for n, r in row["results"].items()}
             print(f"{work.name}: µs {shown}", flush=True)
 

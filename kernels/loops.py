@@ -40,36 +40,72 @@ class KeyRuns:
 
 @dataclass(frozen=True)
 class Visited:
-    """Which positions a loop goes over.
+    """Which positions a loop goes over, or a program has for its own.
 
     Attributes:
         block: compile-time argument with the size of a step.
+        positions, index: identifiers of a block's positions, and of them as the index of an expression.
         first, last: identifiers of a step's first and last position in :attr:`KeyRuns.test`.
+        most: what is said where the last of them have the most to do.
         full: what is said of the run without a mask.
         rest: what is said of the positions behind the last whole block.
     """
 
     block: str
+    positions: str
+    index: str
     first: str
     last: str
+    most: str
     full: str
     rest: str
 
 
 KEYS = Visited(
     "BLOCK_J",
+    "keys",
+    "j",
     "key_first",
     "key_last",
+    "the last keys have the most queries: they start first",
     "Every query of the block sees every one of these keys.",
     "The rest of the keys does not fill a block.",
 )
 QUERIES = Visited(
     "BLOCK_I",
+    "rows",
+    "i",
     "row_first",
     "row_last",
+    "the last queries have the most keys: they start first",
     "Every one of these queries sees every key of the block.",
     "The rest of the queries does not fill a block.",
 )
+
+
+def own_block(own: Visited, length: str, head: tuple[str, str], last_first: bool, clamped: bool) -> list[str]:
+    """Batch row, head and positions of a program that has a block of a head for its own.
+
+    Args:
+        own: the positions.
+        length: identifier of their number.
+        head: identifiers of the head and of the number of heads.
+        last_first: whether the last block comes first.
+        clamped: whether tensors are loaded by the positions: past the last one the last element is read.
+    """
+    block, (one, heads) = "program % blocks", head
+    index = f"tl.minimum({own.positions}, {length} - 1)[:, None]" if clamped else f"{own.positions}[:, None]"
+    return [
+        "program = tl.program_id(0)",
+        f"blocks = tl.cdiv({length}, {own.block})",
+        f"block = blocks - 1 - {block}  # {own.most}" if last_first else f"block = {block}",
+        f"b = program // blocks // {heads}",
+        f"{one} = program // blocks % {heads}",
+        f"{own.first} = block * {own.block}",
+        f"{own.last} = tl.minimum({own.first} + {own.block}, {length}) - 1",
+        f"{own.positions} = {own.first} + tl.arange(0, {own.block})",
+        f"{own.index} = {index}",
+    ]
 
 
 def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> list[list[str]]:

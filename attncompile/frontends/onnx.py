@@ -46,7 +46,8 @@ from attncompile.frontends.onnx_known import (
     known_value,
     scalar,
 )
-from attncompile.frontends.onnx_rows import EVERY_OUTPUT, opaque_info, rows_of
+from attncompile.frontends.onnx_opaque import opaque_info
+from attncompile.frontends.onnx_rows import EVERY_OUTPUT, rows_of
 from attncompile.frontends.onnx_sizes import SizeNames, product
 from attncompile.frontends.onnx_unranked import refuse_unranked
 from attncompile.frontends.source import innermost_model_frame

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from attncompile.codegen.gluon.generate import HopperModule
-from attncompile.codegen.triton.ahead import ELEMENTS, Compiled, Target, resources
+from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, described
 from attncompile.codegen.triton.cache import load_module
 
-HOPPER = Target("cuda", 90, 32)
+HOPPER = next(target for target in TARGETS if target.arch == 90)
 
 
 def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
@@ -56,13 +56,8 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
         target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp),
         options={"num_warps": 4, "maxnreg": skeleton.tile.limit},
     )
-    own = _compiled(kernel.name, built)
+    own = described(kernel.name, HOPPER, built, ordered, constants)
     return (*_small(loaded, module, signature, constants, aligned), own) if skeleton.marks else (own,)
-
-
-def _compiled(name: str, built: Any) -> Compiled:
-    registers, spills = resources(built.asm, HOPPER)
-    return Compiled(name, str(HOPPER), int(built.metadata.shared), registers, spills, dict(built.asm))
 
 
 def _small(
@@ -84,5 +79,6 @@ def _small(
         source = ASTSource(
             function, arguments, constexprs={n: chosen[n] for n in arguments if n in chosen}, attrs=attributes
         )
-        made.append(_compiled(name, triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))))
+        built = triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))
+        made.append(described(name, HOPPER, built, arguments, chosen))
     return made
