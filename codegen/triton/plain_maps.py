@@ -1,7 +1,7 @@
 """Dense and causal maps, which PyTorch's own attention computes too: which of the two is faster on a Hopper GPU.
 
 `benchmarks/results/kernels_peers_h200.json` has both in one run, `benchmarks/results/host_time_h200.json` what a call
-costs the host, and `benchmarks/results/backward_h200.json` the gradients, where cuDNN is ahead.
+costs the host. Gradients are another matter: in every trial of `benchmarks/backward.py` cuDNN's were ahead.
 """
 
 from __future__ import annotations
