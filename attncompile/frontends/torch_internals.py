@@ -179,6 +179,14 @@ _ENTERS = "_increment_nesting"
 """How the name of a call that enters a function transform ends, as in ``_vmap_increment_nesting``."""
 
 
+def bounds_transform(node: torch.fx.Node) -> bool:
+    """Whether a node enters or leaves a function transform; nothing reads what such a call gives."""
+    return node.op == "call_function" and str(getattr(node.target, "__name__", "")).endswith(_BOUNDS)
+
+
+_BOUNDS = (_ENTERS, "_decrement_nesting")
+
+
 def is_batched(value: object) -> bool:
     """Whether a traced value is one that vmap wraps: it has a shape, but no memory of its own to look at."""
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
