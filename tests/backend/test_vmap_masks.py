@@ -1,4 +1,4 @@
-"""An exported graph that makes its mask inside vmap, as transformers does, still runs when its attention is replaced."""
+"""An exported graph whose mask is made inside vmap, as in transformers, still runs when its attention is replaced."""
 
 from __future__ import annotations
 
