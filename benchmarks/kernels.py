@@ -13,10 +13,11 @@ compared with cuDNN's or, where that has no such variant, with plain Triton's.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -269,32 +270,52 @@ def host_microseconds(run: Run) -> float:
     return taken * 1e6
 
 
-def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
-    """Interleaved medians of everybody at one row."""
-    torch._dynamo.reset()  # past eight shapes FlexAttention would run uncompiled
-    tensors = tensors_of(work)
-    row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
+def race(makers: Mapping[str, Callable[[], Run]], rounds: int, judges: tuple[str, ...]) -> dict[str, Any]:
+    """Interleaved medians of several ways to compute one thing.
+
+    Args:
+        makers: from a name to what prepares a call.
+        rounds: how often each is timed.
+        judges: the first of these that runs is what the others' results are compared with.
+
+    Returns:
+        by name the :func:`benchmarks.timing.summary`, the time of the first call and the difference; or why it failed.
+    """
+    results: dict[str, Any] = {}
     running: dict[str, Timed] = {}
     outputs: dict[str, torch.Tensor] = {}
-    for name in ("gluon", "triton", *work.peers, *others):
+    for name, make in makers.items():
         try:
             started = time.perf_counter()
-            run = MAKERS[name](work, tensors)
+            run = make()
             outputs[name] = run()
             torch.cuda.synchronize()
             first = time.perf_counter() - started
             repeats = repeats_of(run, 15, 50)
-            row["results"][name] = {"first_call_s": first, "host_us": host_microseconds(run)}
+            results[name] = {"first_call_s": first, "host_us": host_microseconds(run)}
             running[name] = graphed(run, repeats)
         except Exception as error:
-            row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
-    judge = outputs.get("cudnn", outputs.get("triton"))
-    flops = work.spec().flops({"B": work.batch, "I": work.length}) * row["visible"]
+            results[name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
+    judge = next((outputs[name] for name in judges if name in outputs), None)
     for name, times in interleaved(running, rounds).items():
-        found = summary(running[name], times)
-        row["results"][name] |= {**found, "tflops": flops / found["ms"] / 1e9}
+        results[name] |= summary(running[name], times)
         if judge is not None:
-            row["results"][name]["difference"] = float((outputs[name] - judge).float().norm() / judge.float().norm())
+            results[name]["difference"] = float((outputs[name] - judge).float().norm() / judge.float().norm())
+    return results
+
+
+def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
+    """Interleaved medians of everybody at one row."""
+    torch._dynamo.reset()  # past eight shapes FlexAttention would run uncompiled
+    tensors = tensors_of(work)
+    names = ("gluon", "triton", *work.peers, *others)
+    makers = {name: functools.partial(MAKERS[name], work, tensors) for name in names}
+    row: dict[str, Any] = {**asdict(work), "visible": work.visible()}
+    row["results"] = race(makers, rounds, ("cudnn", "triton"))
+    flops = work.spec().flops({"B": work.batch, "I": work.length}) * row["visible"]
+    for result in row["results"].values():
+        if "ms" in result:
+            result["tflops"] = flops / result["ms"] / 1e9
     return row
 
 

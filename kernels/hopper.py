@@ -15,8 +15,9 @@ import re
 from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
-from attncompile.kernels.hopper_marks import MarkBlocks
+from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
@@ -111,6 +112,7 @@ class HopperForward:
         channels, features: number of channels of keys and of values.
         clamped: whether tensors are loaded by ``i`` or ``j``.
         marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
+        boxes: how tiles lie in a grid of tokens, or ``None`` where a tile is a run of them.
     """
 
     tile: HopperTile
@@ -130,6 +132,7 @@ class HopperForward:
     features: int
     clamped: bool
     marks: MarkBlocks | None = None
+    boxes: Boxes | None = None
 
     def padded(self, extent: int) -> int:
         """Tile size for a number of channels: a power of two; TMA fills the rest with zeros."""
@@ -166,7 +169,7 @@ class HopperForward:
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
         tile, scale = self.tile, self.scale * LOG2E
-        rows = (
+        rows: tuple[tuple[str, str, str], ...] = (
             ("GROUPS", f"{tile.groups}", "warpgroups that compute, 64 queries each"),
             ("BLOCK_I", f"{tile.queries}", "queries of a tile"),
             ("BLOCK_J", f"{tile.keys}", "keys of a block"),
@@ -182,6 +185,11 @@ class HopperForward:
             ("KEY_FREE", "9", "a stage's keys are done with"),
             ("VALUE_FREE", "12", "a stage's values are done with"),
         )
+        if self.marks:
+            rows += (
+                ("ROOM", f"{ROOM}", "key blocks that the list of a tile has room for"),
+                ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
+            )
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
         lines += [
@@ -226,6 +234,16 @@ class HopperForward:
         ):
             text = ", ".join(names)
             line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+        query_box, key_box = "1, 1, 64", "1, 1, BLOCK_J"
+        if self.boxes:
+            lead = self.boxes.lead()
+            query_box, key_box = (
+                ", ".join(map(str, (*lead, *box))) for box in (self.boxes.query_box, self.boxes.key_box)
+            )
+            line = line.replace("QUERY_PLACE(", "query_place(").replace("KEY_PLACE(", "key_place(")
+        else:
+            line = re.sub(r"(QUERY|KEY)_PLACE\((.*?)\)", r"[\2, 0]", line)
+        line = line.replace("QUERY_BOX", query_box).replace("KEY_BOX", key_box)
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
@@ -253,7 +271,7 @@ class HopperForward:
         if self.inside:
             inside = f"{keys} - near > far"
             mask.append(f"shown = shown & ({inside})" if self.visible else f"shown = {inside}")
-        mask.append("s = gl.where(shown, s, HIDDEN)")
+        mask.append("s = gl.where(shown, s, HIDDEN)" if mask else "pass")
         return self._filled(LOGITS, positions=positions, score=score, mask=mask)
 
     def _consumer(self) -> str:
@@ -321,6 +339,7 @@ class HopperForward:
                 *(hopper_function(name) for name in RING),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
+                *([self.boxes.source()] if self.boxes else []),
                 self._blocks(),
                 self._logits(),
                 self._filled(STEP),

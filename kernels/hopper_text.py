@@ -1,7 +1,8 @@
 """Text of the functions of the Hopper kernel into which a Spec's arguments are filled, see ``HopperForward``.
 
 ``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
-sizes; a line ``# <name>`` for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless
+sizes, ``QUERY_PLACE KEY_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX`` for its sizes; a line ``# <name>``
+for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless
 the option holds.
 """
 
@@ -149,7 +150,7 @@ def consumer(
         tma.store_wait(0)  # if staged
         out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged
         fence_async_shared()  # if staged
-        copy_out(out, [b, h, first_row, 0], out_tiles.index(GROUP))  # if staged
+        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged
         # <stored>
         s = warpgroup_mma_wait(0, deps=[next_s])
         tile = next_tile
@@ -206,23 +207,23 @@ def producer(
             slot = buffer * GROUPS + group
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
-            place = [b, h, row_first + 64 * group, 0]
+            place = QUERY_PLACE(b, h, row_first + 64 * group)
             copy_in(query, place, query_ready.index(slot), query_tiles.index(slot))
         start = block_start(0, KNOWN)
-        fill(key, [b, g, start, 0], key_ready, key_tiles, stage, KEY_FREE, filled)
+        fill(key, KEY_PLACE(b, g, start), key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers
             # The last values of the tile before come after the first keys of this one.  # if two buffers
-            at = [last_b, last_g, last_start, 0]  # if two buffers
+            at = KEY_PLACE(last_b, last_g, last_start)  # if two buffers
             fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
-            fill(key, [b, g, next_start, 0], key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
-            fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)
+            fill(key, KEY_PLACE(b, g, next_start), key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
+            fill(value, KEY_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)
             start = next_start
             stage = next_stage
             filled += 1
-        fill(value, [b, g, start, 0], value_ready, value_tiles, stage, VALUE_FREE, filled)  # if one buffer
+        fill(value, KEY_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)  # if one buffer
         last_b = b  # if two buffers
         last_g = g  # if two buffers
         last_start = start  # if two buffers
@@ -236,7 +237,7 @@ def producer(
         tile = next_tile
         position += 1
     if filled > 0:  # if two buffers
-        at = [last_b, last_g, last_start, 0]  # if two buffers
+        at = KEY_PLACE(last_b, last_g, last_start)  # if two buffers
         fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
 '''
 
@@ -244,10 +245,10 @@ KERNEL = '''
 @gluon.jit(do_not_specialize=[UNSPECIALIZED])
 def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
     """One thread block for each row of the work list."""
-    query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, 1, 1, 64, CHANNELS], query.layout)
-    key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, BLOCK_J, CHANNELS], key.layout)
-    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, 1, 1, BLOCK_J, FEATURES], value.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, 1, 1, 64, FEATURES], out.layout)  # if staged
+    query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
+    key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
+    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, KEY_BOX, FEATURES], value.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged
     query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -23,7 +23,8 @@ class KeyRuns:
         main: start and stop of the main range; starts are at least 0, stops at most the number of keys.
         full: start and stop of the keys that every query of the block sees.
         test: condition for a key block to be visited at all, over ``key_first`` and ``key_last``.
-        lines: statements that these texts rely on.
+        lines: statements that the limits rely on.
+        test_lines: statements that the condition relies on besides, over ``key_first`` and ``key_last`` too.
     """
 
     first: tuple[str, str] | None
@@ -31,6 +32,7 @@ class KeyRuns:
     full: tuple[str, str] | None
     test: str | None
     lines: tuple[str, ...] = ()
+    test_lines: tuple[str, ...] = ()
 
     @property
     def everything(self) -> bool:
@@ -145,7 +147,7 @@ def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> l
             full,
             [
                 "# Blocks on the edge of the mask.",
-                *_guarded(f"for start in range(full_stop, main_stop, {block}):", runs.test, step(True), over),
+                *_guarded(f"for start in range(full_stop, main_stop, {block}):", runs, step(True), over),
             ],
         ]
     if runs.full:
@@ -176,7 +178,7 @@ def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> l
 def _edges(runs: KeyRuns, step: Step, over: Visited) -> list[str]:
     block = over.block
     if not runs.first and not runs.full:
-        return _guarded(f"for start in range(main_start, main_stop, {block}):", runs.test, step(True), over)
+        return _guarded(f"for start in range(main_start, main_stop, {block}):", runs, step(True), over)
     counts = ["first_count"] if runs.first else []
     counts += ["before", "after"] if runs.full else [f"tl.cdiv(main_stop - main_start, {block})"]
     origin = "first_start" if runs.first else "main_start"
@@ -186,7 +188,7 @@ def _edges(runs: KeyRuns, step: Step, over: Visited) -> list[str]:
     if runs.full:
         passed = "first_count + before" if runs.first else "before"
         where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
-    loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs.test, step(True), over)
+    loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs, step(True), over)
     return ["# Blocks on an edge of the mask, one run after the other.", loop, *deeper(where), *body]
 
 
@@ -198,11 +200,11 @@ def _aligned(start: str, block: str) -> str:
     return f"{start if one_call else f'({start})'} // {block} * {block}"
 
 
-def _guarded(head: str, test: str | None, step: list[str], over: Visited) -> list[str]:
+def _guarded(head: str, runs: KeyRuns, step: list[str], over: Visited) -> list[str]:
     """A loop's head and body; with a test, blocks that fail it are passed over."""
-    if test:
+    if runs.test:
         limits = f"{over.first}, {over.last} = start, start + {over.block} - 1"
-        step = [limits, f"if {test}:", *deeper(step)]
+        step = [limits, *runs.test_lines, f"if {runs.test}:", *deeper(step)]
     return [head, *deeper(step)]
 
 

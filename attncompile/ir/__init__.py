@@ -6,6 +6,7 @@ from attncompile.ir.operation import Operation
 from attncompile.ir.operators import Kind
 from attncompile.ir.ops import Cache, Position, Project, Quantize
 from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.regroup import Regroup
 from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec, parse_spec, print_spec
@@ -31,6 +32,7 @@ __all__ = [
     "Quantize",
     "Refusal",
     "RefusalError",
+    "Regroup",
     "Scan",
     "Size",
     "Spec",

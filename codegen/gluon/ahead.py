@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attncompile.codegen.gluon.generate import HopperModule
-from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, described
+from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, compile_kernel, described
 from attncompile.codegen.triton.cache import load_module
 
 HOPPER = next(target for target in TARGETS if target.arch == 90)
@@ -33,9 +33,15 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
     channels, features = skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features)
     tiles = {"query": (64, channels), "key": (skeleton.tile.keys, channels)}
     tiles |= {"value": (skeleton.tile.keys, features), "out": (64, features)}
+    boxes = skeleton.boxes
     for name in skeleton.descriptors():
-        shape = ", ".join(map(str, (1, 1, *tiles[name])))
-        signature[name] = f"tensordesc<{ELEMENTS[dtype]}[{shape}],{loaded.tile_layout(*tiles[name])!r}>"
+        sizes: tuple[int, ...] = (1, 1, *tiles[name])
+        layout = loaded.tile_layout(*tiles[name])
+        if boxes:
+            box = (*boxes.lead(), *(boxes.query_box if name in ("query", "out") else boxes.key_box))
+            sizes, layout = (*box, tiles[name][1]), loaded.box_layout(box, tiles[name][1])
+        shape = ", ".join(map(str, sizes))
+        signature[name] = f"tensordesc<{ELEMENTS[dtype]}[{shape}],{layout!r}>"
     for name, element in kernel.pointers:
         signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
         aligned.append(name)
@@ -57,7 +63,9 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
         options={"num_warps": 4, "maxnreg": skeleton.tile.limit},
     )
     own = described(kernel.name, HOPPER, built, ordered, constants)
-    return (*_small(loaded, module, signature, constants, aligned), own) if skeleton.marks else (own,)
+    moving = (compile_kernel(getattr(loaded, each.name), each, HOPPER, dtype) for each in module.moving)
+    small = _small(loaded, module, signature, constants, aligned) if skeleton.marks else []
+    return (*moving, *small, own)
 
 
 def _small(
@@ -70,10 +78,12 @@ def _small(
 
     tile = module.skeleton.tile
     space = 1 << (tile.queries - 1).bit_length()
-    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "CHUNK": 16, "SPACE": 64, **constants}
+    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 32, **constants}
+    chunks = {"mark_blocks": module.skeleton.marks.chunk if module.skeleton.marks else 0, "order_tiles": 256}
     made = []
     for name in ("mark_blocks", "order_tiles"):
         function = getattr(loaded, name)
+        chosen["CHUNK"] = chunks[name]
         arguments = {n: "constexpr" if n in chosen else known.get(n, "i32") for n in function.arg_names}
         attributes = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in arguments}
         source = ASTSource(

@@ -6,6 +6,7 @@ from collections import Counter
 
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
+from attncompile.codegen.triton.moved import Regrouped
 from attncompile.codegen.triton.names import LAUNCHER_NAMES
 from attncompile.codegen.triton.structure import Dense
 from attncompile.codegen.triton.visits import Visits
@@ -109,8 +110,8 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF Refused DESCRIBED vars work reason why_not work_list descriptor
-    counts places lists tiles block_lists dealt rows start stop first_start first_stop
+    HALF Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
+    counts places lists tiles blocks block_lists dealt rows start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
@@ -164,21 +165,40 @@ def launch_lines(
     binding: Binding,
     lengths: tuple[Length, Length, Length],
     skeleton: HopperForward,
+    moved: Regrouped | None = None,
 ) -> list[str]:
-    """Body of the launcher."""
-    attend, tile = parts.attend, skeleton.tile
+    """Body of the launcher.
+
+    Args:
+        spec: the whole.
+        parts: of its attention.
+        binding: identifiers.
+        lengths: heads, queries and keys.
+        skeleton: the kernel.
+        moved: how tokens are moved, where the kernel reads them in boxes.
+    """
+    attend, tile, boxes = parts.attend, skeleton.tile, skeleton.boxes
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
-    query, key, value = (binding.tensors[name] for name in (attend.query, attend.key, attend.value))
+    before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
+    query, key, value = (
+        binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)
+    )
+    tokens = binding.size(spec.types()[moved.after.out].sizes[2]) if moved else queries
     captured = [binding.tensors[name] for name in binding.pointers]
     values = {length.name: length.value for length in lengths}
     sizes = [values.get(name, name) for name in skeleton.integers()]
     channels, features = "CHANNELS.value", "FEATURES.value"
+    described = {"query": "64", "key": "BLOCK_J.value"}
+    function = "descriptor"
+    if boxes:
+        function = "box_descriptor"
+        described = {"query": f"{(*boxes.lead(), *boxes.query_box)}", "key": f"{(*boxes.lead(), *boxes.key_box)}"}
     arguments = [
-        f"descriptor({query}, 64, {channels})",
-        f"descriptor({key}, BLOCK_J.value, {channels})",
-        f"descriptor({value}, BLOCK_J.value, {features})",
-        f"descriptor(out, 64, {features})" if tile.staged else "out",
+        f"{function}({query}, {described['query']}, {channels})",
+        f"{function}({key}, {described['key']}, {channels})",
+        f"{function}({value}, {described['key']}, {features})",
+        f"{function}(out, {described['query']}, {features})" if tile.staged else "out",
         *(["lse"] if skeleton.lse else []),
         *captured,
         *(["counts", "places"] if skeleton.marks else []),
@@ -191,7 +211,7 @@ def launch_lines(
         f"maxnreg={tile.limit}",
     ]
     lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
-    results = {attend.out: "out", attend.lse: "lse"}
+    results = {attend.out: "out", attend.lse: "lse"} | ({moved.after.out: "out"} if moved else {})
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
     listed = signature(
         "work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4
@@ -199,24 +219,48 @@ def launch_lines(
     read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
     marked: list[str] = []
     if skeleton.marks:
-        lists, shared = (f"{batch} * {heads} * tiles", "1") if skeleton.marks.by_head else (f"{batch} * tiles", heads)
+        by_head = skeleton.marks.by_head
+        listed_tiles, shared = (f"{batch} * {heads} * tiles", "1") if by_head else (f"{batch} * tiles", heads)
         processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
-        marked = [
-            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
-            f"    lists = {lists}",
+        made = [
             *signature(
                 "counts, places = block_lists",
-                [query, "lists", f"triton.cdiv({lengths[2].value}, BLOCK_J.value)", f"({', '.join(read)},)"],
+                [query, listed_tiles, "blocks", f"({', '.join(read)},)"],
                 "",
-                4,
-                inside=4,
+                inside=8,
             ).splitlines(),
-            f"    rows = min({processors}, {batch} * {heads} * tiles)",
-            f"    work = dealt(counts, tiles, {heads}, {shared}, rows)",
+            f"work = dealt(counts, tiles, {heads}, {shared}, rows)",
         ]
+        marked = [
+            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
+            f"    blocks = triton.cdiv({lengths[2].value}, BLOCK_J.value)",
+            f"    rows = min({processors}, {batch} * {heads} * tiles)",
+        ]
+        if captured:
+            marked += [f"    {line}" for line in made]
+        else:
+            marked += [
+                "",
+                "    def lists():",
+                *(f"        {line}" for line in made),
+                "        return counts, places, work",
+                "",
+                *signature(
+                    "counts, places, work = kept_lists",
+                    [f"{query}.device", *dict.fromkeys((batch, heads, queries, *sizes)), "make=lists"],
+                    "",
+                    4,
+                    inside=4,
+                ).splitlines(),
+            ]
     return [
         *expectations(spec, binding, query),
-        allocation("out", batch, queries, heads, skeleton.features, query),
+        *(
+            [f"out = torch.empty(({batch}, {heads}, {tokens}, {skeleton.features}), dtype={query}.dtype, "
+             f"device={query}.device)"]
+            if boxes and boxes.merged
+            else [allocation("out", batch, tokens, heads, skeleton.features, query)]
+        ),
         *([lse] if skeleton.lse else []),
         "if out.numel() == 0:",
         f"    {returned}",

@@ -29,7 +29,9 @@ def shared_bytes(tile: HopperTile, channels: int, features: int) -> int:
     return 2 * (query + ring + out) + _BARRIERS
 
 
-def hopper_tile(channels: int, features: int, *, light: bool, short: bool = False) -> HopperTile:
+def hopper_tile(
+    channels: int, features: int, *, light: bool, short: bool = False, keys: int | None = None
+) -> HopperTile:
     """The first row that fits.
 
     Args:
@@ -37,12 +39,14 @@ def hopper_tile(channels: int, features: int, *, light: bool, short: bool = Fals
         light: whether score and mask need hardly any registers.
         short: whether there are few queries, under a mask that leaves some of a tile's keys out: a tile of 192 queries
             then wastes more of its work than one of 128.
+        keys: of a block, where that is given: a mask may be one number for so many.
 
     Raises:
         ValueError: when there is none.
     """
     for largest, needs_light, tile in _ROWS:
         fits = max(channels, features) <= largest and shared_bytes(tile, channels, features) <= SHARED_MEMORY
+        fits = fits and keys in (None, tile.keys)
         if fits and ((light and not short) or not needs_light):
             return tile
     raise ValueError(f"no tile for {channels} key and {features} value channels")

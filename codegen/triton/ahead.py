@@ -139,10 +139,10 @@ def compile_ahead(module: GeneratedModule, target: Target, dtype: str) -> tuple[
         RuntimeError: when Triton's interpreter is on (``TRITON_INTERPRET``): it replaces the compiler.
     """
     loaded = load_module(module)
-    return tuple(_compile(getattr(loaded, kernel.name), kernel, target, dtype) for kernel in module.kernels)
+    return tuple(compile_kernel(getattr(loaded, kernel.name), kernel, target, dtype) for kernel in module.kernels)
 
 
-def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compiled:
+def compile_kernel(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

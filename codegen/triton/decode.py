@@ -312,8 +312,10 @@ def _term(
 def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
     """How the first kernel is launched, by element type of the query."""
     stores = (skeleton.key, skeleton.value)
+    wide = any(each.form == "real" and len(each.parts) > 1 for each in stores)
     return {
-        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores)) for dtype, size in OPERAND_DTYPES.items()
+        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide)
+        for dtype, size in OPERAND_DTYPES.items()
     }
 
 

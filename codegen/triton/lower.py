@@ -24,8 +24,10 @@ from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.plain_maps import plain_map
 from attncompile.codegen.triton.storage import reads_storage
-from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
+from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
+from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.ir import Spec, print_spec
+from attncompile.ir.rearrange import regrouped
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 FEWEST_QUERIES = 64
 """With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
+
+BOX_QUERIES, BOX_KEYS = 128, 64
+"""Places of a box of tokens; smaller tiles are boxes too."""
 
 LENGTHS = (1024, 16384)
 """Numbers of queries that stand for few and for many."""
@@ -55,12 +60,19 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the kernels need compute capability 8.0 or higher, {device} has {major}.{minor}"
+    if device.type == "cuda" and torch.version.hip is not None and is_wide(spec):
+        return f"heads of more than {LARGEST_HEAD} channels take more shared memory than AMD GPUs have"
     return why_not_spec(spec)
 
 
 @functools.lru_cache(maxsize=512)
 def _generated(text: str) -> GeneratedModule:
-    return generate(operators.parsed(text))
+    return generate(arranged(operators.parsed(text)))
+
+
+def arranged(spec: Spec) -> Spec:
+    """The Spec with its tokens in boxes of a grid, where that leaves much less to visit; or as it is."""
+    return regrouped(spec, BOX_QUERIES, BOX_KEYS) or spec
 
 
 @functools.lru_cache(maxsize=512)
@@ -71,7 +83,7 @@ def _hopper(text: str, length: int) -> HopperModule | str:
     # here, because that package is made from this one's parts
     from attncompile.codegen import gluon
 
-    spec = operators.parsed(text)
+    spec = gluon.arranged(operators.parsed(text))
     reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_spec(spec) or gluon.slower(spec)
     return reason or gluon.generate(spec, queries=length)
 
@@ -84,7 +96,8 @@ def modules(spec: Spec) -> dict[str, GeneratedModule]:
     """
     from attncompile.codegen import gluon
 
-    found = {"": generate(spec)}
+    found = {"": generate(arranged(spec))}
+    spec = gluon.arranged(spec)
     if gluon.why_not_spec(spec) is None and gluon.slower(spec) is None:
         for suffix, length in (("_hopper", LENGTHS[-1]), ("_hopper_short", LENGTHS[0])):
             module = gluon.generate(spec, queries=length)
@@ -112,10 +125,12 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     reason = why_not(spec, device)
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
-    module = generate(spec)
+    module = generate(arranged(spec))
     said = "one fused kernel; nothing of the attention map is stored"
     if any(operation.keyword == "quantize" for operation in spec.operations):
         said = "Q·K in int8 with a scale for each block, inside one fused kernel"
+    if module.kernels[0].name == "move_queries":
+        said += "; tokens are moved so that a tile is a box of their grid"
     if reads_storage(spec):
         said = "the cache is read as it is stored, in parts that a second kernel joins"
     elif any(kernel.name == "attend_split" for kernel in module.kernels):

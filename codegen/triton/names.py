@@ -57,7 +57,11 @@ KERNEL_NAMES = _words("""
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
     query_peak query_shift part_offsets
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
-""")
+""") | frozenset(
+    f"{name}_{number}"
+    for name in ("query_tile", "key_tile", "value_tile", "key_stored", "value_stored", "accumulator")
+    for number in range(64)
+)
 """Local names of the kernels."""
 
 

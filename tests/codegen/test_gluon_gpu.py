@@ -67,6 +67,12 @@ ROWS = (
     _row("bias-128", 128, 1, "j ≤ i", "0.09·s + bias[h, i, j]", given="given  bias[8,I,J]:float32"),
     _row("documents-64", 64, 2, "j ≤ i and document[b, j] = document[b, min(i, J − 1)]",
          given="given  document[B,J]:int64"),
+    _row("blocks-128", 128, 2, "blocks[h, i // 128, j // 128]",
+         given="given  blocks[8,(I+127)//128,(J+127)//128]:bool"),
+    _row("blocks-causal-64", 64, 1, "j ≤ i and listed[b, i // 64, j // 128] ≠ 0",
+         given="given  listed[B,(I+63)//64,(J+127)//128]:uint8"),
+    _row("blocks-of-64-128", 128, 1, "blocks[h, i // 64, j // 64]",
+         given="given  blocks[8,(I+63)//64,(J+63)//64]:bool"),
     _row("sinks-128", 128, 8, "j ≤ i and j > i − 160", more="sink   sinks[h]", given="given  sinks[8]:float32"),
     _row("late-128", 128, 1, "j ≤ i − 200"),
     _row("causal-256", 256, 2, "j ≤ i", "0.06·s"),
@@ -95,7 +101,8 @@ def test_awkward_sizes(row: Case, queries: int) -> None:
     dtype = torch.float16 if "float16" in row.text.split() else torch.bfloat16
     failures = []
     for batch, queries, keys in SIZES:
-        case = Case(row.name, row.text, {"B": batch, "I": queries, "J": keys}, ranges={"document": (0, 3)})
+        ranges = {"document": (0, 3), "listed": (0, 2)}
+        case = Case(row.name, row.text, {"B": batch, "I": queries, "J": keys}, ranges=ranges)
         outcomes = compare(case, attend, dtype, "cuda", place=aligned_inputs)
         failures += [(case.sizes, outcome) for outcome in outcomes if not outcome.passed]
     assert not failures

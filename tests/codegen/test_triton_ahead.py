@@ -73,6 +73,16 @@ def test_decode_compiles(name: str, target: Target) -> None:
         assert target.backend == "hip" or kernel.spills in (0, None)
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.backend == "cuda"], ids=str)
+def test_wide_heads_compile_without_spills(target: Target) -> None:
+    spec = parse_spec(
+        "x   attend  q[B,128,I,576]  k[B,1,J,576]  v[B,1,J,512]  bfloat16\n  score  0.04·s\n  mask   j < length[b]\n"
+        "  kv_head 0\n  norm   softmax (float32)\n  given  length[B]:int32"
+    )
+    for kernel in compile_ahead(generate(spec), target, "bfloat16"):
+        assert kernel.spills in (0, None) and kernel.shared <= 163840
+
+
 @pytest.mark.parametrize("channels", (64, 128))
 @pytest.mark.parametrize("mask", ("true", "j ≤ i", "j ≤ i and (j > i − 1024 or j < 4)"))
 def test_no_spills_at_common_head_sizes(channels: int, mask: str) -> None:

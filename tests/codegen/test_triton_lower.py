@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from attncompile.codegen.triton import lower, why_not
+from attncompile.codegen.triton.lower import modules
+from attncompile.ir import parse_spec
+from attncompile.ir.neighbourhood import neighbourhood
 from tests.cases import BY_NAME
 from tests.kernels.cases import ALL_BY_NAME
 from tests.kernels.comparison import measured
@@ -71,3 +76,14 @@ def test_strides_past_two_to_the_31_on_a_gpu() -> None:
     assert isinstance(found, torch.Tensor)
     (outcome,) = measured(spec, {"q": query, "k": query, "v": query}, found, query.dtype)
     assert outcome.passed, outcome
+
+
+def test_windows_over_a_grid_move_tokens_where_that_pays() -> None:
+    text = "x   attend  q,k,v[1,2,{0},64]  bfloat16\n  score  0.125·s\n  mask   {1}\n  norm   softmax (float32)"
+    for grid, moved in (((128, 128), True), ((24, 24), False)):
+        spec = parse_spec(text.format(math.prod(grid), neighbourhood(grid, (16, 16))))
+        found = modules(spec)
+        assert set(found) == {"", "_hopper"}
+        for module in found.values():
+            assert ("def move_queries(" in module.source) == moved
+            assert module.source.count("def attend(") == 1

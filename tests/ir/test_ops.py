@@ -19,6 +19,7 @@ from attncompile.ir import (
     Position,
     Project,
     Quantize,
+    Regroup,
     Scan,
     grouped,
 )
@@ -344,3 +345,12 @@ BAD_NORMALISERS = [
 def test_bad_normalisers_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Normalizer.parse(text)
+
+
+def test_a_place_without_a_token_holds_zeros() -> None:
+    tensor = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    moved = Regroup("k", expr("where(i = 2, −1, 2·i − 2)"), Const(5)).reference({"k": tensor}, {}, torch.float64)["out"]
+    wanted = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    for place, token in ((1, 0), (3, 4)):
+        wanted[:, :, place] = tensor[:, :, token]
+    assert torch.equal(moved, wanted)

@@ -18,6 +18,7 @@ from attncompile.ir import (
     Position,
     Project,
     Quantize,
+    Regroup,
     Scan,
     TensorType,
     grouped,
@@ -96,6 +97,7 @@ TYPED = [
         {"codes": tensor_type("bgjd", ("B", 2, "J", 8), "uint8")},
         {"out": "[B,2,J,16] bfloat16"},
     ),
+    TypeCase("regroup", Regroup("k", expr("2·i"), Const(4)), attend_types(), {"out": "[B,2,4,16] float32"}),
 ]
 
 
@@ -245,6 +247,8 @@ ILL_TYPED = [
     (Cache("k", "q"), attend_types(), "cache: axis g of k is 2, but axis h of q is 6"),
     (Quantize("q", dtype="int4"), attend_types(), "quantize: unknown dtype 'int4'"),
     (Quantize("q", block=0), attend_types(), "quantize: block must be at least 1, got 0"),
+    (Regroup("q", expr("j")), attend_types(), "reads 'j'; only i have a meaning here"),
+    (Regroup("q", Const(1.0)), attend_types(), "regroup: at 1.0 is float, should be int"),
 ]
 
 

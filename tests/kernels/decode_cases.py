@@ -283,7 +283,14 @@ STORED_CASES: tuple[DecodeCase, ...] = (
 )  # fmt: skip
 """What only the decode kernel computes."""
 
-DECODE_CASES = (*PLAIN_CASES, *STORED_CASES)
+WIDE_CASES: tuple[DecodeCase, ...] = (
+    _plain("latent-576-512", (2, 1, 90), (8, 1), (576, 512), mask="j < length[b]",
+           more="given  length[B]:int32", length=(1, 90), note="multi-head latent attention, absorbed"),
+    _plain("latent-several-queries", (1, 3, 70), (20, 1), (576, 512), more="lse    lse\ngives  out, lse"),
+    _plain("wide-keys", (1, 1, 50), (4, 2), (320, 64), note="pieces of 64"),
+    _plain("wide-values", (1, 2, 50), (2, 2), (48, 272), note="pieces of 16"),
+)  # fmt: skip
+DECODE_CASES = (*PLAIN_CASES, *STORED_CASES, *WIDE_CASES)
 DECODE_BY_NAME = {case.name: case for case in DECODE_CASES}
 
 

@@ -11,6 +11,7 @@ from tests.cases import Case
 from tests.kernels.cases import ALL_CASES
 from tests.kernels.comparison import compare
 from tests.kernels.interpreter import Interpreter
+from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS, Neighbourhood
 
 LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
 USUAL_TILES = ("full", "causal-long", "channels-72-40", "grouped-everything", "scan", "scan-lengths")
@@ -33,6 +34,11 @@ def test_float32_in_many_small_blocks(case: Case, interpreter: Interpreter) -> N
 @pytest.mark.parametrize("name", USUAL_TILES)
 def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
     check(interpreter.ask(case=name, dtype=dtype, small=False))
+
+
+@pytest.mark.parametrize("row", NEIGHBOURHOODS, ids=lambda row: row.name)
+def test_tokens_moved_into_boxes(row: Neighbourhood, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=row.name, dtype="float32", boxes=[64, 32]))
 
 
 @pytest.mark.gpu
