@@ -27,7 +27,6 @@ from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.ir import Spec, print_spec
-from attncompile.ir.rearrange import regrouped
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
 FEWEST_QUERIES = 64
 """With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
-
-BOX_QUERIES, BOX_KEYS = 128, 64
-"""Places of a box of tokens; smaller tiles are boxes too."""
 
 LENGTHS = (1024, 16384)
 """Numbers of queries that stand for few and for many."""
@@ -67,12 +63,7 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
 
 @functools.lru_cache(maxsize=512)
 def _generated(text: str) -> GeneratedModule:
-    return generate(arranged(operators.parsed(text)))
-
-
-def arranged(spec: Spec) -> Spec:
-    """The Spec with its tokens in boxes of a grid, where that leaves much less to visit; or as it is."""
-    return regrouped(spec, BOX_QUERIES, BOX_KEYS) or spec
+    return generate(operators.parsed(text))
 
 
 @functools.lru_cache(maxsize=512)
@@ -83,7 +74,7 @@ def _hopper(text: str, length: int) -> HopperModule | str:
     # here, because that package is made from this one's parts
     from attncompile.codegen import gluon
 
-    spec = gluon.arranged(operators.parsed(text))
+    spec = operators.parsed(text)
     reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_spec(spec) or gluon.slower(spec)
     return reason or gluon.generate(spec, queries=length)
 
@@ -96,8 +87,7 @@ def modules(spec: Spec) -> dict[str, GeneratedModule]:
     """
     from attncompile.codegen import gluon
 
-    found = {"": generate(arranged(spec))}
-    spec = gluon.arranged(spec)
+    found = {"": generate(spec)}
     if gluon.why_not_spec(spec) is None and gluon.slower(spec) is None:
         for suffix, length in (("_hopper", LENGTHS[-1]), ("_hopper_short", LENGTHS[0])):
             module = gluon.generate(spec, queries=length)
@@ -125,7 +115,7 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     reason = why_not(spec, device)
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
-    module = generate(arranged(spec))
+    module = generate(spec)
     said = "one fused kernel; nothing of the attention map is stored"
     if any(operation.keyword == "quantize" for operation in spec.operations):
         said = "Q·K in int8 with a scale for each block, inside one fused kernel"

@@ -11,6 +11,7 @@ from attncompile.codegen.triton import lower, why_not
 from attncompile.codegen.triton.lower import modules
 from attncompile.ir import parse_spec
 from attncompile.ir.neighbourhood import neighbourhood
+from attncompile.ir.rearrange import regrouped
 from tests.cases import BY_NAME
 from tests.kernels.cases import ALL_BY_NAME
 from tests.kernels.comparison import measured
@@ -78,11 +79,13 @@ def test_strides_past_two_to_the_31_on_a_gpu() -> None:
     assert outcome.passed, outcome
 
 
-def test_windows_over_a_grid_move_tokens_where_that_pays() -> None:
+def test_tokens_of_a_grid_are_moved_where_the_spec_says_so() -> None:
     text = "x   attend  q,k,v[1,2,{0},64]  bfloat16\n  score  0.125·s\n  mask   {1}\n  norm   softmax (float32)"
-    for grid, moved in (((128, 128), True), ((24, 24), False)):
-        spec = parse_spec(text.format(math.prod(grid), neighbourhood(grid, (16, 16))))
-        found = modules(spec)
+    spec = parse_spec(text.format(math.prod((128, 128)), neighbourhood((128, 128), (16, 16))))
+    boxes = regrouped(spec, 128, 64)
+    assert boxes is not None
+    for stated, moved in ((boxes, True), (spec, False)):
+        found = modules(stated)
         assert set(found) == {"", "_hopper"}
         for module in found.values():
             assert ("def move_queries(" in module.source) == moved
