@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attncompile.frontends import onnx_evaluate
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import Expr
 from attncompile.lift import lift_graph
@@ -58,7 +59,11 @@ def mask_of(text: str) -> Expr:
     return attend.mask
 
 
-def test_positions_that_an_exporter_stored_are_indices() -> None:
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_positions_that_an_exporter_stored_are_indices(in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if in_pieces:  # as the parts of large models are evaluated
+        monkeypatch.setattr(onnx_evaluate, "LARGE", -1)
+        monkeypatch.setattr(onnx_evaluate, "PIECE", 1)
     positions = "{0, 1, 2, 3, 4}"
     mask = mask_of(
         f"""g (float[B, 2, 5, 8] q, float[B, 2, 5, 8] k, float[B, 2, 5, 8] v) => (float[B, 2, 5, 8] y)
