@@ -16,6 +16,7 @@ from attncompile.codegen.gluon import generate, slower, why_not_installed, why_n
 from attncompile.codegen.gluon.cells import cell, samples
 from attncompile.codegen.gluon.columns import fold_columns
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.triton.ahead import cuobjdump
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import dense
 from attncompile.ir import parse_expr, parse_spec
@@ -25,6 +26,7 @@ from attncompile.ir.operators import Kind
 from attncompile.ir.types import bind_sizes
 from attncompile.kernels.source import WIDTH
 from tests.cases import BY_NAME, Case
+from tests.codegen.sass import instructions, unset_descriptors
 from tests.ir.rounding import operations, within_rounding
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
@@ -232,6 +234,10 @@ def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert kernel.texts["cubin"]
     assert "wgmma.mma_async" in kernel.texts["ptx"] and "cp.async.bulk.tensor" in kernel.texts["ptx"]
     assert kernel.shared <= SHARED_MEMORY
+    if cuobjdump() is not None:
+        code = instructions(kernel.texts["cubin"])
+        assert sum(bool(each.describes()) for each in code) > 4
+        assert not unset_descriptors(code)
 
 
 @pytest.mark.parametrize(
