@@ -329,6 +329,20 @@ def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+def machine() -> dict[str, Any]:
+    """The hardware and the versions that a result belongs to."""
+    import triton as triton_package
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton_package.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+    }
+
+
 def _warm(work: Work) -> None:
     """Fill Triton's cache with one row's kernels: called in processes of its own, many at a time."""
     tensors = tensors_of(work)  # Inductor's cache knows sizes
@@ -359,18 +373,11 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    import triton as triton_package
-
     torch.manual_seed(0)
     wanted = [part for part in options.rows.split(",") if part]
     works = tuple(work for work in WORKS if not wanted or any(part in work.name for part in wanted))
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton_package.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
+        **machine(),
         "date": time.strftime("%Y-%m-%d"),
         "rounds": options.rounds,
         "rows": [],

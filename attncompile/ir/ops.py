@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from attncompile.ir import e4m3
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import (
     SCORE,
@@ -214,11 +215,14 @@ class Normalizer:
         dtype: float dtype in which the original computes it.
         empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or
             ``zero``.
+        weights: dtype in which the weights of a softmax meet the values, ``float8_e4m3``; empty when that is the
+            dtype of the values. See :func:`attncompile.ir.e4m3.weight_rounding`.
     """
 
     kind: Literal["softmax", "sigmoid", "relu", "none", "sum", "l1"] = "softmax"
     dtype: str = "float32"
     empty: Literal["nan", "zero"] = "nan"
+    weights: Literal["", "float8_e4m3"] = ""
 
     def __post_init__(self) -> None:
         floats = tuple(dtype for dtype in DTYPES if element_kind(dtype) is Kind.FLOAT)
@@ -226,14 +230,23 @@ class Normalizer:
             ("kind", NORMALIZERS),
             ("dtype", floats),
             ("empty", ("nan", "zero")),
+            ("weights", ("", "float8_e4m3")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of {', '.join(allowed)}"
                 )
+        if self.weights and self.kind != "softmax":
+            raise ValueError(f"only the weights of a softmax are rounded, the normaliser is {self.kind}")
+
+    @property
+    def plain_softmax(self) -> bool:
+        """Whether it is a softmax whose weights are not rounded: what most operators compute."""
+        return self.kind == "softmax" and not self.weights
 
     def __str__(self) -> str:
-        return f"{self.kind} ({self.dtype})" + (", empty rows zero" if self.empty == "zero" else "")
+        weights = f", weights {self.weights}" if self.weights else ""
+        return f"{self.kind} ({self.dtype}){weights}" + (", empty rows zero" if self.empty == "zero" else "")
 
     @classmethod
     def parse(cls, text: str) -> Normalizer:
@@ -242,13 +255,13 @@ class Normalizer:
         Raises:
             ValueError: for text that is no normaliser.
         """
-        match = re.fullmatch(r"(\w+) \((\w+)\)(, empty rows zero)?", text.strip())
+        match = re.fullmatch(r"(\w+) \((\w+)\)(?:, weights (\w+))?(, empty rows zero)?", text.strip())
         if match is None:
             raise ValueError(
                 f"cannot read the normaliser {text!r}; it looks like 'softmax (float32)', perhaps with "
-                "', empty rows zero' behind it"
+                "', weights float8_e4m3' or ', empty rows zero' behind it"
             )
-        return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
+        return cls(match[1], match[2], "zero" if match[4] else "nan", match[3] or "")  # type: ignore[arg-type]
 
 
 _POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -405,6 +418,8 @@ class Attend(Operation):
             else:
                 weights = torch.softmax(logits, dim=-1)
             weights = weights[..., :keys]
+            if self.norm.weights:
+                weights = weights * e4m3.weight_rounding(logits[..., :keys])
         else:
             weights = _POINTWISE[self.norm.kind](logits)
         if self.norm.kind in DIVIDING:
@@ -692,21 +707,29 @@ class Cache(Operation):
         return {self.out: torch.cat([tensors[self.past].to(dtype), tensors[self.new].to(dtype)], dim=2)}
 
 
+ROUNDED_DTYPES = ("int8", "float8_e4m3")
+"""What ``Quantize`` rounds to."""
+
+
 @dataclass(frozen=True)
 class Quantize(Operation):
     """Round a tensor to a narrow type with one scale per block of positions; the result is read dequantised.
 
-    ``out = scale · clamp(round(x' / scale), −m, m)`` with ``scale = max|x'| / m`` over each block of
-    ``block`` positions and all channels of one head, and ``x' = x − mean_j x`` when ``smooth`` (which leaves
-    a softmax over keys unchanged where the logits are linear in the score).
+    ``out = scale · round(x' / scale)`` over each block of ``block`` positions and all channels of one head, with
+    ``x' = x − mean_j x`` when ``smooth``. For ``int8`` the scale is ``max|x'| / 127`` and numbers are whole; for
+    ``float8_e4m3`` it is the least power of two that brings ``|x'|`` to at most 448, and numbers have four
+    significant bits.
+
+    Smoothing keys obeys a law: a logit ``a·(q·k_j) + c_j`` with ``a`` the same for all keys becomes less by
+    ``a·(q·mean)``, which is the same for all keys too, and a softmax does not see it.
 
     Attributes:
         tensor: ``[b,h,i,d]``.
-        dtype: ``int8`` (``m`` = 127).
+        dtype: ``int8`` or ``float8_e4m3``.
         block: positions per scale.
         smooth: subtract the mean over positions first.
 
-    Follows: SageAttention (arXiv:2410.02367).
+    Follows: SageAttention (arXiv:2410.02367); e4m3 as in :mod:`attncompile.ir.e4m3`.
     """
 
     keyword: ClassVar[str] = "quantize"
@@ -719,23 +742,28 @@ class Quantize(Operation):
 
     def infer(self, types: Types) -> dict[str, TensorType]:
         found = find(types, self.tensor, "quantize", 4)
-        if self.dtype != "int8":
-            raise ValueError(f"quantize: unknown dtype {self.dtype!r}; int8 is what there is")
+        if self.dtype not in ROUNDED_DTYPES:
+            raise ValueError(f"quantize: unknown dtype {self.dtype!r}; choose one of {', '.join(ROUNDED_DTYPES)}")
         if self.block < 1:
             raise ValueError(f"quantize: block must be at least 1, got {self.block}")
         return {self.out: found}
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
+        """Codes ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
         if self.smooth:
             x = x - x.mean(dim=2, keepdim=True)
         length = x.shape[2]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
         blocks = padded.reshape(*x.shape[:2], -1, self.block, x.shape[3])
-        scale = blocks.abs().amax(dim=(3, 4)) / 127
-        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
-        whole = (blocks / divisor).round().clamp(-127, 127).flatten(2, 3)[:, :, :length]
-        return whole, scale
+        largest = blocks.abs().amax(dim=(3, 4))
+        if self.dtype == "float8_e4m3":
+            scale = e4m3.power_scale(largest)
+            codes = e4m3.e4m3(blocks / scale[..., None, None])
+        else:
+            scale = largest / 127
+            divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
+            codes = (blocks / divisor).round().clamp(-127, 127)
+        return codes.flatten(2, 3)[:, :, :length], scale
 
     def reference(
         self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype

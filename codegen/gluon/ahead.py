@@ -7,6 +7,7 @@ from typing import Any
 from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.codegen.triton.ahead import ELEMENTS, Compiled, Target, resources
 from attncompile.codegen.triton.cache import load_module
+from attncompile.ir.types import DTYPES
 
 HOPPER = Target("cuda", 90, 32)
 
@@ -30,12 +31,16 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: list[str] = []
-    channels, features = skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features)
-    tiles = {"query": (64, channels), "key": (skeleton.tile.keys, channels)}
-    tiles |= {"value": (skeleton.tile.keys, features), "out": (64, features)}
+    channels, features, keys = skeleton.channel_space, skeleton.feature_space, skeleton.tile.keys
+    codes = skeleton.narrow.dtype if skeleton.narrow else dtype
+    values = ((features, keys), "float8_e4m3") if skeleton.turned_values else ((keys, features), dtype)
+    tiles = {"query": ((64, channels), codes), "key": ((keys, channels), codes)}
+    tiles |= {"value": values, "out": ((64, features), dtype)}
     for name in skeleton.descriptors():
-        shape = ", ".join(map(str, (1, 1, *tiles[name])))
-        signature[name] = f"tensordesc<{ELEMENTS[dtype]}[{shape}],{loaded.tile_layout(*tiles[name])!r}>"
+        tile, element = tiles[name]
+        shape = ", ".join(map(str, (1, 1, *tile)))
+        layout = loaded.tile_layout(*tile, DTYPES[element].itemsize)
+        signature[name] = f"tensordesc<{ELEMENTS[element]}[{shape}],{layout!r}>"
     for name, element in kernel.pointers:
         signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
         aligned.append(name)

@@ -7,6 +7,7 @@ from collections import Counter
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
 from attncompile.codegen.triton.names import LAUNCHER_NAMES
+from attncompile.codegen.triton.rounding import rounding_lines
 from attncompile.codegen.triton.structure import Dense
 from attncompile.codegen.triton.visits import Visits
 from attncompile.ir import Spec
@@ -43,6 +44,8 @@ def why_not(query, key, value):
             return f"the {name} is empty"
         if sizes[1] > 65535:
             return f"the {name} has {sizes[1]} heads; the work list has room for 65535"
+        if name in ROUNDED:
+            continue
         if tensor.data_ptr() % 16:
             return f"the {name} does not begin at a multiple of 16 bytes"
         if strides[3] != 1:
@@ -54,17 +57,17 @@ def why_not(query, key, value):
 
 
 @functools.lru_cache(maxsize=64)
-def tile_layout(rows, channels):
-    """How a tile lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)
+def tile_layout(rows, channels, element=2):
+    """How a tile of elements of so many bytes lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.int8 if element == 1 else gl.float16)
 
 
 def descriptor(tensor, rows, channels):
     """What the copying unit needs to know: it fills with zeros, or leaves out, what lies past the tensor's end."""
-    strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride())]
+    strides = [stride if size > 1 else 16 for size, stride in zip(tensor.shape, tensor.stride())]
     strides[3] = 1
     block = [1, 1, rows, channels]
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels, tensor.itemsize))
 '''
 
 WORK_LIST = '''\
@@ -93,7 +96,7 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
+    HALF ROUNDED work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
     start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
@@ -153,17 +156,25 @@ def launch_lines(
     attend, tile = parts.attend, skeleton.tile
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
-    query, key, value = (binding.tensors[name] for name in (attend.query, attend.key, attend.value))
+    rounding = parts.rounding
+    sources = {step.out: step.tensor for step in rounding.steps} if rounding else {}
+    names = (attend.query, attend.key, attend.value)
+    query, key, value = (binding.tensors[sources.get(name, name)] for name in names)
+    copied = ("query_codes", "key_codes") if rounding else (query, key)
     captured = [binding.tensors[name] for name in binding.pointers]
     values = {length.name: length.value for length in lengths}
+    values |= {"key_heads": binding.size(parts.key.sizes[1])}
     sizes = [values.get(name, name) for name in skeleton.integers()]
     channels, features = "CHANNELS.value", "FEATURES.value"
     arguments = [
-        f"descriptor({query}, 64, {channels})",
-        f"descriptor({key}, BLOCK_J.value, {channels})",
-        f"descriptor({value}, BLOCK_J.value, {features})",
+        f"descriptor({copied[0]}, 64, {channels})",
+        f"descriptor({copied[1]}, BLOCK_J.value, {channels})",
+        f"descriptor(value_codes, {features}, BLOCK_J.value)"
+        if skeleton.turned_values
+        else f"descriptor({value}, BLOCK_J.value, {features})",
         f"descriptor(out, 64, {features})" if tile.staged else "out",
         *(["lse"] if skeleton.lse else []),
+        *(skeleton.narrow.scales() if skeleton.narrow else ()),
         *captured,
         *(["counts", "places"] if skeleton.marks else []),
         "work",
@@ -207,6 +218,7 @@ def launch_lines(
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
         "    raise ValueError(reason)",
+        *rounding_lines(parts, binding, shuffled=True),
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,

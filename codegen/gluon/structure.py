@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from attncompile.codegen.gluon.tiles import hopper_tile
-from attncompile.codegen.triton.structure import dense
+from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import Apply, Const, Expr, Index, Load, symbols, walk
+from attncompile.kernels.hopper import HopperTile
 
 GRANULE = 8
 """Channels in 16 bytes: rows of fewer, or of no multiple, cannot be copied by TMA."""
@@ -50,7 +51,7 @@ def why_not_spec(spec: Spec) -> str | None:
     reason = why_not_triton(spec)
     if reason:
         return reason
-    if [operation.keyword for operation in spec.operations] != ["attend"]:
+    if not {operation.keyword for operation in spec.operations} <= {"attend", "quantize"}:
         return f"the Hopper kernel computes one attend, not {', '.join(o.keyword for o in spec.operations)}"
     parts = dense(spec)
     if parts.attend.norm.kind != "softmax":
@@ -60,24 +61,49 @@ def why_not_spec(spec: Spec) -> str | None:
     effort = max(map(_effort, (parts.score, parts.mask)))
     if effort > MOST_EFFORT:
         return f"score and mask take about {effort} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
-    widths = [_constant(found.sizes[3]) for found in (parts.query, parts.value)]
-    for name, channels in zip((parts.attend.query, parts.attend.value), widths, strict=True):
-        if channels % GRANULE:
+    rounded = {step.out: step for step in parts.rounding.steps} if parts.rounding else {}
+    for name, found in ((parts.attend.query, parts.query), (parts.attend.value, parts.value)):
+        channels = _constant(found.sizes[3])
+        if channels % GRANULE and name not in rounded:
             return f"{name} has {channels} channels; TMA copies rows of multiples of {GRANULE}"
     try:
-        hopper_tile(padded(widths[0]), padded(widths[1]), light=False)
+        tile = tile_for(parts, light=False)
     except ValueError as error:
         return str(error)
+    for name in (parts.attend.key, parts.attend.value):
+        if name in rounded and rounded[name].block % tile.keys:
+            return (
+                f"{name} has a scale for {rounded[name].block} positions; the Hopper kernel takes multiples of "
+                f"the {tile.keys} keys of a tile"
+            )
     return None
 
 
+def tile_for(parts: Dense, *, light: bool, short: bool = False) -> HopperTile:
+    """How the kernel divides the work of a Spec.
+
+    Args:
+        parts: of the Spec.
+        light, short: as in :func:`attncompile.codegen.gluon.tiles.hopper_tile`.
+
+    Raises:
+        ValueError: when there is no tile.
+    """
+    channels, features = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
+    products = 1 if parts.rounding else 2
+    values = 1 if parts.rounding and parts.rounding.value else 2
+    return hopper_tile(channels, features, light=light, short=short, bytes_of=(products, values))
+
+
 def slower(spec: Spec) -> str | None:
-    """Why plain Triton is faster although there is a Hopper kernel, or ``None``.
+    """Why plain Triton is faster, or safer, although there is a Hopper kernel; or ``None``.
 
     Measured on an H200: a bias for each pair takes plain Triton 242 TF/s, the Hopper kernel 191 (64 channels, 4096
     keys): its warpgroups lack the registers for so many addresses.
     """
     parts = dense(spec)
+    if parts.rounding:
+        return "its kernel for operands of 8 bits has run on no GPU since a fault of ptxas was worked around"
     for expr in (parts.score, parts.mask):
         for load in walk(expr):
             if isinstance(load, Load) and {Index("i"), Index("j")} <= symbols(load):

@@ -147,7 +147,7 @@ def resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int
         found = re.search(r"\.vgpr_count:\s+(\d+)", texts.get("amdgcn", ""))
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", texts.get("amdgcn", ""))
         return (int(found[1]) if found else None), (4 * int(spilled[1]) if spilled else None)
-    tool = _cuobjdump()
+    tool = cuobjdump()
     if tool is None or "cubin" not in texts:
         return None, None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -158,7 +158,7 @@ def resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def _cuobjdump() -> str | None:
+def cuobjdump() -> str | None:
     """The ``cuobjdump`` that comes with Triton, or one on the path."""
     import triton
 

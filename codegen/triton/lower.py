@@ -20,9 +20,10 @@ from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
+from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
-from attncompile.ir import Spec, print_spec
+from attncompile.ir import Quantize, Spec, print_spec
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the kernels need compute capability 8.0 or higher, {device} has {major}.{minor}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+        reason = why_no_e4m3(spec, capability)
+        if reason:
+            return reason
     return why_not_spec(spec)
 
 
@@ -111,8 +117,11 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
     module = generate(spec)
     said = "one fused kernel; nothing of the attention map is stored"
-    if any(operation.keyword == "quantize" for operation in spec.operations):
-        said = "Q·K in int8 with a scale for each block, inside one fused kernel"
+    rounded = [operation for operation in spec.operations if isinstance(operation, Quantize)]
+    if rounded:
+        said = f"Q·K in {rounded[0].dtype} with a scale for each block, inside one fused kernel"
+        if len(rounded) > 2:
+            said += ", which multiplies weights and values in float8_e4m3"
     if reads_storage(spec):
         said = "the cache is read as it is stored, in parts that a second kernel joins"
     elif any(kernel.name == "attend_split" for kernel in module.kernels):
@@ -149,9 +158,11 @@ class _Chosen:
     def __init__(self, text: str) -> None:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
-        attend = operators.parsed(text).attend()
-        names = [value.name for value in operators.parsed(text).inputs]
-        read = (attend.query, attend.key, attend.value) if attend else ()
+        spec = operators.parsed(text)
+        attend = spec.attend()
+        names = [value.name for value in spec.inputs]
+        rounded = {op.out: op.tensor for op in spec.operations if isinstance(op, Quantize)}
+        read = [rounded.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
         self._operands = [names.index(name) for name in read] if set(read) <= set(names) else []
 
     @functools.cached_property

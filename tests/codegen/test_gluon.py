@@ -50,7 +50,7 @@ def test_module_text(case: Case) -> None:
     (
         ("sigmoid", "softmax, not by sigmoid"),
         ("head-mask", "no edit of weights"),
-        ("int8", "one attend, not quantize"),
+        ("int8", "a scale for 64 positions"),
         ("channels-3-7", "multiples of 8"),
         ("operators", "instructions for each pair"),
         ("rotary", "position, position, attend"),
