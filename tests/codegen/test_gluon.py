@@ -102,6 +102,8 @@ def test_split_columns_keep_the_values(case: Case) -> None:
     attend = spec.attend()
     assert attend is not None
     sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
+    for step in spec.operations[:-1]:
+        tensors.update(step.reference(tensors, sizes, torch.float64))
     query, key = tensors[attend.query], tensors[attend.key]
     raw = torch.randn(*query.shape[:3], key.shape[2], dtype=torch.float64)
     environment = attend.environment(tensors, sizes, torch.float64, score=raw)
