@@ -1,4 +1,4 @@
-"""The Python API: `lift`, `compile`, `convert`, `verify`, `load`. Each says what it does in one call.
+"""The Python API: `lift`, `compile`, `convert`, `compile_kernels`, `verify`, `load`. Each does one thing in one call.
 
 Targets are given as a torch module with example arguments, or as what :func:`open_model` opens: a Hugging
 Face folder, an ``.onnx`` file, or ``file.py:function``, a function that returns ``(model, args, kwargs)``.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir
 import torch
 
-from attncompile.convert.artifact import Conversion, Progress, silent
+from attncompile.convert.artifact import Conversion, Progress, new_folder, silent
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_export
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
@@ -23,6 +23,9 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.lift import Program, join_programs, lift_graph
 from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
+
+if TYPE_CHECKING:
+    from attncompile.convert.kernel_index import KernelFolder
 
 Target = Literal["onnx", "torch"]
 Provider = Literal["cpu", "cuda"]
@@ -206,6 +209,55 @@ def convert(
     from attncompile.convert.torch import convert_torch
 
     return convert_torch(target, Path(out), options)
+
+
+def compile_kernels(
+    target: str | Path,
+    out: str | Path,
+    *,
+    targets: Sequence[str] = ("sm_90",),
+    dtypes: Sequence[str] = (),
+    passes: str = "fuse",
+    allow_untrained: bool = False,
+    attn_implementation: AttentionImplementation = "sdpa",
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> KernelFolder:
+    """Write the generated kernels of a model to a folder, and what they compile to; no GPU is needed.
+
+    Args:
+        target: what to open.
+        out: the folder to write: all of it, or nothing when something goes wrong.
+        targets: GPUs to compile for, such as ``sm_90`` or ``gfx942``.
+        dtypes: element types to compile for; those of the model unless given.
+        passes, allow_untrained: what to do at each site, as in :func:`convert`.
+        attn_implementation: which of its own implementations a Hugging Face folder is loaded with.
+        allow_pickle: read weights that only exist as pickle (as plain tensors).
+        overwrite: replace an earlier folder of ours.
+        progress: told each stage as it begins.
+
+    Raises:
+        InputError: when the target cannot be opened, has no site or none with a kernel, when ``out`` cannot be
+            written, or Triton cannot compile.
+        CaptureError: when no graph of the model can be taken.
+        ValueError: for an unknown word or pass.
+    """
+    from attncompile.convert.kernel_folder import DTYPES, chosen_targets, require_compiler, write_kernel_folder
+    from attncompile.passes import parse_passes
+
+    _check_choice("attn_implementation", attn_implementation)
+    chosen, calls = chosen_targets(targets), parse_passes(passes)
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"there are no kernels in {dtype!r}; choose from {', '.join(DTYPES)}")
+    require_compiler()
+    with new_folder(out, overwrite=overwrite) as folder:
+        program = lift(
+            target, attn_implementation=attn_implementation, allow_pickle=allow_pickle, progress=progress
+        )
+        wanted = tuple(dict.fromkeys(dtypes))
+        return write_kernel_folder(program, folder, chosen, wanted, calls, allow_untrained, progress)
 
 
 FRESH = 5

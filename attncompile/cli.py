@@ -1,7 +1,7 @@
-"""The command line: inspect, convert, verify, passes, demo.
+"""The command line: inspect, convert, kernels, verify, passes, demo.
 
-Exit codes: 0 done; 1 a verification failed; 2 a wrong option or input; 3 no attention site was found; 70 a
-defect of ours; 130 interrupted. Whatever goes wrong is one sentence on stderr; ``--debug`` or
+Exit codes: 0 done; 1 a verification failed, or a kernel does not compile; 2 a wrong option or input; 3 no attention
+site was found; 70 a defect of ours; 130 interrupted. Whatever goes wrong is one sentence on stderr; ``--debug`` or
 ``ATTNCOMPILE_DEBUG=1`` shows where it happened.
 
 Commands import what they need when they run: ``--help`` and ``--version`` answer without loading torch.
@@ -48,6 +48,15 @@ Model = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="show where an error happened")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
+]
+
+_ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with")
+Attention = Annotated[Literal["sdpa", "eager"], _ATTENTION]
+Passes = Annotated[
+    str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')
+]
+AllowUntrained = Annotated[
+    bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
 ]
 
 
@@ -102,10 +111,7 @@ def inspect(
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="write every site as JSON; - for standard output")
     ] = None,
-    attn: Annotated[
-        Literal["sdpa", "eager"],
-        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
-    ] = "sdpa",
+    attn: Attention = "sdpa",
     every: Annotated[bool, typer.Option("--all", help="print each site, also when it is like another")] = False,
     block: Annotated[bool, typer.Option("--block", help="print the operations around each site")] = False,
     picture: Annotated[bool, typer.Option("--picture", help="draw the masks")] = False,
@@ -153,16 +159,9 @@ def convert(
         Literal["fastest", "fused", "decomposed"],
         typer.Option(help="take fused operators where they win, always, or never"),
     ] = "fastest",
-    passes: Annotated[
-        str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')
-    ] = "fuse",
-    allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="allow passes that ruin a model not trained for them")
-    ] = False,
-    attn: Annotated[
-        Literal["sdpa", "eager"] | None,
-        typer.Option(help="which implementation a Hugging Face folder is loaded with"),
-    ] = None,
+    passes: Passes = "fuse",
+    allow_untrained: AllowUntrained = False,
+    attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
@@ -186,6 +185,44 @@ def convert(
         )
     _show(str(made))
     return DONE
+
+
+@app.command()
+def kernels(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="the folder to write")],
+    target: Annotated[
+        list[str], typer.Option(metavar="GPU", help="sm_80, sm_89, sm_90, sm_100 or gfx942; may be given again")
+    ] = ["sm_90"],  # noqa: B006 - typer reads it
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE", help="float16, bfloat16 or float32, the model's own if none; may be given again"),
+    ] = None,
+    passes: Passes = "fuse",
+    allow_untrained: AllowUntrained = False,
+    attn: Attention = "sdpa",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier folder of kernels")] = False,
+    allow_pickle: AllowPickle = False,
+    debug: Debug = False,
+) -> int:
+    """Write the generated kernels of a model, compiled for GPUs that need not be there."""
+    from attncompile import api
+
+    with _progress() as progress:
+        made = api.compile_kernels(
+            model,
+            out,
+            targets=target,
+            dtypes=dtype or (),
+            passes=passes,
+            allow_untrained=allow_untrained,
+            attn_implementation=attn,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(f"{made}\n\nwritten to {out}")
+    return FAILED if made.failures else DONE
 
 
 @app.command()

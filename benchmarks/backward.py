@@ -4,25 +4,22 @@
 
 Only the backward pass is timed: the result and its log-sum-exp are there, as after a forward pass. Peers: cuDNN and
 FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled; ``ours`` are the generated kernels, ``operator``
-is what autograd runs for the operator that models call. Every round runs each of them once as a replayed CUDA
-graph; medians of the rounds are reported. Work is counted as 2.5 times that of the forward pass over visible pairs
+is what autograd runs for the operator that models call. Every round calls each of them so often that the GPU is
+busy for some 20 ms, longer than the host needs to call them; medians of the rounds are reported. (Replaying captured
+graphs of backward passes ended in illegal accesses as soon as a second one was captured, with PyTorch's own operators
+alone just the same.) Work is counted as 2.5 times that of the forward pass over visible pairs
 (five products instead of two), for all alike, however many products a kernel computes again. Gradients are compared
 with those of cuDNN, or of FlexAttention where that has no such variant. ``--sweep`` tries other tiles of our kernels.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
-import json
 import math
 import multiprocessing
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,8 +30,9 @@ from attncompile.codegen.triton import generate, load, lower
 from attncompile.codegen.triton.backward import generate_backward
 from attncompile.codegen.triton.cache import load_module
 from attncompile.kernels.operators import with_log_sum_exp
-from benchmarks.kernels import SDPA, Run, Work, flex, graphed, sdpa, tensors_of
-from benchmarks.kernels_smoke import milliseconds
+from benchmarks.kernels import SDPA, Run, Work, flex, sdpa, tensors_of
+from benchmarks.report import Report, add_processes, arguments, chosen, parse, shown
+from benchmarks.timing import Timed, called, interleaved, milliseconds, repeats_of, summary
 
 Tile = tuple[int, int, int, int]
 
@@ -130,27 +128,21 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
     torch._dynamo.reset()
     tensors, given = inputs(work)
     row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
-    running: dict[str, tuple[Run, int]] = {}
+    running: dict[str, Timed] = {}
     found: dict[str, list[torch.Tensor]] = {}
     for name in ("ours", "operator", *work.peers):
         try:
             run = MAKERS[name](work, tensors, given)
             found[name] = [gradient.clone() for gradient in run()]
-            repeats = max(1, min(20, int(20 / max(milliseconds(run, 2), 1e-3))))
             row["results"][name] = {}
-            running[name] = (graphed(run, repeats), repeats)
+            running[name] = called(run, max(2, repeats_of(run, 20, 100)))
         except Exception as error:
             row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, (replay, repeats) in running.items():
-            times[name].append(milliseconds(replay, 1) / repeats)
     flops = 2.5 * work.spec().flops({"B": work.batch, "I": work.length}) * row["visible"]
     judge = found.get("cudnn", found.get("flex"))
-    for name, taken in times.items():
-        median = statistics.median(taken)
-        row["results"][name] |= {"ms": median, "spread": (max(taken) - min(taken)) / median}
-        row["results"][name]["tflops"] = flops / median / 1e9
+    for name, times in interleaved(running, rounds).items():
+        taken = summary(running[name], times)
+        row["results"][name] |= {**taken, "tflops": flops / taken["ms"] / 1e9}
         if judge is not None and name in found:
             row["results"][name]["differences"] = [
                 float((one - other).float().norm() / other.float().norm())
@@ -171,7 +163,7 @@ def sweep(work: Work) -> list[dict[str, Any]]:
         usual = getattr(module, table)[torch.bfloat16]
         for tile in tiles:
             getattr(module, table)[torch.bfloat16] = tile
-            row: dict[str, Any] = {"name": work.name, "table": table, "tile": tile}
+            row: dict[str, Any] = {"name": work.name, "table": table, "tile": tile, "timed": "calls"}
             try:
                 run()
                 row["ms"] = statistics.median(milliseconds(run, 3) for _ in range(3))
@@ -212,42 +204,22 @@ def warm_up(works: tuple[Work, ...], tiles: bool, processes: int) -> None:
 
 def main() -> None:
     """Measure, print a line for each row, write JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds (default 7)")
-    parser.add_argument("--processes", type=int, default=8, help="processes that compile at first (default 8)")
+    parser = arguments(__doc__, rounds=7)
+    add_processes(parser)
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead of measuring peers")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    import triton
-
-    torch.manual_seed(0)
-    wanted = [part for part in options.rows.split(",") if part]
-    works = tuple(work for work in WORKS if not wanted or any(part in work.name for part in wanted))
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "rows": [],
-    }
+    options = parse(parser)
+    works = chosen(WORKS, options.rows)
+    report = Report(options.output, {"rounds": options.rounds})
     warm_up(works, options.sweep, options.processes)
     for work in works:
         if options.sweep:
-            report["rows"] += sweep(work)
+            report.add(*sweep(work))
         else:
             row = measure(work, options.rounds)
-            report["rows"].append(row)
-            shown = {n: f"{r['tflops']:.0f}" if "tflops" in r else r["failure"][:80] for n, r in row["results"].items()}
+            report.add(row)
+            rates = {name: shown(result, "{tflops:.0f}") for name, result in row["results"].items()}
             worst = max((max(r.get("differences", [0.0])) for r in row["results"].values()), default=math.nan)
-            print(f"{work.name}: TF/s {shown}, differences up to {worst:.1e}", flush=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            print(f"{work.name}: TF/s {rates}, differences up to {worst:.1e}", flush=True)
         torch.cuda.empty_cache()
 
 

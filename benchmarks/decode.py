@@ -10,15 +10,10 @@ is compared with the same numbers, dequantised in bfloat16. ``--sweep`` tries ot
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 from unittest import mock
@@ -31,8 +26,8 @@ from attncompile.codegen.triton import generate
 from attncompile.codegen.triton.cache import load_module
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.storage import narrow, unpack
-from benchmarks.kernels import graphed
-from benchmarks.kernels_smoke import milliseconds
+from benchmarks.report import Report, arguments, chosen, parse, shown
+from benchmarks.timing import Timed, graphed, interleaved, milliseconds, summary
 
 Storage = Literal["bfloat16", "float8_e4m3", "int8", "int4"]
 Run = Callable[[], torch.Tensor]
@@ -191,20 +186,16 @@ def measure(work: Work, rounds: int, sweep: str | None) -> dict[str, Any]:
     made, plain = inputs_of(work)
     given = [made[value.name] for value in spec.inputs]
     row: dict[str, Any] = {**asdict(work), "cache_bytes": work.cache_bytes(), "results": {}}
-    replays: dict[str, Run] = {}
+    running: dict[str, Timed] = {}
     for name, run in competitors(work, module, given, plain).items():
         try:
             row["results"][name] = {"error": relative_error(run(), plain)}
-            replays[name] = graphed(run, 3)
+            running[name] = graphed(run, 3)
         except Exception as error:
             row["results"][name] = {"failure": str(error)[:300]}
-    times: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(rounds):
-        for name, replay in replays.items():
-            times[name].append(milliseconds(replay, 2) / 3)
-    for name, found in times.items():
-        median = statistics.median(found)
-        row["results"][name] |= {"ms": median, "min_ms": min(found), "gb_per_s": work.cache_bytes() / median / 1e6}
+    for name, times in interleaved(running, rounds, runs=2).items():
+        found = summary(running[name], times)
+        row["results"][name] |= {**found, "gb_per_s": work.cache_bytes() / found["ms"] / 1e6}
     if sweep is not None:
         row["sweep"] = swept(module, given, tiles=bool(sweep) and sweep in work.name)
     return row
@@ -220,52 +211,31 @@ def swept(module: ModuleType, given: list[torch.Tensor], tiles: bool) -> list[di
             changes: dict[str, Any] = {"DECODE_TILES": {torch.bfloat16: shape}, "WAVES": waves}
             with mock.patch.multiple(module, **changes):
                 try:
-                    replay = graphed(lambda: module.attend(*given), 3)
-                    taken = statistics.median(milliseconds(replay, 1) / 3 for _ in range(4))
+                    timed = graphed(lambda: module.attend(*given), 3)
+                    taken = statistics.median(timed.milliseconds() for _ in range(4))
                 except Exception:
                     break  # too much shared memory
-            tried.append({"keys": shape[0], "warps": shape[1], "stages": shape[2], "waves": waves, "ms": taken})
+            named = dict(zip(("keys", "warps", "stages"), shape, strict=True))
+            tried.append({**named, "waves": waves, "ms": taken, "timed": timed.timed})
     return sorted(tried, key=lambda each: float(each["ms"]))[:24]
 
 
 def main() -> None:
     """Measure, print a line for each row, write JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
+    parser = arguments(__doc__, rounds=9)
     parser.add_argument("--sweep", help="try other numbers of parts, and other tiles for rows with this in their names")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    import triton
-
-    torch.manual_seed(0)
-    wanted = [part for part in options.rows.split(",") if part]
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "copy_gb_per_s": copy_rate(options.rounds) / 1e9,
-        "rows": [],
-    }
-    for work in WORKS:
-        if wanted and not any(part in work.name for part in wanted):
-            continue
+    options = parse(parser)
+    copied = copy_rate(options.rounds) / 1e9
+    report = Report(options.output, {"rounds": options.rounds, "copy_gb_per_s": copied})
+    for work in chosen(WORKS, options.rows):
         row = measure(work, options.rounds, options.sweep)
         torch.cuda.empty_cache()
-        report["rows"].append(row)
-        options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        shown = {
-            name: f"{r['ms'] * 1e3:.0f} µs {r['gb_per_s'] / report['copy_gb_per_s']:.0%}" if "ms" in r else r
-            for name, r in row["results"].items()
-        }
-        print(f"{work.name}: {shown}", *row.get("sweep", [])[:4], flush=True)
+        for result in row["results"].values():
+            if "ms" in result:
+                result["of_copy"] = result["gb_per_s"] / copied
+        report.add(row)
+        times = {name: shown(result, "{ms:.3f} ms {of_copy:.0%}") for name, result in row["results"].items()}
+        print(f"{work.name}: {times}", *row.get("sweep", [])[:4], flush=True)
 
 
 if __name__ == "__main__":

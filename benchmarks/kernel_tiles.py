@@ -5,13 +5,9 @@ python -m benchmarks.kernel_tiles results.json [--lengths 2048,16384] [--rounds 
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
-import json
 import multiprocessing
-import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +16,9 @@ from torch.nn.attention import SDPBackend
 from attncompile.codegen import gluon
 from attncompile.codegen.triton import load
 from attncompile.kernels.hopper import HopperTile
-from benchmarks.kernels import Work, graphed, sdpa, tensors_of
-from benchmarks.kernels_smoke import milliseconds
+from benchmarks.kernels import Work, sdpa, tensors_of
+from benchmarks.report import Report, add_processes, arguments, parse, shown
+from benchmarks.timing import graphed, interleaved, repeats_of, summary
 
 TWO = HopperTile(2, 128, 2, 2, True, 240, 168, True)
 THREE = HopperTile(3, 128, 2, 2, True, 160, 128, True)
@@ -65,12 +62,10 @@ def _warm(job: tuple[Work, HopperTile]) -> None:
 
 def main() -> None:
     """Compile in many processes, measure interleaved, print TF/s and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--lengths", default="2048,16384")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=12)
-    options = parser.parse_args()
+    parser = arguments(__doc__, rounds=5, rows=False)
+    parser.add_argument("--lengths", default="2048,16384", help="numbers of tokens (default 2048,16384)")
+    add_processes(parser, 12)
+    options = parse(parser)
     rows = works([int(length) for length in options.lengths.split(",")])
     jobs = {
         (work.spec().fingerprint(), name): (work, tile)
@@ -80,7 +75,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.processes, context) as pool:
         list(pool.map(_warm, jobs.values()))
-    report = []
+    report = Report(options.output, {"rounds": options.rounds})
     for work in rows:
         tensors = tensors_of(work)
         running = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)(work, tensors)}
@@ -89,18 +84,16 @@ def main() -> None:
             running[name] = lambda attend=attend, tensors=tensors: attend(*tensors)
         for run in running.values():
             run()
-        times: dict[str, list[float]] = {name: [] for name in running}
-        repeats = max(1, int(12 / milliseconds(running["cudnn"], 3)))
-        running = {name: graphed(run, repeats) for name, run in running.items()}
-        for number in range(options.rounds + 1):
-            for name, run in running.items():
-                once = milliseconds(run, 1) / repeats
-                times[name] += [once] if number else []
+        repeats = repeats_of(running["cudnn"], 12, 50)
+        ready = {name: graphed(run, repeats) for name, run in running.items()}
+        interleaved(ready, 1)  # the first round warms up
         flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
-        found = {name: flops / statistics.median(each) / 1e9 for name, each in times.items()}
-        report.append({**dataclasses.asdict(work), "tflops": found})
-        print(work.name, {name: round(rate) for name, rate in found.items()}, flush=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        results = {}
+        for name, times in interleaved(ready, options.rounds).items():
+            found = summary(ready[name], times)
+            results[name] = {**found, "tflops": flops / found["ms"] / 1e9}
+        report.add({**dataclasses.asdict(work), "results": results})
+        print(work.name, {name: shown(found, "{tflops:.0f}") for name, found in results.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,20 @@
 Peers: cuDNN and FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled, our plain Triton, our Gluon kernel;
 FlashAttention-4 with ``--fa4`` where ``flash-attn-4`` is installed. Every round runs each of them once, so that the
 card's clock and temperature treat all alike, as a replayed CUDA graph, so that kernels are timed and not the
-host (how long a call keeps that busy stands beside it); medians of the rounds are reported. FLOPs count visible pairs
-only, for all alike. Each result is compared with cuDNN's or, where that has no such variant, with plain Triton's.
+host (how long a call keeps that busy stands beside it); what cannot be captured is timed by calls, and its result says
+so in ``timed``. Medians of the rounds are reported. FLOPs count visible pairs only, for all alike. Each result is
+compared with cuDNN's or, where that has no such variant, with plain Triton's.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
-import json
+import functools
 import math
 import multiprocessing
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +29,8 @@ from attncompile.codegen import gluon, triton
 from attncompile.codegen.triton import load
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.blocks import density
-from benchmarks.kernels_smoke import milliseconds
+from benchmarks.report import Report, add_processes, arguments, chosen, parse, shown
+from benchmarks.timing import Timed, graphed, interleaved, repeats_of, summary
 
 WINDOW, CAP, DOCUMENT, SINKS = 1024, 30.0, 2048, 4
 
@@ -261,29 +259,6 @@ MAKERS: dict[str, Callable[[Work, list[torch.Tensor]], Run]] = {
 }
 
 
-def graphed(run: Run, repeats: int) -> Run:
-    """A CUDA graph of so many calls: its replay times kernels, not the host; the calls themselves where that fails."""
-
-    def loop() -> torch.Tensor:
-        for _ in range(repeats - 1):
-            run()
-        return run()
-
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = loop()
-    except Exception:
-        torch.cuda.synchronize()
-        return loop
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return found
-
-    return replay
-
-
 def host_microseconds(run: Run) -> float:
     """Time that a call keeps the host busy."""
     torch.cuda.synchronize()
@@ -295,52 +270,53 @@ def host_microseconds(run: Run) -> float:
     return taken * 1e6
 
 
+def race(makers: Mapping[str, Callable[[], Run]], rounds: int, judges: tuple[str, ...]) -> dict[str, Any]:
+    """Interleaved medians of several ways to compute one thing.
+
+    Args:
+        makers: from a name to what prepares a call.
+        rounds: how often each is timed.
+        judges: the first of these that runs is what the others' results are compared with.
+
+    Returns:
+        by name the :func:`benchmarks.timing.summary`, the time of the first call and the difference; or why it failed.
+    """
+    results: dict[str, Any] = {}
+    running: dict[str, Timed] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for name, make in makers.items():
+        try:
+            started = time.perf_counter()
+            run = make()
+            outputs[name] = run()
+            torch.cuda.synchronize()
+            first = time.perf_counter() - started
+            repeats = repeats_of(run, 15, 50)
+            results[name] = {"first_call_s": first, "host_us": host_microseconds(run)}
+            running[name] = graphed(run, repeats)
+        except Exception as error:
+            results[name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
+    judge = next((outputs[name] for name in judges if name in outputs), None)
+    for name, times in interleaved(running, rounds).items():
+        results[name] |= summary(running[name], times)
+        if judge is not None:
+            results[name]["difference"] = float((outputs[name] - judge).float().norm() / judge.float().norm())
+    return results
+
+
 def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
     """Interleaved medians of everybody at one row."""
     torch._dynamo.reset()  # past eight shapes FlexAttention would run uncompiled
     tensors = tensors_of(work)
-    row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
-    running: dict[str, tuple[Run, int]] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    for name in ("gluon", "triton", *work.peers, *others):
-        try:
-            started = time.perf_counter()
-            run = MAKERS[name](work, tensors)
-            outputs[name] = run()
-            torch.cuda.synchronize()
-            first = time.perf_counter() - started
-            repeats = max(1, min(50, int(15 / max(milliseconds(run, 2), 1e-3))))
-            row["results"][name] = {"first_call_s": first, "host_us": host_microseconds(run)}
-            running[name] = (graphed(run, repeats), repeats)
-        except Exception as error:
-            row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
-    judge = outputs.get("cudnn", outputs.get("triton"))
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, (run, repeats) in running.items():
-            times[name].append(milliseconds(run, 1) / repeats)
+    names = ("gluon", "triton", *work.peers, *others)
+    makers = {name: functools.partial(MAKERS[name], work, tensors) for name in names}
+    row: dict[str, Any] = {**asdict(work), "visible": work.visible()}
+    row["results"] = race(makers, rounds, ("cudnn", "triton"))
     flops = work.spec().flops({"B": work.batch, "I": work.length}) * row["visible"]
-    for name, found in times.items():
-        median = statistics.median(found)
-        spread = (max(found) - min(found)) / median
-        row["results"][name] |= {"ms": median, "spread": spread, "tflops": flops / median / 1e9}
-        if judge is not None:
-            row["results"][name]["difference"] = float((outputs[name] - judge).float().norm() / judge.float().norm())
+    for result in row["results"].values():
+        if "ms" in result:
+            result["tflops"] = flops / result["ms"] / 1e9
     return row
-
-
-def machine() -> dict[str, Any]:
-    """The hardware and the versions that a result belongs to."""
-    import triton as triton_package
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton_package.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-    }
 
 
 def _warm(work: Work) -> None:
@@ -364,33 +340,20 @@ def warm_up(works: tuple[Work, ...], processes: int) -> None:
 
 def main() -> None:
     """Measure, print a line for each row, write JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
-    parser.add_argument("--processes", type=int, default=8, help="processes that compile at first (default 8)")
+    parser = arguments(__doc__, rounds=9)
+    add_processes(parser)
     parser.add_argument("--fa4", action="store_true", help="FlashAttention-4 too; needs flash-attn-4")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    torch.manual_seed(0)
-    wanted = [part for part in options.rows.split(",") if part]
-    works = tuple(work for work in WORKS if not wanted or any(part in work.name for part in wanted))
-    report: dict[str, Any] = {
-        **machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "rows": [],
-    }
+    options = parse(parser)
+    works = chosen(WORKS, options.rows)
+    report = Report(options.output, {"rounds": options.rounds})
     warm_up(works, options.processes)
     for work in works:
         rounds = options.rounds if work.length <= 16384 else max(3, options.rounds // 2)
         row = measure(work, rounds, ("flash4",) if options.fa4 else ())
-        report["rows"].append(row)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        shown = {n: f"{r['tflops']:.0f}" if "tflops" in r else r["failure"][:80] for n, r in row["results"].items()}
+        report.add(row)
+        rates = {name: shown(result, "{tflops:.0f}") for name, result in row["results"].items()}
         worst = max((r.get("difference", 0.0) for r in row["results"].values()), default=math.nan)
-        print(f"{work.name}: TF/s {shown}, differences up to {worst:.1e}", flush=True)
+        print(f"{work.name}: TF/s {rates}, differences up to {worst:.1e}", flush=True)
         torch.cuda.empty_cache()
 
 

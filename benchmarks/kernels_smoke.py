@@ -1,25 +1,20 @@
 """Generated Triton kernels on a real GPU: the correctness table, then times beside PyTorch's own attention.
 
-    python -m benchmarks.kernels_smoke results.json [--skip-table] [--quick]
+    python -m benchmarks.kernels_smoke results.json [--skip-table] [--rounds 3]
 
 Every row of the kernel tests runs in float16, bfloat16 and float32 and is compared with the reference in
-float64. Only
-when all pass are times taken: medians of interleaved rounds, each round running every competitor once, so
-that a card's clock treats all alike. FLOPs count visible pairs only, for all competitors alike.
+float64. Only when all pass are times taken: medians of interleaved rounds of calls, each round running every
+competitor once, so that a card's clock treats all alike. FLOPs count visible pairs only, for all competitors alike.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +25,8 @@ from attncompile.codegen.triton import generate, load
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.blocks import density
+from benchmarks.report import Report, arguments, parse, shown
+from benchmarks.timing import Timed, called, interleaved, repeats_of, summary
 from tests.kernels.cases import ALL_CASES
 from tests.kernels.comparison import compare
 
@@ -152,83 +149,45 @@ def competitors(timing: Timing) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Time of one call, by events around several."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        run()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / repeats
-
-
 def measure(timing: Timing, rounds: int) -> dict[str, Any]:
     """Interleaved medians of all competitors at one shape."""
     row: dict[str, Any] = {**asdict(timing), "results": {}}
-    running: dict[str, tuple[Callable[[], Any], int]] = {}
+    running: dict[str, Timed] = {}
     for name, run in competitors(timing).items():
         try:
             started = time.perf_counter()
             run()
             torch.cuda.synchronize()
             first = time.perf_counter() - started
-            once = milliseconds(run, 2)
-            running[name] = (run, max(1, min(50, int(20 / max(once, 1e-3)))))
+            running[name] = called(run, repeats_of(run, 20, 50))
             row["results"][name] = {"first_call_s": first}
         except Exception as error:
             row["results"][name] = {"failure": str(error)[:300]}
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, (run, repeats) in running.items():
-            times[name].append(milliseconds(run, repeats))
     spec = timing.spec()
     attend = spec.attend()
     assert attend is not None
     share = density(attend.mask, timing.length, timing.length)
     flops = spec.flops({"B": timing.batch, "I": timing.length}) * share
-    for name, found in times.items():
-        median = statistics.median(found)
-        row["results"][name] |= {"ms": median, "min_ms": min(found), "tflops": flops / median / 1e9}
+    for name, times in interleaved(running, rounds).items():
+        found = summary(running[name], times)
+        row["results"][name] |= {**found, "tflops": flops / found["ms"] / 1e9}
     return row
 
 
 def main() -> None:
     """Run the table, then the timings; write JSON; exit with 1 when a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser = arguments(__doc__, rounds=ROUNDS, rows=False)
     parser.add_argument("--skip-table", action="store_true", help="take times without the correctness table")
-    parser.add_argument("--quick", action="store_true", help="few rounds")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    import triton
-
-    torch.manual_seed(0)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    if not options.skip_table:
-        report["table"] = correctness()
-    failed = [row for row in report.get("table", []) if row.get("passed") is False]
-    report["failed"] = len(failed)
-    options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    if not failed:
-        report["times"] = []
-        for timing in TIMINGS:
-            row = measure(timing, 3 if options.quick else ROUNDS)
-            report["times"].append(row)
-            options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
-            shown = {
-                name: round(r["tflops"]) if "tflops" in r else "failed" for name, r in row["results"].items()
-            }
-            print(f"{timing.name}: TF/s {shown}", flush=True)
-    print(f"{len(report.get('table', []))} rows, {len(failed)} failed; written to {options.output}")
+    options = parse(parser)
+    table = [] if options.skip_table else correctness()
+    failed = [row for row in table if row.get("passed") is False]
+    report = Report(options.output, {"rounds": options.rounds, "table": table, "failed": len(failed)})
+    for timing in () if failed else TIMINGS:
+        row = measure(timing, options.rounds)
+        report.add(row)
+        rates = {name: shown(result, "{tflops:.0f}") for name, result in row["results"].items()}
+        print(f"{timing.name}: TF/s {rates}", flush=True)
+    print(f"{len(table)} rows, {len(failed)} failed; written to {options.output}")
     sys.exit(1 if failed else 0)
 
 

@@ -12,16 +12,11 @@ large, as language models have them.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -35,9 +30,10 @@ from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.ir import Spec
 from attncompile.passes import parse_passes, run_passes
-from benchmarks.kernels import Run, Work, graphed, machine, our_gluon, sdpa, tensors_of
-from benchmarks.kernels_smoke import milliseconds
+from benchmarks.kernels import Run, Work, our_gluon, sdpa, tensors_of
 from benchmarks.narrow_peers import CudnnFp8, sage, sage_alone
+from benchmarks.report import Report, add_processes, arguments, chosen, parse, shown
+from benchmarks.timing import Timed, graphed, interleaved, repeats_of, summary
 
 FORMS = {
     "fp8": "quantize.fp8",
@@ -174,27 +170,20 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
     tensors = tensors_of(work)
     row: dict[str, Any] = {"name": work.name, "batch": work.batch, "heads": work.heads, "length": work.length,
                            "channels": work.channels, "kind": work.kind, "results": {}}  # fmt: skip
-    running: dict[str, tuple[Run, int]] = {}
+    running: dict[str, Timed] = {}
     for name, make in contenders(work, tensors).items():
         try:
             run = make()
             run()
             torch.cuda.synchronize()
-            repeats = max(1, min(50, int(12 / max(milliseconds(run, 2), 1e-3))))
-            running[name] = (graphed(run, repeats), repeats)
+            running[name] = graphed(run, repeats_of(run, 12, 50))
         except Exception as error:
             row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for number in range(rounds + 1):
-        for name, (replay, repeats) in running.items():
-            once = milliseconds(replay, 1) / repeats
-            times[name] += [once] if number else []
     flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
-    for name, each in times.items():
-        median = statistics.median(each)
-        row["results"][name] = {
-            "ms": median, "spread": (max(each) - min(each)) / median, "tflops": flops / median / 1e9,
-        }  # fmt: skip
+    # the first round warms up
+    for name, times in interleaved(running, rounds + 1).items():
+        found = summary(running[name], times[1:])
+        row["results"][name] = {**found, "tflops": flops / found["ms"] / 1e9}
     row["errors"] = errors(work, tensors)
     row["errors with outliers"] = errors(work, outlying(work, tensors))
     return row
@@ -219,25 +208,17 @@ def warm_up(works: tuple[Work, ...], processes: int) -> None:
 
 def main() -> None:
     """Measure, print a line for each row, write JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--rows", default="", help="only rows whose names contain one of these, comma-separated")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
-    parser.add_argument("--processes", type=int, default=14, help="processes that compile at first (default 14)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false")
-    torch.manual_seed(0)
-    wanted = [part for part in options.rows.split(",") if part]
-    report: dict[str, Any] = {**machine(), "date": time.strftime("%Y-%m-%d"), "rounds": options.rounds, "rows": []}
-    works = tuple(work for work in WORKS if not wanted or any(part in work.name for part in wanted))
+    parser = arguments(__doc__, rounds=9)
+    add_processes(parser, 14)
+    options = parse(parser)
+    works = chosen(WORKS, options.rows)
+    report = Report(options.output, {"rounds": options.rounds})
     warm_up(works, options.processes)
     for work in works:
         row = measure(work, options.rounds)
-        report["rows"].append(row)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        shown = {n: f"{r['tflops']:.0f}" if "tflops" in r else r["failure"][:80] for n, r in row["results"].items()}
-        print(f"{work.name}: TF/s {shown}", flush=True)
+        report.add(row)
+        rates = {name: shown(result, "{tflops:.0f}") for name, result in row["results"].items()}
+        print(f"{work.name}: TF/s {rates}", flush=True)
         for kind in ("errors", "errors with outliers"):
             print(f"  {kind}", {n: e if isinstance(e, str) else f"{e:.1e}" for n, e in row[kind].items()}, flush=True)
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction
-from attncompile.kernels.loops import KEYS, QUERIES, KeyRuns, deeper, key_loops
+from attncompile.kernels.loops import KEYS, QUERIES, KeyRuns, deeper, key_loops, own_block
 from attncompile.kernels.source import indented, signature
 
 
@@ -375,20 +375,9 @@ class DenseBackward:
         """The gradient of the query, and what is summed over the keys."""
         heads, queries, keys = self.lengths[:3]
         rows = self.along("rows", "score", "edit")
-        block = "program % blocks"
         setup = [
-            "program = tl.program_id(0)",
-            f"blocks = tl.cdiv({queries}, BLOCK_I)",
-            f"block = blocks - 1 - {block}  # the last queries have the most keys: they start first"
-            if self.last_rows_first
-            else f"block = {block}",
-            f"b = program // blocks // {heads}",
-            f"h = program // blocks % {heads}",
+            *own_block(QUERIES, queries, ("h", heads), self.last_rows_first, self.clamped),
             f"g = {self.kv_head}",
-            "row_first = block * BLOCK_I",
-            f"row_last = tl.minimum(row_first + BLOCK_I, {queries}) - 1",
-            "rows = row_first + tl.arange(0, BLOCK_I)",
-            f"i = tl.minimum(rows, {queries} - 1)[:, None]" if self.clamped else "i = rows[:, None]",
             "lanes = tl.arange(0, BLOCK_J)",
             *self.columns(),
         ]
@@ -465,19 +454,8 @@ class DenseBackward:
         """The gradients of key and value, and what is summed over the queries."""
         heads, queries, keys, groups, _ = self.lengths
         columns = self.along("keys")
-        block = "program % blocks"
         setup = [
-            "program = tl.program_id(0)",
-            f"blocks = tl.cdiv({keys}, BLOCK_J)",
-            f"block = blocks - 1 - {block}  # the last keys have the most queries: they start first"
-            if self.last_keys_first
-            else f"block = {block}",
-            f"b = program // blocks // {groups}",
-            f"g = program // blocks % {groups}",
-            "key_first = block * BLOCK_J",
-            f"key_last = tl.minimum(key_first + BLOCK_J, {keys}) - 1",
-            "keys = key_first + tl.arange(0, BLOCK_J)",
-            f"j = tl.minimum(keys, {keys} - 1)[:, None]" if self.clamped else "j = keys[:, None]",
+            *own_block(KEYS, keys, ("g", groups), self.last_keys_first, self.clamped),
             "lanes = tl.arange(0, BLOCK_I)",
             *self.columns(),
         ]

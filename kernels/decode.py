@@ -252,7 +252,8 @@ class Decode:
             *self._weights(),
         ]
         if self.runs.test:
-            step += ["key_first, key_last = start, start + BLOCK_J - 1", f"if {self.runs.test}:"]
+            limits = "key_first, key_last = start, start + BLOCK_J - 1"
+            step += [limits, *self.runs.test_lines, f"if {self.runs.test}:"]
             body = _deeper(body)
         return [
             "for number in range(split * share, tl.minimum(split * share + share, count)):",

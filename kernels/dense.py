@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attncompile.kernels.loops import KeyRuns, key_loops
+from attncompile.kernels.loops import QUERIES, KeyRuns, key_loops, own_block
 from attncompile.kernels.source import device_function, indented, signature
 
 LOG2E = 1.4426950408889634
@@ -186,20 +186,9 @@ class DenseForward:
 
     def _setup(self) -> list[str]:
         heads, queries, _ = self.lengths
-        block = "program % blocks"
         return [
-            "program = tl.program_id(0)",
-            f"blocks = tl.cdiv({queries}, BLOCK_I)",
-            f"block = blocks - 1 - {block}  # the last queries have the most keys: they start first"
-            if self.latest_first
-            else f"block = {block}",
-            f"b = program // blocks // {heads}",
-            f"h = program // blocks % {heads}",
+            *own_block(QUERIES, queries, ("h", heads), self.latest_first, self.clamped),
             f"g = {self.kv_head}",
-            "row_first = block * BLOCK_I",
-            f"row_last = tl.minimum(row_first + BLOCK_I, {queries}) - 1",
-            "rows = row_first + tl.arange(0, BLOCK_I)",
-            f"i = tl.minimum(rows, {queries} - 1)[:, None]" if self.clamped else "i = rows[:, None]",
             "lanes = tl.arange(0, BLOCK_J)",
             f"channels = tl.arange(0, {self.padded(self.channels)})",
             f"features = tl.arange(0, {self.padded(self.features)})",

@@ -15,9 +15,10 @@ import re
 from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
+from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
-from attncompile.kernels.hopper_marks import MarkBlocks
+from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
@@ -117,6 +118,7 @@ class HopperForward:
         channels, features: number of channels of keys and of values.
         clamped: whether tensors are loaded by ``i`` or ``j``.
         marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
+        boxes: how tiles lie in a grid of tokens, or ``None`` where a tile is a run of them.
         narrow: operands that are codes with scales, or ``None``.
     """
 
@@ -137,6 +139,7 @@ class HopperForward:
     features: int
     clamped: bool
     marks: MarkBlocks | None = None
+    boxes: Boxes | None = None
     narrow: NarrowOperands | None = None
 
     @property
@@ -190,7 +193,7 @@ class HopperForward:
         empty = "-(2.0**99)" if self._codes.in_exponent else f"-(2.0**99) * {scale!r}"
         products = 32 if self.narrow else 16
         weights = 32 if self.turned_values else 16
-        rows = (
+        rows: tuple[tuple[str, str, str], ...] = (
             ("GROUPS", f"{tile.groups}", "warpgroups that compute, 64 queries each"),
             ("BLOCK_I", f"{tile.queries}", "queries of a tile"),
             ("BLOCK_J", f"{tile.keys}", "keys of a block"),
@@ -207,10 +210,14 @@ class HopperForward:
             ("VALUE_FREE", "12", "a stage's values are done with"),
             *self._codes.blocks(),
         )
+        if self.marks:
+            rows += (
+                ("ROOM", f"{ROOM}", "key blocks that the list of a tile has room for"),
+                ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
+            )
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, {1}])"
         lines += [
-            f"PRODUCTS = gl.constexpr({self._codes.products})",
             f"SCORES = gl.constexpr({layout.format(tile.keys, products)})",
             f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
             f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
@@ -266,14 +273,33 @@ class HopperForward:
         ):
             text = ", ".join(names)
             line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+        if self.turned_values:
+            line = re.sub(r"VALUE_PLACE\((.*?), (\w+)\)", r"[\1, 0, \2]", line)
+            line = line.replace("VALUE_BOX", "1, 1, FEATURES, BLOCK_J")
+        line = line.replace("VALUE_PLACE(", "KEY_PLACE(").replace("VALUE_BOX", "KEY_BOX, FEATURES")
+        query_box, key_box = "1, 1, 64", "1, 1, BLOCK_J"
+        if self.boxes:
+            lead = self.boxes.lead()
+            query_box, key_box = (
+                ", ".join(map(str, (*lead, *box))) for box in (self.boxes.query_box, self.boxes.key_box)
+            )
+            line = line.replace("QUERY_PLACE(", "query_place(").replace("KEY_PLACE(", "key_place(")
+        else:
+            line = re.sub(r"(QUERY|KEY)_PLACE\((.*?)\)", r"[\2, 0]", line)
+        line = line.replace("QUERY_BOX", query_box).replace("KEY_BOX", key_box)
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
         operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
         line = re.sub(r"OPERAND\((\w+)\)", r"narrowed(\1)" if self.turned_values else operand, line)
-        place = r"[\1, \2, 0, \3]" if self.turned_values else r"[\1, \2, \3, 0]"
-        line = line.replace("VALUE_SHAPE", "FEATURES, BLOCK_J" if self.turned_values else "BLOCK_J, FEATURES")
-        line = re.sub(r"VALUE_PLACE\((\w+), (\w+), (\w+)\)", place, line)
+        line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
+
+    @property
+    def _out_dtype(self) -> str:
+        """What results are stored as: values of 16 bits have that type too."""
+        if self.narrow is None:
+            return "value_tiles.dtype"
+        return "out_tiles.dtype" if self.tile.staged else "out.dtype.element_ty"
 
     def _blocks(self) -> str:
         if self.marks:
@@ -298,7 +324,7 @@ class HopperForward:
         if self.inside:
             inside = f"{keys} - near > far"
             mask.append(f"shown = shown & ({inside})" if self.visible else f"shown = {inside}")
-        mask.append("s = gl.where(shown, s, HIDDEN)")
+        mask.append("s = gl.where(shown, s, HIDDEN)" if mask else "pass")
         return self._filled(LOGITS, positions=positions, score=score, mask=mask)
 
     def _step(self) -> str:
@@ -306,7 +332,7 @@ class HopperForward:
             STEP,
             block_scales=self._codes.block_scales(),
             scaled=self._codes.scaled(edge=False),
-            highest=self._codes.highest("highest", edge=False),
+            highest=self._codes.highest("highest", edge=False) if self.narrow else [],
             exponentials=self._codes.exponentials("new_peak", edge=False),
         )
 
@@ -382,6 +408,7 @@ class HopperForward:
                 *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
+                *([self.boxes.source()] if self.boxes else []),
                 self._blocks(),
                 self._logits(),
                 self._step(),

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import re
-from pathlib import Path
 
-from attncompile.kernels.source import WIDTH, signature, wrap
+from attncompile.kernels.source import WIDTH, file_text, function_text, signature, wrap
 
 
-@functools.cache
 def device_source() -> str:
     """Text of :mod:`attncompile.kernels.hopper_device`, which is read, not imported."""
-    return Path(__file__).with_name("hopper_device.py").read_text(encoding="utf-8")
+    return file_text("hopper_device.py")
 
 
-@functools.cache
 def hopper_function(name: str) -> str:
-    """Source text of a function of :mod:`attncompile.kernels.hopper_device`, decorator included.
+    """Source text of a function of :mod:`attncompile.kernels.hopper_device`.
 
     Raises:
         ValueError: when there is no such function.
     """
-    text = device_source()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    raise ValueError(f"no function {name!r} in kernels/hopper_device.py")
+    return function_text("hopper_device.py", name)
 
 
 def tidy(lines: list[str]) -> str:

@@ -1,7 +1,9 @@
 """Skeleton of the two small kernels that run before a Hopper kernel whose mask has no limits in closed form.
 
 The first lists the key blocks that each tile of queries visits, the second deals the tiles out to thread blocks, the
-longest first and the rounds in turn forwards and backwards, so that all get about the same.
+longest first and the rounds in turn forwards and backwards, so that all get about the same. A list has room for a fixed
+number of blocks, so that memory grows with the length and not with its square; a tile that sees more of them visits
+every block between its limits, under the mask.
 """
 
 from __future__ import annotations
@@ -12,15 +14,47 @@ from dataclasses import dataclass
 
 from attncompile.kernels.source import indented, signature
 
+ROOM = 1024
+"""Key blocks that the list of a tile has room for: 131072 keys, and 32 bytes for each query."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Positions that stand for all of a tile: one in each cell of the map in which a load gives one element.
+
+    Attributes:
+        number: tells the identifiers apart.
+        queries, keys: size of a cell.
+        across_queries, across_keys: cells that a tile or a block reaches into at most.
+    """
+
+    number: int
+    queries: int
+    keys: int
+    across_queries: int
+    across_keys: int
+
+    def source(self) -> list[str]:
+        """Statements that define ``i_cell`` and ``j_cell``, shaped ``[cells, blocks, cells]``."""
+        rows, columns = (1 << (n - 1).bit_length() for n in (self.across_queries, self.across_keys))
+        i, j = f"i_cell_{self.number}", f"j_cell_{self.number}"
+        return [
+            f"{i} = (row_first // {self.queries} + tl.arange(0, {rows})) * {self.queries}",
+            f"{i} = tl.minimum(tl.maximum({i}, row_first), row_last)[:, None, None]",
+            f"{j} = (key_first[:, None] // {self.keys} + tl.arange(0, {columns})[None, :]) * {self.keys}",
+            f"{j} = tl.minimum(tl.maximum({j}, key_first[:, None]), key_last[:, None])[None, :, :]",
+        ]
+
 
 @dataclass(frozen=True)
 class Extreme:
-    """Least and greatest element of a load over the queries of a tile, or over the keys of each block.
+    """Least and greatest element of a load over the queries of a tile, or over the keys of each block, or over both.
 
     Attributes:
-        axis: ``i`` or ``j``.
-        lines, value: source of the load at ``i`` or ``j``.
+        axis: ``i``, ``j`` or ``ij``.
+        lines, value: source of the load at ``i`` or ``j``, or at ``cells``.
         low, high: identifiers.
+        cells: positions that stand for all; only for both axes.
     """
 
     axis: str
@@ -28,14 +62,16 @@ class Extreme:
     value: str
     low: str
     high: str
+    cells: Cells | None = None
 
     def source(self) -> list[str]:
         """Statements that define both."""
-        reduced = 0 if self.axis == "i" else 1
+        over = {"i": "tl.{0}({1}, 0)", "j": "tl.{0}({1}, 1)", "ij": "tl.{0}(tl.{0}({1}, 2), 0)"}[self.axis]
         return [
+            *(self.cells.source() if self.cells else []),
             *self.lines,
-            f"{self.low} = tl.min({self.value}, {reduced})",
-            f"{self.high} = tl.max({self.value}, {reduced})",
+            f"{self.low} = {over.format('min', self.value)}",
+            f"{self.high} = {over.format('max', self.value)}",
         ]
 
 
@@ -67,11 +103,16 @@ class MarkBlocks:
         lines = (*self.limit_lines, *self.possible_lines, *self.certain_lines)
         return "\n".join([*loads, *self.limits, *lines, self.possible, self.certain])
 
+    @property
+    def chunk(self) -> int:
+        """Key blocks that are looked at together: fewer where the keys of each are read."""
+        return 16 if any(each.axis == "j" for each in self.extremes) else 128
+
     @classmethod
     def words(cls) -> frozenset[str]:
         """Identifiers that the text uses itself."""
-        text = cls(True, (), ("", ""), (), (), "", (), "").source((), ("", "", "")) + HOST
-        numbered = " ".join(f"low_element_{n} high_element_{n}" for n in range(16))
+        text = cls(True, (), ("", ""), (), (), "", (), "").source((), ("", "", "")) + HOST + KEPT
+        numbered = " ".join(f"low_element_{n} high_element_{n} i_cell_{n} j_cell_{n}" for n in range(16))
         return frozenset(re.findall(r"\w+", text + numbered))
 
     def source(self, context: Iterable[str], lengths: tuple[str, str, str]) -> str:
@@ -83,12 +124,13 @@ class MarkBlocks:
         """
         heads, queries, keys = lengths
         rows = [line for each in self.extremes if each.axis == "i" for line in each.source()]
-        columns = [line for each in self.extremes if each.axis == "j" for line in each.source()]
+        columns = [line for each in self.extremes if each.axis != "i" for line in each.source()]
         of_head = [f"b = program // tiles // {heads}", f"h = program // tiles % {heads}"]
         of_batch = ["b = program // tiles", "h = 0"]
         names = [
             "counts",
             "places",
+            "room",
             *context,
             "ROWS: tl.constexpr",
             "ROW_SPACE: tl.constexpr",
@@ -107,7 +149,7 @@ class MarkBlocks:
             *self.limit_lines,
             f"start = tl.maximum({self.limits[0]}, 0) // KEYS",
             f"stop = tl.cdiv(tl.minimum({self.limits[1]}, {keys}), KEYS)",
-            "places += tl.cast(program, tl.int64) * blocks",
+            "places += tl.cast(program, tl.int64) * room",
             "edges = 0",
             "full = 0",
             "for first in range(start, stop, CHUNK):",
@@ -128,15 +170,20 @@ class MarkBlocks:
                     "edge = seen & (whole == 0)",
                     "edge_rank = tl.cumsum(edge.to(tl.int32), 0) - 1",
                     "whole_rank = tl.cumsum(whole.to(tl.int32), 0) - 1",
-                    "tl.store(places + edges + edge_rank, block, mask=edge)",
-                    "tl.store(places + blocks - 1 - full - whole_rank, block, mask=whole)",
+                    "tl.store(places + edges + edge_rank, block, mask=edge & (edges + edge_rank < room))",
+                    "from_end = full + whole_rank",
+                    "tl.store(places + room - 1 - from_end, block, mask=whole & (from_end < room))",
                     "edges += tl.sum(edge.to(tl.int32), 0)",
                     "full += tl.sum(whole.to(tl.int32), 0)",
                 )
             ),
-            "tl.store(places, 0, mask=edges + full == 0)  # a tile that sees nothing still visits one block",
+            "visited = edges + full",
+            "tl.store(places, 0, mask=visited == 0)  # a tile that sees nothing still visits one block",
+            "# More than there is room for: all between the limits, from the block whose number is -1 - edges.",
+            "edges = tl.where(visited > room, -1 - start, edges)",
+            "visited = tl.where(visited > room, stop - start, visited)",
             "tl.store(counts + 2 * program, edges)",
-            "tl.store(counts + 2 * program + 1, edges + full)",
+            "tl.store(counts + 2 * program + 1, visited)",
         ]
         listed = [
             "@triton.jit",
@@ -152,33 +199,64 @@ class MarkBlocks:
 
 ORDER = '''\
 @triton.jit
-def order_tiles(counts, work, tiles, heads, lists, shared, rows, width, SPACE: tl.constexpr):
-    """Deal the tiles out. ``lists`` tiles have lists of their own; each stands for those of ``shared`` heads."""
+def order_tiles(counts, work, tiles, heads, lists, shared, rows, width, SPACE: tl.constexpr, CHUNK: tl.constexpr):
+    """Deal the tiles out. ``lists`` tiles have lists of their own; each stands for those of ``shared`` heads.
+
+    A tile comes after all that visit more blocks. Of those that visit as many the tiles of one head stand together, in
+    the order of their queries: what they read in common stays in the cache.
+    """
     own = tl.program_id(0) * SPACE + tl.arange(0, SPACE)
     cost = tl.load(counts + 2 * own + 1, mask=own < lists, other=0)
-    rank = tl.zeros([SPACE], tl.int32)
-    for first in range(0, lists, SPACE):
-        other = first + tl.arange(0, SPACE)
+    longer = tl.zeros([SPACE], tl.int32)
+    before = tl.zeros([SPACE], tl.int32)
+    equal = tl.zeros([SPACE], tl.int32)
+    for first in range(0, lists, CHUNK):
+        other = first + tl.arange(0, CHUNK)
         costs = tl.load(counts + 2 * other + 1, mask=other < lists, other=-1)
-        ahead = (costs[None, :] > cost[:, None]) | ((costs[None, :] == cost[:, None]) & (other[None, :] < own[:, None]))
-        rank += tl.sum(ahead.to(tl.int32), 1)
+        same = costs[None, :] == cost[:, None]
+        longer += tl.sum((costs[None, :] > cost[:, None]).to(tl.int32), 1)
+        before += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
+        equal += tl.sum(same.to(tl.int32), 1)
     for head in range(0, shared):
         group = own // tiles * shared + head
         batch, of_batch = group // heads, group % heads
         tile = (batch.to(tl.int64) << 40) | (of_batch.to(tl.int64) << 24) | (own % tiles)
-        place = rank * shared + head
+        place = longer * shared + head * equal + before
         turn = place // rows
         row = tl.where(turn % 2 == 0, place % rows, rows - 1 - place % rows)
-        tl.store(work + row * width + turn, tile, mask=own < lists)'''
+        tl.store(work + row * width + turn, tile, mask=own < lists)
+    # what is left of each row says that the work is done
+    place = lists * shared + own
+    turn = place // rows
+    row = tl.where(turn % 2 == 0, place % rows, rows - 1 - place % rows)
+    tl.store(work + row * width + turn, tl.full([SPACE], -1, tl.int64), mask=turn < width)'''
+
+KEPT = '''\
+KEPT = {}
+
+
+def kept_lists(device, *sizes, make):
+    """Lists and work for these sizes: the mask loads nothing, so they are made once and kept."""
+    key = (device, *sizes)
+    if key not in KEPT:
+        made = make()
+        if torch.cuda.is_current_stream_capturing() or len(KEPT) >= 256:
+            return made  # in a graph they are there when it runs, not before
+        torch.cuda.current_stream(device).synchronize()  # other streams read them too
+        KEPT[key] = made
+    return KEPT[key]'''
+"""Where a mask loads nothing: its lists depend on sizes alone."""
 
 HOST = '''\
 def block_lists(like, lists, blocks, arguments):
-    """Number of blocks on an edge of the mask and of all blocks for each tile, and the blocks' numbers."""
+    """For each tile: how many blocks lie on an edge of the mask, how many it visits, and which; see ``mark_blocks``."""
+    room = min(blocks, ROOM.value)
     counts = torch.empty((lists, 2), dtype=torch.int32, device=like.device)
-    places = torch.empty((lists, blocks), dtype=torch.int32, device=like.device)
+    places = torch.empty((lists, room), dtype=torch.int32, device=like.device)
     space = triton.next_power_of_2(BLOCK_I.value)
-    mark_blocks[(lists,)](
-        counts, places, *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space, KEYS=BLOCK_J.value, CHUNK=16
+    launch(
+        mark_blocks, (lists,), counts, places, room, *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space,
+        KEYS=BLOCK_J.value, CHUNK=CHUNK.value,
     )
     return counts, places
 
@@ -187,6 +265,9 @@ def dealt(counts, tiles, heads, shared, rows):
     """The work list of each thread block; see ``order_tiles``."""
     lists = counts.shape[0]
     width = triton.cdiv(lists * shared, rows) + 2
-    work = torch.full((rows, width), -1, dtype=torch.int64, device=counts.device)
-    order_tiles[(triton.cdiv(lists, 64),)](counts, work, tiles, heads, lists, shared, rows, width, SPACE=64)
+    work = torch.empty((rows, width), dtype=torch.int64, device=counts.device)
+    programs = triton.cdiv(max(lists, rows * width - lists * shared), 32)
+    launch(
+        order_tiles, (programs,), counts, work, tiles, heads, lists, shared, rows, width, SPACE=32, CHUNK=256
+    )
     return work'''

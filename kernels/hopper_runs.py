@@ -10,7 +10,7 @@ from attncompile.kernels.hopper_lines import tidy
 from attncompile.kernels.hopper_marks import MarkBlocks
 from attncompile.kernels.source import signature
 
-LISTED = ("edges", "turned", "listed")
+LISTED = ("edges", "turned", "listed", "crowded")
 """What ``key_blocks`` returns after the number of blocks where they are listed beforehand."""
 
 
@@ -83,12 +83,19 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
         f"tile = ({head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
         "edges = gl.load(counts + 2 * tile)",
         "blocks = gl.load(counts + 2 * tile + 1)",
-        f"row = gl.cast(tile, gl.int64) * gl.cdiv({keys}, BLOCK_J)",
+        "# Where a list has no room for all blocks, this is the first of them; negative elsewhere.",
+        "crowded = -1 - edges",
+        "edges = gl.where(crowded >= 0, blocks, edges)",
+        f"room = gl.minimum(gl.cdiv({keys}, BLOCK_J), ROOM)",
         "# The edges stand at the front of the row, the others at its end, in falling order.",
-        f"turned = edges + gl.cdiv({keys}, BLOCK_J) - 1",
-        "listed = places + row",
+        "turned = edges + room - 1",
+        "listed = places + gl.cast(tile, gl.int64) * room",
     ]
-    place = ["start = gl.load(listed + gl.where(number < edges, number, turned - number)) * BLOCK_J"]
+    place = [
+        "place = gl.where(number < edges, number, turned - number)",
+        "start = gl.load(listed + gl.where(crowded < 0, place, 0))",
+        "start = gl.where(crowded < 0, start, crowded + number) * BLOCK_J",
+    ]
     return _placed(counts, place, LISTED, context)
 
 

@@ -1,9 +1,11 @@
 """Text of the functions of the Hopper kernel into which a Spec's arguments are filled, see ``HopperForward``.
 
 ``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
-sizes; ``SCALES`` for the scales that a step needs, ``QUERY_OPERAND`` for where the queries lie, ``OPERAND(p)`` for
-weights as an operand, ``VALUE_SHAPE`` and ``VALUE_PLACE`` for values as they are or turned over; a line ``# <name>``
-for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless the option holds.
+sizes, ``QUERY_PLACE KEY_PLACE VALUE_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX VALUE_BOX`` for its sizes,
+those of values as they are or turned over; ``SCALES`` for the scales that a step needs, ``QUERY_OPERAND`` for where the
+queries lie, ``OPERAND(p)`` for weights as an operand, ``PRODUCTS`` for the type of products of queries and keys,
+``OUT_DTYPE`` for that of results; a line ``# <name>`` for lines that depend on the Spec; a line that ends in
+``# if option`` is left out unless the option holds.
 """
 
 LOGITS = '''
@@ -62,7 +64,8 @@ def step(
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     # <highest>
-    new_peak = gl.maximum(peak, highest)
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide
+    new_peak = gl.maximum(peak, highest)  # if narrow
     factor = gl.exp2(peak - new_peak)
     # <exponentials>
     in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
@@ -116,9 +119,10 @@ def consumer(
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
         query_slot = buffer * GROUPS + GROUP  # if narrow
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
-        start = block_start(0, KNOWN)
+        start = block_start(0, KNOWN)  # if narrow
         # <tile_scales>
-        s = logits(s, start, first_row, b, h, CONTEXT, True)
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide
+        s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
         # <first_highest>
         # <first_exponentials>
         total = own_sums(p)  # if wide values
@@ -171,9 +175,9 @@ def consumer(
         factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
         accumulator = accumulator * gl.expand_dims(factor, 1)
         tma.store_wait(0)  # if staged
-        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(out_tiles.dtype))  # if staged
+        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged
         fence_async_shared()  # if staged
-        copy_out(out, [b, h, first_row, 0], out_tiles.index(GROUP))  # if staged
+        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged
         # <stored>
         s = warpgroup_mma_wait(0, deps=[next_s])
         tile = next_tile
@@ -200,7 +204,7 @@ features = gl.arange(0, FEATURES, layout=gl.SliceLayout(0, OUTPUT))
 out_offsets = gl.expand_dims(own_rows.to(gl.int64) * out_stride_i, 1) + gl.expand_dims(features, 0)
 out_offsets += b.to(gl.int64) * out_stride_b + h.to(gl.int64) * out_stride_h
 real = gl.expand_dims(own_rows < QUERIES, 1) & gl.expand_dims(features < EXTENT, 0)
-gl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), mask=real)
+gl.store(out + out_offsets, accumulator.to(OUT_DTYPE), mask=real)
 """
 
 PRODUCER = '''
@@ -230,10 +234,10 @@ def producer(
             slot = buffer * GROUPS + group
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
-            place = [b, h, row_first + 64 * group, 0]
+            place = QUERY_PLACE(b, h, row_first + 64 * group)
             copy_in(query, place, query_ready.index(slot), query_tiles.index(slot))
         start = block_start(0, KNOWN)
-        fill(key, [b, g, start, 0], key_ready, key_tiles, stage, KEY_FREE, filled)
+        fill(key, KEY_PLACE(b, g, start), key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers
             # The last values of the tile before come after the first keys of this one.  # if two buffers
             at = VALUE_PLACE(last_b, last_g, last_start)  # if two buffers
@@ -241,7 +245,7 @@ def producer(
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
-            fill(key, [b, g, next_start, 0], key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
+            fill(key, KEY_PLACE(b, g, next_start), key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
             fill(value, VALUE_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)
             start = next_start
             stage = next_stage
@@ -268,10 +272,10 @@ KERNEL = '''
 @gluon.jit(do_not_specialize=[UNSPECIALIZED])
 def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
     """One thread block for each row of the work list."""
-    query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, 1, 1, 64, CHANNELS], query.layout)
-    key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, BLOCK_J, CHANNELS], key.layout)
-    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, 1, 1, VALUE_SHAPE], value.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, 1, 1, 64, FEATURES], out.layout)  # if staged
+    query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
+    key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
+    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, VALUE_BOX], value.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged
     query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -23,7 +23,8 @@ class KeyRuns:
         main: start and stop of the main range; starts are at least 0, stops at most the number of keys.
         full: start and stop of the keys that every query of the block sees.
         test: condition for a key block to be visited at all, over ``key_first`` and ``key_last``.
-        lines: statements that these texts rely on.
+        lines: statements that the limits rely on.
+        test_lines: statements that the condition relies on besides, over ``key_first`` and ``key_last`` too.
     """
 
     first: tuple[str, str] | None
@@ -31,6 +32,7 @@ class KeyRuns:
     full: tuple[str, str] | None
     test: str | None
     lines: tuple[str, ...] = ()
+    test_lines: tuple[str, ...] = ()
 
     @property
     def everything(self) -> bool:
@@ -40,36 +42,72 @@ class KeyRuns:
 
 @dataclass(frozen=True)
 class Visited:
-    """Which positions a loop goes over.
+    """Which positions a loop goes over, or a program has for its own.
 
     Attributes:
         block: compile-time argument with the size of a step.
+        positions, index: identifiers of a block's positions, and of them as the index of an expression.
         first, last: identifiers of a step's first and last position in :attr:`KeyRuns.test`.
+        most: what is said where the last of them have the most to do.
         full: what is said of the run without a mask.
         rest: what is said of the positions behind the last whole block.
     """
 
     block: str
+    positions: str
+    index: str
     first: str
     last: str
+    most: str
     full: str
     rest: str
 
 
 KEYS = Visited(
     "BLOCK_J",
+    "keys",
+    "j",
     "key_first",
     "key_last",
+    "the last keys have the most queries: they start first",
     "Every query of the block sees every one of these keys.",
     "The rest of the keys does not fill a block.",
 )
 QUERIES = Visited(
     "BLOCK_I",
+    "rows",
+    "i",
     "row_first",
     "row_last",
+    "the last queries have the most keys: they start first",
     "Every one of these queries sees every key of the block.",
     "The rest of the queries does not fill a block.",
 )
+
+
+def own_block(own: Visited, length: str, head: tuple[str, str], last_first: bool, clamped: bool) -> list[str]:
+    """Batch row, head and positions of a program that has a block of a head for its own.
+
+    Args:
+        own: the positions.
+        length: identifier of their number.
+        head: identifiers of the head and of the number of heads.
+        last_first: whether the last block comes first.
+        clamped: whether tensors are loaded by the positions: past the last one the last element is read.
+    """
+    block, (one, heads) = "program % blocks", head
+    index = f"tl.minimum({own.positions}, {length} - 1)[:, None]" if clamped else f"{own.positions}[:, None]"
+    return [
+        "program = tl.program_id(0)",
+        f"blocks = tl.cdiv({length}, {own.block})",
+        f"block = blocks - 1 - {block}  # {own.most}" if last_first else f"block = {block}",
+        f"b = program // blocks // {heads}",
+        f"{one} = program // blocks % {heads}",
+        f"{own.first} = block * {own.block}",
+        f"{own.last} = tl.minimum({own.first} + {own.block}, {length}) - 1",
+        f"{own.positions} = {own.first} + tl.arange(0, {own.block})",
+        f"{own.index} = {index}",
+    ]
 
 
 def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> list[list[str]]:
@@ -109,7 +147,7 @@ def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> l
             full,
             [
                 "# Blocks on the edge of the mask.",
-                *_guarded(f"for start in range(full_stop, main_stop, {block}):", runs.test, step(True), over),
+                *_guarded(f"for start in range(full_stop, main_stop, {block}):", runs, step(True), over),
             ],
         ]
     if runs.full:
@@ -140,7 +178,7 @@ def key_loops(runs: KeyRuns, length: str, step: Step, over: Visited = KEYS) -> l
 def _edges(runs: KeyRuns, step: Step, over: Visited) -> list[str]:
     block = over.block
     if not runs.first and not runs.full:
-        return _guarded(f"for start in range(main_start, main_stop, {block}):", runs.test, step(True), over)
+        return _guarded(f"for start in range(main_start, main_stop, {block}):", runs, step(True), over)
     counts = ["first_count"] if runs.first else []
     counts += ["before", "after"] if runs.full else [f"tl.cdiv(main_stop - main_start, {block})"]
     origin = "first_start" if runs.first else "main_start"
@@ -150,7 +188,7 @@ def _edges(runs: KeyRuns, step: Step, over: Visited) -> list[str]:
     if runs.full:
         passed = "first_count + before" if runs.first else "before"
         where.append(f"start += tl.where(number >= {passed}, full_stop - full_start, 0)")
-    loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs.test, step(True), over)
+    loop, *body = _guarded(f"for number in range(0, {' + '.join(counts)}):", runs, step(True), over)
     return ["# Blocks on an edge of the mask, one run after the other.", loop, *deeper(where), *body]
 
 
@@ -162,11 +200,11 @@ def _aligned(start: str, block: str) -> str:
     return f"{start if one_call else f'({start})'} // {block} * {block}"
 
 
-def _guarded(head: str, test: str | None, step: list[str], over: Visited) -> list[str]:
+def _guarded(head: str, runs: KeyRuns, step: list[str], over: Visited) -> list[str]:
     """A loop's head and body; with a test, blocks that fail it are passed over."""
-    if test:
+    if runs.test:
         limits = f"{over.first}, {over.last} = start, start + {over.block} - 1"
-        step = [limits, f"if {test}:", *deeper(step)]
+        step = [limits, *runs.test_lines, f"if {runs.test}:", *deeper(step)]
     return [head, *deeper(step)]
 
 

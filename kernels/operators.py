@@ -1,9 +1,9 @@
 """Spec operators: how generated kernels reach PyTorch so that tracing, export, Inductor and autograd compose.
 
-``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it
-depends on
-the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes
-come from the Spec's types.
+``attncompile::run(spec, inputs) -> outputs`` computes a Spec, given as its printed text. What computes it depends on
+the device: a target registers an implementation for its device type with :func:`register`. Shapes and dtypes come from
+the Spec's types. ``attncompile::infer`` is the same without a derivative, for calls whose gradients nobody records: it
+takes the host less time.
 
 ``attncompile::run_backward(spec, wanted, gradients, inputs, outputs) -> gradients`` is its derivative. Where the device
 type has kernels for it they are used: the forward pass then also gives the log-sum-exp of a softmax, which they need.
@@ -167,16 +167,16 @@ class Bound:
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if len(tensors) != len(self.order):
             raise ValueError(f"{self.takes}, got {len(tensors)}")
-        text = self.training if self.training and _recorded(tensors) else self.text
-        outputs = torch.ops.attncompile.run(text, [tensors[position] for position in self.order])
+        inputs = [tensors[position] for position in self.order]
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if recorded and self.training and tensors[0].device.type in _backwards:
+            outputs = torch.ops.attncompile.run(self.training, inputs)
+        # nothing tells an exported program whether gradients are recorded where it runs
+        elif recorded or torch.compiler.is_exporting():
+            outputs = torch.ops.attncompile.run(self.text, inputs)
+        else:
+            outputs = torch.ops.attncompile.infer(self.text, inputs)
         return outputs[0] if self.outputs == 1 else tuple(outputs[: self.outputs])
-
-
-def _recorded(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether gradients of a call are recorded on a device that has kernels for them."""
-    if not torch.is_grad_enabled() or tensors[0].device.type not in _backwards:
-        return False
-    return any(tensor.requires_grad for tensor in tensors)
 
 
 def bind(spec: Spec) -> Bound:
@@ -207,47 +207,75 @@ def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor
     return bind(spec)(*tensors)
 
 
-@torch.library.custom_op("attncompile::run", mutates_args=())
-def run_operator(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+_LIBRARY = torch.library.Library("attncompile", "FRAGMENT")
+# not torch.library.custom_op: its wrappers take longer on the host than a short kernel on the GPU
+_LIBRARY.define("run(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define("infer(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(
+    "run_backward(str spec, bool[] wanted, Tensor[] gradients, Tensor[] inputs, Tensor[] outputs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The outputs of a Spec, see :func:`run`."""
     found = _resolved(spec, inputs[0].device.type)(*inputs)
     outputs = (found,) if isinstance(found, torch.Tensor) else found
-    made = _empty_outputs(parsed(spec), inputs)
     # every implementation gives the strides that tracing was told
-    return [_laid_out(output, like) for output, like in zip(outputs, made, strict=True)]
+    made = zip(outputs, _results(spec), strict=True)
+    return [_laid_out(output, _strides(output.shape), result.dtype_among(inputs)) for output, result in made]
 
 
-def _laid_out(output: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if output.dtype == like.dtype and output.stride() == like.stride():
+def _laid_out(output: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if output.dtype == dtype and output.stride() == strides:
         return output
-    return torch.empty_like(like, device=output.device).copy_(output)
+    return torch.empty_strided(output.shape, strides, dtype=dtype, device=output.device).copy_(output)
 
 
-def _empty_outputs(spec: Spec, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Meta tensors with the shapes, strides and dtypes of the outputs; works on symbolic sizes."""
-    sizes: dict[str, Any] = {}
-    for value, tensor in zip(spec.inputs, inputs, strict=True):
-        for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
-            if isinstance(axis.size, Size):
-                sizes.setdefault(axis.size.name, extent)
+@dataclass(frozen=True)
+class _Result:
+    """An output of a Spec.
+
+    Attributes:
+        sizes: of its axes.
+        dtype: that the Spec gives it.
+        like: position of the input whose dtype it takes; ``None`` for an output that keeps the Spec's.
+    """
+
+    sizes: tuple[Expr, ...]
+    dtype: torch.dtype
+    like: int | None
+
+    def dtype_among(self, inputs: Sequence[torch.Tensor]) -> torch.dtype:
+        """Its dtype beside these inputs."""
+        return self.dtype if self.like is None else inputs[self.like].dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def _results(text: str) -> tuple[_Result, ...]:
+    """The outputs of a Spec's text."""
+    spec = parsed(text)
     types = spec.types()
-    floats = (v.type.dtype for v in spec.inputs if DTYPES[v.type.dtype].is_floating_point)
-    real = next(name for name in floats if DTYPES[name].itemsize > 1)
-    found = next(t for v, t in zip(spec.inputs, inputs, strict=True) if v.type.dtype == real)
+    dtypes = [value.type.dtype for value in spec.inputs]
+    real = next(name for name in dtypes if DTYPES[name].is_floating_point and DTYPES[name].itemsize > 1)
     made = []
     for name in spec.outputs:
-        shape = [_extent(size, sizes) for size in types[name].sizes]
+        found = types[name]
         # a model that was cast to another dtype than its Spec names gives that dtype; lse stays float32
-        dtype = found.dtype if len(shape) == 4 and types[name].dtype == real else DTYPES[types[name].dtype]
-        made.append(_attention_layout(shape, dtype))
-    return made
+        like = dtypes.index(real) if len(found.sizes) == 4 and found.dtype == real else None
+        made.append(_Result(tuple(found.sizes), DTYPES[found.dtype], like))
+    return tuple(made)
 
 
-def _attention_layout(shape: list[Any], dtype: torch.dtype) -> torch.Tensor:
-    """``[b,h,i,e]`` stored as ``[b,i,h,e]``, which is how a model goes on with it; others contiguous."""
-    if len(shape) != 4:
-        return torch.empty(shape, dtype=dtype, device="meta")
-    return torch.empty([shape[0], shape[2], shape[1], shape[3]], dtype=dtype, device="meta").transpose(1, 2)
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """``[b,h,i,e]`` is stored as ``[b,i,h,e]``, which is how a model goes on with it; others are contiguous."""
+    order = (0, 2, 1, 3) if len(shape) == 4 else range(len(shape))
+    strides, stride = [1] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
@@ -265,17 +293,30 @@ def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
     raise ValueError(f"cannot compute the size {size} of a result")
 
 
-@run_operator.register_fake
-def _(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    device = inputs[0].device
-    return [
-        torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-        for like in _empty_outputs(parsed(spec), inputs)
-    ]
+def _traced(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    sizes: dict[str, Any] = {}
+    for value, tensor in zip(parsed(spec).inputs, inputs, strict=True):
+        for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
+            if isinstance(axis.size, Size):
+                sizes.setdefault(axis.size.name, extent)
+    made = []
+    for result in _results(spec):
+        shape = [_extent(size, sizes) for size in result.sizes]
+        four = len(shape) == 4
+        # sizes may be symbols, which decide no maximum: PyTorch finds the strides itself
+        stored = [shape[0], shape[2], shape[1], shape[3]] if four else shape
+        empty = torch.empty(stored, dtype=result.dtype_among(inputs), device=inputs[0].device)
+        made.append(empty.transpose(1, 2) if four else empty)
+    return made
 
 
-@torch.library.custom_op("attncompile::run_backward", mutates_args=())
-def run_backward(
+for _name in ("run", "infer"):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attncompile::{_name}", _traced, lib=_LIBRARY)
+
+
+@torch.library.impl("attncompile::run_backward", "CompositeExplicitAutograd", lib=_LIBRARY)
+def _run_backward(
     spec: str,
     wanted: Sequence[bool],
     gradients: Sequence[torch.Tensor],
@@ -301,13 +342,13 @@ def run_backward(
         found = backward(names, gradients, inputs, outputs)
     made = []
     for gradient, tensor, want in zip(found, inputs, wanted, strict=True):
-        like = torch.empty_like(tensor, device="meta") if want else tensor.new_empty(0)
         if not want:
-            made.append(like)
+            made.append(tensor.new_empty(0))
         elif gradient is None:
             made.append(torch.zeros_like(tensor))
         else:
-            made.append(_laid_out(gradient, like))
+            like = torch.empty_like(tensor, device="meta")
+            made.append(_laid_out(gradient, like.stride(), like.dtype))
     return made
 
 
@@ -351,7 +392,7 @@ def _recomputed(
     return [found[name].to(tensor.dtype) if name in found else None for name, tensor in named.items()]
 
 
-@run_backward.register_fake
+@torch.library.register_fake("attncompile::run_backward", lib=_LIBRARY)
 def _(
     spec: str,
     wanted: Sequence[bool],
@@ -410,4 +451,4 @@ def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None,
     return None, [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
 
-run_operator.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("attncompile::run", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -13,25 +13,33 @@ WIDTH = 120
 
 
 @functools.cache
-def _device_source() -> str:
-    return Path(__file__).with_name("device.py").read_text(encoding="utf-8")
+def file_text(file: str) -> str:
+    """Text of a file of this folder; it is read, not imported, so that Triton need not be installed."""
+    return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
 @functools.cache
-def device_function(name: str) -> str:
-    """Source text of a function of :mod:`attncompile.kernels.device`, decorator included.
-
-    The file is read, not imported, so that text can be generated where Triton is not installed.
+def function_text(file: str, name: str) -> str:
+    """Source text of a function in a file of this folder, decorators included.
 
     Raises:
         ValueError: when there is no such function.
     """
-    text = _device_source()
+    text = file_text(file)
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    raise ValueError(f"no device function {name!r} in kernels/device.py")
+    raise ValueError(f"no function {name!r} in kernels/{file}")
+
+
+def device_function(name: str) -> str:
+    """Source text of a function of :mod:`attncompile.kernels.device`.
+
+    Raises:
+        ValueError: when there is no such function.
+    """
+    return function_text("device.py", name)
 
 
 def wrap(items: Iterable[str], indent: int, width: int = WIDTH) -> str:

@@ -8,6 +8,9 @@ from typing import Literal
 from attncompile.kernels.dense import DeviceFunction
 from attncompile.kernels.source import signature
 
+LARGEST_PIECE = 256
+"""Channels that are multiplied at once; a wider head is read in pieces."""
+
 Form = Literal["real", "float8_e4m3", "int8", "int4"]
 Reads = Literal["channel", "token", "both"]
 
@@ -29,6 +32,13 @@ class Term:
         places = {"j": token, "d": channel}
         arguments = [places.get(name, name) for name in self.function.parameters]
         return signature(f"{target} = {self.function.name}", arguments, "", inside=12).splitlines()
+
+
+def piece(channels: int) -> int:
+    """Channels of a piece of a head: all of a usual one, else the largest power of two that divides them."""
+    if channels <= LARGEST_PIECE:
+        return channels
+    return min(LARGEST_PIECE, channels & -channels)
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,15 @@ class Stored:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Endings of the names of the tiles that a tile of stored numbers gives.
+        """Endings of the names of the tiles that a tile of stored numbers gives, or of the pieces of a wide head.
 
         Codes are read two bytes at a time: tensor cores take neighbouring keys of one channel in 32 bits, which is then
         what two loads of 16 bits give.
         """
-        return {"real": ("",), "int4": ("_0", "_1", "_2", "_3")}.get(self.form, ("_0", "_1"))
+        if self.form == "real":
+            pieces = self.channels // piece(self.channels)
+            return tuple(f"_{number}" for number in range(pieces)) if pieces > 1 else ("",)
+        return ("_0", "_1", "_2", "_3") if self.form == "int4" else ("_0", "_1")
 
     @property
     def width(self) -> int:
@@ -79,7 +92,8 @@ class Stored:
     def bytes_of_a_key(self, element: int) -> int:
         """Bytes of a tile's row in shared memory, its scales included, for operands of so many bytes."""
         terms = sum(term is not None for term in (self.scale, self.shift)) if not self.factored else 0
-        return self.padded * ((element if self.form == "real" else 2) + 4 * terms * len(self.parts))
+        pieces = len(self.parts) if self.form == "real" else 1
+        return self.padded * ((element if self.form == "real" else 2) * pieces + 4 * terms * len(self.parts))
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
@@ -88,7 +102,7 @@ class Stored:
     def place(self, part: int) -> str:
         """Source of the channels of a part: the bytes of a pair hold neighbours, the halves of a byte are far apart."""
         if self.form == "real":
-            return self.lanes
+            return f"({self.lanes} + {part * self.width})" if part else self.lanes
         offset = part % 2 + (self.channels // 2 if part > 1 else 0)
         return f"(2 * {self.lanes} + {offset})" if offset else f"(2 * {self.lanes})"
 
@@ -114,19 +128,23 @@ class Stored:
         shown = f"inside{token}"
         if self.padded != self.width:
             shown += f" & ({self.lanes} < {self.width}){channel}"
-        step = f"{self.lanes}{channel} * {self.name}_stride_{self.rows.index(None)}"
+        stride = f"{self.name}_stride_{self.rows.index(None)}"
         empty = "0.0" if self.form == "real" else "0"
-        return [
-            *self.offsets(),
-            f"{self.name}_offsets = {self.name}_rows{token} + {step}",
-            f"{self.name}_stored = tl.load({self.name} + {self.name}_offsets, mask={shown}, other={empty})",
-        ]
+        # bytes of codes are read together, whatever the tiles that they give
+        pieces = [(part, self.place(n)) for n, part in enumerate(self.parts)] if self.form == "real" else []
+        lines = self.offsets()
+        for part, place in pieces or [("", self.lanes)]:
+            lines += [
+                f"{self.name}_offsets = {self.name}_rows{token} + {place}{channel} * {stride}",
+                f"{self.name}_stored{part} = tl.load({self.name} + {self.name}_offsets, mask={shown}, other={empty})",
+            ]
+        return lines
 
     def numbers(self, across: bool) -> list[str]:
         """Lines that make the tiles of numbers from the stored ones."""
         name = f"{self.name}_stored"
         if self.form == "real":
-            return [f"{self.name}_tile = {name}"]
+            return [f"{self.name}_tile{part} = {name}{part}" for part in self.parts]
         dtype = "PRODUCT" if self.factored else "tl.float32"
         function = {"int8": "from_int8", "float8_e4m3": "from_e4m3", "int4": "from_int4"}[self.form]
         tiles = [f"{self.name}_tile{part}" for part in self.parts]
@@ -160,4 +178,4 @@ def capability_of(tensor):
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor'''
 
-__all__ = ["PAIRS_OF", "Form", "Reads", "Stored", "Term"]
+__all__ = ["PAIRS_OF", "Form", "Reads", "Stored", "Term", "piece"]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from attncompile.ir import Attend, Expr, Spec, TensorType, simplify
+from attncompile.ir.attend import HIDING_NOTHING
 from attncompile.ir.expr import TRUE, Apply, Const, Index, Load, conjuncts, symbols
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.ir.rows import extents, never_empty
 from attncompile.passes.frame import Options, Pass, with_operation
 from attncompile.passes.fuse import without_implied

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from attncompile.backend.checkpointing import attends, checkpointed_bodies, with_bodies
 from attncompile.backend.choose import SUPPORTED, choose_lowering
 from attncompile.backend.options import Options, read_options
 from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_dynamo
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.torch_internals import inductor, mode_options
+from attncompile.frontends.torch_internals import ahead_of_time, inductor, mode_options
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import parse_passes
 
@@ -57,7 +58,7 @@ def _compile_rest(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
     if options.rest == "eager":
-        return module.forward
+        return ahead_of_time(module, example_inputs) if checkpointed_bodies(module) else module.forward
     return inductor(module, example_inputs, mode_options(mode))
 
 
@@ -69,18 +70,17 @@ def _rewritten(
     if device is not None and device not in SUPPORTED:
         _warn(f"device {device!r} is not supported ({', '.join(SUPPORTED)} are); the model runs as it was")
         return module
+    bodies = checkpointed_bodies(module)
+    if bodies:
+        if attends(module):
+            _warn("attention outside the checkpointed blocks runs as it was; that inside them is rewritten")
+        made = {body.name: _rewritten(body.graph_module, body.inputs, options, calls) for body in bodies}
+        return with_bodies(module, made)
     try:
         captured = capture_dynamo(module, example_inputs)
         program = lift_graph(aten_graph(captured), "the compiled graph", captured.notes, blocks=False)
         if not program.sites:
             log.info("attncompile: no attention in this graph of %d nodes", len(module.graph.nodes))
-            return module
-        if _trains(captured.graph_module):
-            _warn(
-                "the model is in training mode (dropout is active); its attention runs as it was. Call model.eval() "
-                "for "
-                "inference"
-            )
             return module
         kind = device or "cpu"
         decisions = decide(
@@ -106,19 +106,6 @@ def _rewritten(
 def _device(inputs: Sequence[Any]) -> str | None:
     kinds = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
     return "cuda" if "cuda" in kinds else next(iter(sorted(kinds)), None)
-
-
-def _trains(module: torch.fx.GraphModule) -> bool:
-    """Whether a dropout of the graph is switched on, as it is in training mode whatever its probability."""
-    for node in module.graph.nodes:
-        if (
-            node.op == "call_function"
-            and "dropout" in str(node.target)
-            and len(node.args) > 2
-            and node.args[2] is True
-        ):
-            return True
-    return False
 
 
 def _report(program: Program, decisions: Sequence[Decision], options: Options) -> None:

@@ -13,6 +13,7 @@ from attncompile.backend.site_module import MaskModule, SiteModule
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import mask_inputs
 from attncompile.frontends.memory import Memory, written_arguments
+from attncompile.frontends.torch_internals import bounds_transform
 from attncompile.ir import Spec
 from attncompile.lift import Program, Site
 from attncompile.passes import PassCall, PassResult, run_passes
@@ -163,7 +164,7 @@ def _drop_dead(graph: torch.fx.Graph) -> None:
     while True:
         for node in reversed(list(graph.nodes)):
             removable = node.op in ("call_function", "call_module", "get_attr") and not node.is_impure()
-            if not node.users and removable:
+            if not node.users and removable and not bounds_transform(node):
                 graph.erase_node(node)
         unseen = _unseen_memory(graph)
         for node in reversed(unseen):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 """Told the name of each stage as it begins, such as ``"checking 3 lengths"``."""
 
-MARKS = ("plan.json", "report.json", "certificate.json")
-"""A folder that holds one of these was written by a conversion, so a conversion may replace it."""
+MARKS = ("plan.json", "report.json", "certificate.json", "kernels.json")
+"""A folder that holds one of these was written here, so it may be replaced."""
 
 
 def silent(stage: str) -> None:

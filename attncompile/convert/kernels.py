@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from attncompile import __version__
+from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.lower import modules
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.frontends.errors import InputError
@@ -21,14 +22,20 @@ from attncompile.verify import load_certificate
 KERNELS = "kernels"
 
 
+def kernel_modules(spec: Spec) -> dict[str, GeneratedModule]:
+    """File name (without ending) of each module that may run for a Spec: in Triton, and in Gluon for Hopper GPUs.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    return {f"attend_{spec.fingerprint()}{suffix}": module for suffix, module in modules(spec).items()}
+
+
 def kernel_sources(specs: Iterable[Spec]) -> dict[str, str]:
-    """File name to text of each module that may run for one of these Specs: in Triton, and in Gluon for Hopper GPUs."""
-    distinct = {spec.fingerprint(): spec for spec in specs}
+    """File name to text of each module that may run for one of these Specs."""
+    distinct = {spec.fingerprint(): spec for spec in specs if why_not_spec(spec) is None}
     return {
-        f"attend_{fingerprint}{suffix}.py": module.source
-        for fingerprint, spec in distinct.items()
-        if why_not_spec(spec) is None
-        for suffix, module in modules(spec).items()
+        f"{name}.py": module.source for spec in distinct.values() for name, module in kernel_modules(spec).items()
     }
 
 

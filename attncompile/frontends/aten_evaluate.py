@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -66,15 +66,25 @@ class AtenEvaluator:
         for name, sample in samples.items():
             if name not in known and name not in needed:
                 known[name] = self._like(sample, sizes)
+        steps = [step for node in self.module.graph.nodes for step in self._steps(node) if step[0] in needed]
+        last = {read: number for number, (_, _, reads) in enumerate(steps) for read in reads}
         with torch.no_grad():
-            for node in self.module.graph.nodes:
-                name = self.versions.made(node.name)
-                if name in needed:
-                    known[name] = self._run(node, known)
-                for change in self.versions.by_writer.get(node.name, ()):
-                    if change.after in needed:
-                        known[change.after] = self._changed(change, nodes, known, sizes)
+            for number, (name, made_by, reads) in enumerate(steps):
+                if isinstance(made_by, Change):
+                    known[name] = self._changed(made_by, nodes, known, sizes)
+                else:
+                    known[name] = self._run(made_by, known)
+                # an attention map can be most of the memory there is: nothing is kept longer than it is read
+                for read in reads:
+                    if last[read] == number and read not in wanted and read not in feeds:
+                        known.pop(read, None)
         return {name: known[name] for name in wanted}
+
+    def _steps(self, node: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node | Change, tuple[str, ...]]]:
+        """What a node makes, in order: the name of each value, what makes it, and what that reads."""
+        yield self.versions.made(node.name), node, tuple(self.versions.reads[node.name].values())
+        for change in self.versions.by_writer.get(node.name, ()):
+            yield change.after, change, change.read
 
     def _run(self, node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
         reads, written = self.versions.reads[node.name], altered_arguments(node)
@@ -84,9 +94,10 @@ class AtenEvaluator:
             return value.clone() if argument in written else value  # every version of a value stays as it was
 
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given)
-        args, kwargs = torch.utils._pytree.tree_map(_widened_argument, (args, kwargs))
+        # not torch's own tree_map: a function in it that calls itself keeps tensors until garbage is collected
+        args, kwargs = torch.fx.node.map_aggregate((args, kwargs), _widened_argument)
         assert callable(node.target)
-        return torch.utils._pytree.tree_map(_widened, node.target(*args, **kwargs))
+        return torch.fx.node.map_aggregate(node.target(*args, **kwargs), _widened)
 
     def _writes_nothing(self, change: Change, nodes: Mapping[str, torch.fx.Node]) -> bool:
         """Whether what a write puts down has no elements, whatever the sizes: the channels of a part that is off."""

@@ -46,7 +46,8 @@ from attncompile.frontends.onnx_known import (
     known_value,
     scalar,
 )
-from attncompile.frontends.onnx_rows import EVERY_OUTPUT, opaque_info, rows_of
+from attncompile.frontends.onnx_opaque import opaque_info
+from attncompile.frontends.onnx_rows import EVERY_OUTPUT, rows_of
 from attncompile.frontends.onnx_sizes import SizeNames, product
 from attncompile.frontends.onnx_unranked import refuse_unranked
 from attncompile.frontends.source import innermost_model_frame
@@ -120,7 +121,8 @@ class _View:
     def _stored(self, graph: ir.Graph) -> None:
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                self._constant(name, value.const_value, "parameter")
+                whole = value.const_value.dtype.is_integer() or value.const_value.dtype == ir.DataType.BOOL
+                self._constant(name, value.const_value, "constant" if whole else "parameter")
 
     def _body(self, node: ir.Node, body: ir.Graph, module: str) -> None:
         """Everything in a body, from what it is given in its first round."""

@@ -207,3 +207,8 @@ def fills(b: Builder, known: Known) -> str:
 
     parts = tuple(single(item) for item in items)
     return b.emit(lambda name: Concatenate(name, parts, 0), known.shape, known.dtype)
+
+
+def is_float(b: Builder, value: str) -> bool:
+    """Whether a value holds real numbers."""
+    return element_kind(b.dtype(value)) is Kind.FLOAT

@@ -206,6 +206,10 @@ def _better(opset: int) -> list[type[OpRun]]:
     return [Erf, GatherElements, *([Attention] if opset >= 23 else []), *([Softmax] if opset < 13 else [])]
 
 
+LARGE, PIECE = 2**20, 4
+"""Elements of an input from which a part is computed in pieces, and the nodes of a piece."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """Some nodes of a model with the constants they start from."""
@@ -224,14 +228,18 @@ class _Part:
         outputs = [name for name in self.wanted if name not in given]
         if not outputs:
             return {name: given[name] for name in self.wanted}
-        proto = _model(model, nodes, given, outputs)
-        evaluator = ReferenceEvaluator(proto, new_ops=_better(model.opset_imports.get("", 1)))
+        # the evaluator keeps all it computes: large values are computed in pieces, and let go when nothing reads them
+        large = max((value.size for value in given.values()), default=0) > LARGE
+        size = PIECE if large else len(nodes)
+        known = dict(given)
         try:
-            with np.errstate(all="ignore"):  # 0 · ∞ in masked positions is the model's business
-                results = dict(zip(outputs, evaluator.run(None, given), strict=True))
+            for start in range(0, len(nodes), size):
+                piece, later = nodes[start : start + size], nodes[start + size :]
+                needed = {*self.wanted, *(name for node in later for name in _read(node))}
+                known = _run_piece(model, piece, known, needed)
         except Exception as error:  # operators raise whatever NumPy does; the caller only needs to know that it failed
             raise ValueError(f"ONNX's reference cannot compute {', '.join(outputs)}: {error}") from error
-        return {name: _wide(np.asarray(results.get(name, given.get(name)))) for name in self.wanted}
+        return {name: _wide(np.asarray(known[name])) for name in self.wanted}
 
     def run_native(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """In the model's own dtypes, by ONNX Runtime."""
@@ -252,6 +260,29 @@ class _Part:
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         results = session.run(list(self.wanted), given)
         return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
+
+
+def _run_piece(
+    model: ir.Model, nodes: list[onnx.NodeProto], known: dict[str, np.ndarray], needed: set[str]
+) -> dict[str, np.ndarray]:
+    """The needed values among those that are known and those that the nodes compute."""
+    outputs = [name for node in nodes for name in node.output if name and name in needed]
+    evaluator = ReferenceEvaluator(
+        _model(model, nodes, known, outputs), new_ops=_better(model.opset_imports.get("", 1))
+    )
+    with np.errstate(all="ignore"):  # 0 · ∞ in masked positions is the model's business
+        made = dict(zip(outputs, evaluator.run(None, known), strict=True))
+    return {name: value for name, value in (known | made).items() if name in needed}
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node and the bodies in it read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for inner in graph.node:
+                yield from _read(inner)
+            yield from (value.name for value in graph.output)
 
 
 def _model(

@@ -179,6 +179,14 @@ _ENTERS = "_increment_nesting"
 """How the name of a call that enters a function transform ends, as in ``_vmap_increment_nesting``."""
 
 
+def bounds_transform(node: torch.fx.Node) -> bool:
+    """Whether a node enters or leaves a function transform; nothing reads what such a call gives."""
+    return node.op == "call_function" and str(getattr(node.target, "__name__", "")).endswith(_BOUNDS)
+
+
+_BOUNDS = (_ENTERS, "_decrement_nesting")
+
+
 def is_batched(value: object) -> bool:
     """Whether a traced value is one that vmap wraps: it has a shape, but no memory of its own to look at."""
     return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
@@ -258,6 +266,17 @@ def copy_input_identity(original: torch.fx.Node, copy: torch.fx.Node) -> None:
 def recording_of(graph_module: torch.fx.GraphModule) -> AbstractContextManager[Any]:
     """The fake mode a graph was recorded in, as a context in which values of new nodes can be computed."""
     return fake_mode_of_graph(graph_module) or nullcontext()
+
+
+def ahead_of_time(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph as ahead-of-time autograd runs it: forward and backward are graphs too, of plain operators.
+
+    Run node by node, a checkpointed block draws other random numbers when it is computed again than at first.
+    """
+    from torch._dynamo.backends.debugging import aot_eager
+
+    run: Callable[..., Any] = aot_eager(graph_module, list(example_inputs))
+    return run
 
 
 def inductor(

@@ -1,20 +1,13 @@
 """The Spec language: index expressions, operations on named axes, and everything that reads them."""
 
+from attncompile.ir.attend import NO_SINK, Attend, Normalizer, grouped
 from attncompile.ir.expr import Expr, Index, Load, Size
+from attncompile.ir.operation import Operation
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import (
-    NO_SINK,
-    Attend,
-    Cache,
-    Normalizer,
-    Operation,
-    Position,
-    Project,
-    Quantize,
-    Scan,
-    grouped,
-)
+from attncompile.ir.ops import Cache, Position, Project, Quantize
 from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.regroup import Regroup
+from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec, parse_spec, print_spec
 from attncompile.ir.storage import Dequantize, Gather
@@ -39,6 +32,7 @@ __all__ = [
     "Quantize",
     "Refusal",
     "RefusalError",
+    "Regroup",
     "Scan",
     "Size",
     "Spec",

@@ -44,14 +44,21 @@ def evaluate(expr: Expr, environment: Environment) -> torch.Tensor:
     Raises:
         ValueError: for a symbol or tensor that the environment does not have.
     """
-    known: dict[Expr, torch.Tensor] = dict(environment.given)
+    return _Evaluation(environment, dict(environment.given)).of(expr)
 
-    def go(node: Expr) -> torch.Tensor:
-        if node not in known:
-            known[node] = _value(node, environment, go)
-        return known[node]
 
-    return go(expr)
+@dataclass(frozen=True)
+class _Evaluation:
+    """Values of expressions; no function that calls itself, whose cell would keep them until garbage is collected."""
+
+    environment: Environment
+    known: dict[Expr, torch.Tensor]
+
+    def of(self, node: Expr) -> torch.Tensor:
+        """The value of an expression, computed once."""
+        if node not in self.known:
+            self.known[node] = _value(node, self.environment, self.of)
+        return self.known[node]
 
 
 def largest_first(terms: tuple[Expr, ...]) -> tuple[Expr, ...]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from attncompile.ir.affine import affine
+from attncompile.ir.attend import Attend
 from attncompile.ir.expr import TRUE, Const, Expr, Index, substitute
-from attncompile.ir.ops import Attend
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import TensorType
 

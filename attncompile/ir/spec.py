@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
+from attncompile.ir.attend import Attend, Normalizer
 from attncompile.ir.expr import Expr, Size, walk
+from attncompile.ir.operation import Operation
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import OPERATIONS, Attend, Normalizer, Operation, Scan
+from attncompile.ir.ops import OPERATIONS
 from attncompile.ir.polynomial import polynomial
+from attncompile.ir.scan import Scan
 from attncompile.ir.text import parse_expr, parse_exprs, print_expr
 from attncompile.ir.types import DTYPES, Axis, TensorType, Value, bind_sizes, element_kind
 

@@ -14,8 +14,9 @@ import torch
 
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import Const, Expr, Index, Load
+from attncompile.ir.operation import Operation, Tensors, Types, find, operand, result
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import OPERATIONS, Operation, Tensors, Types, find, operand, result
+from attncompile.ir.ops import OPERATIONS
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 from attncompile.ir.types import Axis, TensorType, Value, concrete, element_kind

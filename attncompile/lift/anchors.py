@@ -7,7 +7,7 @@ the scores or the product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,8 +168,8 @@ def is_learned(graph: Graph, value: str) -> bool:
     return True
 
 
-def _contractions_behind(graph: Graph, value: str) -> list[Contract]:
-    found: list[Contract] = []
+def _behind(graph: Graph, value: str, onward: Callable[[Node], Iterable[str]]) -> Iterator[Node]:
+    """Each node behind a value, once; ``onward`` names the inputs of a node to go on with."""
     seen: set[str] = set()
     stack = [value]
     while stack:
@@ -178,13 +178,17 @@ def _contractions_behind(graph: Graph, value: str) -> list[Contract]:
         if name in seen or node is None:
             continue
         seen.add(name)
-        if isinstance(node, Contract):
-            found.append(node)
-        elif isinstance(node, Select):
-            stack.append(node.data)
-        elif isinstance(node, TRANSPARENT):
-            stack += node.inputs
-    return found
+        yield node
+        stack += onward(node)
+
+
+def _contractions_behind(graph: Graph, value: str) -> list[Contract]:
+    def onward(node: Node) -> Iterable[str]:
+        if isinstance(node, Select):
+            return (node.data,)
+        return node.inputs if isinstance(node, TRANSPARENT) else ()
+
+    return [node for node in _behind(graph, value, onward) if isinstance(node, Contract)]
 
 
 def products_after(graph: Graph, weights: str, passed: tuple[type[Node], ...] = TRANSPARENT) -> list[Contract]:
@@ -234,20 +238,10 @@ def obstacle_behind(graph: Graph, source: str) -> Opaque | None:
 
 
 def _opaque_behind(graph: Graph, value: str) -> list[Opaque]:
-    found: list[Opaque] = []
-    seen: set[str] = set()
-    stack = [value]
-    while stack:
-        name = stack.pop()
-        node = graph.producer.get(name)
-        if name in seen or node is None:
-            continue
-        seen.add(name)
-        if type(node) is Opaque:
-            found.append(node)
-        elif isinstance(node, TRANSPARENT):
-            stack += node.inputs
-    return found
+    def onward(node: Node) -> Iterable[str]:
+        return node.inputs if isinstance(node, TRANSPARENT) else ()
+
+    return [node for node in _behind(graph, value, onward) if type(node) is Opaque]
 
 
 def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple[Contract, Contract]]:

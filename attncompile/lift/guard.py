@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attncompile.ir import Attend, Expr, Kind, Load, Spec, print_expr, simplify
+from attncompile.ir.attend import HIDING_NOTHING
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, loads, substitute, symbols, where
-from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.lift.masks import split_mask
 
 VALUES = (0, 1)

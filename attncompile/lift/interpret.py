@@ -30,6 +30,7 @@ from attncompile.ir.expr import Apply, Const, apply, walk, where
 from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import concrete, element_kind
+from attncompile.lift.constants import progression
 from attncompile.lift.cover import covers
 
 _ARITHMETIC = ("add", "mul", "min", "max", "abs", "floor", "ceil", "round", "where", "float", "int", "floordiv", "mod")
@@ -78,6 +79,7 @@ class Interpreter:
     def __post_init__(self) -> None:
         self.simplifier = self.graph.simplifier(self.extents)
         self._known: dict[tuple[str, Indices], Expr] = {}
+        self._progressions: dict[str, tuple[int, ...] | None] = {}
         # what no stop lies behind is the same for every site of this shape: the layers of a model share their
         # masks
         shares = not self.loaded and all(stop in self.dependent for stop in self.stops)
@@ -140,6 +142,15 @@ class Interpreter:
         if given is not None and given.value is not None and given.value.numel() == 1:
             item = given.value.item()
             return Const(bool(item) if kind is Kind.BOOL else int(item) if kind is Kind.INT else float(item))
+        if given is not None and given.value is not None and given.role == "constant":
+            if value not in self._progressions:
+                self._progressions[value] = progression(given.value)
+            steps = self._progressions[value]
+            if steps is not None:
+                start, *slopes = steps
+                if kind is Kind.BOOL:
+                    return Const(bool(start))
+                return self.simplifier(sum((Const(n) * i for n, i in zip(slopes, indices, strict=True)), Const(start)))
         return Load(value, indices, kind)
 
     def _stated(self, node: Node, indices: Indices) -> Expr:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from attncompile.frontends.graph import Graph, Indices
 from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, simplify
+from attncompile.ir.attend import NO_SINK
 from attncompile.ir.expr import SCORE, TOTAL, WEIGHT, Const, apply, substitute, symbols
-from attncompile.ir.ops import NO_SINK
 from attncompile.lift.anchors import Anchor
 from attncompile.lift.exponentials import minus, plus, without_row_terms
 from attncompile.lift.interpret import Interpreter

@@ -18,8 +18,8 @@ import torch
 
 from attncompile.frontends.graph import Graph
 from attncompile.ir import Expr, Refusal, Size, Spec, TensorType
-from attncompile.ir.evaluate import evaluate
-from attncompile.ir.expr import TRUE, Apply, Const, Load, walk
+from attncompile.ir.evaluate import Environment, evaluate, index_grid
+from attncompile.ir.expr import TRUE, Apply, Const, Load, loads, walk
 from attncompile.ir.types import DTYPES, concrete
 from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 
@@ -337,6 +337,32 @@ def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, i
     elif 0 < len(searched) <= 2:
         for found in itertools.product(SEARCHED, repeat=len(searched)):
             yield {**small[0], **dict(zip(searched, found, strict=True))}
+    for values in small:
+        yield _reaching(graph, spec, region, values)
+
+
+def _reaching(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int]) -> dict[str, int]:
+    """The values, with every captured tensor at least as long as the Spec reads it.
+
+    Nothing in a graph relates the length of a mask of which every hundredth element is read to the number of keys.
+    """
+    attend = spec.attend()
+    bindings = {binding.name: binding for binding in region.inputs}
+    if attend is None or not {attend.query, attend.key} <= bindings.keys():
+        return dict(values)
+    shapes = {name: graph.infos[binding.value].shape for name, binding in bindings.items()}
+    stored = {name: torch.empty([concrete(s, values) for s in shape], device="meta") for name, shape in shapes.items()}
+    sizes = {**values, **_bound_sizes(spec, {n: (b, stored[n]) for n, b in bindings.items()}, graph, values)}
+    types = spec.types()
+    extents = [*types[attend.query].sizes[:3], types[attend.key].sizes[2]]
+    grid = index_grid({name: concrete(size, sizes) for name, size in zip("bhij", extents, strict=True)}, "cpu")
+    reached = dict(values)
+    for load in (node for expr in attend.expressions() for node in walk(expr) if isinstance(node, Load)):
+        for index, size in zip(load.indices, shapes.get(load.tensor, ()), strict=False):
+            if isinstance(size, Size) and not loads(index):
+                last = int(evaluate(index, Environment(grid, sizes)).max())
+                reached[size.name] = max(reached.get(size.name, 0), last + 1)
+    return reached
 
 
 def _single_blocks(exprs: Sequence[Expr], values: Mapping[str, int]) -> bool:

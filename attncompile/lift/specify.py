@@ -25,6 +25,7 @@ from attncompile.ir import (
     Value,
     simplify,
 )
+from attncompile.ir.attend import HIDING_NOTHING
 from attncompile.ir.expr import (
     ONE,
     TOTAL,
@@ -40,7 +41,6 @@ from attncompile.ir.expr import (
     symbols,
     walk,
 )
-from attncompile.ir.ops import HIDING_NOTHING
 from attncompile.ir.simplify import polynomial
 from attncompile.lift.masks import scale_score, split_mask, split_zeros
 from attncompile.lift.operands import Operand, layout_of

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from attncompile.frontends.graph import Indices
 from attncompile.ir import Expr, Normalizer
+from attncompile.ir.attend import NO_SINK
 from attncompile.ir.expr import TOTAL
-from attncompile.ir.ops import NO_SINK
 from attncompile.lift.axes import BATCH, CHANNEL, HEAD, KEY, QUERY, VALUE_CHANNEL
 from attncompile.lift.normaliser import refuse
 from attncompile.lift.operands import Operand

@@ -1,6 +1,6 @@
 """Gluon kernels for Hopper GPUs (compute capability 9.0): what plain Triton cannot say there."""
 
 from attncompile.codegen.gluon.generate import HopperModule, generate
-from attncompile.codegen.gluon.structure import slower, why_not_installed, why_not_spec
+from attncompile.codegen.gluon.structure import arranged, slower, why_not_installed, why_not_spec
 
-__all__ = ["HopperModule", "generate", "slower", "why_not_installed", "why_not_spec"]
+__all__ = ["HopperModule", "arranged", "generate", "slower", "why_not_installed", "why_not_spec"]

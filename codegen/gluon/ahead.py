@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from attncompile.codegen.gluon.generate import HopperModule
-from attncompile.codegen.triton.ahead import ELEMENTS, Compiled, Target, resources
+from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, compile_kernel, described
 from attncompile.codegen.triton.cache import load_module
 from attncompile.ir.types import DTYPES
 
-HOPPER = Target("cuda", 90, 32)
+HOPPER = next(target for target in TARGETS if target.arch == 90)
 
 
 def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
@@ -36,10 +36,17 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
     values = ((features, keys), "float8_e4m3") if skeleton.turned_values else ((keys, features), dtype)
     tiles = {"query": ((64, channels), codes), "key": ((keys, channels), codes)}
     tiles |= {"value": values, "out": ((64, features), dtype)}
+    boxes = skeleton.boxes
     for name in skeleton.descriptors():
         tile, element = tiles[name]
-        shape = ", ".join(map(str, (1, 1, *tile)))
-        layout = loaded.tile_layout(*tile, DTYPES[element].itemsize)
+        sizes: tuple[int, ...] = (1, 1, *tile)
+        # without rounded operands a module takes 16 bits for granted
+        width = (1,) if DTYPES[element].itemsize == 1 else ()
+        layout = loaded.tile_layout(*tile, *width)
+        if boxes:
+            box = (*boxes.lead(), *(boxes.query_box if name in ("query", "out") else boxes.key_box))
+            sizes, layout = (*box, tile[1]), loaded.box_layout(box, tile[1])
+        shape = ", ".join(map(str, sizes))
         signature[name] = f"tensordesc<{ELEMENTS[element]}[{shape}],{layout!r}>"
     for name, element in kernel.pointers:
         signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
@@ -61,13 +68,10 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
         target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp),
         options={"num_warps": 4, "maxnreg": skeleton.tile.limit},
     )
-    own = _compiled(kernel.name, built)
-    return (*_small(loaded, module, signature, constants, aligned), own) if skeleton.marks else (own,)
-
-
-def _compiled(name: str, built: Any) -> Compiled:
-    registers, spills = resources(built.asm, HOPPER)
-    return Compiled(name, str(HOPPER), int(built.metadata.shared), registers, spills, dict(built.asm))
+    own = described(kernel.name, HOPPER, built, ordered, constants)
+    moving = (compile_kernel(getattr(loaded, each.name), each, HOPPER, dtype) for each in module.moving)
+    small = _small(loaded, module, signature, constants, aligned) if skeleton.marks else []
+    return (*moving, *small, own)
 
 
 def _small(
@@ -80,14 +84,17 @@ def _small(
 
     tile = module.skeleton.tile
     space = 1 << (tile.queries - 1).bit_length()
-    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "CHUNK": 16, "SPACE": 64, **constants}
+    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 32, **constants}
+    chunks = {"mark_blocks": module.skeleton.marks.chunk if module.skeleton.marks else 0, "order_tiles": 256}
     made = []
     for name in ("mark_blocks", "order_tiles"):
         function = getattr(loaded, name)
+        chosen["CHUNK"] = chunks[name]
         arguments = {n: "constexpr" if n in chosen else known.get(n, "i32") for n in function.arg_names}
         attributes = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in arguments}
         source = ASTSource(
             function, arguments, constexprs={n: chosen[n] for n in arguments if n in chosen}, attrs=attributes
         )
-        made.append(_compiled(name, triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))))
+        built = triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))
+        made.append(described(name, HOPPER, built, arguments, chosen))
     return made

@@ -6,8 +6,10 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from attncompile.codegen.gluon.boxes import boxes_of
+from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
-from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, WORK_LIST, key_count, launch_lines
+from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
 from attncompile.codegen.gluon.marks import marks
 from attncompile.codegen.gluon.structure import may_be_infinite, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHORT
@@ -26,18 +28,21 @@ from attncompile.codegen.triton.module import (
     launcher,
     mentions,
 )
+from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
+from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
-from attncompile.ir.expr import SCORE, TRUE, Apply, loads, walk
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, loads, walk
 from attncompile.ir.simplify import Simplifier
 from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile
+from attncompile.kernels.hopper_boxes import WORDS, Boxes
 from attncompile.kernels.hopper_lines import hopper_function
 from attncompile.kernels.hopper_marks import HOST as LISTS
-from attncompile.kernels.hopper_marks import MarkBlocks
+from attncompile.kernels.hopper_marks import KEPT, MarkBlocks
 from attncompile.kernels.quantize import DEVICE_FUNCTIONS as ROUNDING_FUNCTIONS
 
 GLUON = Dialect("gl.", {"sigmoid": "(1.0 / (1.0 + gl.exp(-{0})))"})
@@ -54,13 +59,17 @@ class HopperModule(GeneratedModule):
     Attributes:
         skeleton: what the Spec decided.
         elements: element type of each pointer.
+        moving: kernels that move tokens before and after.
     """
 
     skeleton: HopperForward
     elements: dict[str, str]
+    moving: tuple[Kernel, ...] = ()
 
 
-def generate(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT) -> HopperModule:
+def generate(
+    spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT, in_place: bool = False
+) -> HopperModule:
     """The Gluon module of a Spec.
 
     The same Spec gives the same text; the Spec's name is no part of it.
@@ -69,6 +78,8 @@ def generate(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT
         spec: one attention.
         tile: how the work is divided, when not as :mod:`attncompile.codegen.gluon.tiles` says.
         queries: about how many queries there will be; any number is computed.
+        in_place: whether tokens that are moved into boxes of a grid are read and written where they lie, instead of
+            being copied before and after.
 
     Raises:
         ValueError: when there is no kernel for the Spec; says why.
@@ -77,20 +88,28 @@ def generate(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT
     if reason:
         raise ValueError(f"no Hopper kernel for {spec.name}: {reason}")
     spec = dataclasses.replace(spec, name="attention")
-    parts = dense(spec)
+    moved = regrouped_parts(spec)
+    attention = moved.attention if moved else spec
+    parts = dense(attention)
+    tile = tile or _tile(parts, queries)
+    boxes = boxes_of(spec, moved, tile, GLUON) if moved and in_place else None
+    if moved and boxes is None:
+        inner = generate(attention, tile)
+        source, moving = around(spec, moved, inner.source)
+        return dataclasses.replace(inner, name=f"hopper_{spec.fingerprint()}", source=source, moving=moving)
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
-    binding = Binding.of(
-        spec, captured_tensors(*expressions), (*MODULE_NAMES, *RESERVED, *MarkBlocks.words()), LAUNCHER_WORDS
-    )
+    reserved = (*MODULE_NAMES, *RESERVED, *WORDS, *MarkBlocks.words())
+    binding = Binding.of(spec, captured_tensors(*expressions), reserved, LAUNCHER_WORDS)
     lengths = (
         binding.length("H", parts.query.sizes[1]),
         binding.length("I", parts.query.sizes[2]),
         binding.length("J", parts.key.sizes[2]),
     )
-    skeleton = _skeleton(spec, parts, binding, lengths, tile or _tile(parts, queries))
+    skeleton = _skeleton(attention, parts, binding, lengths, tile, boxes)
     kernel_text = skeleton.source()
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
+    lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
     rounding = rounding_texts(parts)
     sections = (
         _documentation(spec, inputs, kernel_text),
@@ -102,9 +121,10 @@ def generate(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT
         *device_functions_of(*rounding, names=ROUNDING_FUNCTIONS),
         *rounding,
         kernel_text,
-        f"{_rounded(parts)}\n{HOST}",
-        *([LISTS] if skeleton.marks else [WORK_LIST, key_count(found, binding, skeleton)]),
-        launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton)),
+        host(parts),
+        *([boxes.host()] if boxes else []),
+        *(lists if skeleton.marks else [WORK_LIST, key_count(found, binding, skeleton)]),
+        launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton, moved)),
     )
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
     types = spec.types()
@@ -128,28 +148,33 @@ def _skeleton(
     binding: Binding,
     lengths: tuple[Length, Length, Length],
     tile: HopperTile,
+    boxes: Boxes | None,
 ) -> HopperForward:
     attend, types = parts.attend, spec.types()
     batch, heads, queries = parts.query.sizes[:3]
     keys = parts.key.sizes[2]
     extents = {"b": batch, "h": heads, "i": queries, "j": keys}
-    indices = {name: name for name in ("b", "h", "i", "j", NEAR.name, FAR.name)}
-    pairs = Scope(indices, binding.sizes, binding.pointers, types, extents, GLUON)
+    indices = {name: name for name in ("b", "h", "i", "j", NEAR.name, FAR.name, FIRST_ROW.name, START.name)}
+    # a warpgroup's queries may all lie behind the last one
+    firsts = {START.name: keys, FIRST_ROW.name: Const(1 << 30)}
+    pairs = Scope(indices, binding.sizes, binding.pointers, types, {**extents, **firsts}, GLUON)
     scalars = {n: n for n in ("b", "h", "row_first", "row_last")}
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents, GLUON)
     found = dataclasses.replace(visits(parts.mask, queries, keys), test=TRUE)
     runs, runs_text = key_runs(found, block)
-    score = None if parts.score == SCORE else function_of("score", fold_columns(parts.score), pairs)
-    visible = None if parts.mask == TRUE else function_of("visible", fold_columns(parts.mask), pairs)
+    score_text, mask_text = (fold_columns(read_once(expr, tile), keys=tile.keys) for expr in (parts.score, parts.mask))
+    score = None if parts.score == SCORE else function_of("score", score_text, pairs)
+    visible = None if parts.mask == TRUE else function_of("visible", mask_text, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
     parameters = [name for function in (score, visible, sink) if function for name in function.parameters]
-    listed = marks(parts.mask, queries, keys, binding.pointers, binding.sizes, types, extents)
+    listed = marks(parts.mask, queries, keys, binding.pointers, binding.sizes, types, extents, tile)
     marks_text = listed.texts() if listed else ""
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
     channels, features = constant(parts.query.sizes[3]), constant(parts.value.sizes[3])
     within = Simplifier({"b": batch, "h": heads, "i": queries})
-    inside = not any(within.nonnegative(keys - limit) for limit in key_bounds(parts.mask).upper)
+    filled = isinstance(simplify(keys), Const) and constant(keys) % tile.keys == 0
+    inside = not filled and not any(within.nonnegative(keys - limit) for limit in key_bounds(parts.mask).upper)
     return HopperForward(
         tile=tile,
         scale=parts.scale,
@@ -168,14 +193,9 @@ def _skeleton(
         features=features,
         clamped=any(loads(expr) for expr in expressions),
         marks=listed,
+        boxes=boxes,
         narrow=narrow_operands(parts),
     )
-
-
-def _rounded(parts: Dense) -> str:
-    """The operands that other kernels read, wherever they lie."""
-    names = ("query", "key", "value")[: len(parts.rounding.steps) if parts.rounding else 0]
-    return f"ROUNDED = {names!r}  # these are copied into codes first"
 
 
 def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
@@ -187,7 +207,8 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
 
 
 def _tile(parts: Dense, queries: int) -> HopperTile:
-    return tile_for(parts, light=_light(parts), short=queries < SHORT and parts.mask != TRUE)
+    short = queries < SHORT and parts.mask != TRUE
+    return tile_for(parts, light=_light(parts), short=short, keys=keys_of_cells(parts.score, parts.mask))
 
 
 def _light(parts: Dense) -> bool:

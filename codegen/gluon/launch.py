@@ -6,6 +6,7 @@ from collections import Counter
 
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
+from attncompile.codegen.triton.moved import Regrouped
 from attncompile.codegen.triton.names import LAUNCHER_NAMES
 from attncompile.codegen.triton.rounding import rounding_lines
 from attncompile.codegen.triton.structure import Dense
@@ -30,8 +31,13 @@ PYTHON = Dialect(
 )
 """Integer expressions on the host."""
 
-HOST = '''\
+_HOST = '''\
 HALF = (torch.float16, torch.bfloat16)
+ROUNDED = NAMES  # these are copied into codes first  # if rounded
+
+
+class Refused(ValueError):
+    """The kernel cannot read these tensors where they lie."""
 
 
 def why_not(query, key, value):
@@ -44,8 +50,8 @@ def why_not(query, key, value):
             return f"the {name} is empty"
         if sizes[1] > 65535:
             return f"the {name} has {sizes[1]} heads; the work list has room for 65535"
-        if name in ROUNDED:
-            continue
+        if name in ROUNDED:  # if rounded
+            continue  # if rounded
         if tensor.data_ptr() % 16:
             return f"the {name} does not begin at a multiple of 16 bytes"
         if strides[3] != 1:
@@ -57,18 +63,50 @@ def why_not(query, key, value):
 
 
 @functools.lru_cache(maxsize=64)
-def tile_layout(rows, channels, element=2):
-    """How a tile of elements of so many bytes lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.int8 if element == 1 else gl.float16)
+def tile_layout(rows, channels):  # if whole
+    """How a tile lies in shared memory."""  # if whole
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)  # if whole
+def tile_layout(rows, channels, element=2):  # if rounded
+    """How a tile of elements of so many bytes lies in shared memory."""  # if rounded
+    like = gl.int8 if element == 1 else gl.float16  # if rounded
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], like)  # if rounded
+
+
+DESCRIBED = {}  # descriptors without their tensors
 
 
 def descriptor(tensor, rows, channels):
     """What the copying unit needs to know: it fills with zeros, or leaves out, what lies past the tensor's end."""
-    strides = [stride if size > 1 else 16 for size, stride in zip(tensor.shape, tensor.stride())]
-    strides[3] = 1
-    block = [1, 1, rows, channels]
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels, tensor.itemsize))
+    key = tensor.shape, tensor.stride(), tensor.dtype, rows, channels
+    if key not in DESCRIBED:
+        strides = [stride if size > 1 else ALIGNED for size, stride in zip(tensor.shape, tensor.stride())]
+        strides[3] = 1
+        block = [1, 1, rows, channels]
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))  # if whole
+        layout = tile_layout(rows, channels, tensor.itemsize)  # if rounded
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)  # if rounded
+        if len(DESCRIBED) >= 4096:
+            DESCRIBED.clear()
+        DESCRIBED[key] = {name: value for name, value in vars(made).items() if name != "base"}
+    # its constructor checks at length what why_not and the first of its kind have been asked
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    vars(made).update(DESCRIBED[key], base=tensor)
+    return made
 '''
+
+
+def host(parts: Dense) -> str:
+    """The functions that look at query, key and value, and describe them to the copying unit.
+
+    Where operands are rounded, other kernels make codes of them, wherever they lie; elements have 8 or 16 bits then.
+    """
+    names = ("query", "key", "value")[: len(parts.rounding.steps) if parts.rounding else 0]
+    option = "rounded" if names else "whole"
+    lines = [line.partition("  # if ") for line in _HOST.splitlines()]
+    text = "\n".join(line for line, _, condition in lines if condition in ("", option)) + "\n"
+    # an axis of one place gets a stride that is a multiple of 16 bytes
+    return text.replace("NAMES", repr(names)).replace("ALIGNED", "16" if names else "8")
+
 
 WORK_LIST = '''\
 @functools.lru_cache(maxsize=256)
@@ -96,8 +134,8 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF ROUNDED work reason why_not work_list descriptor counts places lists tiles block_lists dealt rows
-    start stop first_start first_stop
+    HALF ROUNDED Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
+    counts places lists tiles blocks block_lists dealt rows start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
@@ -151,28 +189,46 @@ def launch_lines(
     binding: Binding,
     lengths: tuple[Length, Length, Length],
     skeleton: HopperForward,
+    moved: Regrouped | None = None,
 ) -> list[str]:
-    """Body of the launcher."""
-    attend, tile = parts.attend, skeleton.tile
+    """Body of the launcher.
+
+    Args:
+        spec: the whole.
+        parts: of its attention.
+        binding: identifiers.
+        lengths: heads, queries and keys.
+        skeleton: the kernel.
+        moved: how tokens are moved, where the kernel reads them in boxes.
+    """
+    attend, tile, boxes = parts.attend, skeleton.tile, skeleton.boxes
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
     rounding = parts.rounding
-    sources = {step.out: step.tensor for step in rounding.steps} if rounding else {}
-    names = (attend.query, attend.key, attend.value)
-    query, key, value = (binding.tensors[sources.get(name, name)] for name in names)
+    before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
+    before |= {step.out: step.tensor for step in rounding.steps} if rounding else {}
+    query, key, value = (
+        binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)
+    )
     copied = ("query_codes", "key_codes") if rounding else (query, key)
+    tokens = binding.size(spec.types()[moved.after.out].sizes[2]) if moved else queries
     captured = [binding.tensors[name] for name in binding.pointers]
     values = {length.name: length.value for length in lengths}
     values |= {"key_heads": binding.size(parts.key.sizes[1])}
     sizes = [values.get(name, name) for name in skeleton.integers()]
     channels, features = "CHANNELS.value", "FEATURES.value"
+    described = {"query": "64", "key": "BLOCK_J.value"}
+    function = "descriptor"
+    if boxes:
+        function = "box_descriptor"
+        described = {"query": f"{(*boxes.lead(), *boxes.query_box)}", "key": f"{(*boxes.lead(), *boxes.key_box)}"}
     arguments = [
-        f"descriptor({copied[0]}, 64, {channels})",
-        f"descriptor({copied[1]}, BLOCK_J.value, {channels})",
-        f"descriptor(value_codes, {features}, BLOCK_J.value)"
+        f"{function}({copied[0]}, {described['query']}, {channels})",
+        f"{function}({copied[1]}, {described['key']}, {channels})",
+        f"{function}(value_codes, {features}, {described['key']})"
         if skeleton.turned_values
-        else f"descriptor({value}, BLOCK_J.value, {features})",
-        f"descriptor(out, 64, {features})" if tile.staged else "out",
+        else f"{function}({value}, {described['key']}, {features})",
+        f"{function}(out, {described['query']}, {features})" if tile.staged else "out",
         *(["lse"] if skeleton.lse else []),
         *(skeleton.narrow.scales() if skeleton.narrow else ()),
         *captured,
@@ -186,7 +242,7 @@ def launch_lines(
         f"maxnreg={tile.limit}",
     ]
     lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
-    results = {attend.out: "out", attend.lse: "lse"}
+    results = {attend.out: "out", attend.lse: "lse"} | ({moved.after.out: "out"} if moved else {})
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
     listed = signature(
         "work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4
@@ -194,34 +250,58 @@ def launch_lines(
     read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
     marked: list[str] = []
     if skeleton.marks:
-        lists, shared = (f"{batch} * {heads} * tiles", "1") if skeleton.marks.by_head else (f"{batch} * tiles", heads)
+        by_head = skeleton.marks.by_head
+        listed_tiles, shared = (f"{batch} * {heads} * tiles", "1") if by_head else (f"{batch} * tiles", heads)
         processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
-        marked = [
-            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
-            f"    lists = {lists}",
+        made = [
             *signature(
                 "counts, places = block_lists",
-                [query, "lists", f"triton.cdiv({lengths[2].value}, BLOCK_J.value)", f"({', '.join(read)},)"],
+                [query, listed_tiles, "blocks", f"({', '.join(read)},)"],
                 "",
-                4,
-                inside=4,
+                inside=8,
             ).splitlines(),
-            f"    rows = min({processors}, {batch} * {heads} * tiles)",
-            f"    work = dealt(counts, tiles, {heads}, {shared}, rows)",
+            f"work = dealt(counts, tiles, {heads}, {shared}, rows)",
         ]
+        marked = [
+            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
+            f"    blocks = triton.cdiv({lengths[2].value}, BLOCK_J.value)",
+            f"    rows = min({processors}, {batch} * {heads} * tiles)",
+        ]
+        if captured:
+            marked += [f"    {line}" for line in made]
+        else:
+            marked += [
+                "",
+                "    def lists():",
+                *(f"        {line}" for line in made),
+                "        return counts, places, work",
+                "",
+                *signature(
+                    "counts, places, work = kept_lists",
+                    [f"{query}.device", *dict.fromkeys((batch, heads, queries, *sizes)), "make=lists"],
+                    "",
+                    4,
+                    inside=4,
+                ).splitlines(),
+            ]
     return [
         *expectations(spec, binding, query),
-        allocation("out", batch, queries, heads, skeleton.features, query),
+        *(
+            [f"out = torch.empty(({batch}, {heads}, {tokens}, {skeleton.features}), dtype={query}.dtype, "
+             f"device={query}.device)"]
+            if boxes and boxes.merged
+            else [allocation("out", batch, tokens, heads, skeleton.features, query)]
+        ),
         *([lse] if skeleton.lse else []),
         "if out.numel() == 0:",
         f"    {returned}",
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
-        "    raise ValueError(reason)",
+        "    raise Refused(reason)",
         *rounding_lines(parts, binding, shuffled=True),
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,
-        *signature("attend_forward[(work.shape[0],)]", arguments, "", 4, inside=4).splitlines(),
+        *signature("launch", ["attend_forward", "(work.shape[0],)", *arguments], "", 4, inside=4).splitlines(),
         returned,
     ]

@@ -2,8 +2,9 @@
 
 A small kernel runs before the attention. It knows the least and the greatest element of each tensor that the mask
 loads, for the queries of a tile and for the keys of a block; interval analysis over these says of every block whether
-some query may see some key of it, and whether every query sees every key. Loads by ``i`` or ``j`` alone take part;
-what else a mask loads leaves it undecided.
+some query may see some key of it, and whether every query sees every key. Loads by ``i`` or ``j`` alone take part, and
+those of a mask that is given for blocks (:mod:`attncompile.codegen.gluon.cells`); what else a mask loads leaves it
+undecided.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attncompile.codegen.gluon.cells import cell, few
 from attncompile.codegen.triton.expressions import Scope, print_triton
 from attncompile.codegen.triton.visits import (
     KEY_FIRST,
@@ -26,16 +28,18 @@ from attncompile.ir.expr import FALSE, TRUE, Expr, Index, Load, apply, substitut
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import simplify
 from attncompile.ir.types import TensorType
-from attncompile.kernels.hopper_marks import Extreme, MarkBlocks
+from attncompile.kernels.hopper import HopperTile
+from attncompile.kernels.hopper_marks import Cells, Extreme, MarkBlocks
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A load, and the index symbol that stands for its element."""
+    """A load, and the index symbol that stands for its element; ``axis`` is ``i``, ``j`` or ``ij``."""
 
     load: Load
     symbol: Index
     axis: str
+    cells: Cells | None = None
 
 
 def marks(
@@ -46,6 +50,7 @@ def marks(
     sizes: Mapping[str, str],
     types: Mapping[str, TensorType],
     extents: Mapping[str, Expr],
+    tile: HopperTile,
 ) -> MarkBlocks | None:
     """The kernel that lists key blocks, or ``None`` where limits in closed form do as well.
 
@@ -55,9 +60,10 @@ def marks(
         tensors, sizes: identifiers of captured tensors and of sizes.
         types: of the captured tensors.
         extents: index name to axis size.
+        tile: how the work is divided.
     """
     found = visits(mask, queries, keys)
-    seen = _loads(mask)
+    seen = _loads(mask, tile)
     replaced = substitute(mask, {each.load: _element(each) for each in seen})
     ranges = {"i": (ROW_FIRST, ROW_LAST), "j": (KEY_FIRST, KEY_LAST)}
     ranges |= {each.symbol.name: (_bound("low", each), _bound("high", each)) for each in seen}
@@ -70,12 +76,14 @@ def marks(
     inside = {"row_first": queries, "row_last": queries, "key_first": keys, "key_last": keys}
     block = Scope(names, sizes, tensors, types, {**extents, **inside})
     extremes = []
-    pairs = Scope({name: name for name in "bhij"}, sizes, tensors, types, extents)
     numbers: Counter[str] = Counter()
-    for each in seen:
+    for number, each in enumerate(seen):
+        positions = {name: f"{name}_cell_{number}" if each.cells else name for name in "ij"}
+        pairs = Scope({"b": "b", "h": "h", **positions}, sizes, tensors, types, extents)
         printed = print_triton(each.load, pairs, numbers)
         value = f"tl.cast({printed.value}, tl.int32)" if each.load.element is Kind.BOOL else printed.value
-        extremes.append(Extreme(each.axis, printed.lines, value, _bound("low", each).name, _bound("high", each).name))
+        low, high = _bound("low", each).name, _bound("high", each).name
+        extremes.append(Extreme(each.axis, printed.lines, value, low, high, each.cells))
     lines: list[str] = []
 
     def text(expr: Expr) -> str:
@@ -103,14 +111,21 @@ def marks(
     return None if "floor_" in found_marks.texts() else found_marks
 
 
-def _loads(mask: Expr) -> list[_Seen]:
-    """Loads of integers and truth values by ``i`` or by ``j``, alone or with ``b`` and ``h``."""
+def _loads(mask: Expr, tile: HopperTile) -> list[_Seen]:
+    """Loads of integers and truth values by ``i`` or by ``j``, with ``b`` and ``h``, or by few cells of both."""
     found: list[_Seen] = []
     for load in dict.fromkeys(node for node in walk(mask) if isinstance(node, Load)):
-        axes = [name for name in "ij" if Index(name) in symbols(load)]
+        axes = "".join(name for name in "ij" if Index(name) in symbols(load))
         nested = any(isinstance(inner, Load) for index in load.indices for inner in walk(index))
-        if len(axes) == 1 and not nested and load.element in (Kind.INT, Kind.BOOL):
-            found.append(_Seen(load, Index(f"element_{len(found)}"), axes[0]))
+        if not axes or nested or load.element not in (Kind.INT, Kind.BOOL):
+            continue
+        cells = None
+        if axes == "ij":
+            counts = few(load, tile)
+            if counts is None:
+                continue
+            cells = Cells(len(found), cell(load, "i"), cell(load, "j"), *counts)
+        found.append(_Seen(load, Index(f"element_{len(found)}"), axes, cells))
     return found
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+from attncompile.codegen.gluon.cells import by_tile, is_pair, keys_of_cells
+from attncompile.codegen.gluon.columns import COLUMN, FAR, fold_columns
 from attncompile.codegen.gluon.tiles import hopper_tile
+from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, symbols, walk
+from attncompile.ir.expr import SCORE, Apply, Const, Expr, Load, walk
+from attncompile.ir.rearrange import regrouped
 from attncompile.kernels.hopper import HopperTile
 
 GRANULE = 8
@@ -22,9 +26,11 @@ _LONG = {"exp": 4, "log": 4, "log2": 4, "pow": 8, "sigmoid": 8, "erf": 30, "sin"
 """Operators that take more than about two instructions."""
 
 
-def _effort(expr: Expr) -> int:
-    """Roughly how many instructions an expression takes, each shared part counted once."""
-    nodes = dict.fromkeys(node for node in walk(expr) if isinstance(node, Apply))
+def _effort(expr: Expr, keys: int) -> int:
+    """Roughly how many instructions an expression takes for each pair, each shared part counted once."""
+    varying = {COLUMN, FAR, SCORE}
+    found = (node for node in walk(fold_columns(expr, keys=keys)) if isinstance(node, Apply))
+    nodes = [node for node in dict.fromkeys(found) if not varying.isdisjoint(walk(node))]
     return sum(_LONG.get(node.operator, 1) for node in nodes)
 
 
@@ -48,6 +54,9 @@ def padded(channels: int) -> int:
 
 def why_not_spec(spec: Spec) -> str | None:
     """Why there is no Hopper kernel for the Spec, or ``None``."""
+    moved = regrouped_parts(spec)
+    if moved:
+        return why_not_spec(moved.attention)
     reason = why_not_triton(spec)
     if reason:
         return reason
@@ -58,9 +67,6 @@ def why_not_spec(spec: Spec) -> str | None:
         return f"the Hopper kernel normalises by softmax, not by {parts.attend.norm.kind}"
     if parts.edit is not None:
         return f"the Hopper kernel has no edit of weights such as {parts.attend.weight}"
-    effort = max(map(_effort, (parts.score, parts.mask)))
-    if effort > MOST_EFFORT:
-        return f"score and mask take about {effort} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
     rounded = {step.out: step for step in parts.rounding.steps} if parts.rounding else {}
     for name, found in ((parts.attend.query, parts.query), (parts.attend.value, parts.value)):
         channels = _constant(found.sizes[3])
@@ -76,15 +82,18 @@ def why_not_spec(spec: Spec) -> str | None:
                 f"{name} has a scale for {rounded[name].block} positions; the Hopper kernel takes multiples of "
                 f"the {tile.keys} keys of a tile"
             )
+    effort = max(_effort(expr, tile.keys) for expr in (parts.score, parts.mask))
+    if effort > MOST_EFFORT:
+        return f"score and mask take about {effort} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
     return None
 
 
-def tile_for(parts: Dense, *, light: bool, short: bool = False) -> HopperTile:
+def tile_for(parts: Dense, *, light: bool, short: bool = False, keys: int | None = None) -> HopperTile:
     """How the kernel divides the work of a Spec.
 
     Args:
         parts: of the Spec.
-        light, short: as in :func:`attncompile.codegen.gluon.tiles.hopper_tile`.
+        light, short, keys: as in :func:`attncompile.codegen.gluon.tiles.hopper_tile`.
 
     Raises:
         ValueError: when there is no tile.
@@ -92,21 +101,41 @@ def tile_for(parts: Dense, *, light: bool, short: bool = False) -> HopperTile:
     channels, features = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
     products = 1 if parts.rounding else 2
     values = 1 if parts.rounding and parts.rounding.value else 2
-    return hopper_tile(channels, features, light=light, short=short, bytes_of=(products, values))
+    return hopper_tile(channels, features, light=light, short=short, keys=keys, bytes_of=(products, values))
+
+
+def arranged(spec: Spec, in_place: bool = False) -> Spec:
+    """The Spec with its tokens in boxes as large as a tile, where that leaves much less to visit; or as it is.
+
+    Args:
+        spec: one attention.
+        in_place: whether boxes will be read where they lie, without copies.
+    """
+    found = spec.attend()
+    widths = [simplify(spec.types()[name].sizes[3]) for name in (found.query, found.value)] if found else []
+    if found is None or not all(isinstance(width, Const) for width in widths):
+        return spec
+    try:
+        tile = hopper_tile(*(padded(_constant(width)) for width in widths), light=False)
+    except ValueError:
+        return spec
+    return regrouped(spec, tile.queries, tile.keys, not in_place) or spec
 
 
 def slower(spec: Spec) -> str | None:
     """Why plain Triton is faster, or safer, although there is a Hopper kernel; or ``None``.
 
     Measured on an H200: a bias for each pair takes plain Triton 242 TF/s, the Hopper kernel 191 (64 channels, 4096
-    keys): its warpgroups lack the registers for so many addresses.
+    keys): its warpgroups lack the registers for so many addresses. An element that a whole tile shares costs nothing.
     """
-    parts = dense(spec)
+    moved = regrouped_parts(spec)
+    parts = dense(moved.attention if moved else spec)
     if parts.rounding:
         return "its kernel for operands of 8 bits has run on no GPU since a fault of ptxas was worked around"
+    tile = tile_for(parts, light=False, keys=keys_of_cells(parts.score, parts.mask))
     for expr in (parts.score, parts.mask):
         for load in walk(expr):
-            if isinstance(load, Load) and {Index("i"), Index("j")} <= symbols(load):
+            if isinstance(load, Load) and is_pair(load) and not by_tile(load, tile):
                 return f"{load} is loaded for each pair, which plain Triton does faster"
     return None
 

@@ -53,16 +53,23 @@ def shared_bytes(tile: HopperTile, channels: int, features: int, bytes_of: tuple
 
 
 def hopper_tile(
-    channels: int, features: int, *, light: bool, short: bool = False, bytes_of: tuple[int, int] = (2, 2)
+    channels: int,
+    features: int,
+    *,
+    light: bool,
+    short: bool = False,
+    keys: int | None = None,
+    bytes_of: tuple[int, int] = (2, 2),
 ) -> HopperTile:
     """The first row that fits.
 
     Args:
         channels, features: of key and value, padded.
-        bytes_of: an element of queries and keys, and of values.
         light: whether score and mask need hardly any registers.
         short: whether there are few queries, under a mask that leaves some of a tile's keys out: a tile of 192 queries
             then wastes more of its work than one of 128.
+        keys: of a block, where that is given: a mask may be one number for so many.
+        bytes_of: an element of queries and keys, and of values.
 
     Raises:
         ValueError: when there is none.
@@ -70,6 +77,7 @@ def hopper_tile(
     for largest, needs_light, tile in _NARROW_ROWS if bytes_of[0] == 1 else _ROWS:
         shared = shared_bytes(tile, channels, features, bytes_of)
         fits = max(channels, features) <= largest and shared <= SHARED_MEMORY
+        fits = fits and keys in (None, tile.keys)
         if fits and ((light and not short) or not needs_light):
             return dataclasses.replace(tile, held=bytes_of == (1, 1))
     raise ValueError(f"no tile for {channels} key and {features} value channels")

@@ -37,8 +37,9 @@ from attncompile.codegen.onnx.reading import (
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.affine import affine
+from attncompile.ir.attend import DIVIDING, NO_SINK, Attend
 from attncompile.ir.expr import TRUE, WEIGHT, Const, Expr
-from attncompile.ir.ops import DIVIDING, NO_SINK, Attend, Types
+from attncompile.ir.operation import Types
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify

@@ -31,10 +31,12 @@ from attncompile.codegen.onnx.reading import (
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
 from attncompile.codegen.onnx.values import MICROSOFT
+from attncompile.ir.attend import NO_SINK, Attend
 from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
-from attncompile.ir.ops import NO_SINK, Attend, Scan, Types
+from attncompile.ir.operation import Types
 from attncompile.ir.refusal import RefusalError
 from attncompile.ir.rows import ABSORBING, extents, never_empty
+from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 

@@ -15,7 +15,8 @@ from attncompile.codegen.onnx.attend import Made, Place, arranged, result, write
 from attncompile.codegen.onnx.capabilities import Capability, Provider
 from attncompile.codegen.onnx.layouts import flat_groups
 from attncompile.codegen.onnx.values import Builder
-from attncompile.ir.ops import Attend, Types
+from attncompile.ir.attend import Attend
+from attncompile.ir.operation import Types
 
 LAYOUT = ("Transpose", "Reshape")
 """Nodes that stay outside the branches, where :mod:`attncompile.codegen.onnx.layouts` can cancel them."""

@@ -14,9 +14,10 @@ from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import fixed
 from attncompile.codegen.onnx.steps import STEPS
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
+from attncompile.ir.attend import Attend
 from attncompile.ir.expr import Expr
-from attncompile.ir.ops import Attend, Scan
 from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.scan import Scan
 from attncompile.ir.spec import Spec
 from attncompile.ir.types import TensorType
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from attncompile.ir.affine import affine
+from attncompile.ir.attend import Attend, grouped
 from attncompile.ir.blocks import key_bounds
 from attncompile.ir.expr import Const, Expr, Index, Load, conjunction, walk
+from attncompile.ir.operation import Types
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import Attend, Types, grouped
 from attncompile.ir.rows import ABSORBING, extents
 from attncompile.ir.simplify import simplify
 

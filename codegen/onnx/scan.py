@@ -14,8 +14,8 @@ from attncompile.codegen.onnx.reading import fixed
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import TRUE, Index
-from attncompile.ir.ops import Scan
 from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 
 

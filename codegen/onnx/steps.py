@@ -11,7 +11,8 @@ from attncompile.codegen.onnx.expressions import Writer
 from attncompile.codegen.onnx.layouts import Operand, single_groups
 from attncompile.codegen.onnx.reading import fixed
 from attncompile.ir.expr import Const
-from attncompile.ir.ops import Cache, Operation, Position, Project, Quantize
+from attncompile.ir.operation import Operation
+from attncompile.ir.ops import Cache, Position, Project, Quantize
 from attncompile.ir.refusal import Refusal, RefusalError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attncompile.ir import Scan
-from attncompile.ir.ops import feature_map
+from attncompile.ir.scan import feature_map
 
 # Positions of a chunk. The work per position is CHUNK·(d + e) inside and d·e for the state: near d, they
 # balance.

@@ -38,17 +38,35 @@ class Target:
         backend: ``cuda`` or ``hip``.
         arch: compute capability as a number (90), or the name of an AMD architecture.
         warp: threads of a warp.
+        memory: bytes of shared memory that a program may have.
     """
 
     backend: str
     arch: int | str
     warp: int
+    memory: int
 
     def __str__(self) -> str:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
+    @property
+    def binary(self) -> str:
+        """What the file name of a binary ends in."""
+        return "cubin" if self.backend == "cuda" else "hsaco"
 
-TARGETS = (Target("cuda", 80, 32), Target("cuda", 90, 32), Target("hip", "gfx942", 64))
+
+TARGETS = (
+    Target("cuda", 80, 32, 163 * 1024),
+    Target("cuda", 89, 32, 99 * 1024),
+    Target("cuda", 90, 32, 227 * 1024),
+    Target("cuda", 100, 32, 227 * 1024),
+    Target("hip", "gfx942", 64, 64 * 1024),
+)
+"""GPUs that the kernels are made for. Shared memory: CUDA C++ Programming Guide, technical specifications per compute
+capability; CDNA 3 instruction set architecture (local data share)."""
+
+MUCH_MEMORY = 160 * 1024
+"""With less shared memory than this a kernel is compiled with at most two pipeline stages."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,10 @@ class Compiled:
         registers: registers of a thread, where the binary tells.
         spills: bytes of stack of a thread, where the binary tells: registers that did not fit are kept there.
         texts: intermediate forms and the binary, by extension (``ttir``, ``ptx``, ``cubin``, ``amdgcn``, …).
+        symbol: what the function is called in the binary.
+        threads: of a program.
+        arguments: name and type of each argument that is passed to the function, in order.
+        constants: values that it was compiled with, by the names of its other arguments.
     """
 
     kernel: str
@@ -69,6 +91,37 @@ class Compiled:
     registers: int | None
     spills: int | None
     texts: Mapping[str, Any]
+    symbol: str
+    threads: int
+    arguments: tuple[tuple[str, str], ...]
+    constants: Mapping[str, Any]
+
+
+def described(
+    kernel: str, target: Target, built: Any, signature: Mapping[str, str], constants: Mapping[str, Any]
+) -> Compiled:
+    """What is known of a kernel that Triton has compiled.
+
+    Args:
+        kernel: its name in the module.
+        target: the GPU.
+        built: what ``triton.compile`` gave.
+        signature: Triton's type of each argument, ``constexpr`` for one that is compiled in.
+        constants: values of those.
+    """
+    registers, spills = resources(built.asm, target)
+    return Compiled(
+        kernel=kernel,
+        target=str(target),
+        shared=int(built.metadata.shared),
+        registers=registers,
+        spills=spills,
+        texts=dict(built.asm),
+        symbol=str(built.metadata.name),
+        threads=int(built.metadata.num_warps) * target.warp,
+        arguments=tuple((name, kind) for name, kind in signature.items() if kind != "constexpr"),
+        constants={name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
+    )
 
 
 def compile_ahead(module: GeneratedModule, target: Target, dtype: str) -> tuple[Compiled, ...]:
@@ -86,10 +139,10 @@ def compile_ahead(module: GeneratedModule, target: Target, dtype: str) -> tuple[
         RuntimeError: when Triton's interpreter is on (``TRITON_INTERPRET``): it replaces the compiler.
     """
     loaded = load_module(module)
-    return tuple(_compile(getattr(loaded, kernel.name), kernel, target, dtype) for kernel in module.kernels)
+    return tuple(compile_kernel(getattr(loaded, kernel.name), kernel, target, dtype) for kernel in module.kernels)
 
 
-def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compiled:
+def compile_kernel(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,14 +178,13 @@ def _compile(function: Any, kernel: Kernel, target: Target, dtype: str) -> Compi
         constants["CAPABILITY"] = target.arch if target.backend == "cuda" else 0
     ordered = {name: signature[name] for name in function.arg_names}
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    stages = min(tile.stages, 2) if target.backend == "hip" else tile.stages
+    stages = min(tile.stages, 2) if target.memory < MUCH_MEMORY else tile.stages
     built = triton.compile(
         ASTSource(function, ordered, constexprs=constants, attrs=attributes),
         target=GPUTarget(target.backend, target.arch, target.warp),
         options={"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True},
     )
-    registers, spills = resources(built.asm, target)
-    return Compiled(kernel.name, str(target), int(built.metadata.shared), registers, spills, dict(built.asm))
+    return described(kernel.name, target, built, ordered, constants)
 
 
 def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:
@@ -143,6 +195,7 @@ def _is_last_stride(name: str, strides: tuple[str, ...]) -> bool:
 
 
 def resources(texts: Mapping[str, Any], target: Target) -> tuple[int | None, int | None]:
+    """Registers and bytes of stack of a thread, read from a binary; ``None`` where that does not tell."""
     if target.backend == "hip":
         found = re.search(r"\.vgpr_count:\s+(\d+)", texts.get("amdgcn", ""))
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", texts.get("amdgcn", ""))

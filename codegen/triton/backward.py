@@ -25,8 +25,8 @@ from attncompile.codegen.triton.module import (
 )
 from attncompile.codegen.triton.names import BACKWARD_NAMES, KERNEL_NAMES, LAUNCHER_NAMES
 from attncompile.codegen.triton.runs import key_runs
-from attncompile.codegen.triton.structure import Dense, dense, why_not_spec
-from attncompile.codegen.triton.tiles import Tile, backward_tile, on_hip
+from attncompile.codegen.triton.structure import Dense, dense, is_wide, why_not_spec
+from attncompile.codegen.triton.tiles import LARGEST_HEAD, Tile, backward_tile, on_hip
 from attncompile.codegen.triton.visits import BLOCK, ROW_FIRST, ROW_LAST, Visits, possible, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.derivative import derivative, real_loads
@@ -51,6 +51,8 @@ def why_not_backward(spec: Spec) -> str | None:
     names = [operation.keyword for operation in spec.operations]
     if names != ["attend"]:
         return f"backward kernels are generated for one attend; this Spec is {', '.join(names)}"
+    if is_wide(spec):
+        return f"backward kernels are generated for heads of up to {LARGEST_HEAD} channels"
     parts = dense(spec)
     try:
         slopes = [derivative(parts.score, SCORE)]
@@ -505,10 +507,8 @@ def _call(
     pointers, integers = arguments[: len(kernel.pointers)], arguments[len(kernel.pointers) :]
     stems = dict.fromkeys(stride.rsplit("_stride_", 1)[0] for stride in kernel.strides)
     strides = [f"*{values.get(stem, stem)}.stride()" for stem in stems]
-    text = signature(
-        f"{kernel.name}[({grid},)]", [*pointers, *strides, *integers, *options, "enable_fp_fusion=True"], "", inside=16
-    )
-    return text.splitlines()
+    passed = [*pointers, *strides, *integers, *options, "enable_fp_fusion=True"]
+    return signature("launch", [kernel.name, f"({grid},)", *passed], "", inside=16).splitlines()
 
 
 def _kernels(parts: _Parts, tiles: Mapping[str, Mapping[str, Tile]]) -> tuple[Kernel, ...]:

@@ -312,8 +312,10 @@ def _term(
 def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
     """How the first kernel is launched, by element type of the query."""
     stores = (skeleton.key, skeleton.value)
+    wide = any(each.form == "real" and len(each.parts) > 1 for each in stores)
     return {
-        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores)) for dtype, size in OPERAND_DTYPES.items()
+        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide)
+        for dtype, size in OPERAND_DTYPES.items()
     }
 
 
@@ -384,6 +386,7 @@ def decode_launch(
         *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True"),
     ]
     rows = f"{skeleton.group} * {queries}" if skeleton.group > 1 else queries
+    merging = f"{batch} * {heads} * {queries}"
     pairs_of = [
         f"{name} = pairs_of({json.dumps(storage.name)}, {name})"
         for name, each, storage in zip(stores, (skeleton.key, skeleton.value), _storages(spec, parts), strict=True)
@@ -402,8 +405,8 @@ def decode_launch(
         "peaks, totals = peaks.chunk(2)",
         f"partial = torch.empty(out.numel() * splits, dtype=torch.float32, device={query}.device)",
         f"with torch.cuda.device_of({query}):",
-        *signature("attend_split[(programs * splits,)]", first, "", 4, inside=inside).splitlines(),
-        *signature(f"merge_splits[({batch} * {heads} * {queries},)]", second, "", 4, inside=inside).splitlines(),
+        *signature("launch", ["attend_split", "(programs * splits,)", *first], "", 4, inside=inside).splitlines(),
+        *signature("launch", ["merge_splits", f"({merging},)", *second], "", 4, inside=inside).splitlines(),
         _returned(spec, parts),
     ]
 

@@ -173,7 +173,7 @@ def _launch(
         f"if max({key}.stride(2), {value}.stride({3 if skeleton.turned_values else 2})) * keys >= 2**31:",
         '    raise ValueError("keys or values lie too far apart in memory; call contiguous() on them first")',
         f"with torch.cuda.device_of({like}):",
-        *signature(f"attend_forward[({grid},)]", arguments, "", 4, inside=4).splitlines(),
+        *signature("launch", ["attend_forward", f"({grid},)", *arguments], "", 4, inside=4).splitlines(),
         returned,
     ]
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from attncompile.codegen.triton.decode import decode_module
 from attncompile.codegen.triton.dense import dense_module
 from attncompile.codegen.triton.module import Kernel
+from attncompile.codegen.triton.moved import regrouped_parts
+from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.scan import scan_module
 from attncompile.codegen.triton.storage import reads_storage
-from attncompile.codegen.triton.structure import why_not_spec
+from attncompile.codegen.triton.structure import is_wide, why_not_spec
 from attncompile.ir import Spec
 
 
@@ -47,8 +49,15 @@ def generate(spec: Spec) -> GeneratedModule:
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name}: {reason}")
     spec = dataclasses.replace(spec, name="attention")
-    make = scan_module if spec.scan() else decode_module if reads_storage(spec) else dense_module
-    source, kernels = make(spec)
+    moved = regrouped_parts(spec)
+    if moved:
+        inner = generate(moved.attention)
+        source, moving = around(spec, moved, inner.source)
+        kernels = (*moving, *inner.kernels)
+    else:
+        by_parts = reads_storage(spec) or is_wide(spec)
+        make = scan_module if spec.scan() else decode_module if by_parts else dense_module
+        source, kernels = make(spec)
     return GeneratedModule(f"{spec.operations[-1].keyword}_{spec.fingerprint()}", source, kernels)
 
 

@@ -1,7 +1,8 @@
 """The Triton target: generated kernels behind the operator ``attncompile::run``.
 
 On a Hopper GPU a kernel in Gluon comes first (:mod:`attncompile.codegen.gluon`); plain Triton computes what that one
-does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie.
+does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie. Dense and
+causal maps that are faster in PyTorch's own operator are computed by that one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attncompile.codegen import pytorch
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
+from attncompile.codegen.triton.plain_maps import plain_map
 from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
-from attncompile.codegen.triton.structure import gives_zeros, why_not_spec
+from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
+from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.ir import Quantize, Spec, print_spec
 from attncompile.kernels import operators
 
@@ -53,6 +57,8 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the kernels need compute capability 8.0 or higher, {device} has {major}.{minor}"
+    if device.type == "cuda" and torch.version.hip is not None and is_wide(spec):
+        return f"heads of more than {LARGEST_HEAD} channels take more shared memory than AMD GPUs have"
     if device.type == "cuda" and torch.cuda.is_available():
         capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
         reason = why_no_e4m3(spec, capability)
@@ -122,6 +128,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
         said = f"Q·K in {rounded[0].dtype} with a scale for each block, inside one fused kernel"
         if len(rounded) > 2:
             said += ", which multiplies weights and values in float8_e4m3"
+    if module.kernels[0].name == "move_queries":
+        said += "; tokens are moved so that a tile is a box of their grid"
     if reads_storage(spec):
         said = "the cache is read as it is stored, in parts that a second kernel joins"
     elif any(kernel.name == "attend_split" for kernel in module.kernels):
@@ -140,6 +148,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
                 "; in Gluon for compute capability 9.x, in plain Triton for float32, "
                 f"for fewer than {FEWEST_QUERIES} queries, and for tensors whose rows TMA cannot copy"
             )
+            if plain_map(spec) is not None:
+                said += "; small maps, and those whose rows TMA cannot copy, in SDPA, which is faster there"
     if gives_zeros(spec):
         said += "; rows without any visible key give zeros, where the original gives their mean or NaN"
     unavailable = why_not_backward(spec)
@@ -161,9 +171,14 @@ class _Chosen:
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
-        rounded = {op.out: op.tensor for op in spec.operations if isinstance(op, Quantize)}
+        rounded = {step.out: step.tensor for step in spec.operations if isinstance(step, Quantize)}
         read = [rounded.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
-        self._operands = [names.index(name) for name in read] if set(read) <= set(names) else []
+        self._query = names.index(read[0]) if read and set(read) <= set(names) else None
+        self._plain_map = plain_map(spec) if pytorch.why_not(spec, "cuda", "sdpa") is None else None
+
+    @functools.cached_property
+    def _sdpa(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+        return pytorch.lower(operators.parsed(self._text), "cuda", "sdpa").run
 
     @functools.cached_property
     def _plain(self) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -178,11 +193,19 @@ class _Chosen:
 
     def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec."""
-        if self._operands and on_hopper(tensors[0].device):
-            query, key, value = (tensors[position] for position in self._operands)
-            module = self._gluon(query.shape[2]) if query.shape[2] >= FEWEST_QUERIES else None
-            if module is not None and module.why_not(query, key, value) is None:
-                return module.attend(*tensors)
+        if self._query is not None and on_hopper(tensors[0].device):
+            if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
+                return self._sdpa(*tensors)
+            query = tensors[self._query]
+            queries = query.shape[2]
+            half = query.element_size() == 2
+            module = self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
+            if module is not None:
+                try:
+                    return module.attend(*tensors)
+                except module.Refused:
+                    if self._plain_map is not None:
+                        return self._sdpa(*tensors)
         return self._plain(*tensors)
 
 

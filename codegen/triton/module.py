@@ -189,7 +189,33 @@ def expect(name, tensor, sizes, dtypes, device):
     if tensor.dtype not in dtypes or tensor.device != device:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         found = f"{tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} should be {expected} on {device}, but is {found}")'''
+        raise ValueError(f"{name} should be {expected} on {device}, but is {found}")
+
+
+COMPILED = {}  # compiled kernels with their constants, by what decides which one is needed
+
+
+def kind(argument):
+    """What of an argument decides which compiled kernel takes it: all that Triton tells apart, or more."""
+    if type(argument) is int:
+        return 1 if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31)
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0, argument.get_device()
+    return argument.base.dtype, *argument.block_shape
+
+
+def launch(kernel, grid, *arguments, **options):
+    """Run a kernel; Triton looks for its compiled form once, since that takes longer than a short kernel runs."""
+    key = kernel.__name__, *map(kind, arguments), *options.values()
+    if key in COMPILED:
+        compiled, constants = COMPILED[key]
+        compiled[(*grid, 1, 1)](*arguments, *constants)
+        return
+    compiled = kernel[grid](*arguments, **options)
+    # interpreted kernels have no compiled form, and on an AMD GPU Triton also looks at how large a tensor is
+    if isinstance(compiled, triton.compiler.CompiledKernel) and torch.version.hip is None:
+        COMPILED[key] = compiled, [options[name] for name in kernel.arg_names if name in options]'''
+"""Functions of every launcher."""
 
 TILE_OF = '''\
 def tile_of(tensor, length):

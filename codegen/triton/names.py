@@ -17,7 +17,7 @@ MODULE_NAMES = _words("""
     score visible edit sink sink_logit
     decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
     join_sink tanh round_half_even floor_divide floor_modulo
-    TILES REAL WHOLE TRUTH sizes_of expect tile_of
+    TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type
     attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number
     pairs_of capability_of
     key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of
@@ -60,7 +60,11 @@ KERNEL_NAMES = _words("""
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
     query_peak query_shift part_offsets
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
-""")
+""") | frozenset(
+    f"{name}_{number}"
+    for name in ("query_tile", "key_tile", "value_tile", "key_stored", "value_stored", "accumulator")
+    for number in range(64)
+)
 """Local names of the kernels."""
 
 

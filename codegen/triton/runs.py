@@ -23,12 +23,9 @@ def key_runs(found: Visits, scope: Scope) -> tuple[KeyRuns, str]:
     def pair(limits: KeyRange | None) -> tuple[str, str] | None:
         return None if limits is None else (text(limits.start), text(limits.stop))
 
-    runs = KeyRuns(
-        first=pair(found.first),
-        main=(text(found.main.start), text(found.main.stop)),
-        full=pair(found.full),
-        test=None if found.test == TRUE else text(found.test),
-        lines=tuple(lines),
-    )
+    first, main, full = pair(found.first), (text(found.main.start), text(found.main.stop)), pair(found.full)
+    limits = len(lines)
+    test = None if found.test == TRUE else text(found.test)
+    runs = KeyRuns(first, main, full, test, tuple(lines[:limits]), tuple(lines[limits:]))
     texts = [*lines, *(runs.first or ()), *runs.main, *(runs.full or ()), runs.test or ""]
     return runs, "\n".join(texts)

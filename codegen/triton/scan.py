@@ -111,6 +111,6 @@ def _launch(
         f"""    raise ValueError(f"the scan takes {{', '.join(map(str, TILES))}}, not {{{first}.dtype}}")""",
         f"chunk, features, warps, stages = TILES[{first}.dtype]",
         f"with torch.cuda.device_of({first}):",
-        *signature(f"scan_forward[({grid})]", arguments, "", 4, inside=4).splitlines(),
+        *signature("launch", ["scan_forward", f"({grid})", *arguments], "", 4, inside=4).splitlines(),
         "return out",
     ]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attncompile.codegen.triton.expressions import refusal
-from attncompile.codegen.triton.storage import reads_storage, storage_reason
-from attncompile.codegen.triton.tiles import LARGEST_HEAD
+from attncompile.codegen.triton.moved import regrouped_parts
+from attncompile.codegen.triton.storage import decode_reason, reads_storage, storage_reason
+from attncompile.codegen.triton.tiles import LARGEST_HEAD, LARGEST_WIDE_HEAD
 from attncompile.ir import NO_SINK, Attend, Quantize, Scan, Spec, simplify
 from attncompile.ir.expr import (
     SCORE,
@@ -26,9 +27,13 @@ from attncompile.ir.expr import (
 )
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import TensorType
+from attncompile.kernels.stored import piece
 
 NEGLIGIBLE = -1e4
 """A masked logit this far below the scores has weight 0: in float32 exp(-10000) is 0."""
+
+NARROWEST_PIECE = 16
+"""Channels that matrix units take at least."""
 
 REAL_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -100,7 +105,7 @@ def operations_reason(spec: Spec) -> str | None:
         return _rounding_reason(spec, attend)
     return (
         f"there is a kernel for one attend, one attend with query and key quantized, one attend behind gather and "
-        f"dequantize, and one scan; "
+        f"dequantize, one attend between regroups, and one scan; "
         f"this Spec is {', '.join(names)}"
     )
 
@@ -129,6 +134,9 @@ def _rounding_reason(spec: Spec, attend: Attend) -> str | None:
 
 def why_not_spec(spec: Spec) -> str | None:
     """Why there is no Triton kernel for the Spec, whatever the device, or ``None``."""
+    moved = regrouped_parts(spec)
+    if moved:
+        return why_not_spec(moved.attention)
     reason = operations_reason(spec)
     if reason:
         return reason
@@ -144,7 +152,9 @@ def why_not_spec(spec: Spec) -> str | None:
         if not isinstance(channels, Const):
             return f"{name} has {channels} channels; the kernels need a constant number"
         if not 1 <= channels.value <= LARGEST_HEAD:
-            return f"{name} has {channels} channels; the kernels take 1 to {LARGEST_HEAD}"
+            reason = _why_not_wide(spec, int(channels.value))
+            if reason:
+                return f"{name} has {channels} channels; the kernels take 1 to {LARGEST_HEAD}, {reason}"
     if len({types[name].dtype for name in (operation.query, operation.key, operation.value)}) > 1:
         return "query, key and value differ in dtype"
     unknown = [name for name in spec.outputs if name not in operation.results()]
@@ -177,6 +187,27 @@ def why_not_spec(spec: Spec) -> str | None:
             if isinstance(node, Size) and node.name not in readable:
                 return f"the size {node.name} in {expr} is not the size of any input's axis"
     return None
+
+
+def _why_not_wide(spec: Spec, channels: int) -> str | None:
+    """Why the kernel that cuts keys into parts and channels into pieces does not take so wide a head, or ``None``."""
+    if not 1 <= channels <= LARGEST_WIDE_HEAD or piece(channels) < NARROWEST_PIECE:
+        return f"or multiples of {NARROWEST_PIECE} up to {LARGEST_WIDE_HEAD} for softmax in parts of the keys"
+    attend = spec.attend()
+    if attend is None or any(operation.keyword != "attend" for operation in spec.operations):
+        return "or more for one attend alone"
+    types = spec.types()
+    if simplify(types[attend.query].sizes[2]) == simplify(types[attend.key].sizes[2]):
+        return "or more for few queries over a cache"
+    return decode_reason(spec)
+
+
+def is_wide(spec: Spec) -> bool:
+    """Whether a head has more channels than the dense kernel takes."""
+    attend = spec.attend()
+    types = spec.types()
+    widths = [simplify(types[name].sizes[3]) for name in (attend.query, attend.value)] if attend else []
+    return any(isinstance(width, Const) and width.value > LARGEST_HEAD for width in widths)
 
 
 def negligible(fill: Expr) -> bool:
@@ -288,6 +319,7 @@ __all__ = [
     "Dense",
     "dense",
     "gives_zeros",
+    "is_wide",
     "logits",
     "negligible",
     "operations_reason",

@@ -46,6 +46,8 @@ _BACKWARD: tuple[tuple[int, int, dict[str, Tile]], ...] = (  # by what a program
 )
 
 LARGEST_HEAD = 256
+LARGEST_WIDE_HEAD = 1024
+"""Of the kernel that cuts keys into parts, which also cuts channels into pieces."""
 
 
 def dense_tile(channels: int, element: int, *, most_keys: int | None = None, heavy: bool = False) -> Tile:
@@ -62,12 +64,15 @@ def dense_tile(channels: int, element: int, *, most_keys: int | None = None, hea
     return Tile(tile.queries, min(tile.keys, most_keys or tile.keys), warps, tile.stages)
 
 
-def decode_tile(bytes_of_a_key: int) -> Tile:
+def decode_tile(bytes_of_a_key: int, wide: bool = False) -> Tile:
     """The tile of the decode kernel: a stage is to hold 32 KiB of stored keys and values, at most 128 of them.
 
     Args:
         bytes_of_a_key: what one key and its value take, with channels padded as in the tile.
+        wide: whether a head is read in pieces: sums of 512 channels for 64 rows take half the registers of 8 warps.
     """
+    if wide:
+        return Tile(16, 16, 8, 2)
     keys = 128
     while keys > 16 and keys * bytes_of_a_key > 32 * 1024:
         keys //= 2

@@ -24,6 +24,9 @@ BLOCK = {**ROWS, "j": (KEY_FIRST, KEY_LAST)}
 
 Ranges = Mapping[str, tuple[Expr, Expr]]
 
+COARSE = 64
+"""Remainders of positions by less take all values in a block."""
+
 
 @dataclass(frozen=True)
 class KeyRange:
@@ -74,8 +77,16 @@ def extreme(expr: Expr, upper: bool, ranges: Ranges) -> Expr | None:
         case Apply("floordiv", (dividend, Const(divisor))) if divisor > 0:
             inner = extreme(dividend, upper, ranges)
             return None if inner is None else inner // divisor
-        case Apply("mod", (_, Const(divisor))) if divisor > 0:
-            return Const(int(divisor) - 1 if upper else 0)
+        case Apply("mod", (dividend, Const(divisor))) if divisor > 0:
+            most = Const(int(divisor) - 1 if upper else 0)
+            if divisor < COARSE and not (isinstance(dividend, Apply) and dividend.operator == "floordiv"):
+                return most
+            # within one turn a remainder grows with its dividend
+            least, greatest = extreme(dividend, False, ranges), extreme(dividend, True, ranges)
+            if least is None or greatest is None:
+                return most
+            one_turn = apply("eq", least // int(divisor), greatest // int(divisor))
+            return where(one_turn, (greatest if upper else least) % int(divisor), most)
         case Apply("min" | "max" as operator, arguments):
             parts = [extreme(a, upper, ranges) for a in arguments]
             found = [p for p in parts if p is not None]

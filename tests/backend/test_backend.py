@@ -126,21 +126,33 @@ def test_generation_gives_the_tokens_of_eager(attention: str) -> None:
         assert torch.equal(model.generate(**call, max_new_tokens=8, do_sample=False), expected)
 
 
-def test_gradients_are_those_of_eager() -> None:
-    model = small_llama()
+def masked_gradients(run: Any, model: nn.Module, call: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean square of what a decoder gives for the tokens that are there."""
+    model.zero_grad()
+    logits = run(**call).logits
+    (logits * call["attention_mask"][..., None]).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["evaluation", "training", "checkpointed"])
+def test_gradients_are_those_of_eager(mode: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncompile import backend
+
+    decisions: list[Decision] = []
+    monkeypatch.setattr(backend, "decide", seen_by(decisions))
+    model = small_llama().train(mode != "evaluation")
+    if mode == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     call = tokens(2, 9, "right")
-    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    compiled = torch.compile(model, backend=attncompile, options={"rest": rest})
 
     wide = small_llama().double()
     wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
-
-    def gradients(run: Any, of: nn.Module) -> dict[str, torch.Tensor]:
-        of.zero_grad()
-        logits = run(**call).logits
-        (logits * call["attention_mask"][..., None]).square().mean().backward()
-        return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
-
-    found, eager, exact = gradients(compiled, model), gradients(model, model), gradients(wide, wide)
+    found, eager, exact = (
+        masked_gradients(run, of, call) for run, of in ((compiled, model), (model, model), (wide, wide))
+    )
+    assert len(decisions) == 2 and all(decision.lowering for decision in decisions)
     assert found.keys() == eager.keys() == exact.keys()
     for name, reference in exact.items():
         # a parameter's gradient is a sum over all tokens
@@ -148,15 +160,45 @@ def test_gradients_are_those_of_eager() -> None:
         require_within(found[name], reference, bound, name)
 
 
-def test_training_mode_runs_as_it_was_and_says_so() -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_keeps_the_original_and_its_random_numbers(checkpointed: bool) -> None:
     model = small_bert().train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
     call = tokens(2, 8, "right")
-    with pytest.warns(FallbackWarning, match="training mode"):
+
+    def gradients(run: Any) -> dict[str, torch.Tensor]:
+        model.zero_grad()
         torch.manual_seed(3)
-        actual = compiled(**call).last_hidden_state
-    torch.manual_seed(3)
-    torch.testing.assert_close(actual, model(**call).last_hidden_state)
+        run(**call).last_hidden_state.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with pytest.warns(FallbackWarning, match="keep their original computation.*dropout"):
+        found = gradients(compiled)
+    expected = gradients(model)
+    for name, gradient in found.items():  # ahead of time, what nothing depends on has a gradient of zeros
+        assert torch.equal(gradient, expected.get(name, torch.zeros_like(gradient))), name
+
+
+def test_attention_outside_checkpointed_blocks_is_named() -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside = torch.utils.checkpoint.checkpoint(self.attend, x, use_reentrant=False)
+            return self.attend(inside)
+
+        def attend(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.linear(x) @ x.transpose(-1, -2), dim=-1) @ x
+
+    model, x = Outside(), torch.randn(2, 5, 16)
+    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
+    with pytest.warns(FallbackWarning, match="outside the checkpointed blocks runs as it was"):
+        found = compiled(x)
+    torch.testing.assert_close(found, model(x))
 
 
 def test_returned_weights_keep_the_original_and_say_so() -> None:

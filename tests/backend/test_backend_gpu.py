@@ -9,7 +9,12 @@ import torch
 
 from attncompile import backend
 from attncompile.backend import FallbackWarning, attncompile
+from attncompile.backend.choose import choose_lowering
 from attncompile.backend.rewrite import Decision
+from attncompile.codegen import gluon
+from attncompile.codegen.triton import load
+from attncompile.codegen.triton.lower import on_hopper
+from attncompile.ir import parse_spec
 from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_backend import seen_by, small_bert, small_llama, tokens
 
@@ -66,3 +71,26 @@ def test_an_encoder_equals_eager() -> None:
         reference, eager = exact(**call).last_hidden_state, model(**call).last_hidden_state
         bound = derive_tolerance(reference, eager, 40).bound
         require_within(compiled(**call).last_hidden_state, reference, bound, "the encoder's last state")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("channels", [64, 128])
+def test_sizes_choose_between_sdpa_and_the_generated_kernel(channels: int, dynamic: bool) -> None:
+    spec = parse_spec(
+        f"x   attend  q,k,v[B,16,I,{channels}]  bfloat16\n  score  0.125·s\n  mask   j ≤ i\n  norm   softmax (float32)"
+    )
+    lowering = choose_lowering(spec, "cuda")
+    run = torch.compile(lambda *tensors: lowering.run(*tensors) * 1.0, dynamic=dynamic, fullgraph=True)
+    module = load(gluon.generate(spec, queries=4200)) if on_hopper(torch.device("cuda")) else None
+    for length in (130, 4200):
+        stored = [torch.randn(1, length, 16, channels, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        tensors = [tensor.transpose(1, 2) for tensor in stored]
+        with torch.no_grad():
+            found = run(*tensors)
+            sdpa = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True, scale=0.125)
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                *(tensor.double() for tensor in tensors), is_causal=True, scale=0.125
+            )
+            require_within(found, exact, derive_tolerance(exact, sdpa, 4 * length).bound, f"{length} queries")
+            if module is not None:
+                assert torch.equal(found, module(*tensors) if length > 4096 else sdpa)

@@ -9,18 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attncompile.codegen.gluon import generate, slower, why_not_installed, why_not_spec
+from attncompile.codegen.gluon.cells import cell, samples
 from attncompile.codegen.gluon.columns import fold_columns
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.triton.ahead import cuobjdump
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import dense
 from attncompile.ir import parse_expr, parse_spec
-from attncompile.ir.evaluate import evaluate
+from attncompile.ir.evaluate import Environment, evaluate
+from attncompile.ir.expr import Load
+from attncompile.ir.operators import Kind
 from attncompile.ir.types import bind_sizes
 from attncompile.kernels.source import WIDTH
 from tests.cases import BY_NAME, Case
+from tests.codegen.sass import instructions, unset_descriptors
+from tests.ir.rounding import operations, within_rounding
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
+from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
 
 LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
 
@@ -105,14 +114,16 @@ def test_split_columns_keep_the_values(case: Case) -> None:
     for step in spec.operations[:-1]:
         tensors.update(step.reference(tensors, sizes, torch.float64))
     query, key = tensors[attend.query], tensors[attend.key]
-    raw = torch.randn(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    raw = torch.randn(*query.shape[:3], key.shape[2]).double()  # float32 holds it exactly
     environment = attend.environment(tensors, sizes, torch.float64, score=raw)
     column = environment.indices["j"]
     near = column // 16 * 16 + (column & 6)
     inside = dataclasses.replace(environment, indices={**environment.indices, "near": near, "far": column - near})
-    for expr in (parts.score, parts.mask):
-        found, wanted = evaluate(fold_columns(expr), inside), evaluate(expr, environment)
-        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-9, atol=1e-9)
+    assert torch.equal(evaluate(fold_columns(parts.mask), inside), evaluate(parts.mask, environment))
+    split = fold_columns(parts.score)
+    found, wanted = evaluate(split, inside), evaluate(parts.score, environment)
+    narrow = evaluate(parts.score, dataclasses.replace(environment, dtype=torch.float32))
+    assert within_rounding(found, wanted, narrow, operations(split, parts.score))
 
 
 @pytest.mark.parametrize("channels", (16, 32, 64, 128, 256))
@@ -144,6 +155,41 @@ def test_tensors_that_tma_cannot_read_are_named(tmp_path: Path, monkeypatch: pyt
         assert said in (why_not(good, good, tensor) or "")
 
 
+COORDINATES = (
+    "j // 16 % 8 ≤ i // 16 + 2",
+    "8·(j // 1024) + j // 16 % 8 ≥ min(40, max(0, i // 3))",
+    "j % 16 + 16·(j // 128 % 5) < i % 7 + 9",
+    "j % 4 − 4·(j // 128 % 20) ≤ i",
+    "j // 32 % 4 = i % 4",
+    "j // 24 ≤ i",
+    "j // 16 % 24 > i",
+    "abs(float(i % 8 − j % 8)) + float(j // 256) ≤ 3.5",
+    "j // 8 + j ≤ 3·i",
+    "j % 16 ≥ i % 9 − 2 and j % 16 < i % 9 + 5 and j // 16 % 4 ≥ i and j // 16 % 4 ≤ i + 2 and j > i",
+    "j % 32 > i and j % 32 < i + 1",
+)
+
+
+@pytest.mark.parametrize("keys", (64, 128))
+@pytest.mark.parametrize("text", COORDINATES)
+def test_split_coordinates_keep_the_values(text: str, keys: int) -> None:
+    expr = parse_expr(text, {})
+    folded = fold_columns(expr, keys=keys)
+    j = torch.arange(4096)[None, :]
+    inside = j % keys
+    grid = {"i": torch.arange(0, 300, 7)[:, None], "j": j, "near": j - inside + (inside & 6), "far": inside & ~6}
+    assert torch.equal(evaluate(folded, Environment(grid, {})), evaluate(expr, Environment(grid, {})))
+
+
+def test_coordinates_that_a_block_holds_whole_turns_of_are_literals() -> None:
+    expr = parse_expr("j // 16 % 8 ≤ i", {})
+    assert str(fold_columns(expr, keys=128)) == "i − near // 16 % 8 ≥ far // 16 % 8"
+    assert str(fold_columns(parse_expr("j // 256 ≤ i", {}), keys=128)) == "i − near // 256 ≥ 0"
+    window = parse_expr("j // 16 % 8 ≥ i and j // 16 % 8 ≤ i + 5 and j ≤ i", {})
+    assert str(fold_columns(window, keys=128)).count("far // 16 % 8") == 1
+    assert str(fold_columns(expr, keys=64)) == str(expr) == str(fold_columns(expr))
+
+
 # One row for each shape of text: dense with a tail, two ranges with loads, sinks with rows in a head of 128.
 COMPILED = {
     "full": BY_NAME["full"].spec,
@@ -159,6 +205,15 @@ COMPILED = {
         given  document[B,J]:int64
         given  sinks[16]:float32
         gives  out, lse"""),
+    "blocks": parse_spec("""x   attend  q,k,v[B,4,I,64]  bfloat16
+        score  0.125·s
+        mask   j ≤ i and blocks[h, i // 128, j // 128]
+        norm   softmax (float32)
+        given  blocks[4,(I+127)//128,(I+127)//128]:bool"""),
+    **{
+        name: next(row for row in NEIGHBOURHOODS if row.name == row_name).moved(128, 128)
+        for name, row_name in (("plane", "plane"), ("volume", "wider-than-the-grid"), ("copied", "dilated"))
+    },
 }
 
 
@@ -172,9 +227,50 @@ def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
-    module = generate(COMPILED[name])
+    module = generate(COMPILED[name], in_place=True)
     *small, kernel = compile_ahead(module, "bfloat16")
-    assert [each.kernel for each in small] == (["mark_blocks", "order_tiles"] if module.skeleton.marks else [])
+    before = [each.name for each in module.moving] + (["mark_blocks", "order_tiles"] if module.skeleton.marks else [])
+    assert [each.kernel for each in small] == before
+    assert (module.skeleton.boxes is not None) == (name in ("plane", "volume"))
+    assert bool(module.moving) == (name == "copied")
     assert kernel.texts["cubin"]
     assert "wgmma.mma_async" in kernel.texts["ptx"] and "cp.async.bulk.tensor" in kernel.texts["ptx"]
     assert kernel.shared <= SHARED_MEMORY
+    if cuobjdump() is not None:
+        code = instructions(kernel.texts["cubin"])
+        assert sum(bool(each.describes()) for each in code) > 4
+        assert not unset_descriptors(code)
+
+
+@pytest.mark.parametrize(
+    "text, sizes",
+    (("blocks[h, i // 128, j // 64]", (128, 64)), ("blocks[i // 96, j // 128 + i // 64]", (32, 128)),
+     ("blocks[i, j]", (1, 1)), ("blocks[b, j // 8]", (0, 8))),
+)  # fmt: skip
+def test_cells_of_a_load(text: str, sizes: tuple[int, int]) -> None:
+    load = parse_expr(text, {"blocks": Kind.INT})
+    assert isinstance(load, Load)
+    assert (cell(load, "i"), cell(load, "j")) == sizes
+
+
+@given(size=st.integers(1, 300), span=st.sampled_from((64, 128, 192)), place=st.integers(0, 50))
+def test_samples_reach_every_cell_of_a_range(size: int, span: int, place: int) -> None:
+    cells = {position // size for position in range(place * span, (place + 1) * span)}
+    assert len(cells) <= samples(size, span)
+
+
+def test_a_mask_given_for_blocks_is_read_once_for_a_tile() -> None:
+    text = "x   attend  q,k,v[B,2,I,64]  bfloat16\n  score  s\n  mask   {}\n  norm   softmax (float32)\n"
+    text += "  given  blocks[I,I]:bool"
+    for mask, wide, keys in (
+        ("j ≤ i and blocks[i // 128, j // 128]", True, 128),
+        ("blocks[i // 64, j // 64] and blocks[i // 128, j // 256]", True, 64),
+        ("blocks[i // 32, j // 128]", False, 128),
+        ("blocks[i // 64, j // 96]", False, 128),
+    ):
+        spec = parse_spec(text.format(mask))
+        assert (slower(spec) is None) == wide
+        skeleton = generate(spec).skeleton
+        assert skeleton.tile.keys == keys
+        visible = skeleton.visible
+        assert visible is not None and ("start" in visible.parameters) == wide

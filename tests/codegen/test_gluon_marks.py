@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from attncompile.codegen.gluon import generate
 from attncompile.codegen.gluon.generate import HopperModule
+from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.ir.evaluate import evaluate
 from tests.cases import Case
+from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +32,7 @@ def _row(name: str, mask: str, given: str = "", heads: int = 2) -> Case:
         "norm   softmax (float32)",
         *([f"given  {given}"] if given else []),
     ]
-    ranges = {"document": (0, 2), "length": (1, 700), "last": (0, 600)}
+    ranges = {"document": (0, 2), "length": (1, 700), "last": (0, 600), "listed": (0, 2), "kinds": (0, 12)}
     return Case(name, "\n  ".join(lines), {"B": 2, "I": 500, "J": 700}, ranges=ranges)
 
 
@@ -38,8 +43,19 @@ ROWS = (
     _row("by-head", "j ≤ last[h, i]", "last[2,I]:int32"),
     _row("lengths", "j < length[b]", "length[B]:int32"),
     _row("blocks", "i // 200 = j // 200"),
+    _row("given-blocks", "given[h, i // 128, j // 128]", "given[2,(I+127)//128,(J+127)//128]:bool"),
+    _row("given-causal", "j ≤ i and listed[b, i // 64, j // 128] ≠ 0", "listed[B,(I+63)//64,(J+127)//128]:uint8"),
+    _row("given-kinds", "kinds[0, i // 64, j // 64 // 2] < 3", "kinds[1,(I+63)//64,(J+127)//128]:int32"),
     _row("three-ranges", "j ≤ i and (j < 4 or j > i − 90 or j // 128 = 2)"),
 )
+BOXES = tuple(next(row for row in NEIGHBOURHOODS if row.name == name) for name in ("plane", "strided", "causal-frames"))
+ROWS += tuple(
+    Case(row.name, str(found.attention).replace("_boxes", ""), {"B": row.batch})
+    for row in BOXES
+    if (found := regrouped_parts(row.moved(128, 128)))
+)
+NEVER_WHOLE = ("three-ranges", *(row.name for row in BOXES))
+"""Rows whose windows are smaller than a tile."""
 PLAIN = ("j ≤ i", "j ≤ i and (j > i − 40 or j < 2)", "true", "j ≤ i and (i − j) % 7 = 0")
 
 
@@ -59,32 +75,40 @@ def sorted_documents(case: Case) -> dict[str, Any]:
     return tensors
 
 
-def answer() -> None:
-    """For each row: the blocks that the kernel lists, beside what the mask says of every block."""
-    from attncompile.codegen.triton.cache import load_module
+def answer(room: int = 0) -> None:
+    """For each row: the blocks that the kernel lists, beside what the mask says of every block.
+
+    Args:
+        room: how many blocks a list holds, where it is not as generated.
+    """
+    from types import SimpleNamespace
 
     for case in ROWS:
         spec = case.spec
         module: HopperModule = generate(spec)
         loaded, skeleton = load_module(module), module.skeleton
-        tensors, sizes = sorted_documents(case), case.sizes
+        tensors = sorted_documents(case)
+        sizes = {"B": 2, "I": tensors["q"].shape[2], "J": tensors["k"].shape[2], **case.sizes}
         attend = spec.attend()
         assert attend is not None and skeleton.marks is not None
+        if room:
+            loaded.ROOM = SimpleNamespace(value=room)
         rows, keys = skeleton.tile.queries, skeleton.tile.keys
         tiles, blocks = -(-sizes["I"] // rows), -(-sizes["J"] // keys)
         heads = 2 if skeleton.marks.by_head else 1
-        captured = [tensors[name.removesuffix("_2")] for name, _ in skeleton.captured]
+        captured = [tensors[name.removesuffix("_2").removesuffix("_3")] for name, _ in skeleton.captured]
         values = {"H": 2, **sizes}
         strides = [step for tensor in captured for step in tensor.stride()]
         read = [*captured, *strides, *(values[name] for name in skeleton.integers())]
         counts, places = loaded.block_lists(tensors["q"], sizes["B"] * heads * tiles, blocks, read)
         work = loaded.dealt(counts, tiles, 2, 2 // heads, 5)
+        assert places.shape[1] == (room or blocks)
         shown = evaluate(attend.mask, attend.environment(tensors, sizes, tensors["q"].dtype))
         shown = shown.expand(sizes["B"], 2, sizes["I"], sizes["J"])
         faults = []
         for number, (edges, total) in enumerate(counts.tolist()):
-            edge = places[number, :edges].tolist()
-            full = places[number, blocks - (total - edges) :].tolist()
+            edge = places[number, :edges].tolist() if edges >= 0 else list(range(-1 - edges, -1 - edges + total))
+            full = places[number, places.shape[1] - (total - edges) :].tolist() if edges >= 0 else []
             b, h, tile = number // tiles // heads, number // tiles % heads, number % tiles
             for block in range(blocks):
                 part = shown[b, h, tile * rows : (tile + 1) * rows, block * keys : (block + 1) * keys]
@@ -93,23 +117,65 @@ def answer() -> None:
                     faults.append([number, block, "hidden" if block not in edge + full else "shown"])
             if len(set(edge + full)) != total:
                 faults.append([number, edge, full])
+        cost_of = {
+            b << 40 | h << 24 | tile: int(counts[(b * heads + h % heads) * tiles + tile, 1])
+            for b in range(sizes["B"])
+            for h in range(2)
+            for tile in range(tiles)
+        }
         dealt = sorted(tile for tile in work.flatten().tolist() if tile >= 0)
-        complete = dealt == [
+        longest_first = all(
+            cost_of[one] >= cost_of[other]
+            for row in work.tolist()
+            for one, other in itertools.pairwise(row)
+            if other >= 0
+        )
+        complete = longest_first and dealt == [
             b << 40 | h << 24 | tile for b in range(sizes["B"]) for h in range(2) for tile in range(tiles)
         ] and bool((work[:, -2:] == -1).all())
-        visited = int(counts[:, 1].sum()), int((counts[:, 1] - counts[:, 0]).sum())
+        visited = int(counts[:, 1].sum()), int((counts[:, 1] - counts[:, 0])[counts[:, 0] >= 0].sum())
         print(json.dumps([case.name, faults, complete, visited, len(counts) * blocks]))
 
 
-def test_lists_hold_every_block_that_is_seen(tmp_path: Path) -> None:
+def found(tmp_path: Path, room: int = 0) -> list[Any]:
+    """What :func:`answer` prints in a process of its own."""
     pytest.importorskip("triton.experimental.gluon")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "ATTNCOMPILE_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from tests.codegen.test_gluon_marks import answer; answer()"]
+    command = [sys.executable, "-c", f"from tests.codegen.test_gluon_marks import answer; answer({room})"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row[0] for row in found] == [row.name for row in ROWS]
-    for name, faults, complete, (visited, full), everything in found:
-        assert not faults and complete, name
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == [row.name for row in ROWS]
+    return rows
+
+
+def test_lists_hold_every_block_that_is_seen(tmp_path: Path) -> None:
+    for name, faults, complete, (visited, full), everything in found(tmp_path):
+        assert not faults and complete, (name, faults)
         assert visited < everything, f"{name} skips nothing"
-        assert full > 0 or name in ("three-ranges",), f"{name} has no block without a mask"
+        assert full > 0 or name in NEVER_WHOLE, f"{name} has no block without a mask"
+
+
+def test_lists_without_room_for_all_blocks_visit_every_block_between_the_limits(tmp_path: Path) -> None:
+    for name, faults, complete, _, _ in found(tmp_path, room=2):
+        assert not faults and complete, (name, faults)
+
+
+def test_lists_that_depend_on_sizes_alone_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    loaded = load_module(generate(next(row for row in ROWS if row.name == "three-ranges").spec))
+    assert not hasattr(load_module(generate(next(row for row in ROWS if row.name == "documents").spec)), "kept_lists")
+    recording = False
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: recording)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: mock.Mock())
+    made = iter(range(9))
+
+    def lists(*sizes: int) -> object:
+        return loaded.kept_lists("cuda:0", *sizes, make=lambda: next(made))
+
+    assert [lists(1, 500), lists(1, 500), lists(2, 500)] == [0, 0, 1]
+    recording = True
+    assert [lists(1, 500), lists(3, 500), lists(3, 500)] == [0, 2, 3]  # what a graph makes is not there before it runs
+    recording = False
+    assert lists(3, 500) == 4

@@ -17,6 +17,7 @@ from attncompile.frontends.view_writes import CHANGED, NoInverse, inverted, view
 from attncompile.ir import Index, simplify
 from attncompile.ir.expr import Const, substitute
 from tests.frontends.test_aten import INPUTS, B, as_module, elements, resized
+from tests.recorded import recorded
 
 Program = Callable[..., torch.Tensor]
 
@@ -24,21 +25,6 @@ Program = Callable[..., torch.Tensor]
 def captured(function: Program) -> Captured:
     names = list(inspect.signature(function).parameters)
     return capture_export(as_module(function), (), {name: INPUTS[name]() for name in names})
-
-
-def at_the_end(found: Captured, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor of a captured graph once it has run."""
-    values: dict[str, torch.Tensor] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, node: torch.fx.Node) -> object:
-            result = super().run_node(node)
-            if isinstance(result, torch.Tensor):
-                values[node.name] = result
-            return result
-
-    Recorder(found.graph_module).run(*found.flat_inputs((), feeds))
-    return values
 
 
 def check(function: Program) -> Graph:
@@ -57,7 +43,7 @@ def check(function: Program) -> Graph:
             for name in names
             for size, extent in zip(graph.infos[name].shape, feeds[name].shape, strict=True)
         }
-        torch.testing.assert_close(elements(graph, output, at_the_end(found, wide), sizes).double(), expected.double())
+        torch.testing.assert_close(elements(graph, output, recorded(found, wide), sizes).double(), expected.double())
         (run,) = graph.evaluate([output], wide, sizes).values()
         torch.testing.assert_close(run.double(), expected.double())
     return graph

@@ -31,9 +31,9 @@ from attncompile.ir import (
     simplify,
     tensor_type,
 )
+from attncompile.ir.attend import DIVIDING, HIDING_NOTHING, NORMALIZERS
 from attncompile.ir.expr import TOTAL, Const, Index, Load, Score, Size, Weight, apply, rewrite
 from attncompile.ir.operators import Kind
-from attncompile.ir.ops import DIVIDING, HIDING_NOTHING, NORMALIZERS
 from attncompile.ir.sample import random_tensors
 from attncompile.ir.text import parse_expr
 from attncompile.ir.types import DTYPES, bind_sizes, element_kind

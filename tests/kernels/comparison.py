@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -84,7 +84,7 @@ def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor
         return None
     sources = [rounded.get(name, name) for name in (attend.query, attend.key)]
     attend = dataclasses.replace(attend, query=sources[0], key=sources[1])
-    sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
+    sizes = _sizes(spec, tensors)
     environment = attend.environment(tensors, sizes, torch.float64)
     query, key = tensors[attend.query], tensors[attend.key]
     shape = (*query.shape[:3], key.shape[2])
@@ -122,11 +122,24 @@ def compare(
     tensors = {name: tensor.to(device) for name, tensor in case.tensors(seed, dtype).items()}
     with poisoned_memory():
         got = run(*place(spec, tensors))
+    return measured(spec, tensors, got, dtype)
+
+
+def measured(
+    spec: Spec, tensors: dict[str, torch.Tensor], got: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype
+) -> list[Outcome]:
+    """How far a kernel's outputs on these inputs are from the reference, and how far they may be.
+
+    Args:
+        got: the outputs in the order of the Spec.
+        dtype: what the kernel computes in.
+    """
     outputs = (got,) if isinstance(got, torch.Tensor) else got
     exact = spec.interpret(tensors, torch.float64)
     plain = spec.interpret(tensors, dtype)
     shown = rows_with_keys(spec, tensors)
     narrow = narrow_slack(spec, tensors)
+    sizes = _sizes(spec, tensors)
     made = []
     for name, output, best, eager in zip(spec.outputs, outputs, exact, plain, strict=True):
         assert output.shape == best.shape, f"{name} is {tuple(output.shape)}, should be {tuple(best.shape)}"
@@ -135,7 +148,7 @@ def compare(
             empty = ~shown.reshape(*shown.shape, *[1] * (best.dim() - 3)).expand_as(best)
             best[empty] = 0.0 if best.dim() == 4 else -math.inf
             eager = torch.where(empty, best, eager)
-        allowed = distance(eager, best) + slack(case, dtype, output.dtype, best) + narrow
+        allowed = distance(eager, best) + slack(spec, sizes, dtype, output.dtype, best) + narrow
         made.append(Outcome(name, distance(output, best), allowed))
     return made
 
@@ -146,14 +159,18 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(torch.where(left == right, 0.0, (left - right).abs()).max()) if left.numel() else 0.0
 
 
-def slack(case: Case, dtype: torch.dtype, stored: torch.dtype, best: torch.Tensor) -> float:
+def slack(
+    spec: Spec, sizes: Mapping[str, int], dtype: torch.dtype, stored: torch.dtype, best: torch.Tensor
+) -> float:
     """Rounding that the order of summation and storing the result may add: √terms · eps · size."""
-    spec = case.spec
-    sizes = case.sizes
     terms = max([sizes.get("J", 1), sizes.get("I", 1), *(_constant_channels(spec))])
     finite = best[best.isfinite()]
     size = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
     return math.sqrt(terms) * max(torch.finfo(dtype).eps, torch.finfo(stored).eps) * size
+
+
+def _sizes(spec: Spec, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return dict(bind_sizes({value.name: value.type for value in spec.inputs}, tensors))
 
 
 def _constant_channels(spec: Spec) -> list[int]:

@@ -177,16 +177,27 @@ PLAIN_CASES: tuple[DecodeCase, ...] = (
 
 PAGES = {"B": 3, "I": 2, "P": 40, "M": 9}
 
+
+def _pages(name: str, width: int, dtype: str, out: str) -> str:
+    """Pages of 16 tokens of two heads."""
+    return f"""gather  {name}[P,16,2,{width}]  {dtype}
+          at     block_table[b, j // 16], j % 16, g, d
+          sizes  B, 2, 16·M, {width}
+          out    {out}"""
+
+
+def _tokens(name: str, out: str) -> str:
+    """A pool of single tokens of one head."""
+    return f"""gather  {name}[P,1,64]  float32
+          at     rows[b, j], 0, d
+          sizes  B, 1, M, 64
+          out    {out}"""
+
+
 STORED_CASES: tuple[DecodeCase, ...] = (
-    _row("paged", """
-        gather  key_pages[P,16,2,64]  float32
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 64
-          out    k
-        gather  value_pages[P,16,2,80]  float32
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 80
-          out    v
+    _row("paged", f"""
+        {_pages("key_pages", 64, "float32", "k")}
+        {_pages("value_pages", 80, "float32", "v")}
         attend  q[B,8,I,64]  k  v  float32
           score  0.125·s
           mask   j ≤ i + lengths[b] − I
@@ -197,15 +208,9 @@ STORED_CASES: tuple[DecodeCase, ...] = (
         given  lengths[B]:int32
         gives  out, lse
         """, PAGES, "pages of 16 tokens", tables=("block_table",), lengths=(2, 144)),
-    _row("paged-prefill", """
-        gather  key_pages[P,16,2,64]  float32
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 64
-          out    k
-        gather  value_pages[P,16,2,64]  float32
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 64
-          out    v
+    _row("paged-prefill", f"""
+        {_pages("key_pages", 64, "float32", "k")}
+        {_pages("value_pages", 64, "float32", "v")}
         attend  q[B,2,I,64]  k  v  float32
           score  0.125·s
           mask   j ≤ i + lengths[b] − I and j > i + lengths[b] − I − 30
@@ -232,15 +237,9 @@ STORED_CASES: tuple[DecodeCase, ...] = (
         given  lengths[B]:int32
         """, PAGES, "keys and values in one store, heads before tokens", tables=("block_table",),
         lengths=(2, 72)),
-    _row("token-table", """
-        gather  key_pool[P,1,64]  float32
-          at     rows[b, j], 0, d
-          sizes  B, 1, M, 64
-          out    k
-        gather  value_pool[P,1,64]  float32
-          at     rows[b, j], 0, d
-          sizes  B, 1, M, 64
-          out    v
+    _row("token-table", f"""
+        {_tokens("key_pool", "k")}
+        {_tokens("value_pool", "v")}
         attend  q[B,4,I,64]  k  v  float32
           score  0.125·s
           mask   j < lengths[b]
@@ -249,18 +248,12 @@ STORED_CASES: tuple[DecodeCase, ...] = (
         given  rows[B,M]:int32
         given  lengths[B]:int32
         """, {"B": 2, "I": 1, "P": 210, "M": 100}, "a table of tokens", tables=("rows",), lengths=(1, 100)),
-    _row("paged-narrow", """
-        gather  key_pages[P,16,2,64]  int8
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 64
-          out    key_codes
+    _row("paged-narrow", f"""
+        {_pages("key_pages", 64, "int8", "key_codes")}
         dequantize  key_codes
           scale  key_scale[block_table[b, j // 16], j % 16, g]
           out    k
-        gather  value_pages[P,16,2,32]  uint8
-          at     block_table[b, j // 16], j % 16, g, d
-          sizes  B, 2, 16·M, 32
-          out    value_codes
+        {_pages("value_pages", 32, "uint8", "value_codes")}
         dequantize  value_codes
           scale  value_scale[block_table[b, j // 16], j % 16, g]
           bits   4
@@ -290,7 +283,14 @@ STORED_CASES: tuple[DecodeCase, ...] = (
 )  # fmt: skip
 """What only the decode kernel computes."""
 
-DECODE_CASES = (*PLAIN_CASES, *STORED_CASES)
+WIDE_CASES: tuple[DecodeCase, ...] = (
+    _plain("latent-576-512", (2, 1, 90), (8, 1), (576, 512), mask="j < length[b]",
+           more="given  length[B]:int32", length=(1, 90), note="multi-head latent attention, absorbed"),
+    _plain("latent-several-queries", (1, 3, 70), (20, 1), (576, 512), more="lse    lse\ngives  out, lse"),
+    _plain("wide-keys", (1, 1, 50), (4, 2), (320, 64), note="pieces of 64"),
+    _plain("wide-values", (1, 2, 50), (2, 2), (48, 272), note="pieces of 16"),
+)  # fmt: skip
+DECODE_CASES = (*PLAIN_CASES, *STORED_CASES, *WIDE_CASES)
 DECODE_BY_NAME = {case.name: case for case in DECODE_CASES}
 
 

@@ -20,6 +20,7 @@ from unittest import mock
 from tests.cases import Case
 from tests.kernels.backward_cases import BACKWARD_BY_NAME
 from tests.kernels.decode_cases import DECODE_BY_NAME
+from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS_BY_NAME
 
 BY_NAME: dict[str, Case] = {**BACKWARD_BY_NAME, **DECODE_BY_NAME}
 
@@ -41,6 +42,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from tests.kernels.decode_cases import stored_inputs
     from tests.kernels.narrow import ZeroCase
 
+    if request.get("boxes"):
+        return {"outcomes": moved(request["case"], tuple(request["boxes"]), getattr(torch, request["dtype"]))}
     case = BY_NAME[request["case"]]
     if request.get("zeros"):
         case = ZeroCase(**vars(case))
@@ -69,6 +72,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 changes.enter_context(mock.patch.object(module, name, value))
         outcomes = compare(case, module.attend, dtype, place=place)
     return {"outcomes": [[o.output, o.error, o.limit, o.passed] for o in outcomes]}
+
+
+def moved(name: str, places: tuple[int, int], dtype: Any) -> list[Any]:
+    """Run a row of neighbourhood attention with its tokens in boxes of so many queries and keys."""
+    from attncompile.codegen.triton import generate
+    from attncompile.codegen.triton.cache import load_module
+    from tests.kernels.comparison import compare
+
+    row = NEIGHBOURHOODS_BY_NAME[name]
+    module = load_module(generate(row.moved(*places)))
+    with mock.patch.object(module, "TILES", {dtype: (*places, 4, 1)}):
+        outcomes = compare(row.case, module.attend, dtype)
+    return [[o.output, o.error, o.limit, o.passed] for o in outcomes]
 
 
 class Interpreter:

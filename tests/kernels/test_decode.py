@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from attncompile.codegen.triton import generate, why_not
+from attncompile.codegen.triton.backward import why_not_backward
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import parse_spec
 from attncompile.ir.storage import LARGEST, with_narrow_store
 from tests.cases import Case
 from tests.kernels.comparison import compare
-from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES, stored_inputs
+from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES, WIDE_CASES, stored_inputs
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.test_values import check
 
@@ -40,6 +41,29 @@ def test_a_module_holds_both_kernels(case: Case) -> None:
 @pytest.mark.parametrize("case", STORED_CASES, ids=lambda case: case.name)
 def test_a_store_has_the_decode_kernel_alone(case: Case) -> None:
     assert [kernel.name for kernel in generate(case.spec).kernels] == ["merge_splits", "attend_split"]
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=lambda case: case.name)
+def test_a_wide_head_has_the_decode_kernel_alone(case: Case) -> None:
+    module = generate(case.spec)
+    assert [kernel.name for kernel in module.kernels] == ["merge_splits", "attend_split"]
+    assert "up to 256 channels" in (why_not_backward(case.spec) or "")
+
+
+@pytest.mark.parametrize(
+    "channels, change, said",
+    (
+        (1032, "", "multiples of 16 up to 1024"),
+        (300, "", "multiples of 16 up to 1024"),
+        (576, "norm   sigmoid (float32)", "normalises by softmax, not by sigmoid"),
+        (576, "kv_head (h + 1) // 2 % 2", "neither neighbours nor equally far apart"),
+    ),
+)
+def test_wide_heads_that_have_no_kernel(channels: int, change: str, said: str) -> None:
+    lines = {"kv_head": "kv_head h // 2", "norm": "norm   softmax (float32)"}
+    lines |= {change.split()[0]: change} if change else {}
+    text = f"x   attend  q[B,4,I,{channels}]  k,v[B,2,J,{channels}]  float32\n  score  s\n  mask   true\n  "
+    assert said in (why_not_spec(parse_spec(text + "\n  ".join(lines.values()))) or "")
 
 
 @pytest.mark.parametrize("storage", LARGEST)

@@ -43,10 +43,11 @@ def inputs(case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     return [tensors[value.name] for value in case.spec.inputs]
 
 
+@pytest.mark.parametrize("operator", ["run", "infer"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_fake_results_are_like_real_ones(case: Case) -> None:
+def test_fake_results_are_like_real_ones(case: Case, operator: str) -> None:
     torch.library.opcheck(
-        torch.ops.attncompile.run.default,
+        getattr(torch.ops.attncompile, operator).default,
         (str(case.spec), inputs(case)),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -11,6 +11,7 @@ from tests.cases import Case
 from tests.kernels.cases import ALL_CASES
 from tests.kernels.comparison import compare
 from tests.kernels.interpreter import Interpreter
+from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS, Neighbourhood
 
 LOWERED = tuple(case for case in ALL_CASES if why_not_spec(case.spec) is None)
 USUAL_TILES = ("full", "causal-long", "channels-72-40", "grouped-everything", "scan", "scan-lengths")
@@ -39,6 +40,11 @@ def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
 def test_zero_blocks(name: str, interpreter: Interpreter) -> None:
     """A block of zeros has no largest element that could be its scale; nothing is NaN all the same."""
     check(interpreter.ask(case=name, dtype="float32", small=True, zeros=True))
+
+
+@pytest.mark.parametrize("row", NEIGHBOURHOODS, ids=lambda row: row.name)
+def test_tokens_moved_into_boxes(row: Neighbourhood, interpreter: Interpreter) -> None:
+    check(interpreter.ask(case=row.name, dtype="float32", boxes=[64, 32]))
 
 
 @pytest.mark.gpu

@@ -141,6 +141,22 @@ def heads(x: torch.Tensor, count: int = HEADS) -> torch.Tensor:
     return x.view(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
 
 
+def split_heads(x: torch.Tensor, count: int = HEADS) -> torch.Tensor:
+    """``[B, N, H, D]``."""
+    return x.view(x.shape[0], x.shape[1], count, CHANNELS)
+
+
+def flat(x: torch.Tensor, count: int = HEADS) -> torch.Tensor:
+    """``[B·H, N, D]``."""
+    return heads(x, count).reshape(-1, x.shape[1], CHANNELS)
+
+
+def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """As transformers repeats key and value heads."""
+    b, g, n, d = x.shape
+    return x[:, :, None].expand(b, g, times, n, d).reshape(b, g * times, n, d)
+
+
 def merged(x: torch.Tensor) -> torch.Tensor:
     """``[B, H, N, D]`` as ``[B, N, H·D]``."""
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)

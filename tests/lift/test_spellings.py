@@ -12,6 +12,7 @@ from attncompile.lift import Site, lift_graph
 from attncompile.lift.prove import AGREEMENT, canonical, difference
 from tests.lift.forms import Form
 from tests.lift.spellings import SPELLINGS
+from tests.recorded import recorded
 
 DEFAULTS = {"mask": "true", "kv_head": "h", "weight": "w", "sink": "−inf", "divisor": "t"}
 
@@ -60,7 +61,7 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
 
     The model runs in its own dtype, so the two agree to float32 rounding of sums of few terms.
     """
-    values = {name: value.detach() for name, value in run(captured, form).items()}
+    values = {name: value.detach() for name, value in recorded(captured, form.inputs).items()}
     for site in sites:
         assert site.spec is not None and site.region is not None
         types = site.spec.types()
@@ -80,19 +81,3 @@ def agrees_on_real_inputs(captured: Captured, form: Form, sites: tuple[Site, ...
             actual = canonical(values[binding.value], binding.layout, types[binding.name], sizes)
             # an eager row of one dtype rounds: nothing else tells them apart
             assert difference(actual.double(), result) < 64 * torch.finfo(torch.float32).eps
-
-
-def run(captured: Captured, form: Form) -> dict[str, torch.Tensor]:
-    """Every tensor of the captured graph at the end of a run with the example inputs."""
-    values: dict[str, torch.Tensor] = {}
-
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, node: torch.fx.Node) -> object:
-            result = super().run_node(node)
-            if isinstance(result, torch.Tensor):
-                values[node.name] = result
-            return result
-
-    with torch.no_grad():
-        Recorder(captured.graph_module).run(*captured.flat_inputs((), form.inputs))
-    return values

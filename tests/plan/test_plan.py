@@ -10,6 +10,7 @@ import pytest
 from attncompile.passes import parse_passes, run_passes
 from attncompile.plan import Plan, Refused, SitePlan, cost_row, load_plan, save_plan, work
 from tests.cases import BY_NAME, CASES, Case
+from tests.tampering import change
 
 
 def site(name: str) -> SitePlan:
@@ -62,12 +63,7 @@ def test_two_plans_of_the_same_sites_are_the_same_text(tmp_path: Path) -> None:
 def test_what_is_no_plan(tmp_path: Path, path: tuple[str | int, ...], value: object, message: str) -> None:
     file = tmp_path / "plan.json"
     save_plan(example("layers.0", "layers.1"), file)
-    content = json.loads(file.read_text())
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    file.write_text(json.dumps(content))
+    change(file, path, value)
     with pytest.raises(ValueError, match=message):
         load_plan(file)
 

@@ -18,6 +18,7 @@ from attncompile.verify import (
     save_certificate,
 )
 from tests.cases import BY_NAME
+from tests.tampering import change
 from tests.verify.test_sites import interpreted
 
 
@@ -84,12 +85,7 @@ def test_an_error_may_shrink_and_another_number_may_not(after: float, as_error: 
 def test_tampering(tmp_path: Path, path: tuple[str | int, ...], value: object, message: str) -> None:
     file = tmp_path / "certificate.json"
     save_certificate(example(), file)
-    content = json.loads(file.read_text())
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    file.write_text(json.dumps(content))
+    change(file, path, value)
     with pytest.raises(ValueError, match=message) as caught:
         load_certificate(file)
     assert "\n" not in str(caught.value)

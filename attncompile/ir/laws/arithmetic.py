@@ -56,20 +56,28 @@ def _product_of(constants: list[float]) -> list[float]:
     return [] if total == 1 else [0.0 if total == 0 else total]
 
 
-def _law_add(simplifier: Simplifier, node: Apply) -> Expr:
-    if node.result is Kind.INT:
-        return from_polynomial(settle(simplifier, polynomial(node)))
-    whole: Polynomial = {}
+def _parted(
+    node: Apply, start: Polynomial, join: Callable[[Polynomial, Polynomial], Polynomial]
+) -> tuple[Polynomial, list[float], list[Expr]]:
+    """A real sum's or product's arguments: the integers among them joined, the constants, and the rest."""
+    whole = start
     constants: list[float] = []
-    terms: list[Expr] = []
+    rest: list[Expr] = []
     for argument in node.arguments:
         integer = as_whole(argument)
         if isinstance(argument, Const):
             constants.append(float(argument.value))
         elif integer is not None:
-            whole = plus(whole, polynomial(integer))
+            whole = join(whole, polynomial(integer))
         else:
-            terms.append(argument)
+            rest.append(argument)
+    return whole, constants, rest
+
+
+def _law_add(simplifier: Simplifier, node: Apply) -> Expr:
+    if node.result is Kind.INT:
+        return from_polynomial(settle(simplifier, polynomial(node)))
+    whole, constants, terms = _parted(node, {}, plus)
     if () in whole:
         constants.append(float(whole.pop(())))
     terms.sort(key=_term_key)
@@ -85,17 +93,7 @@ def _law_add(simplifier: Simplifier, node: Apply) -> Expr:
 def _law_mul(simplifier: Simplifier, node: Apply) -> Expr:
     if node.result is Kind.INT:
         return from_polynomial(settle(simplifier, polynomial(node)))
-    whole = constant(1)
-    constants: list[float] = []
-    factors: list[Expr] = []
-    for argument in node.arguments:
-        integer = as_whole(argument)
-        if isinstance(argument, Const):
-            constants.append(float(argument.value))
-        elif integer is not None:
-            whole = times(whole, polynomial(integer))
-        else:
-            factors.append(argument)
+    whole, constants, factors = _parted(node, constant(1), times)
     whole = settle(simplifier, whole)
     if whole:
         # slope · (2·i - 2·j) is -2 · slope · (j - i)

@@ -93,8 +93,15 @@ def _as_difference(simplifier: Simplifier, atom: Expr) -> Polynomial:
     return {(atom,): 1}
 
 
+def _nesting(expr: Expr) -> int:
+    """How many divisions and remainders stand inside each other."""
+    own = isinstance(expr, Apply) and expr.operator in ("floordiv", "mod")
+    return own + max(map(_nesting, expr.children), default=0)
+
+
 def _with_remainders(simplifier: Simplifier, poly: Polynomial) -> Polynomial:
-    for mono in sorted(poly, key=monomial_order):
+    # the deepest first: once a remainder is folded, one of it is no longer seen
+    for mono in sorted(poly, key=lambda mono: (-max(map(_nesting, mono), default=0), monomial_order(mono))):
         for atom in mono:
             if not (isinstance(atom, Apply) and atom.operator == "floordiv"):
                 continue

@@ -1,0 +1,93 @@
+"""How long a kernel takes: CUDA graphs, events around them, and rounds in which everybody runs once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """So many calls, ready to be timed together.
+
+    Attributes:
+        run: makes all of them.
+        repeats: how many calls that is.
+        timed: ``graph`` when they are replayed as a CUDA graph, which times kernels; ``calls`` when Python makes them
+            one after the other, which times the host too wherever that is slower than the device.
+    """
+
+    run: Run
+    repeats: int
+    timed: Literal["graph", "calls"]
+
+    def milliseconds(self, rounds: int = 1) -> float:
+        """Time of one call, by events around so many runs."""
+        return milliseconds(self.run, rounds) / self.repeats
+
+
+def milliseconds(run: Run, repeats: int) -> float:
+    """Time of one call, by events around several."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        run()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / repeats
+
+
+def repeats_of(run: Run, together: float, most: int) -> int:
+    """How many calls take about ``together`` milliseconds: at least 1, at most ``most``."""
+    return max(1, min(most, int(together / max(milliseconds(run, 2), 1e-3))))
+
+
+def called(run: Run, repeats: int) -> Timed:
+    """So many calls, made by Python."""
+
+    def loop() -> Any:
+        for _ in range(repeats - 1):
+            run()
+        return run()
+
+    return Timed(loop, repeats, "calls")
+
+
+def graphed(run: Run, repeats: int) -> Timed:
+    """A CUDA graph of so many calls: its replay times kernels, not the host; the calls themselves where that fails."""
+    calls = called(run, repeats)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = calls.run()
+    except Exception:  # a library may refuse to be captured in ways of its own
+        torch.cuda.synchronize()
+        return calls
+
+    def replay() -> Any:
+        graph.replay()
+        return found
+
+    return Timed(replay, repeats, "graph")
+
+
+def interleaved(running: Mapping[str, Timed], rounds: int, runs: int = 1) -> dict[str, list[float]]:
+    """Milliseconds of one call in each round; a round times everybody once, so that a card's clock treats all alike."""
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, timed in running.items():
+            times[name].append(timed.milliseconds(runs))
+    return times
+
+
+def summary(timed: Timed, times: list[float]) -> dict[str, Any]:
+    """The median in milliseconds, the fastest, how far all spread (relative to the median), and how it was timed."""
+    median = statistics.median(times)
+    spread = (max(times) - min(times)) / median
+    return {"timed": timed.timed, "ms": median, "min_ms": min(times), "spread": spread}

@@ -1,0 +1,165 @@
+"""Attention calls of ONNX: lifted, refused with the reason, or spelled out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from attncompile.frontends.graph import (
+    RefusedAttention,
+)
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_evaluate import OnnxEvaluator
+from attncompile.lift import lift_graph
+from attncompile.lift.prove import canonical
+from attncompile.lift.sites import find_sites
+from tests.frontends.onnx_reference import Row, parsed
+
+
+@dataclass(frozen=True)
+class Call:
+    """A fused call: its node, its inputs, and parts of the Spec's text that must be there;
+    the range of its integer inputs."""
+
+    name: str
+    body: str
+    inputs: str
+    says: tuple[str, ...]
+    opset: int = 24
+    low: int = 0
+    high: int = 2
+
+
+Q4, KV4 = "float[B,6,I,8] q", "float[B,6,J,8] k, float[B,6,J,4] v"
+NEW = KV4.replace("J", "I")
+# fmt: off
+CALLS = (
+    Call("plain", "y = Attention(q, k, v)", f"{Q4}, {KV4}", ("0.35355339059327373·s", "empty rows zero")),
+    Call("causal", "y = Attention<is_causal=1, scale=0.5>(q, k, v)", f"{Q4}, {KV4}", ("j ≤ i", "0.5·s")),
+    Call("float mask", "y = Attention(q, k, v, m)", f"{Q4}, {KV4}, float[B,1,I,J] m", ("m[b, 0, i, j]",)),
+    Call("bool mask", "y = Attention<softcap=3.0>(q, k, v, m)", f"{Q4}, {KV4}, bool[I,J] m",
+        ("mask   m[i, j]", "tanh")),
+    Call("short mask", "y = Attention(q, k, v, m)", f"{Q4}, {KV4}, bool[I,S] m", ("j < S and m[i, j]",)),
+    Call("valid keys", "y = Attention<is_causal=1>(q, k, v, , , , n)", f"{Q4}, {KV4}, int64[B] n",
+         ("j ≤ i + n[b] − I",), low=3, high=8),
+    Call("grouped", "y = Attention(q, k, v)", f"{Q4}, float[B,2,J,8] k, float[B,2,J,4] v", ("k[B,2,J,8]",
+        "h // 3")),
+    Call("flat", "y = Attention<q_num_heads=6, kv_num_heads=2>(q, k, v)",
+         "float[B,I,48] q, float[B,J,16] k, float[B,J,8] v", ("q[B,6,I,8]", "h // 3")),
+    Call("window", "y = Attention<left_window_size=2, is_causal=1>(q, k, v)", f"{Q4}, {KV4}", ("j ≤ i",
+        "j > i − 3"), 25),
+    Call("multi-head", "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v)",
+         "float[B,I,48] q, float[B,J,48] k, float[B,J,24] v", ("0.35355339059327373·s",)),
+    Call("multi-head, padding", "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v, , p)",
+         "float[B,I,48] q, float[B,J,48] k, float[B,J,24] v, int32[B,J] p", ("p[b, j] ≠ 0", "− 10000.0")),
+    Call("multi-head, bias", "y = com.microsoft.MultiHeadAttention<num_heads=6, scale=0.25>(q, k, v, , , a)",
+         "float[B,I,48] q, float[B,J,48] k, float[B,J,24] v, float[1,6,I,J] a", ("a[0, h, i, j]", "0.25·s")),
+    Call("multi-head, causal", "y = com.microsoft.MultiHeadAttention<num_heads=6, unidirectional=1>(q, k, v)",
+         "float[B,I,48] q, float[B,I,48] k, float[B,I,24] v", ("j ≤ i",)),
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_fused_call_is_lifted(call: Call) -> None:
+    row = Row(
+        call.name,
+        call.body,
+        call.inputs,
+        opset=call.opset,
+        symbols={"B": 2, "I": 5, "J": 7, "S": 4},
+        low=call.low,
+        high=call.high,
+    )
+    graph = onnx_graph(row.model())
+    (site,) = find_sites(graph)
+    assert site.spec is not None and site.region is not None, site.refusal
+    for part in call.says:
+        assert part in str(site.spec), str(site.spec)
+    feeds = {name: torch.from_numpy(value) for name, value in row.feeds().items()}
+    assert isinstance(graph.evaluate, OnnxEvaluator)
+    precision = graph.evaluate.precision(["y"], list(feeds))
+    assert precision is (torch.float32 if "com.microsoft" in call.body else torch.float64)
+    types, sizes = site.spec.types(), dict(row.symbols)
+    tensors = {
+        b.name: canonical(feeds[b.value], b.layout, types[b.name], sizes) if b.layout else feeds[b.value]
+        for b in site.region.inputs
+    }
+    (stated,) = site.spec.interpret(tensors)
+    (output,) = site.region.outputs
+    assert output.layout is not None
+    native = canonical(graph.evaluate(["y"], feeds, sizes)["y"], output.layout, types["out"], sizes)
+    torch.testing.assert_close(native.to(precision), stated.to(precision))
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "reason"),
+    [
+        (
+            "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v, b)",
+            "float[B,I,48] q, float[B,J,48] k, float[B,J,48] v, float[144] b",
+            "bias of the projections",
+        ),
+        ("y = com.microsoft.MultiHeadAttention<num_heads=6>(q)", "float[B,I,6,3,8] q", "packed"),
+        (
+            "y = com.microsoft.Attention<num_heads=6>(q, w, b)",
+            "float[B,I,48] q, float[48,144] w, float[144] b",
+            "projections",
+        ),
+        (
+            "y = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2>(q, k, v, , , l, t)",
+            "float[B,I,48] q, float[B,I,16] k, float[B,I,16] v, int32[B] l, int32 t",
+            "seqlens_k",
+        ),
+    ],
+    ids=["bias", "packed", "projections", "grouped"],
+)
+def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
+    graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))
+    assert any(isinstance(node, RefusedAttention) for node in graph.nodes)
+    (site,) = lift_graph(graph).sites
+    assert site.status == "refused" and site.refusal is not None
+    assert reason in site.refusal.reason and site.refusal.hint
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "status", "keys"),
+    [
+        (
+            "y, pk, pv = Attention<is_causal=1>(q, k, v, , past_k, past_v)",
+            f"{Q4}, {NEW}, float[B,6,P,8] past_k, float[B,6,P,4] past_v",
+            "lifted",
+            "j ≤ i + J − ",
+        ),
+        ("y, , , w = Attention<is_causal=1>(q, k, v)  z = Exp(w)", f"{Q4}, {KV4}", "observed", "j ≤ i"),
+    ],
+    ids=["cache", "scores"],
+)
+def test_call_that_is_more_than_one_product_is_spelled_out(
+    body: str, inputs: str, status: str, keys: str
+) -> None:
+    returned = "y, z" if "z = " in body else "y"
+    (site,) = lift_graph(onnx_graph(parsed(f"g ({inputs}) => ({returned}) {{ {body} }}", 24))).sites
+    assert site.status == status, str(site.refusal)
+    assert keys in str(site.spec)
+
+
+def test_nan_replaced_by_zero_is_a_property_of_empty_rows() -> None:
+    text = """g (float[B,2,I,4] q, float[B,2,4,J] k, float[B,2,J,4] v, bool[B,1,1,J] m) => (y)
+        <float zero = {{0.0}}, float hidden = {{-inf}}> {{
+        s = MatMul(q, k)  f = Where(m, zero, hidden)  l = Add(s, f)  w = Softmax(l)
+        n = IsNaN(w)  c = Where(n, {0}, {1})  y = MatMul(c, v) }}"""
+    hidden = -math.inf
+    for then, otherwise, empty in (("zero", "w", "zero"), ("w", "zero", "nan")):
+        proto = parsed(text.format(then, otherwise).replace("-inf", "-1.0"))
+        proto.graph.initializers["hidden"].const_value = ir.tensor(np.array(hidden, np.float32))
+        (site,) = lift_graph(onnx_graph(proto)).sites
+        assert site.spec is not None, site.refusal
+        assert f"empty rows {empty}" in str(site.spec) or empty == "nan"
+        attend = site.spec.attend()
+        assert attend is not None and attend.norm.empty == empty
