@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attncompile.codegen.triton import lower
+from benchmarks.backward import through_operator
 from benchmarks.kernels import Run, Work, flex, our_gluon, plain_triton, tensors_of
 from benchmarks.report import Report, arguments, parse
 
@@ -36,18 +36,6 @@ WORKS = (
 )
 
 
-def operator(work: Work, tensors: list[torch.Tensor]) -> Run:
-    """The operator as a compiled model calls it."""
-    run = lower(work.spec(), "cuda").run
-
-    def call() -> torch.Tensor:
-        found = run(*tensors)
-        assert isinstance(found, torch.Tensor)
-        return found
-
-    return call
-
-
 def by_sdpa(work: Work, tensors: list[torch.Tensor]) -> Run:
     """PyTorch's operator; which back end it takes is set outside."""
     causal, grouped = work.kind == "causal", work.heads != work.groups
@@ -56,7 +44,7 @@ def by_sdpa(work: Work, tensors: list[torch.Tensor]) -> Run:
 
 Competitor = tuple[Callable[[Work, list[torch.Tensor]], Run], Callable[[], AbstractContextManager[Any]]]
 OURS: dict[str, Competitor] = {
-    "operator": (operator, nullcontext),
+    "operator": (through_operator, nullcontext),
     "gluon": (our_gluon, nullcontext),
     "triton": (plain_triton, nullcontext),
 }
