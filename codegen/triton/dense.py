@@ -121,7 +121,8 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
 def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
     nodes = [node for expr in _expressions(parts) for node in walk(expr)]
     by_key = any(isinstance(node, Load) and Index("j") in symbols(node) for node in nodes)
-    heavy = by_key or sum(isinstance(node, Apply) for node in nodes) > HEAVY
+    # rounding weights takes registers: four warps have too few of them where there are two pipeline stages
+    heavy = by_key or skeleton.turned_values or sum(isinstance(node, Apply) for node in nodes) > HEAVY
     widest = max(skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features))
     blocks = [power_of_two(step.block) for step in parts.rounding.steps[1:]] if parts.rounding else []
     if skeleton.turned_values:  # whatever the operands were, tiles hold bytes; products run over at least 32 keys
