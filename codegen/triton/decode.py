@@ -128,7 +128,7 @@ def few_queries(
     there are always as many queries as keys.
     """
     as_many = simplify(parts.query.sizes[2]) == simplify(parts.key.sizes[2])
-    if as_many or parts.quantized or decode_reason(spec) is not None:
+    if as_many or parts.rounding or decode_reason(spec) is not None:
         return None
     skeleton = decode_skeleton(
         spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink
