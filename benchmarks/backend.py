@@ -204,7 +204,7 @@ class Model:
         cache = self.caches[size]
         for layer in cache.layers:
             layer.cumulative_length.fill_(CONTEXT - 1)
-        tokens = torch.full((size, 1), 17, device="cuda")
+        tokens = torch.full((size, 1), 17, device=self.work.device)
         with torch.no_grad():
             if self.contender.compiler != "none":
                 torch.compiler.cudagraph_mark_step_begin()
@@ -216,8 +216,8 @@ class Model:
         config = self.model.config
         cache = StaticCache(config, max_cache_len=CONTEXT)
         heads, channels = config.num_key_value_heads, config.head_dim
-        cache.early_initialization(size, heads, channels, torch.bfloat16, torch.device("cuda"))
-        generator = torch.Generator(device="cuda").manual_seed(size)
+        cache.early_initialization(size, heads, channels, self.work.dtype, torch.device(self.work.device))
+        generator = torch.Generator(device=self.work.device).manual_seed(size)
         for layer in cache.layers:
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
