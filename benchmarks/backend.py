@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -303,10 +303,8 @@ class Process:
     def ask(self, request: dict[str, Any]) -> None:
         """Send a request."""
         assert self.process.stdin
-        try:
+        with suppress(BrokenPipeError):
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass
 
     def hear(self) -> dict[str, Any]:
         """Its answer; a failure when the process has ended."""
@@ -348,7 +346,7 @@ def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]
             for process in running:
                 answers[process.name, size] = process.hear()
             for process in running:
-                if "OutOfMemory" in answers[process.name, size].get("failure", ""):  # others may have held what it needs
+                if "OutOfMemory" in answers[process.name, size].get("failure", ""):  # others may hold what it needs
                     for other in running:
                         other.ask({"size": size, "release": True})
                     for other in running:
