@@ -57,7 +57,7 @@ RING = (
     "rescaled",
 )
 """Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
-NARROW_VALUES = ("narrowed", "kept", "power_exponent", "inverse_power")
+NARROW_VALUES = ("narrowed", "packed", "four_weights", "kept", "power_exponent", "inverse_power")
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
 
@@ -240,8 +240,7 @@ class HopperForward:
             "late": not self.tile.early,
             "narrow": self.narrow is not None,
             "wide": self.narrow is None,
-            "held": self.tile.held,
-            "unheld": not self.tile.held,
+            "carried": self.tile.held or self.turned_values,
             "narrow values": self.turned_values,
             "wide values": not self.turned_values,
         }
@@ -290,7 +289,14 @@ class HopperForward:
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
         operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
-        line = re.sub(r"OPERAND\((\w+)\)", r"narrowed(\1)" if self.turned_values else operand, line)
+        if self.tile.held:
+            line = re.sub(r"CARRIED\((\w+)\)", r"\1", line)
+            line = re.sub(r"OPERAND\((\w+)\)", r"narrowed(\1)" if self.turned_values else operand, line)
+        elif self.turned_values:
+            line = re.sub(r"CARRIED\((\w+)\)", r"packed(\1)", line)
+            line = re.sub(r"OPERAND\((\w+)\)", r"four_weights(\1)", line)
+        else:
+            line = re.sub(r"(CARRIED|OPERAND)\((\w+)\)", operand.replace("\\1", "\\2"), line)
         line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
 

@@ -88,6 +88,37 @@ def narrowed(p):
 
 
 @gluon.jit
+def packed(p):
+    """Weights as e4m3, four in a word: of each 16 keys, word t holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t.
+
+    A thread of an accumulator holds just these. Carried from step to step as bytes, ptxas would take them apart.
+    """
+    QUERIES: gl.constexpr = p.shape[0]
+    KEYS: gl.constexpr = p.shape[1]
+    named = gl.permute(gl.reshape(p, [QUERIES, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    even, odd = gl.split(named)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    text: gl.constexpr = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    four = [first, second, third, fourth]
+    return gl.inline_asm_elementwise(text, "=r,f,f,f,f", four, dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def four_weights(words):
+    """Packed weights as operands of a product with turned values: the order of a thread's keys is the same."""
+    pairs = gl.join(words, words)
+    copies = gl.reshape(gl.join(pairs, pairs), [words.shape[0], 4 * words.shape[1] * words.shape[2]])
+    text: gl.constexpr = "mov.b32 $0, $1;"
+    copies = gl.convert_layout(copies, WEIGHTS, assert_trivial=True)
+    codes = gl.inline_asm_elementwise(text, "=r,r,r,r,r", [copies], dtype=gl.int8, is_pure=True, pack=4)
+    return codes.to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
 def kept(weights):
     """Keeps registers that a product reads until here: waits take no operands of 8 bits."""
     gl.inline_asm_elementwise("", "=r,0", [weights], dtype=weights.dtype, is_pure=False, pack=4)

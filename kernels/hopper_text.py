@@ -44,7 +44,7 @@ def step(
     # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if narrow
     # in one loop from the loop before, even where that one did not run.  # if narrow
     query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if narrow
-    weights = OPERAND(weights)  # if held
+    weights = OPERAND(weights)  # if carried
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
     products = warpgroup_mma(
@@ -79,8 +79,7 @@ def step(
     kept(weights)  # if narrow values
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
     accumulator = rescaled(accumulator, factor)
-    weights = OPERAND(p)  # if unheld
-    weights = p  # if held
+    weights = CARRIED(p)
     return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase
 '''
 
@@ -127,8 +126,7 @@ def consumer(
         # <first_exponentials>
         total = own_sums(p)  # if wide values
         total = own_sums(p) * value_inverse  # if narrow values
-        weights = OPERAND(p)  # if unheld
-        weights = p  # if held
+        weights = CARRIED(p)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
         next_stage, next_phase = following(stage, phase)
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
@@ -147,7 +145,7 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
-        weights = OPERAND(weights)  # if held
+        weights = OPERAND(weights)  # if carried
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
         values = value_tiles.index(last_stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values

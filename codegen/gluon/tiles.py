@@ -79,5 +79,5 @@ def hopper_tile(
         fits = max(channels, features) <= largest and shared <= SHARED_MEMORY
         fits = fits and keys in (None, tile.keys)
         if fits and ((light and not short) or not needs_light):
-            return dataclasses.replace(tile, held=bytes_of == (1, 1))
+            return tile
     raise ValueError(f"no tile for {channels} key and {features} value channels")
