@@ -270,8 +270,9 @@ class HopperForward:
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
-        line = line.replace(" AND_SCORES", ", s" if self.tile.ahead else "").replace("FURTHER", f"{1 + self.tile.ahead}")
-        line = line.replace(" AHEAD", " ``s`` are its products: those that this step begins are the next one's." * self.tile.ahead)
+        ahead = self.tile.ahead
+        line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
+        line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
         for marker, names in (
             ("CONTEXT", self.context()),
             ("KNOWN", known(self.runs, self.marks)),

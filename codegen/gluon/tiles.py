@@ -40,7 +40,8 @@ _E4M3_ROWS = (
     *_NARROW_ROWS[1:],
 )
 """Where all is e4m3. Four weights are a word: three warpgroups have registers enough for 64 channels, and two of them
-for the scores of two blocks of 128. Under integer products, which have to be converted, that is slower."""
+for the scores of two blocks of 128. Ahead of integer products, which have to be converted, that was slower. Measured on
+an H200 (``benchmarks/quantized_tiles.py``)."""
 
 
 def shared_bytes(tile: HopperTile, channels: int, features: int, codes: Codes = (None, None)) -> int:

@@ -176,6 +176,15 @@ def test_plain_kernels_compile(form: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert kernel.texts["cubin"] and kernel.spills in (0, None)
 
 
+def test_one_position_has_no_kernel_of_its_own() -> None:
+    """For a single value ptxas 12.8 died of the loads that were then known to be idle."""
+    from attncompile.codegen.triton.cache import load_module
+
+    module = load_module(generate(rounded(attention(64), "quantize.fp8")))
+    for kernel, length in ((module.quantize_blocks, "I"), (module.quantize_value_blocks, "J")):
+        assert length in [each.name for each in kernel.params if each.do_not_specialize]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("channels", (24, 64, 128))
