@@ -7,6 +7,7 @@ and nor does what a compiler makes of the module.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
@@ -25,7 +26,7 @@ from attncompile.ir import Quantize
 
 PATIENCE = 20.0
 """Seconds after which a wait is taken for a deadlock."""
-LATENCY = 0.001
+LATENCY = 0.0005
 """Seconds from when a copy spoils a tile until its data are there."""
 
 
@@ -33,7 +34,7 @@ class Register(torch.Tensor):
     """A tensor in registers."""
 
     def to(self, dtype: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
-        """Another type; ``float8_e4m3`` stays as wide as it is and is rounded."""
+        """The numbers, or the bits, in another type."""
         if bitcast:
             return self.view(dtype)
         return torch.Tensor.to(self, dtype)
@@ -55,7 +56,7 @@ class Whole(int):
     value = property(int)
 
 
-class Real(float):
+class Fraction(float):
     """A constant number of a module."""
 
     value = property(float)
@@ -65,7 +66,7 @@ def constant(value: Any) -> Any:
     """What ``gl.constexpr`` makes of a value."""
     if isinstance(value, int):
         return Whole(value)
-    return Real(value) if isinstance(value, float) else SimpleNamespace(value=value)
+    return Fraction(value) if isinstance(value, float) else SimpleNamespace(value=value)
 
 
 @dataclass(eq=False)
@@ -174,12 +175,13 @@ class Descriptor:
 
 @dataclass
 class Products:
-    """A matrix product that nobody has waited for yet."""
+    """A matrix product that nobody has waited for yet; ``number`` tells which was begun later."""
 
     first: Any
     second: Shared
     sums: Any
     added: bool
+    number: int = field(default_factory=itertools.count().__next__)
 
     def result(self) -> torch.Tensor:
         """The product of what lies in memory now."""
@@ -287,19 +289,16 @@ def _specialize(partitions: Sequence[tuple[Callable[..., None], Sequence[Any]]],
 
 def _functions() -> dict[str, Any]:
     """What inline PTX does, as functions that take the place of a module's own."""
-    computing = 128
-
-    def threads_here(function: str) -> int:
-        return 32 if function == "producer" else computing
 
     def signal(barrier: Any, threads: Any) -> None:
         found = BLOCK.current.named.setdefault(int(barrier), Barrier(int(threads)))
-        BLOCK.current.arrive(found, computing)
+        BLOCK.current.arrive(found, 128)
 
     def meet(barrier: Any, threads: Any) -> None:
         found = BLOCK.current.named.setdefault(int(barrier), Barrier(int(threads)))
         caller = sys._getframe(1).f_code.co_name
-        awaited = BLOCK.current.arrive(found, threads_here("producer" if caller == "fill" else caller))
+        # one warp copies, four compute
+        awaited = BLOCK.current.arrive(found, 32 if caller == "fill" else 128)
         BLOCK.current.wait(lambda: found.completed >= awaited, f"named barrier {barrier} in {caller}")
 
     def packed(p: Any) -> Any:
@@ -349,7 +348,11 @@ def _modules() -> dict[str, Any]:
         return Products(a, b, sums, use_acc)
 
     def product_wait(count: int, deps: Sequence[Any]) -> Any:
-        found = [each.result() if isinstance(each, Products) else each for each in deps]
+        begun = sorted(each.number for each in deps if isinstance(each, Products))
+        pending = begun[len(begun) - count :]
+        found = [
+            each.result() if isinstance(each, Products) and each.number not in pending else each for each in deps
+        ]
         return found[0] if len(found) == 1 else tuple(found)
 
     tma = SimpleNamespace(async_load=copy_in, async_store=copy_out, store_wait=lambda _: None)
