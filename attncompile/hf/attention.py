@@ -1,0 +1,301 @@
+"""The attention interface: one call of a layer, as a Spec, on the target that computes it fastest."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from attncompile.backend import FallbackWarning
+from attncompile.backend.choose import SUPPORTED, choose_lowering
+from attncompile.codegen.lowering import Lowering
+from attncompile.frontends.torch_internals import outside_tracing
+from attncompile.hf.mask import StatedMask
+from attncompile.hf.sites import Seen, note, note_class
+from attncompile.hf.specify import ADDED, BIAS, KEY_OFFSET, QUERY_OFFSET, SINKS, Call, Tensor, specify
+from attncompile.ir import Spec
+from attncompile.ir.types import NAMES
+from attncompile.kernels import operators
+from attncompile.passes import parse_passes, run_passes
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: StatedMask | torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one layer, for transformers' ``AttentionInterface``.
+
+    Args:
+        module: the layer; its ``is_causal`` counts where there is no mask.
+        query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
+        attention_mask: what the model was given by the mask interface, or a map of its own.
+        options: ``scaling``, ``dropout``, ``is_causal``, ``softcap``, ``s_aux`` (sinks) and ``position_bias`` as
+            transformers gives them; others say nothing beyond the mask.
+
+    Returns:
+        The output ``[b,i,h,e]``, and the weights where the model's own function computes them.
+    """
+    site, traced = type(module).__name__, torch.compiler.is_compiling()
+    reason = _why_not(query, key, value, attention_mask, options)
+    if reason:
+        _say_kept(site, reason, traced)
+        if not traced:
+            note(module, Seen(site, "", "", reason))
+        return _as_the_model_does(module, query, key, value, attention_mask, options)
+    if query.shape[0] != key.shape[0]:  # queries that all rows share
+        query = query.expand(key.shape[0], -1, -1, -1)
+    sizes = {"B": query.shape[0], "H": query.shape[1], "I": query.shape[2], "J": key.shape[2]}
+    text, offset, key_offset, names, tensors, why_read = _mask_of(module, query, attention_mask, sizes, options)
+    bias, sinks = options.get("position_bias"), options.get("s_aux")
+    if bias is not None:
+        names, tensors = (*names, BIAS), (*tensors, bias)
+    if sinks is not None:
+        names, tensors = (*names, SINKS), (*tensors, sinks.reshape(-1))
+    scaling = options.get("scaling")
+    said = _specified(
+        site,
+        (int(sizes["H"]), int(key.shape[1]), int(query.shape[3]), int(value.shape[3])),
+        query.dtype,
+        query.device.type,
+        bool(sizes["I"] == sizes["J"]),
+        text,
+        tuple((name, tensor.dtype, _fitting(tensor, sizes)) for name, tensor in zip(names, tensors, strict=True)),
+        offset,
+        key_offset,
+        1.0 / math.sqrt(query.shape[3]) if scaling is None else scaling,
+        options.get("softcap"),
+        why_read,
+        traced,
+    )
+    program, read = said.split(_BEHIND)
+    wanted = read.split(",")
+    given = [tensor for name, tensor in zip(names, tensors, strict=True) if name in wanted]
+    if QUERY_OFFSET in wanted and isinstance(attention_mask, StatedMask):
+        given.append(_one_number(attention_mask.offsets[0], query.device))
+    if KEY_OFFSET in wanted and isinstance(attention_mask, StatedMask):
+        given.append(_one_number(attention_mask.offsets[1], query.device))
+    if not traced:
+        note(module, Seen(site, program, query.device.type, why_read))
+    return _computed(program, query, key, value, *given).transpose(1, 2).contiguous(), None
+
+
+# --- what can not be stated -------------------------------------------------------------------------------------------
+
+
+def _why_not(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StatedMask | torch.Tensor | None,
+    options: dict[str, Any],
+) -> str:
+    """Why a call is left to the model's own functions, or nothing."""
+    if options.get("dropout", 0.0):
+        return "weights are dropped at random in training"
+    if options.get("output_attentions"):
+        return "its weights are asked for"
+    if options.get("head_mask") is not None:
+        return "weights are multiplied by a head mask"
+    if options.get("cache") is not None:
+        return "its cache has pages"
+    if query.device.type not in SUPPORTED:
+        return f"device {query.device.type} is not supported ({', '.join(SUPPORTED)} are)"
+    if query.dtype not in FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"query, key and value have the dtypes {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} axes, not 4"
+    if query.shape[1] % key.shape[1] != 0 or value.shape[1] != key.shape[1] or key.shape[3] != query.shape[3]:
+        return "the heads of query, key and value do not fit together"
+    if key.shape[2] != value.shape[2] or key.shape[0] != value.shape[0]:
+        return "keys and values are not equally many"
+    if query.shape[0] != key.shape[0] and query.shape[0] != 1:
+        return "queries and keys have different batch sizes"
+    if query.shape[2] == 0 or key.shape[2] == 0 or key.shape[0] == 0:
+        return "it is empty"
+    if options.get("scaling") is not None and not isinstance(options["scaling"], float | int):
+        return "its scale is a tensor"
+    whole = (query.shape[0] if query.shape[0] != 1 else key.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if isinstance(mask, StatedMask):
+        if mask.shape[2] != whole[2] or mask.shape[3] != whole[3]:
+            return "its mask is of another size"
+        mask = None
+    for name, tensor in (("mask", mask), ("position bias", options.get("position_bias"))):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            return f"its {name} is no tensor of 4 axes"
+        if tensor.dtype is not torch.bool and tensor.dtype != query.dtype:
+            return f"its {name} is of dtype {tensor.dtype}"
+        for axis in range(4):
+            if tensor.shape[axis] != whole[axis] and tensor.shape[axis] != 1:
+                return f"its {name} is of another size"
+    sinks = options.get("s_aux")
+    if sinks is not None and (sinks.numel() != query.shape[1] or sinks.dtype not in FLOATS):
+        return "its sinks are not one for each head"
+    return ""
+
+
+def _as_the_model_does(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StatedMask | torch.Tensor | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The model's own attention where it alone does what is asked, else transformers' call of SDPA."""
+    if isinstance(mask, StatedMask):
+        mask = mask.dense()
+    eager = _eager_function(module)
+    beyond = ("output_attentions", "head_mask", "softcap", "s_aux")
+    if eager is None or all(options.get(name) is None or options.get(name) is False for name in beyond):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if mask is None and _is_causal(module, query, options):
+        places = torch.arange(max(query.shape[2], key.shape[2]), device=query.device)
+        mask = (places[None, : key.shape[2]] <= places[: query.shape[2], None])[None, None]
+    if mask is not None and mask.dtype is torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+    return eager(module, query, key, value, mask, **options)
+
+
+def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The attention that the file of a layer spells out, which transformers calls ``eager``."""
+    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+
+
+def _is_causal(module: torch.nn.Module, query: torch.Tensor, options: dict[str, Any]) -> bool:
+    """Whether a call without a mask is causal, as transformers' own call of SDPA decides."""
+    asked = options.get("is_causal")
+    return bool(query.shape[2] > 1 and (getattr(module, "is_causal", True) if asked is None else asked))
+
+
+# --- what is stated ---------------------------------------------------------------------------------------------------
+
+
+def _mask_of(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    mask: StatedMask | torch.Tensor | None,
+    sizes: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[str, str, bool, tuple[str, ...], tuple[torch.Tensor, ...], str]:
+    """Text of the mask, how the first query's position follows, whether the first key's is not 0, names and tensors
+    of what the text reads, and why a map is read."""
+    if mask is None:
+        return ("j ≤ i" if _is_causal(module, query, options) else ""), "zero", False, (), (), ""
+    if isinstance(mask, torch.Tensor):
+        why = "the model makes its mask itself"
+        if mask.dtype is torch.bool:
+            return "t0[b, h, i, j]", "zero", False, ("mask",), (mask,), why
+        return "", "zero", False, (ADDED,), (mask,), why
+    first_query, first_key = mask.offsets
+    known = not isinstance(first_query, torch.Tensor) and not isinstance(first_key, torch.Tensor)
+    moved = isinstance(first_key, torch.Tensor) or bool(first_key != 0)
+    offset = "tensor"
+    if not isinstance(first_query, torch.Tensor) and first_query == 0:
+        offset = "zero"
+    elif known and first_query - first_key == sizes["J"] - sizes["I"]:
+        offset = "sizes"
+    return mask.text, offset, moved, mask.names, mask.tensors, mask.reason
+
+
+def _fitting(tensor: torch.Tensor, sizes: dict[str, Any]) -> tuple[str, ...]:
+    """For each axis the letters of the sizes that it has, see :class:`attncompile.hf.specify.Tensor`."""
+    found = []
+    for extent in tensor.shape:
+        letters = "1" if extent == 1 else ""
+        for letter, size in sizes.items():
+            if extent == size:
+                letters = letters + letter
+        found.append(letters)
+    return tuple(found)
+
+
+def _one_number(value: Any, device: torch.device) -> torch.Tensor:
+    """A number as a tensor of one element."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device=device, dtype=torch.int64).reshape(1)
+    return torch.full((1,), value, dtype=torch.int64, device=device)
+
+
+_BEHIND = "\0"
+
+
+@torch.compiler.assume_constant_result
+def _specified(
+    site: str,
+    operands: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    square: bool,
+    mask: str,
+    tensors: tuple[tuple[str, torch.dtype, tuple[str, ...]], ...],
+    offset: str,
+    key_offset: bool,
+    scale: float,
+    softcap: float | None,
+    why_read: str,
+    traced: bool,
+) -> str:
+    """Text of a call's Spec, and the names of the captured tensors it reads. Dynamo takes it as a constant."""
+    captured = tuple(Tensor(name, NAMES[kind], extents) for name, kind, extents in tensors)
+    capped = None if softcap is None else float(softcap)
+    call = Call(site, *operands, NAMES[dtype], square, mask, captured, offset, key_offset, float(scale), capped)
+    said = _remembered(call, device)
+    if traced:
+        note_class(Seen(site, said.split(_BEHIND)[0], device, why_read))
+    return said
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(call: Call, device: str) -> str:
+    spec = specify(call)
+    text = str(spec)
+    lowered(text, device)  # now, and not while shapes are traced
+    return _BEHIND.join((text, ",".join(value.name for value in spec.inputs[3:])))
+
+
+@functools.lru_cache(maxsize=1024)
+def lowered(text: str, device: str) -> tuple[Spec, Lowering]:
+    """The Spec that runs for a text, and what computes it: as the back end of ``torch.compile`` decides.
+
+    Args:
+        text: a printed Spec; device: a device type.
+    """
+    with outside_tracing():
+        spec = run_passes(operators.parsed(text), parse_passes("fuse")).spec
+        return spec, choose_lowering(spec, device)
+
+
+@torch.compiler.allow_in_graph
+def _computed(text: str, query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """The output ``[b,h,i,e]`` of a Spec. Dynamo does not look inside; what traces below it does."""
+    spec, lowering = lowered(text, query.device.type)
+    made = lowering.run(query, *rest)
+    assert isinstance(made, torch.Tensor)  # of a Spec with one output
+    return made
+
+
+@torch.compiler.assume_constant_result
+def _say_kept(site: str, reason: str, traced: bool) -> bool:
+    """Say that a call is left to the model; also while a graph is traced."""
+    warnings.warn(f"attncompile: {site} keeps its original computation ({reason})", FallbackWarning, stacklevel=4)
+    if traced:
+        note_class(Seen(site, "", "", reason))
+    return True
+
+
+__all__ = ["attention_forward", "lowered"]

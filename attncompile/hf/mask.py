@@ -1,0 +1,227 @@
+"""The mask interface: a mask of transformers as an expression over positions, not as a map.
+
+transformers asks for the mask of a call once and hands it to every layer. What it gets here is a :class:`StatedMask`:
+text such as ``j ≤ (i + O)`` and the tensors that the text reads. It passes for a four-dimensional mask wherever models
+hand masks on, and becomes a tensor of truth values as soon as anything computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from attncompile.hf.terms import Unstated, state
+
+PADDING = "attention_mask"
+"""What a Spec calls the tensor that marks padding."""
+
+
+class StatedMask(BlockMask):
+    """A mask that says which positions see each other.
+
+    It is a `BlockMask` by name only: transformers hands those on untouched.
+
+    Attributes:
+        text: the mask over ``b i j``; ``O`` is the position of the first query, ``P`` that of the first key.
+        tensors: what the text reads, and ``names``: what it calls them.
+        offsets: ``O`` and ``P``, integers or tensors of one element.
+        lengths: batch size, number of queries, number of keys.
+        reason: why the mask is a tensor of truth values that the text only reads; empty where it is stated.
+        recipe: makes the map.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        tensors: tuple[torch.Tensor, ...],
+        names: tuple[str, ...],
+        offsets: tuple[Any, Any],
+        lengths: tuple[int, int, int],
+        reason: str,
+        recipe: Callable[[], torch.Tensor],
+    ) -> None:
+        self.text, self.tensors, self.names = text, tensors, names
+        self.offsets, self.lengths, self.reason, self.recipe = offsets, lengths, reason, recipe
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """As of the map: batch, one for all heads, queries, keys."""
+        batch, queries, keys = self.lengths
+        return batch, 1, queries, keys
+
+    @property
+    def ndim(self) -> int:
+        """Four, as of the map."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Truth values, as in the map."""
+        return torch.bool
+
+    def dim(self) -> int:
+        """Four, as of the map."""
+        return 4
+
+    def size(self, axis: int | None = None) -> Any:
+        """The shape of the map, or the size of one of its axes."""
+        return self.shape if axis is None else self.shape[axis]
+
+    def dense(self) -> torch.Tensor:
+        """The map ``[batch, 1, queries, keys]``: true is visible."""
+        return self.recipe()
+
+    def to(self, *targets: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Itself on another device; in another dtype it is the map."""
+        if any(isinstance(target, torch.dtype) for target in (*targets, *options.values())):
+            return self.dense().to(*targets, **options)
+        moved = tuple(tensor.to(*targets, **options) for tensor in self.tensors)
+        if all(new is old for new, old in zip(moved, self.tensors, strict=True)):
+            return self
+        offsets = tuple(o.to(*targets, **options) if isinstance(o, torch.Tensor) else o for o in self.offsets)
+        return StatedMask(
+            self.text,
+            moved,
+            self.names,
+            (offsets[0], offsets[1]),
+            self.lengths,
+            self.reason,
+            lambda: self.dense().to(*targets, **options),
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dense()[index]
+
+    def __repr__(self) -> str:
+        return f"StatedMask({self.text}, shape={self.shape})"
+
+    __str__ = __repr__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"a stated mask has no attribute {name!r}")
+        return getattr(self.dense(), name)
+
+    def __invert__(self) -> torch.Tensor:
+        return ~self.dense()
+
+    def __and__(self, other: Any) -> torch.Tensor:
+        return self.dense() & other
+
+    def __or__(self, other: Any) -> torch.Tensor:
+        return self.dense() | other
+
+    def __add__(self, other: Any) -> torch.Tensor:
+        return self.dense() + other
+
+    def __mul__(self, other: Any) -> torch.Tensor:
+        return self.dense() * other
+
+    __rand__, __ror__, __radd__, __rmul__ = __and__, __or__, __add__, __mul__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        computed = [arg.dense() if isinstance(arg, StatedMask) else arg for arg in args]
+        named = {key: arg.dense() if isinstance(arg, StatedMask) else arg for key, arg in (kwargs or {}).items()}
+        return func(*computed, **named)
+
+
+def stated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **unused: Any,
+) -> StatedMask:
+    """The mask of a call, for transformers' ``AttentionMaskInterface``; arguments as those of its ``sdpa_mask``.
+
+    It is never left out: what a missing mask would mean depends on the model.
+    """
+    if isinstance(q_offset, torch.Tensor):
+        q_offset = q_offset.clone()  # a cache counts on in place before the layers read it
+
+    def recipe() -> torch.Tensor:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+
+    lengths = (batch_size, q_length, kv_length)
+    try:
+        text, tensors, names = _statement(lengths, q_offset, kv_offset, mask_function, attention_mask)
+        return StatedMask(text, tensors, names, (q_offset, kv_offset), lengths, "", recipe)
+    except Unstated as error:
+        reason = f"its mask is read from a tensor: {error}"
+    made = recipe()
+    return StatedMask("t0[b, 0, i, j]", (made,), ("mask",), (0, 0), lengths, reason, lambda: made)
+
+
+def _statement(
+    lengths: tuple[int, int, int],
+    q_offset: Any,
+    kv_offset: Any,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+) -> tuple[str, tuple[torch.Tensor, ...], tuple[str, ...]]:
+    """Text of the mask, the tensors it reads and their names.
+
+    Raises:
+        Unstated: for a mask function that does something without a term.
+    """
+    batch, queries, keys = lengths
+    query = "i" if not isinstance(q_offset, torch.Tensor) and q_offset == 0 else "(i + O)"
+    key = "j" if not isinstance(kv_offset, torch.Tensor) and kv_offset == 0 else "(j + P)"
+    reaches = {
+        "b": batch,
+        "0": 1,
+        query: None if isinstance(q_offset, torch.Tensor) else q_offset + queries,
+        key: None if isinstance(kv_offset, torch.Tensor) else kv_offset + keys,
+    }
+    said = state(mask_function, query, key, reaches)
+    tensors = said.captured.tensors
+    names = [f"mask_{number}" for number in range(len(tensors))]
+    text = said.text
+    padding = _padding(attention_mask, keys, kv_offset)
+    if padding is not None:
+        names.append(PADDING)
+        text = f"({text} and t{len(tensors)}[b, j])"
+        tensors = [*tensors, padding]
+    return text, tuple(tensors), tuple(names)
+
+
+def _padding(attention_mask: torch.Tensor | None, keys: int, kv_offset: Any) -> torch.Tensor | None:
+    """Which keys are no padding, ``[batch, keys]``; ``None`` where all are.
+
+    Whether all are is looked at, as transformers does for its own implementations, unless a graph is traced.
+
+    Raises:
+        Unstated: for padding that is not stated for each key of each row.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.dtype is not torch.bool:
+        raise Unstated(f"padding has {attention_mask.ndim} axes and dtype {attention_mask.dtype}")
+    if isinstance(kv_offset, torch.Tensor):
+        raise Unstated("the first key's position is known to a tensor only")
+    padding = prepare_padding_mask(attention_mask, keys, kv_offset)
+    padding = padding[:, kv_offset : kv_offset + keys]
+    return None if not is_tracing(padding) and bool(padding.all()) else padding
