@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from attncompile.backend import FallbackWarning
 from attncompile.backend.choose import SUPPORTED, choose_lowering
 from attncompile.codegen.lowering import Lowering
-from attncompile.frontends.torch_internals import outside_tracing
+from attncompile.frontends.torch_internals import fix_value, outside_tracing
 from attncompile.hf.mask import StatedMask
 from attncompile.hf.sites import Seen, note, note_class
 from attncompile.hf.specify import ADDED, BIAS, KEY_OFFSET, QUERY_OFFSET, SINKS, Call, Tensor, specify
@@ -64,18 +64,24 @@ def attention_forward(
     if sinks is not None:
         names, tensors = (*names, SINKS), (*tensors, sinks.reshape(-1))
     scaling = options.get("scaling")
+    softcap = options.get("softcap")
+    # a size or a float of the model may be a symbol of the trace, which decides no text
+    number = fix_value if traced else _same
+    square = False
+    if sizes["I"] == sizes["J"]:  # a branch, which decides a size that is a symbol
+        square = True
     said = _specified(
         site,
-        (int(sizes["H"]), int(key.shape[1]), int(query.shape[3]), int(value.shape[3])),
+        (number(sizes["H"]), number(key.shape[1]), number(query.shape[3]), number(value.shape[3])),
         query.dtype,
         query.device.type,
-        bool(sizes["I"] == sizes["J"]),
+        square,
         text,
         tuple((name, tensor.dtype, _fitting(tensor, sizes)) for name, tensor in zip(names, tensors, strict=True)),
         offset,
         key_offset,
-        1.0 / math.sqrt(query.shape[3]) if scaling is None else scaling,
-        options.get("softcap"),
+        1.0 / math.sqrt(number(query.shape[3])) if scaling is None else number(scaling),
+        None if softcap is None else number(softcap),
         why_read,
         traced,
     )
@@ -179,7 +185,9 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
 def _is_causal(module: torch.nn.Module, query: torch.Tensor, options: dict[str, Any]) -> bool:
     """Whether a call without a mask is causal, as transformers' own call of SDPA decides."""
     asked = options.get("is_causal")
-    return bool(query.shape[2] > 1 and (getattr(module, "is_causal", True) if asked is None else asked))
+    if query.shape[2] == 1:
+        return False
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
 # --- what is stated ---------------------------------------------------------------------------------------------------
@@ -203,8 +211,9 @@ def _mask_of(
         return "", "zero", False, (ADDED,), (mask,), why
     first_query, first_key = mask.offsets
     known = not isinstance(first_query, torch.Tensor) and not isinstance(first_key, torch.Tensor)
-    moved = isinstance(first_key, torch.Tensor) or bool(first_key != 0)
-    offset = "tensor"
+    moved, offset = False, "tensor"
+    if isinstance(first_key, torch.Tensor) or first_key != 0:
+        moved = True
     if not isinstance(first_query, torch.Tensor) and first_query == 0:
         offset = "zero"
     elif known and first_query - first_key == sizes["J"] - sizes["I"]:
@@ -229,6 +238,10 @@ def _one_number(value: Any, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(device=device, dtype=torch.int64).reshape(1)
     return torch.full((1,), value, dtype=torch.int64, device=device)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 _BEHIND = "\0"
