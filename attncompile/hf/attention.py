@@ -5,20 +5,30 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attncompile.backend import FallbackWarning
 from attncompile.backend.choose import SUPPORTED, choose_lowering
 from attncompile.codegen.lowering import Lowering
 from attncompile.frontends.torch_internals import fix_value, outside_tracing
-from attncompile.hf.mask import StatedMask
-from attncompile.hf.sites import Seen, note, note_class
-from attncompile.hf.specify import ADDED, BIAS, KEY_OFFSET, QUERY_OFFSET, SINKS, Call, Tensor, specify
+from attncompile.hf.mask import StatedMask, added
+from attncompile.hf.models import NUMBERS, handling
+from attncompile.hf.sites import Seen, note, note_class, say_kept
+from attncompile.hf.specify import (
+    ADDED,
+    BIAS,
+    KEY_OFFSET,
+    ONE_ROW,
+    QUERY_OFFSET,
+    SELECTED,
+    SINKS,
+    Call,
+    Tensor,
+    specify,
+)
 from attncompile.ir import Spec
 from attncompile.ir.types import NAMES
 from attncompile.kernels import operators
@@ -41,16 +51,24 @@ def attention_forward(
         module: the layer; its ``is_causal`` counts where there is no mask.
         query: ``[b,h,i,d]``; key: ``[b,g,j,d]``; value: ``[b,g,j,e]``.
         attention_mask: what the model was given by the mask interface, or a map of its own.
-        options: ``scaling``, ``dropout``, ``is_causal``, ``softcap``, ``s_aux`` (sinks) and ``position_bias`` as
-            transformers gives them; others say nothing beyond the mask.
+        options: ``scaling``, ``dropout``, ``is_causal``, ``softcap``, ``s_aux`` (sinks), ``position_bias`` and
+            ``indices`` (keys chosen for each query) as transformers gives them; others say nothing beyond the mask.
 
     Returns:
         The output ``[b,i,h,e]``, and the weights where the model's own function computes them.
+
+    Raises:
+        ValueError: for a choice of blocks of keys, which this interface gives without saying how large they are.
     """
     site, traced = type(module).__name__, torch.compiler.is_compiling()
+    if options.get("block_indices") is not None:
+        raise ValueError(
+            f"{site} chooses blocks of keys, whose size its call of attention does not say: load this model with "
+            'attn_implementation="sdpa" and compile it with torch.compile(model, backend="attncompile")'
+        )
     reason = _why_not(query, key, value, attention_mask, options)
     if reason:
-        _say_kept(site, reason, traced)
+        say_kept(site, reason, traced)
         if not traced:
             note(module, Seen(site, "", "", reason))
         return _as_the_model_does(module, query, key, value, attention_mask, options)
@@ -58,6 +76,9 @@ def attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     sizes = {"B": query.shape[0], "H": query.shape[1], "I": query.shape[2], "J": key.shape[2]}
     text, offset, key_offset, names, tensors, why_read = _mask_of(module, query, attention_mask, sizes, options)
+    indices = options.get("indices")
+    if indices is not None:
+        names, tensors = (*names, SELECTED), (*tensors, _selected(indices, key.shape[2]))
     bias, sinks = options.get("position_bias"), options.get("s_aux")
     if bias is not None:
         names, tensors = (*names, BIAS), (*tensors, bias)
@@ -134,7 +155,7 @@ def _why_not(
         return "its scale is a tensor"
     whole = (query.shape[0] if query.shape[0] != 1 else key.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if isinstance(mask, StatedMask):
-        if mask.shape[2] != whole[2] or mask.shape[3] != whole[3]:
+        if mask.shape[0] not in (1, whole[0]) or mask.shape[2] not in (1, whole[2]) or mask.shape[3] != whole[3]:
             return "its mask is of another size"
         mask = None
     for name, tensor in (("mask", mask), ("position bias", options.get("position_bias"))):
@@ -147,6 +168,9 @@ def _why_not(
         for axis in range(4):
             if tensor.shape[axis] != whole[axis] and tensor.shape[axis] != 1:
                 return f"its {name} is of another size"
+    indices = options.get("indices")
+    if indices is not None and (indices.dim() != 3 or indices.shape[:2] != (key.shape[0], query.shape[2])):
+        return "its indices are not those of the keys of each query"
     sinks = options.get("s_aux")
     if sinks is not None and (sinks.numel() != query.shape[1] or sinks.dtype not in FLOATS):
         return "its sinks are not one for each head"
@@ -163,7 +187,7 @@ def _as_the_model_does(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The model's own attention where it alone does what is asked, else transformers' call of SDPA."""
     if isinstance(mask, StatedMask):
-        mask = mask.dense()
+        mask = mask.visible()
     eager = _eager_function(module)
     beyond = ("output_attentions", "head_mask", "softcap", "s_aux")
     if eager is None or all(options.get(name) is None or options.get(name) is False for name in beyond):
@@ -172,8 +196,7 @@ def _as_the_model_does(
         places = torch.arange(max(query.shape[2], key.shape[2]), device=query.device)
         mask = (places[None, : key.shape[2]] <= places[: query.shape[2], None])[None, None]
     if mask is not None and mask.dtype is torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+        mask = added(mask, query.dtype)
     return eager(module, query, key, value, mask, **options)
 
 
@@ -183,9 +206,12 @@ def _eager_function(module: torch.nn.Module) -> Callable[..., Any] | None:
 
 
 def _is_causal(module: torch.nn.Module, query: torch.Tensor, options: dict[str, Any]) -> bool:
-    """Whether a call without a mask is causal, as transformers' own call of SDPA decides."""
+    """Whether a call without a mask is causal, as transformers' own call of SDPA decides.
+
+    Where a model does not know SDPA, no mask means none.
+    """
     asked = options.get("is_causal")
-    if query.shape[2] == 1:
+    if query.shape[2] == 1 or NUMBERS in handling(type(module).__module__):
         return False
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
@@ -205,20 +231,29 @@ def _mask_of(
     if mask is None:
         return ("j ≤ i" if _is_causal(module, query, options) else ""), "zero", False, (), (), ""
     if isinstance(mask, torch.Tensor):
-        why = "the model makes its mask itself"
+        why = "the model hands over a mask as a tensor"
         if mask.dtype is torch.bool:
             return "t0[b, h, i, j]", "zero", False, ("mask",), (mask,), why
         return "", "zero", False, (ADDED,), (mask,), why
     first_query, first_key = mask.offsets
+    shared = False
+    if mask.shape[2] != sizes["I"]:  # one row for all queries
+        shared = True
     known = not isinstance(first_query, torch.Tensor) and not isinstance(first_key, torch.Tensor)
     moved, offset = False, "tensor"
     if isinstance(first_key, torch.Tensor) or first_key != 0:
         moved = True
     if not isinstance(first_query, torch.Tensor) and first_query == 0:
         offset = "zero"
-    elif known and first_query - first_key == sizes["J"] - sizes["I"]:
+    elif known and not shared and first_query - first_key == sizes["J"] - sizes["I"]:
         offset = "sizes"
-    return mask.text, offset, moved, mask.names, mask.tensors, mask.reason
+    return f"{mask.text}{ONE_ROW}" if shared else mask.text, offset, moved, mask.names, mask.tensors, mask.reason
+
+
+def _selected(indices: torch.Tensor, keys: int) -> torch.Tensor:
+    """Truth values ``[b, 1, i, j]`` of the keys ``[b, i, n]`` that a model has chosen for each query."""
+    hidden = torch.zeros((*indices.shape[:2], keys), dtype=torch.bool, device=indices.device)
+    return hidden.scatter(-1, indices.long(), True).unsqueeze(1)
 
 
 def _fitting(tensor: torch.Tensor, sizes: dict[str, Any]) -> tuple[str, ...]:
@@ -296,19 +331,10 @@ def lowered(text: str, device: str) -> tuple[Spec, Lowering]:
 @torch.compiler.allow_in_graph
 def _computed(text: str, query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     """The output ``[b,h,i,e]`` of a Spec. Dynamo does not look inside; what traces below it does."""
-    spec, lowering = lowered(text, query.device.type)
+    lowering = lowered(text, query.device.type)[1]
     made = lowering.run(query, *rest)
     assert isinstance(made, torch.Tensor)  # of a Spec with one output
     return made
-
-
-@torch.compiler.assume_constant_result
-def _say_kept(site: str, reason: str, traced: bool) -> bool:
-    """Say that a call is left to the model; also while a graph is traced."""
-    warnings.warn(f"attncompile: {site} keeps its original computation ({reason})", FallbackWarning, stacklevel=4)
-    if traced:
-        note_class(Seen(site, "", "", reason))
-    return True
 
 
 __all__ = ["attention_forward", "lowered"]

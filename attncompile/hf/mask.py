@@ -15,6 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
+from attncompile.hf.models import NUMBERS, OWN, STATED, handling
+from attncompile.hf.sites import say_kept
 from attncompile.hf.terms import Unstated, state
 
 PADDING = "attention_mask"
@@ -32,7 +34,9 @@ class StatedMask(BlockMask):
         offsets: ``O`` and ``P``, integers or tensors of one element.
         lengths: batch size, number of queries, number of keys.
         reason: why the mask is a tensor of truth values that the text only reads; empty where it is stated.
-        recipe: makes the map.
+        numbers: dtype of the map that computing with the mask gives, 0 where visible and else the lowest number, or
+            ``None`` for truth values.
+        recipe: makes the map of truth values.
     """
 
     def __init__(
@@ -43,13 +47,14 @@ class StatedMask(BlockMask):
         offsets: tuple[Any, Any],
         lengths: tuple[int, int, int],
         reason: str,
+        numbers: torch.dtype | None,
         recipe: Callable[[], torch.Tensor],
     ) -> None:
-        self.text, self.tensors, self.names = text, tensors, names
-        self.offsets, self.lengths, self.reason, self.recipe = offsets, lengths, reason, recipe
+        self.text, self.tensors, self.names, self.offsets, self.lengths = text, tensors, names, offsets, lengths
+        self.reason, self.numbers, self.recipe = reason, numbers, recipe
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """As of the map: batch, one for all heads, queries, keys."""
         batch, queries, keys = self.lengths
         return batch, 1, queries, keys
@@ -61,8 +66,8 @@ class StatedMask(BlockMask):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Truth values, as in the map."""
-        return torch.bool
+        """As of the map."""
+        return torch.bool if self.numbers is None else self.numbers
 
     def dim(self) -> int:
         """Four, as of the map."""
@@ -72,11 +77,15 @@ class StatedMask(BlockMask):
         """The shape of the map, or the size of one of its axes."""
         return self.shape if axis is None else self.shape[axis]
 
-    def dense(self) -> torch.Tensor:
-        """The map ``[batch, 1, queries, keys]``: true is visible."""
+    def visible(self) -> torch.Tensor:
+        """Truth values ``[batch, 1, queries, keys]``."""
         return self.recipe()
 
-    def to(self, *targets: Any, **options: Any) -> Any:  # type: ignore[override]
+    def dense(self) -> torch.Tensor:
+        """The map as the model's code expects it: truth values, or numbers that are added to scores."""
+        return self.recipe() if self.numbers is None else added(self.recipe(), self.numbers)
+
+    def to(self, *targets: Any, **options: Any) -> Any:
         """Itself on another device; in another dtype it is the map."""
         if any(isinstance(target, torch.dtype) for target in (*targets, *options.values())):
             return self.dense().to(*targets, **options)
@@ -91,7 +100,8 @@ class StatedMask(BlockMask):
             (offsets[0], offsets[1]),
             self.lengths,
             self.reason,
-            lambda: self.dense().to(*targets, **options),
+            self.numbers,
+            lambda: self.visible().to(*targets, **options),
         )
 
     def __getitem__(self, index: Any) -> Any:
@@ -131,6 +141,11 @@ class StatedMask(BlockMask):
         return func(*computed, **named)
 
 
+def added(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that are added to scores: 0 where visible, else the lowest of the dtype, as transformers has it."""
+    return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
 def stated_mask(
     batch_size: int,
     q_length: int,
@@ -139,10 +154,12 @@ def stated_mask(
     kv_offset: Any = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **unused: Any,
-) -> StatedMask:
+) -> StatedMask | torch.Tensor:
     """The mask of a call, for transformers' ``AttentionMaskInterface``; arguments as those of its ``sdpa_mask``.
 
     It is never left out: what a missing mask would mean depends on the model.
@@ -151,7 +168,7 @@ def stated_mask(
         q_offset = q_offset.clone()  # a cache counts on in place before the layers read it
 
     def recipe() -> torch.Tensor:
-        return sdpa_mask(
+        visible = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -164,15 +181,23 @@ def stated_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        assert visible is not None  # nothing was allowed to be skipped
+        return visible
 
+    how = STATED if config is None else handling(type(config).__module__)
+    numbers = dtype if NUMBERS in how else None
+    if STATED not in how:
+        if OWN in how:
+            say_kept(type(config).__name__, "the model does not call attention through transformers' interface", False)
+        return recipe() if numbers is None else added(recipe(), numbers)
     lengths = (batch_size, q_length, kv_length)
     try:
         text, tensors, names = _statement(lengths, q_offset, kv_offset, mask_function, attention_mask)
-        return StatedMask(text, tensors, names, (q_offset, kv_offset), lengths, "", recipe)
+        return StatedMask(text, tensors, names, (q_offset, kv_offset), lengths, "", numbers, recipe)
     except Unstated as error:
         reason = f"its mask is read from a tensor: {error}"
     made = recipe()
-    return StatedMask("t0[b, 0, i, j]", (made,), ("mask",), (0, 0), lengths, reason, lambda: made)
+    return StatedMask("t0[b, 0, i, j]", (made,), ("mask",), (0, 0), lengths, reason, numbers, lambda: made)
 
 
 def _statement(
@@ -223,5 +248,6 @@ def _padding(attention_mask: torch.Tensor | None, keys: int, kv_offset: Any) -> 
     if isinstance(kv_offset, torch.Tensor):
         raise Unstated("the first key's position is known to a tensor only")
     padding = prepare_padding_mask(attention_mask, keys, kv_offset)
+    assert padding is not None  # as there is one to prepare
     padding = padding[:, kv_offset : kv_offset + keys]
     return None if not is_tracing(padding) and bool(padding.all()) else padding

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
+from attncompile.backend import FallbackWarning
 from attncompile.ir import parse_spec
 from attncompile.ir.spec import Spec
 
@@ -48,6 +50,15 @@ def note_class(seen: Seen) -> None:
     """Remember what became of a call in a compiled graph, where one call may stand for several layers."""
     with _lock:
         _by_class.setdefault(seen.site, {})[seen] = None
+
+
+@torch.compiler.assume_constant_result
+def say_kept(site: str, reason: str, traced: bool) -> bool:
+    """Say that attention is left to the model; while a graph is traced, remember it too."""
+    warnings.warn(f"attncompile: {site} keeps its original computation ({reason})", FallbackWarning, stacklevel=4)
+    if traced:
+        note_class(Seen(site, "", "", reason))
+    return True
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,13 @@ QUERY_OFFSET, KEY_OFFSET = "query_offset", "key_offset"
 ADDED, BIAS, SINKS = "mask_values", "position_bias", "sinks"
 """What a Spec calls a mask of numbers and a bias, both added to the scores, and the logits of the sinks."""
 
-BESIDE = (ADDED, BIAS, SINKS)
+SELECTED = "selected"
+"""What a Spec calls truth values of the keys that a model has chosen for each query."""
+
+ONE_ROW = " for all queries"
+"""Behind the text of a mask that has one row, which all queries share."""
+
+BESIDE = (ADDED, BIAS, SINKS, SELECTED)
 """Captured tensors that are not read by the text of a mask."""
 
 _BATCH, _QUERIES, _KEYS = Size("B"), Size("I"), Size("J")
@@ -91,6 +97,8 @@ def specify(call: Call) -> Spec:
         if name in reading.types:
             logits = apply("add", logits, reading.element(name, "bhij"))
     mask = reading.mask(call.mask) if call.mask else TRUE
+    if SELECTED in reading.types:
+        mask = simplify(apply("and", mask, reading.element(SELECTED, "bhij")), sizes)
     sink = reading.element(SINKS, "h") if SINKS in reading.types else Const(-math.inf)
     attend = Attend(
         "q",
@@ -129,7 +137,9 @@ class _Reading:
         """The mask of a text, with the positions of the first query and key written as sizes or read from tensors."""
         numbered = [tensor for tensor in self.call.tensors if tensor.name not in BESIDE]
         kinds = {f"t{number}": element_kind(tensor.dtype) for number, tensor in enumerate(numbered)}
-        found = simplify(parse_expr(text, kinds), self.sizes)
+        found = simplify(parse_expr(text.removesuffix(ONE_ROW), kinds), self.sizes)
+        if text.endswith(ONE_ROW):
+            found = substitute(found, {Index("i"): ZERO})
         first: Expr = {"zero": ZERO, "sizes": _FIRST_KEY + self.keys - _QUERIES}.get(
             self.call.offset, Load(QUERY_OFFSET, (ZERO,), element_kind("int64"))
         )

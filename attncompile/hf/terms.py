@@ -10,6 +10,7 @@ Terms are text and lists, not expressions, so that Dynamo can follow the same co
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ class Term:
         truth: whether it is a truth value.
     """
 
-    def __init__(self, text: str, captured: Captured, truth: bool = False) -> None:
+    def __init__(self, text: str, captured: Captured, truth: builtins.bool = False) -> None:
         self.text, self.captured, self.truth = text, captured, truth
 
     # what mask functions ask of a tensor beside arithmetic
@@ -156,7 +157,7 @@ class Term:
     def __ror__(self, other: Any) -> Term:
         return _logic(self, "or", other)
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> builtins.bool:
         raise Unstated("it decides by a position")
 
     def __index__(self) -> int:
@@ -293,7 +294,7 @@ _FUNCTIONS: dict[str, Callable[..., Term]] = {
     "__and__": lambda left, right: _logic(right, "and", left),
     "__or__": lambda left, right: _logic(right, "or", left),
 }
-"""What a function of torch is in terms, by its name; a method of a tensor is called so when a term stands at its right."""
+"""What a function of torch is in terms, by its name: also a method of a tensor, where a term stands at its right."""
 
 
 def _called(func: Any, args: Any, kwargs: Any) -> Any:
@@ -306,7 +307,4 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _has_term(values: Any) -> bool:
-    for value in values:
-        if isinstance(value, Term) or (isinstance(value, tuple) and _has_term(value)):
-            return True
-    return False
+    return any(isinstance(value, Term) or (isinstance(value, tuple) and _has_term(value)) for value in values)
