@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from attncompile.hf.attention import attention_forward
 from attncompile.hf.mask import StatedMask, stated_mask
-from attncompile.hf.sites import Explanation, SiteReport, explain
+from attncompile.hf.sites import Explanation, SiteReport, explain, forget
 
 NAME = "attncompile"
 """What ``attn_implementation`` is to be."""
@@ -37,4 +37,4 @@ if "q_length" not in inspect.signature(sdpa_mask).parameters:
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, stated_mask)
 
-__all__ = ["NAME", "Explanation", "SiteReport", "StatedMask", "attention_forward", "explain", "stated_mask"]
+__all__ = ["NAME", "Explanation", "SiteReport", "StatedMask", "attention_forward", "explain", "forget", "stated_mask"]

@@ -15,7 +15,7 @@ from attncompile.backend.choose import SUPPORTED, choose_lowering
 from attncompile.codegen.lowering import Lowering
 from attncompile.frontends.torch_internals import fix_value, outside_tracing
 from attncompile.hf.mask import StatedMask, added
-from attncompile.hf.models import NUMBERS, handling
+from attncompile.hf.models import NUMBERS, handling, reads_beyond
 from attncompile.hf.sites import Seen, note, note_class, say_kept
 from attncompile.hf.specify import (
     ADDED,
@@ -66,7 +66,8 @@ def attention_forward(
             f"{site} chooses blocks of keys, whose size its call of attention does not say: load this model with "
             'attn_implementation="sdpa" and compile it with torch.compile(model, backend="attncompile")'
         )
-    reason = _why_not(query, key, value, attention_mask, options)
+    beyond = reads_beyond(type(module).__module__, options)
+    reason = f"its own attention reads {beyond}" if beyond else _why_not(query, key, value, attention_mask, options)
     if reason:
         say_kept(site, reason, traced)
         if not traced:
@@ -189,8 +190,9 @@ def _as_the_model_does(
     if isinstance(mask, StatedMask):
         mask = mask.visible()
     eager = _eager_function(module)
-    beyond = ("output_attentions", "head_mask", "softcap", "s_aux")
-    if eager is None or all(options.get(name) is None or options.get(name) is False for name in beyond):
+    named = ("output_attentions", "head_mask", "softcap", "s_aux")
+    plain = all(options.get(name) is None or options.get(name) is False for name in named)
+    if eager is None or (plain and not reads_beyond(type(module).__module__, options)):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if mask is None and _is_causal(module, query, options):
         places = torch.arange(max(query.shape[2], key.shape[2]), device=query.device)

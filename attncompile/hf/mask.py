@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, prepare_padding_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from attncompile.hf.models import NUMBERS, OWN, STATED, handling
@@ -146,6 +146,9 @@ def added(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
+_WHOLE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+
 def stated_mask(
     batch_size: int,
     q_length: int,
@@ -158,41 +161,38 @@ def stated_mask(
     config: Any = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    **unused: Any,
-) -> StatedMask | torch.Tensor:
-    """The mask of a call, for transformers' ``AttentionMaskInterface``; arguments as those of its ``sdpa_mask``.
+    **options: Any,
+) -> StatedMask | torch.Tensor | None:
+    """The mask of a call, for transformers' ``AttentionMaskInterface``; arguments as those of its ``eager_mask``.
 
-    It is never left out: what a missing mask would mean depends on the model.
+    A causal mask is never left out: what a missing one would mean depends on the model. A model whose code does not take
+    stated masks gets what transformers' own functions give.
     """
     if isinstance(q_offset, torch.Tensor):
         q_offset = q_offset.clone()  # a cache counts on in place before the layers read it
 
-    def recipe() -> torch.Tensor:
-        visible = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-        assert visible is not None  # nothing was allowed to be skipped
-        return visible
-
+    sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    options |= {"q_offset": q_offset, "kv_offset": kv_offset, "use_vmap": use_vmap, "device": device}
+    options |= {"mask_function": mask_function, "attention_mask": attention_mask, "dtype": dtype, "config": config}
     how = STATED if config is None else handling(type(config).__module__)
-    numbers = dtype if NUMBERS in how else None
     if STATED not in how:
         if OWN in how:
             say_kept(type(config).__name__, "the model does not call attention through transformers' interface", False)
-        return recipe() if numbers is None else added(recipe(), numbers)
+        return (eager_mask if OWN in how or NUMBERS in how else sdpa_mask)(**sizes, **options)
+
+    def recipe() -> torch.Tensor:
+        visible = sdpa_mask(**sizes, **(options | _WHOLE))
+        assert visible is not None  # nothing was allowed to be left out
+        return visible
+
+    numbers = dtype if NUMBERS in how else None
     lengths = (batch_size, q_length, kv_length)
     try:
-        text, tensors, names = _statement(lengths, q_offset, kv_offset, mask_function, attention_mask)
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        local = options.get("local_size")
+        if options.get("allow_is_bidirectional_skip") and padding is None and (local is None or kv_length < local):
+            return None  # as transformers' own functions do: some models take another way without a mask
+        text, tensors, names = _statement(lengths, q_offset, kv_offset, mask_function, padding)
         return StatedMask(text, tensors, names, (q_offset, kv_offset), lengths, "", numbers, recipe)
     except Unstated as error:
         reason = f"its mask is read from a tensor: {error}"
@@ -205,7 +205,7 @@ def _statement(
     q_offset: Any,
     kv_offset: Any,
     mask_function: Callable[..., Any],
-    attention_mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
 ) -> tuple[str, tuple[torch.Tensor, ...], tuple[str, ...]]:
     """Text of the mask, the tensors it reads and their names.
 
@@ -225,7 +225,6 @@ def _statement(
     tensors = said.captured.tensors
     names = [f"mask_{number}" for number in range(len(tensors))]
     text = said.text
-    padding = _padding(attention_mask, keys, kv_offset)
     if padding is not None:
         names.append(PADDING)
         text = f"({text} and t{len(tensors)}[b, j])"

@@ -53,5 +53,60 @@ def _handling(module: str) -> str:
     return f"{how} {NUMBERS}" if numbers else how
 
 
+_KNOWN_OPTIONS = (
+    "dropout",
+    "head_mask",
+    "is_causal",
+    "output_attentions",
+    "position_bias",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+)
+_KNOWN_ATTRIBUTES = ("attention_dropout", "dropout", "head_dim", "num_key_value_groups", "scaling", "training")
+_SINKS = "sinks"
+
+
+@torch.compiler.assume_constant_result
+def unknown_options(module: str) -> str:
+    """What the attention that a file spells out reads beyond what the interface says, as words with spaces around.
+
+    Args:
+        module: name of the module that defines the layer's class. Dynamo takes the answer as a constant.
+
+    Returns:
+        Names of parameters, and ``module.name`` for attributes of the layer.
+    """
+    return _unknown_options(module)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unknown_options(module: str) -> str:
+    eager = getattr(sys.modules.get(module), "eager_attention_forward", None)
+    if eager is None:
+        return " "
+    try:
+        source, parameters = inspect.getsource(eager), list(inspect.signature(eager).parameters)
+    except (OSError, TypeError, ValueError):
+        return " "
+    named = [name for name in parameters[5:] if name not in (*_KNOWN_OPTIONS, "kwargs")]
+    read = dict.fromkeys(re.findall(r"\bmodule\.(\w+)", source))
+    return f" {' '.join([*named, *(f'module.{name}' for name in read if name not in _KNOWN_ATTRIBUTES)])} "
+
+
+def reads_beyond(module: str, options: dict[str, Any]) -> str:
+    """What a layer's own attention would read in a call that a Spec of the call does not say, or nothing."""
+    for name in unknown_options(module).split():
+        if name == f"module.{_SINKS}":
+            if options.get("s_aux") is None:
+                return "the sinks of the layer"
+        elif name.startswith("module."):
+            return f"{name.removeprefix('module.')} of the layer"
+        elif options.get(name) is not None:
+            return name
+    return ""
+
+
 def _is_model(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, PreTrainedModel)

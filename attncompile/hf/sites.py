@@ -52,6 +52,13 @@ def note_class(seen: Seen) -> None:
         _by_class.setdefault(seen.site, {})[seen] = None
 
 
+def forget() -> None:
+    """Forget all calls seen so far, of every model."""
+    with _lock:
+        _by_module.clear()
+        _by_class.clear()
+
+
 @torch.compiler.assume_constant_result
 def say_kept(site: str, reason: str, traced: bool) -> bool:
     """Say that attention is left to the model; while a graph is traced, remember it too."""
