@@ -136,9 +136,18 @@ class StatedMask(BlockMask):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        computed = [arg.dense() if isinstance(arg, StatedMask) else arg for arg in args]
-        named = {key: arg.dense() if isinstance(arg, StatedMask) else arg for key, arg in (kwargs or {}).items()}
-        return func(*computed, **named)
+        return func(*_computed(args), **{name: _computed((value,))[0] for name, value in (kwargs or {}).items()})
+
+
+def _computed(values: Any) -> list[Any]:
+    """The values, with maps in place of stated masks, also in lists of tensors."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, StatedMask):
+            found.append(value.dense())
+        else:
+            found.append(_computed(value) if isinstance(value, list | tuple) else value)
+    return found
 
 
 def added(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -165,8 +174,8 @@ def stated_mask(
 ) -> StatedMask | torch.Tensor | None:
     """The mask of a call, for transformers' ``AttentionMaskInterface``; arguments as those of its ``eager_mask``.
 
-    A causal mask is never left out: what a missing one would mean depends on the model. A model whose code does not take
-    stated masks gets what transformers' own functions give.
+    A causal mask is never left out: what a missing one would mean depends on the model. A model whose code does not
+    take stated masks gets what transformers' own functions give.
     """
     if isinstance(q_offset, torch.Tensor):
         q_offset = q_offset.clone()  # a cache counts on in place before the layers read it
