@@ -160,16 +160,17 @@ class _Reading:
         places = []
         for axis, (index, fits) in enumerate(zip(indices, tensor.extents, strict=True)):
             letter = index.name.upper() if isinstance(index, Index) else ""
+            own = Size(f"N{list(self.types).index(name)}_{axis}")
             if letter and letter in fits:
                 size: Expr = self.sizes[letter.lower()]
             elif "1" in fits:
                 index, size = ZERO, ONE
             else:
-                size = Size(f"N{list(self.types).index(name)}_{axis}")
+                size = own
             if len(shape) == axis:
                 shape.append(size)
-            elif shape[axis] != size:
-                raise ValueError(f"axis {axis} of {name} is read as {shape[axis]} and as {size}")
+            elif shape[axis] == own:  # another element is read along an axis whose size is known
+                shape[axis] = size
             places.append(index)
         return Load(name, tuple(places), element_kind(tensor.dtype))
 
