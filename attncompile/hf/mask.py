@@ -85,6 +85,10 @@ class StatedMask(BlockMask):
         """The map as the model's code expects it: truth values, or numbers that are added to scores."""
         return self.recipe() if self.numbers is None else added(self.recipe(), self.numbers)
 
+    def contiguous(self) -> StatedMask:
+        """Itself: `generate` asks for it before each step."""
+        return self
+
     def to(self, *targets: Any, **options: Any) -> Any:
         """Itself on another device; in another dtype it is the map."""
         if any(isinstance(target, torch.dtype) for target in (*targets, *options.values())):
@@ -178,7 +182,10 @@ def stated_mask(
     take stated masks gets what transformers' own functions give.
     """
     if isinstance(q_offset, torch.Tensor):
-        q_offset = q_offset.clone()  # a cache counts on in place before the layers read it
+        if q_length > 1 and not is_tracing(q_offset) and int(q_offset) == 0:
+            q_offset = 0  # the first call with an empty static cache
+        else:
+            q_offset = q_offset.clone()  # the cache counts on in place before the layers read it
 
     sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     options |= {"q_offset": q_offset, "kv_offset": kv_offset, "use_vmap": use_vmap, "device": device}
@@ -197,7 +204,7 @@ def stated_mask(
     numbers = dtype if NUMBERS in how else None
     lengths = (batch_size, q_length, kv_length)
     try:
-        padding = _padding(attention_mask, kv_length, kv_offset)
+        padding = _padding(lengths, q_offset, kv_offset, attention_mask)
         local = options.get("local_size")
         if options.get("allow_is_bidirectional_skip") and padding is None and (local is None or kv_length < local):
             return None  # as transformers' own functions do: some models take another way without a mask
@@ -214,7 +221,7 @@ def _statement(
     q_offset: Any,
     kv_offset: Any,
     mask_function: Callable[..., Any],
-    padding: torch.Tensor | None,
+    padding: torch.Tensor | str | None,
 ) -> tuple[str, tuple[torch.Tensor, ...], tuple[str, ...]]:
     """Text of the mask, the tensors it reads and their names.
 
@@ -234,17 +241,22 @@ def _statement(
     tensors = said.captured.tensors
     names = [f"mask_{number}" for number in range(len(tensors))]
     text = said.text
-    if padding is not None:
+    if isinstance(padding, str):
+        text = f"({text} and {padding})"
+    elif padding is not None:
         names.append(PADDING)
         text = f"({text} and t{len(tensors)}[b, j])"
         tensors = [*tensors, padding]
     return text, tuple(tensors), tuple(names)
 
 
-def _padding(attention_mask: torch.Tensor | None, keys: int, kv_offset: Any) -> torch.Tensor | None:
-    """Which keys are no padding, ``[batch, keys]``; ``None`` where all are.
+def _padding(
+    lengths: tuple[int, int, int], q_offset: Any, kv_offset: Any, attention_mask: torch.Tensor | None
+) -> torch.Tensor | str | None:
+    """Which keys are no padding: truth values ``[batch, keys]``, or text; ``None`` where all are.
 
-    Whether all are is looked at, as transformers does for its own implementations, unless a graph is traced.
+    Whether all are is looked at, as transformers does for its own implementations, unless a graph is traced or the cache
+    is static: what is called again and again should be one program.
 
     Raises:
         Unstated: for padding that is not stated for each key of each row.
@@ -255,7 +267,11 @@ def _padding(attention_mask: torch.Tensor | None, keys: int, kv_offset: Any) -> 
         raise Unstated(f"padding has {attention_mask.ndim} axes and dtype {attention_mask.dtype}")
     if isinstance(kv_offset, torch.Tensor):
         raise Unstated("the first key's position is known to a tensor only")
+    _, queries, keys = lengths
+    look = not is_tracing(attention_mask) and not isinstance(q_offset, torch.Tensor)
+    if look and q_offset == 0 and kv_offset == 0 and attention_mask.shape[1] == queries and bool(attention_mask.all()):
+        return "(j < I)" if queries < keys else None  # an empty static cache has room behind
     padding = prepare_padding_mask(attention_mask, keys, kv_offset)
     assert padding is not None  # as there is one to prepare
     padding = padding[:, kv_offset : kv_offset + keys]
-    return None if not is_tracing(padding) and bool(padding.all()) else padding
+    return None if look and bool(padding.all()) else padding

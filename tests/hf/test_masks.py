@@ -107,8 +107,10 @@ def test_stated(number: int, start: str, padding: torch.Tensor | None) -> None:
         attention_forward(layer, *operands, mask)
         (site,) = explain(layer).sites
         assert site.spec is not None
-        padded = "" if padding is None else "attention_mask[b, j]"
-        assert str(site.spec.attend().mask) == " and ".join(p for p in (text, padded) if p and (p != "true" or not padded))
+        attend = site.spec.attend()
+        assert attend is not None
+        parts = [text] if padding is None or text != "true" else []
+        assert str(attend.mask) == " and ".join([*parts, *([] if padding is None else ["attention_mask[b, j]"])])
 
 
 @pytest.mark.parametrize("number", range(len(COMPUTED)))

@@ -96,7 +96,7 @@ def test_tokens(kind: str, options: dict[str, Any]) -> None:
 def test_a_cache_of_the_last_tokens(cache: str, window: int) -> None:
     """Twelve tokens and twenty more: the window is full before the first step, or on the way."""
     made = []
-    for how in ("attncompile", "eager"):
+    for how in ("eager", "attncompile"):
         model = generating("mistral", how)
         model.config.sliding_window = window
         made.append(
@@ -105,6 +105,8 @@ def test_a_cache_of_the_last_tokens(cache: str, window: int) -> None:
             )
         )
     assert torch.equal(*made)
+    first = [site for site in attncompile.hf.explain(model).sites if site.name == "model.layers.0.self_attn"]
+    assert 1 < len(first) < 5, "a Spec for each way the window lies, not for each step"
 
 
 @pytest.mark.parametrize(
@@ -154,12 +156,26 @@ def require_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, wide
         require_within(one.grad, exact.grad, bound, name)
 
 
-def test_static_generation_with_a_compiled_step() -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_static_generation_with_a_compiled_step(padded: bool) -> None:
+    """One graph for the prompt and one for all steps."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     ours, theirs = small_llama("attncompile"), small_llama("eager")
-    call = {**tokens(3, 12), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    call = {**tokens(3, 12), "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    if not padded:
+        del call["attention_mask"]
     expected = theirs.generate(**call)
-    ours.forward = torch.compile(ours.forward, backend="eager", fullgraph=True)  # type: ignore[method-assign]
+    ours.forward = torch.compile(ours.forward, backend=counted, fullgraph=True)  # type: ignore[method-assign]
     assert torch.equal(ours.generate(**call, cache_implementation="static"), expected)
+    assert len(graphs) == 2
+    sites = attncompile.hf.explain(ours).sites
+    assert all(site.compiled and site.spec is not None for site in sites)
+    assert any("j ≤ i + query_offset[0]" in str(site.spec) for site in sites)
 
 
 def test_packed_sequences() -> None:
@@ -230,7 +246,7 @@ def test_a_model_that_spells_out_its_attention() -> None:
     theirs = BloomModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     theirs.load_state_dict(ours.state_dict())
     call = tokens(2, 8)
-    with torch.no_grad(), pytest.warns(FallbackWarning, match="does not call attention through transformers' interface"):
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="not call attention through transformers' interface"):
         found = ours(**call).last_hidden_state
     with torch.no_grad():
         assert torch.equal(found, theirs(**call).last_hidden_state)
