@@ -301,17 +301,29 @@ def _specified(
     traced: bool,
 ) -> str:
     """Text of a call's Spec, and the names of the captured tensors it reads. Dynamo takes it as a constant."""
-    captured = tuple(Tensor(name, NAMES[kind], extents) for name, kind, extents in tensors)
-    capped = None if softcap is None else float(softcap)
-    call = Call(site, *operands, NAMES[dtype], square, mask, captured, offset, key_offset, float(scale), capped)
-    said = _remembered(call, device)
+    said = _remembered(site, operands, dtype, device, square, mask, tensors, offset, key_offset, scale, softcap)
     if traced:
         note_class(Seen(site, said.split(_BEHIND)[0], device, why_read))
     return said
 
 
 @functools.lru_cache(maxsize=4096)
-def _remembered(call: Call, device: str) -> str:
+def _remembered(
+    site: str,
+    operands: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    square: bool,
+    mask: str,
+    tensors: tuple[tuple[str, torch.dtype, tuple[str, ...]], ...],
+    offset: str,
+    key_offset: bool,
+    scale: float,
+    softcap: float | None,
+) -> str:
+    captured = tuple(Tensor(name, NAMES[kind], extents) for name, kind, extents in tensors)
+    capped = None if softcap is None else float(softcap)
+    call = Call(site, *operands, NAMES[dtype], square, mask, captured, offset, key_offset, float(scale), capped)
     spec = specify(call)
     text = str(spec)
     lowered(text, device)  # now, and not while shapes are traced

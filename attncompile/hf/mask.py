@@ -182,11 +182,9 @@ def stated_mask(
     take stated masks gets what transformers' own functions give.
     """
     if isinstance(q_offset, torch.Tensor):
-        if q_length > 1 and not is_tracing(q_offset) and int(q_offset) == 0:
-            q_offset = 0  # the first call with an empty static cache
-        else:
-            q_offset = q_offset.clone()  # the cache counts on in place before the layers read it
-
+        # 0 with an empty static cache; else a copy, since the cache counts on in place before the layers read it
+        empty = q_length > 1 and not is_tracing(q_offset) and int(q_offset) == 0
+        q_offset = 0 if empty else q_offset.clone()
     sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     options |= {"q_offset": q_offset, "kv_offset": kv_offset, "use_vmap": use_vmap, "device": device}
     options |= {"mask_function": mask_function, "attention_mask": attention_mask, "dtype": dtype, "config": config}
@@ -255,8 +253,8 @@ def _padding(
 ) -> torch.Tensor | str | None:
     """Which keys are no padding: truth values ``[batch, keys]``, or text; ``None`` where all are.
 
-    Whether all are is looked at, as transformers does for its own implementations, unless a graph is traced or the cache
-    is static: what is called again and again should be one program.
+    Whether all are is looked at, as transformers does for its own implementations, unless a graph is traced or the
+    cache is static: what is called again and again should be one program.
 
     Raises:
         Unstated: for padding that is not stated for each key of each row.
