@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from attncompile.ir import Spec
 from attncompile.ir.types import NAMES
 from attncompile.kernels import operators
 from attncompile.passes import parse_passes, run_passes
+
+log = logging.getLogger("attncompile")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,10 +72,7 @@ def attention_forward(
     beyond = reads_beyond(type(module).__module__, options)
     reason = f"its own attention reads {beyond}" if beyond else _why_not(query, key, value, attention_mask, options)
     if reason:
-        say_kept(site, reason, traced)
-        if not traced:
-            note(module, Seen(site, "", "", reason))
-        return _as_the_model_does(module, query, key, value, attention_mask, options)
+        return _kept(module, query, key, value, attention_mask, options, reason, traced)
     if query.shape[0] != key.shape[0]:  # queries that all rows share
         query = query.expand(key.shape[0], -1, -1, -1)
     sizes = {"B": query.shape[0], "H": query.shape[1], "I": query.shape[2], "J": key.shape[2]}
@@ -107,6 +107,8 @@ def attention_forward(
         why_read,
         traced,
     )
+    if said.startswith(_BEHIND):
+        return _kept(module, query, key, value, attention_mask, options, said.removeprefix(_BEHIND), traced)
     program, read = said.split(_BEHIND)
     wanted = read.split(",")
     given = [tensor for name, tensor in zip(names, tensors, strict=True) if name in wanted]
@@ -176,6 +178,24 @@ def _why_not(
     if sinks is not None and (sinks.numel() != query.shape[1] or sinks.dtype not in FLOATS):
         return "its sinks are not one for each head"
     return ""
+
+
+def _kept(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: StatedMask | torch.Tensor | None,
+    options: dict[str, Any],
+    reason: str,
+    traced: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call that is left to the model, said and remembered."""
+    site = type(module).__name__
+    say_kept(site, reason, traced)
+    if not traced:
+        note(module, Seen(site, "", "", reason))
+    return _as_the_model_does(module, query, key, value, mask, options)
 
 
 def _as_the_model_does(
@@ -300,8 +320,15 @@ def _specified(
     why_read: str,
     traced: bool,
 ) -> str:
-    """Text of a call's Spec, and the names of the captured tensors it reads. Dynamo takes it as a constant."""
-    said = _remembered(site, operands, dtype, device, square, mask, tensors, offset, key_offset, scale, softcap)
+    """Text of a call's Spec, and the names of the captured tensors it reads; or why there is none, behind a mark.
+
+    Dynamo takes it as a constant.
+    """
+    try:
+        said = _remembered(site, operands, dtype, device, square, mask, tensors, offset, key_offset, scale, softcap)
+    except Exception as error:  # a defect of ours must not take the user's model down
+        log.debug("attncompile failed", exc_info=True)
+        return f"{_BEHIND}an internal error: {type(error).__name__}: {error}. Please report this"
     if traced:
         note_class(Seen(site, said.split(_BEHIND)[0], device, why_read))
     return said

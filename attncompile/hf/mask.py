@@ -207,6 +207,7 @@ def stated_mask(
         if options.get("allow_is_bidirectional_skip") and padding is None and (local is None or kv_length < local):
             return None  # as transformers' own functions do: some models take another way without a mask
         text, tensors, names = _statement(lengths, q_offset, kv_offset, mask_function, padding)
+        tensors = tuple(tensor.to(device) if tensor.numel() == 1 else tensor for tensor in tensors)  # as torch allows
         return StatedMask(text, tensors, names, (q_offset, kv_offset), lengths, "", numbers, recipe)
     except Unstated as error:
         reason = f"its mask is read from a tensor: {error}"

@@ -11,11 +11,18 @@ Terms are text and lists, not expressions, so that Dynamo can follow the same co
 from __future__ import annotations
 
 import builtins
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from attncompile.ir.operators import Kind
+from attncompile.ir.text import parse_expr
+from attncompile.ir.types import NAMES, element_kind
+
+_READABLE = (torch.bool, torch.int64, torch.int32)
 
 
 class Unstated(Exception):
@@ -194,8 +201,25 @@ def state(function: Callable[..., Any], query: str, key: str, reaches: dict[str,
     places = (Term("b", captured), Term("0", captured), Term(query, captured), Term(key, captured))
     with _ReadsElements():
         found = function(*places)
-    found = _term(found, captured)
-    return found.bool()
+    found = _term(found, captured).bool()
+    if not _reads_back(found.text, tuple(tensor.dtype for tensor in captured.tensors)):
+        raise Unstated(f"no expression says {found.text}")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def _reads_back(text: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a text is a truth value in the notation of expressions. Dynamo takes the answer as a constant."""
+    return _parses(text, dtypes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parses(text: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    kinds = {f"t{number}": element_kind(NAMES[dtype]) for number, dtype in enumerate(dtypes)}
+    try:
+        return parse_expr(text, kinds).kind is Kind.BOOL
+    except ValueError:
+        return False
 
 
 def _constant(value: bool, size: Any, dtype: Any, captured: Captured) -> Term:
@@ -216,8 +240,9 @@ def _term(value: Any, captured: Captured) -> Term:
         return Term("true" if value else "false", captured, True)
     if isinstance(value, int):
         return Term(f"{value}" if value >= 0 else f"(0 − {-value})", captured)
-    if isinstance(value, torch.Tensor) and value.ndim == 0:
-        return Term(f"{captured.name(value)}[0]", captured, value.dtype is torch.bool)
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype in _READABLE:
+        # a copy: a number that is counted on in place would move the mask
+        return Term(f"{captured.name(value.clone().reshape(1))}[0]", captured, value.dtype is torch.bool)
     raise Unstated(f"it puts a position together with a value of type {type(value).__name__}")
 
 
@@ -251,7 +276,7 @@ def _element(tensor: torch.Tensor, places: Any) -> Term:
             texts.append(place.text)
         else:
             raise Unstated("it reads a tensor at something else than a position")
-    if tensor.dtype not in (torch.bool, torch.int64, torch.int32):
+    if tensor.dtype not in _READABLE:
         raise Unstated("it reads a tensor that holds neither integers nor truth values")
     return Term(f"{captured.name(tensor)}[{', '.join(texts)}]", captured, tensor.dtype is torch.bool)
 

@@ -35,6 +35,11 @@ def chosen(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return torch.where(query % 2 == 0, key <= query, torch.logical_not(key > 2))
 
 
+def between(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    near = key - query < torch.tensor(2, dtype=torch.int32)
+    return (key >= torch.tensor(1)) & near | (torch.tensor(True) & (key < 1))
+
+
 def behind_a_mark(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return (key >= torch.tensor(2)) | BLOCKS[batch, key].ne(1).to(torch.bool)
 
@@ -51,6 +56,7 @@ STATED: list[tuple[Callable[..., Any], str]] = [
     (asymmetric, ""),
     (chunked, ""),
     (chosen, ""),
+    (between, ""),
 ]
 
 COMPUTED: list[tuple[Callable[..., Any], str]] = [

@@ -21,7 +21,7 @@ from benchmarks.zoo.build import build
 from tests.backend.test_backend import small_llama, tokens
 
 TYPES = ["llama", "gemma2", "gemma3_text", "gpt_oss", "bert", "bart", "whisper", "t5", "vit", "clip", "qwen3", "doge"]
-GENERATING = ["llama", "mistral", "gemma2", "gpt_oss", "bart"]
+GENERATING = ["llama", "mistral", "gemma2", "gpt_oss", "bart", "t5"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,7 @@ def generating(kind: str, how: str) -> Any:
     model = family.from_config(config, attn_implementation=how).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    model.generation_config.decoder_start_token_id = 1
     return model
 
 
@@ -82,7 +83,7 @@ def generating(kind: str, how: str) -> Any:
 @pytest.mark.parametrize("kind", GENERATING)
 def test_tokens(kind: str, options: dict[str, Any]) -> None:
     call = {**tokens(3, 12), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **options}
-    if kind == "bart":
+    if kind in ("bart", "t5"):
         call["attention_mask"] = tokens(3, 12, "right")["attention_mask"]
     ours, theirs = generating(kind, "attncompile"), generating(kind, "eager")
     found = ours.generate(**call, return_dict_in_generate=True, output_logits=True)
@@ -147,6 +148,22 @@ def test_a_training_step(checkpointed: bool) -> None:
     for model in (ours, theirs, wide):
         model(**call, labels=labels, use_cache=False).loss.backward()
     require_equal_gradients(ours, theirs, wide)
+
+
+def test_a_learned_bias_trains() -> None:
+    made = []
+    for how in ("attncompile", "eager"):
+        model, _, inputs = build("t5", how)  # type: ignore[arg-type]
+        made.append(model.train())
+    wide = copy.deepcopy(made[1]).double()
+    for model in (*made, wide):
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+            elif isinstance(getattr(part, "dropout", None), float):
+                part.dropout = 0.0
+        model(**copy.deepcopy(inputs)).last_hidden_state.square().mean().backward()
+    require_equal_gradients(*made, wide)
 
 
 def require_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, wide: torch.nn.Module) -> None:
@@ -261,6 +278,18 @@ def test_a_layer_that_reads_more_than_the_interface_says() -> None:
         found, expected = results(ours(**copy.deepcopy(inputs))), results(theirs(**copy.deepcopy(inputs)))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert {site.reason for site in attncompile.hf.explain(ours).sites} == {"its own attention reads sinks"}
+
+
+def test_a_defect_of_ours_leaves_the_model_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("attncompile.hf.attention._remembered", broken)
+    ours, theirs, call = small_llama("attncompile"), small_llama("sdpa"), tokens(2, 8)
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="internal error: RuntimeError: broken. Please report"):
+        found = ours(**call).logits
+    with torch.no_grad():
+        assert torch.equal(found, theirs(**call).logits)
 
 
 def test_what_torch_refuses_is_refused() -> None:
