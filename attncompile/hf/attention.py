@@ -92,11 +92,10 @@ def attention_forward(
     square = False
     if sizes["I"] == sizes["J"]:  # a branch, which decides a size that is a symbol
         square = True
-    said = _specified(
+    facts = (
         site,
         (number(sizes["H"]), number(key.shape[1]), number(query.shape[3]), number(value.shape[3])),
         query.dtype,
-        query.device.type,
         square,
         text,
         tuple((name, tensor.dtype, _fitting(tensor, sizes)) for name, tensor in zip(names, tensors, strict=True)),
@@ -104,9 +103,8 @@ def attention_forward(
         key_offset,
         1.0 / math.sqrt(number(query.shape[3])) if scaling is None else number(scaling),
         None if softcap is None else number(softcap),
-        why_read,
-        traced,
     )
+    said = _specified(facts, query.device.type, why_read, traced)
     if said.startswith(_BEHIND):
         return _kept(module, query, key, value, attention_mask, options, said.removeprefix(_BEHIND), traced)
     program, read = said.split(_BEHIND)
@@ -303,51 +301,40 @@ def _same(value: Any) -> Any:
 
 _BEHIND = "\0"
 
+Facts = tuple[
+    str,
+    tuple[int, int, int, int],
+    torch.dtype,
+    bool,
+    str,
+    tuple[tuple[str, torch.dtype, tuple[str, ...]], ...],
+    str,
+    bool,
+    float,
+    float | None,
+]
+"""The attributes of a :class:`attncompile.hf.specify.Call` in order, of types that Dynamo takes for constants."""
+
 
 @torch.compiler.assume_constant_result
-def _specified(
-    site: str,
-    operands: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: str,
-    square: bool,
-    mask: str,
-    tensors: tuple[tuple[str, torch.dtype, tuple[str, ...]], ...],
-    offset: str,
-    key_offset: bool,
-    scale: float,
-    softcap: float | None,
-    why_read: str,
-    traced: bool,
-) -> str:
+def _specified(facts: Facts, device: str, why_read: str, traced: bool) -> str:
     """Text of a call's Spec, and the names of the captured tensors it reads; or why there is none, behind a mark.
 
     Dynamo takes it as a constant.
     """
     try:
-        said = _remembered(site, operands, dtype, device, square, mask, tensors, offset, key_offset, scale, softcap)
+        said = _remembered(facts, device)
     except Exception as error:  # a defect of ours must not take the user's model down
         log.debug("attncompile failed", exc_info=True)
         return f"{_BEHIND}an internal error: {type(error).__name__}: {error}. Please report this"
     if traced:
-        note_class(Seen(site, said.split(_BEHIND)[0], device, why_read))
+        note_class(Seen(facts[0], said.split(_BEHIND)[0], device, why_read))
     return said
 
 
 @functools.lru_cache(maxsize=4096)
-def _remembered(
-    site: str,
-    operands: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: str,
-    square: bool,
-    mask: str,
-    tensors: tuple[tuple[str, torch.dtype, tuple[str, ...]], ...],
-    offset: str,
-    key_offset: bool,
-    scale: float,
-    softcap: float | None,
-) -> str:
+def _remembered(facts: Facts, device: str) -> str:
+    site, operands, dtype, square, mask, tensors, offset, key_offset, scale, softcap = facts
     captured = tuple(Tensor(name, NAMES[kind], extents) for name, kind, extents in tensors)
     capped = None if softcap is None else float(softcap)
     call = Call(site, *operands, NAMES[dtype], square, mask, captured, offset, key_offset, float(scale), capped)
