@@ -69,7 +69,7 @@ def attention_forward(
             f"{site} chooses blocks of keys, whose size its call of attention does not say: load this model with "
             'attn_implementation="sdpa" and compile it with torch.compile(model, backend="attncompile")'
         )
-    beyond = reads_beyond(type(module).__module__, options)
+    beyond = reads_beyond(module, options)
     reason = f"its own attention reads {beyond}" if beyond else _why_not(query, key, value, attention_mask, options)
     if reason:
         return _kept(module, query, key, value, attention_mask, options, reason, traced)
@@ -210,7 +210,7 @@ def _as_the_model_does(
     eager = _eager_function(module)
     named = ("output_attentions", "head_mask", "softcap", "s_aux")
     plain = all(options.get(name) is None or options.get(name) is False for name in named)
-    if eager is None or (plain and not reads_beyond(type(module).__module__, options)):
+    if eager is None or (plain and not reads_beyond(module, options)):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if mask is None and _is_causal(module, query, options):
         places = torch.arange(max(query.shape[2], key.shape[2]), device=query.device)

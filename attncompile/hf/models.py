@@ -95,11 +95,11 @@ def _unknown_options(module: str) -> str:
     return f" {' '.join([*named, *(f'module.{name}' for name in read if name not in _KNOWN_ATTRIBUTES)])} "
 
 
-def reads_beyond(module: str, options: dict[str, Any]) -> str:
+def reads_beyond(layer: torch.nn.Module, options: dict[str, Any]) -> str:
     """What a layer's own attention would read in a call that a Spec of the call does not say, or nothing."""
-    for name in unknown_options(module).split():
+    for name in unknown_options(type(layer).__module__).split():
         if name == f"module.{_SINKS}":
-            if options.get("s_aux") is None:
+            if options.get("s_aux") is None and getattr(layer, _SINKS, None) is not None:
                 return "the sinks of the layer"
         elif name.startswith("module."):
             return f"{name.removeprefix('module.')} of the layer"
