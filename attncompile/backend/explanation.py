@@ -26,8 +26,8 @@ class Explanation:
     def __str__(self) -> str:
         if not self.compilations:
             return (
-                "no compiled graph: call the model first, or it has been reset since; what a model does that was loaded "
-                "with attn_implementation='attncompile' says attncompile.hf.explain"
+                "no compiled graph: call the model first, or it has been reset since; for a model that was loaded with "
+                "attn_implementation='attncompile' see attncompile.hf.explain"
             )
         return "\n\n".join("\n".join(_lines(compilation)) for compilation in self.compilations)
 
