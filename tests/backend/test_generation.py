@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompileConfig, set_seed
 
 import attncompile
 from attncompile.backend import FallbackWarning
@@ -128,6 +128,16 @@ def test_logits_of_padded_rows_in_every_dtype(padding: str, dtype: torch.dtype, 
     error, allowed = (float((logits.double() - reference).norm()) for logits in (found, expected))
     # as good as the model itself, up to one rounding of the result
     assert error <= allowed + torch.finfo(expected.dtype).eps * float(reference.norm())
+
+
+def test_generate_compiles_its_own_step_with_our_back_end() -> None:
+    model, call = small("llama", "sdpa"), tokens(2, 7)
+    options = {"cache_implementation": "static", "do_sample": False}
+    expected = generated(model, call, **options, disable_compile=True)
+    config = CompileConfig(backend="attncompile", mode=None, options={"rest": "eager"})
+    config._compile_all_devices = True
+    assert torch.equal(generated(model, call, **options, compile_config=config), expected)
+    assert [site.operator for site in attncompile.explain(model).sites] == ["sdpa", "sdpa"]
 
 
 def test_the_whole_graph_is_one() -> None:
