@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from attncompile.backend.explanation import Explanation
     from attncompile.convert.kernel_index import KernelFolder
 
-Target = Literal["onnx", "torch"]
+Target = Literal["onnx", "torch", "pt2"]
 Provider = Literal["cpu", "cuda"]
 Preference = Literal["fastest", "fused", "decomposed"]
 Rest = Literal["eager", "inductor"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "to": ("onnx", "torch"),
+    "to": ("onnx", "torch", "pt2"),
     "provider": ("cpu", "cuda"),
     "prefer": ("fastest", "fused", "decomposed"),
     "attn_implementation": ("sdpa", "eager"),
@@ -201,7 +201,8 @@ def convert(
     Args:
         target: what to open.
         out: the folder to write: all of it, or nothing when something goes wrong.
-        to: ``onnx`` for ONNX Runtime, ``torch`` for a folder that :func:`load` opens.
+        to: ``onnx`` for ONNX Runtime, ``torch`` for a folder that :func:`load` opens, ``pt2`` for a package that
+            AOTInductor has compiled for this machine's kind of CPU; :func:`load` opens it too.
         provider: where it will run.
         prefer: ``fastest`` takes a fused operator only where it wins on the provider; ``fused`` and
             ``decomposed`` take them always or never.
@@ -238,6 +239,10 @@ def convert(
         from attncompile.convert.onnx import convert_onnx
 
         return convert_onnx(target, Path(out), options)
+    if to == "pt2":
+        from attncompile.convert.pt2 import convert_pt2
+
+        return convert_pt2(target, Path(out), options)
     from attncompile.convert.torch import convert_torch
 
     return convert_torch(target, Path(out), options)
@@ -296,12 +301,13 @@ FRESH = 5
 """Added to the lengths of the inputs that a conversion was checked on, so that a verification sees others."""
 
 
-def verify(folder: str | Path, *, allow_pickle: bool = False) -> Certificate:
+def verify(folder: str | Path, *, allow_pickle: bool = False, allow_code: bool = False) -> Certificate:
     """Compute the certificate of a conversion again, on inputs that the conversion did not see.
 
     Args:
         folder: what :func:`convert` wrote.
         allow_pickle: read the original's weights where they only exist as pickle (as plain tensors).
+        allow_code: run a package (``pt2``) that was not made by you on this machine.
 
     Raises:
         InputError: when the folder is no conversion, its plan does not belong to its certificate, or the original
@@ -318,18 +324,25 @@ def verify(folder: str | Path, *, allow_pickle: bool = False) -> Certificate:
         from attncompile.convert.onnx import verify_onnx
 
         return verify_onnx(folder, plan, FRESH, allow_pickle=allow_pickle)
+    if plan.target == "pt2":
+        from attncompile.convert.pt2 import verify_pt2
+
+        return verify_pt2(folder, plan, FRESH, allow_pickle=allow_pickle, allow_code=allow_code)
     from attncompile.convert.torch import verify_torch
 
     return verify_torch(folder, plan, FRESH, allow_pickle=allow_pickle)
 
 
-def load(folder: str | Path, *, rest: Rest = "eager", device: str | None = None) -> torch.nn.Module:
-    """Open a conversion to ``torch`` as a module that runs.
+def load(
+    folder: str | Path, *, rest: Rest = "eager", device: str | None = None, allow_code: bool = False
+) -> torch.nn.Module:
+    """Open a conversion to ``torch`` or ``pt2`` as a module that runs.
 
     Args:
         folder: what :func:`convert` wrote.
-        rest: what compiles everything but attention, ``eager`` or ``inductor``.
+        rest: what compiles everything but attention, ``eager`` or ``inductor``; a package is compiled already.
         device: where to put it; the CPU unless given.
+        allow_code: run a package (``pt2``) that was not made by you on this machine.
 
     Raises:
         InputError: when the folder is no such conversion.
@@ -343,6 +356,10 @@ def load(folder: str | Path, *, rest: Rest = "eager", device: str | None = None)
             folder,
             "open its model.onnx with onnxruntime.InferenceSession",
         )
+    if plan.target == "pt2":
+        from attncompile.convert.pt2 import load_pt2
+
+        return load_pt2(folder, device=device, allow_code=allow_code)
     from attncompile.convert.torch import load_torch
 
     return load_torch(folder, plan, rest=rest, device=device)

@@ -152,7 +152,8 @@ def convert(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the folder to write")],
     target: Annotated[
-        Literal["onnx", "torch"], typer.Option(help="ONNX Runtime, or a folder for attncompile.load")
+        Literal["onnx", "torch", "pt2"],
+        typer.Option(help="ONNX Runtime, a folder for attncompile.load, or a package compiled by AOTInductor"),
     ] = "onnx",
     provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="where it will run")] = "cpu",
     prefer: Annotated[
@@ -229,6 +230,9 @@ def kernels(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote")],
     allow_pickle: AllowPickle = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="run a package that was not made by you on this machine")
+    ] = False,
     debug: Debug = False,
 ) -> int:
     """Compute the certificate of a conversion again on fresh inputs; exit 1 when it fails."""
@@ -237,7 +241,7 @@ def verify(
 
     with _progress() as progress:
         progress("verifying")
-        certificate = api.verify(folder, allow_pickle=allow_pickle)
+        certificate = api.verify(folder, allow_pickle=allow_pickle, allow_code=allow_code)
     _show(certificate_text(certificate))
     return DONE if certificate.passed else FAILED
 

@@ -126,7 +126,7 @@ class Report(_Data):
 
     Attributes:
         model: what was converted.
-        target: ``onnx`` or ``torch``; provider: ``cpu`` or ``cuda``.
+        target: ``onnx``, ``torch`` or ``pt2``; provider: ``cpu`` or ``cuda``.
         passes: what was asked for, as it was written.
         sites: in graph order.
         measurements: end to end, before and after.

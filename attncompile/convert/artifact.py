@@ -48,7 +48,7 @@ class Conversion:
 
     Attributes:
         folder: where it is; None while it is still being written.
-        target: ``onnx`` or ``torch``.
+        target: ``onnx``, ``torch`` or ``pt2``.
         report: what was done at each site, and why.
         certificate: the measured evidence that it computes what the original does.
     """

@@ -40,7 +40,7 @@ class Outcome:
 
 def make_plan(
     program: Program,
-    target: Literal["onnx", "torch"],
+    target: Literal["onnx", "torch", "pt2"],
     provider: str,
     passes: str,
     allow_untrained: bool,
@@ -72,8 +72,13 @@ def _site_plan(outcome: Outcome) -> SitePlan:
     )
 
 
-def make_certificate(plan: Plan, sites: Sequence[SiteCertificate], end_to_end: Sequence[EndToEnd]) -> Certificate:
-    """The certificate of a conversion."""
+def make_certificate(
+    plan: Plan,
+    sites: Sequence[SiteCertificate],
+    end_to_end: Sequence[EndToEnd],
+    files: Mapping[str, str] | None = None,
+) -> Certificate:
+    """The certificate of a conversion; ``files`` are hashes by name of the files that run."""
     return Certificate(
         schema=1,
         model=plan.model,
@@ -81,6 +86,7 @@ def make_certificate(plan: Plan, sites: Sequence[SiteCertificate], end_to_end: S
         plan=plan.digest(),
         sites=tuple(sites),
         end_to_end=tuple(end_to_end),
+        files=dict(files or {}),
     )
 
 

@@ -57,6 +57,7 @@ class Made:
         changes: how far lossy passes moved each site, by name.
         measurements: sizes and latencies.
         notes: what the reader should know.
+        files: hashes by name of the files that run, for the certificate.
     """
 
     program: Program
@@ -66,6 +67,7 @@ class Made:
     changes: Mapping[str, Change] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 Make = Callable[[OpenedModel, tuple[PassCall, ...], Path], Made]
@@ -76,7 +78,7 @@ def conversion(
     target: str | Path,
     out: Path,
     options: Options,
-    kind: Literal["onnx", "torch"],
+    kind: Literal["onnx", "torch", "pt2"],
     attention: AttentionImplementation,
     make: Make,
 ) -> Conversion:
@@ -102,7 +104,7 @@ def conversion(
             opened.model.eval()
         made = make(opened, requested, folder)
         plan = make_plan(made.program, kind, options.provider, options.passes, options.allow_untrained, made.outcomes)
-        certificate = make_certificate(plan, made.sites, made.compared.entries)
+        certificate = make_certificate(plan, made.sites, made.compared.entries, made.files)
         if not certificate.passed:
             raise disagreement(certificate.failures()[0], target)
         notes = (*made.notes, *made.compared.notes)

@@ -8,6 +8,7 @@ underscore, nor `torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -319,3 +320,76 @@ def mode_options(mode: str | None) -> dict[str, Any] | None:
 
     options: dict[str, Any] = list_mode_options(mode)
     return options
+
+
+# --- packages of AOTInductor --------------------------------------------------------------------------------
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor calls; None where there is none that works."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return None
+
+
+def compile_package(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Compile an exported program with AOTInductor into a file that ends in ``.pt2``.
+
+    Raises whatever Inductor or the C++ compiler does not like.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(file))
+
+
+def open_package(file: Path) -> tuple[Callable[..., Any], dict[str, str]]:
+    """What runs a package that `compile_package` wrote, and what AOTInductor noted about it (``AOTI_CPU_ISA``).
+
+    The package's machine code is loaded into this process.
+    """
+    from torch._inductor import aoti_load_package
+
+    loaded = aoti_load_package(str(file))
+    return loaded, dict(loaded.get_metadata())
+
+
+def lacking_instructions(wanted: str) -> str | None:
+    """The first of the vector instructions (``AVX512 AVX512_VNNI``, as AOTInductor notes them) that this processor lacks.
+
+    None where it has all of them, or where torch does not know.
+    """
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    level = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+    widest = level.get(torch.backends.cpu.get_cpu_capability(), max(level.values()))
+    for name in wanted.split():
+        known = has.get(_NAMES_OF_INSTRUCTIONS.get(name, name.lower()))
+        if known is False or (known is None and level.get(name, 0) > widest):
+            return name
+    return None
+
+
+_NAMES_OF_INSTRUCTIONS = {"AVX512": "avx512_f"}
+"""What torch.cpu calls instructions that Inductor has another name for."""
+
+
+def structure_text(structure: Any) -> str:
+    """A structure of `flatten` as JSON. Raises NotImplementedError or ValueError for a type that has no such form."""
+    return pytree.treespec_dumps(structure)
+
+
+def structure_of_text(text: str) -> Any:
+    """The inverse of `structure_text`. Raises ValueError or NotImplementedError for a type that is not registered."""
+    return pytree.treespec_loads(text)
+
+
+def symbol_ranges(program: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """Smallest and largest value of each size of an exported program, by its symbol; None for no upper bound."""
+    found = {}
+    for symbol, bounds in program.range_constraints.items():
+        lower, upper = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
+        found[str(symbol)] = (lower or 0, upper)
+    return found

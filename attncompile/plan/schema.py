@@ -78,7 +78,7 @@ class Plan(BaseModel):
     Attributes:
         schema_version: 1; written as ``schema``.
         model: name of the model.
-        target: ``onnx`` or ``torch``.
+        target: ``onnx``, ``torch`` or ``pt2``.
         provider: where it is to run, such as ``cpu`` or ``cuda``.
         passes: what was asked for, as :func:`attncompile.passes.parse_passes` reads it.
         allow_untrained: passes whose result needs training were allowed.
@@ -89,7 +89,7 @@ class Plan(BaseModel):
 
     schema_version: Literal[1] = Field(1, alias="schema")
     model: str
-    target: Literal["onnx", "torch"]
+    target: Literal["onnx", "torch", "pt2"]
     provider: str
     passes: str = ""
     allow_untrained: bool = False

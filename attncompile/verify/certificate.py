@@ -148,11 +148,12 @@ class Certificate(Record):
     Attributes:
         schema_version: 1; written as ``schema``.
         model: what was converted.
-        target: ``onnx`` or ``torch``.
+        target: ``onnx``, ``torch`` or ``pt2``.
         plan: hash of the plan it was made by.
         versions: of the tools that took part.
         sites: one entry per site, in the order of the model.
         end_to_end: numbers of the whole model.
+        files: SHA-256 of files that cannot be read as text and are run: their names in the folder to the hash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True,
@@ -165,6 +166,7 @@ class Certificate(Record):
     versions: dict[str, str] = Field(default_factory=lambda: tool_versions())
     sites: tuple[SiteCertificate, ...]
     end_to_end: tuple[EndToEnd, ...] = ()
+    files: dict[str, str] = Field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

@@ -118,6 +118,24 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     return plain
 
 
+def lower_to_aten(spec: Spec, device: str = "cpu") -> Lowering:
+    """A Spec as operators that every PyTorch has: for a graph that is to run where this package is not installed.
+
+    Tiles that a mask hides are computed: what skips them is an operator of ours. ``flex`` gives way to SDPA or the
+    reference.
+
+    Args:
+        spec: the Spec.
+        device: device type it will run on.
+    """
+    chosen, reason = _choose(spec, device)
+    if chosen in ("blockwise", "flex"):
+        why = "a package holds PyTorch's own operators alone"
+        problem = why_not(spec, device, "sdpa")
+        chosen, reason = ("sdpa", f"one masked call: {why}") if problem is None else ("reference", f"{why}; {problem}")
+    return dataclasses.replace(_lowered(spec, device, chosen), reason=reason)
+
+
 def _lowered(spec: Spec, device: str, operator: str | None) -> Lowering:
     """The lowering that computes a Spec by itself, never through ``attncompile::run``."""
     if operator is not None:

@@ -19,10 +19,10 @@ from typing import Any
 from attncompile.codegen.triton.generate import GeneratedModule
 
 
-def cache_folder() -> Path:
-    """The private folder for generated modules, made when needed.
+def cache_folder(what: str = "triton") -> Path:
+    """The private folder for one kind of file, generated modules unless said, made when needed.
 
-    ``$ATTNCOMPILE_CACHE`` or ``$XDG_CACHE_HOME/attncompile`` or ``~/.cache/attncompile``, then ``triton``.
+    ``$ATTNCOMPILE_CACHE`` or ``$XDG_CACHE_HOME/attncompile`` or ``~/.cache/attncompile``, then ``what``.
     Where that cannot be made, or others may write to it, a new temporary folder serves this process.
     """
     chosen = os.environ.get("ATTNCOMPILE_CACHE")
@@ -31,14 +31,14 @@ def cache_folder() -> Path:
         if chosen
         else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attncompile"
     )
-    folder = base / "triton"
+    folder = base / what
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _private(folder):
             return folder
     except OSError:
         pass  # a read-only home is common in containers
-    return _temporary_folder()
+    return _temporary_folder(what)
 
 
 def _private(folder: Path) -> bool:
@@ -50,13 +50,13 @@ def _private(folder: Path) -> bool:
     return stat.S_IMODE(folder.stat().st_mode) & 0o022 == 0 and os.access(folder, os.W_OK | os.X_OK)
 
 
-_temporary: list[Path] = []
+_temporary: dict[str, Path] = {}
 
 
-def _temporary_folder() -> Path:
-    if not _temporary:
-        _temporary.append(Path(tempfile.mkdtemp(prefix="attncompile-triton-")))
-    return _temporary[0]
+def _temporary_folder(what: str) -> Path:
+    if what not in _temporary:
+        _temporary[what] = Path(tempfile.mkdtemp(prefix=f"attncompile-{what}-"))
+    return _temporary[what]
 
 
 def write(module: GeneratedModule, folder: Path) -> Path:
