@@ -174,7 +174,7 @@ class PackagedModel(torch.nn.Module):
             if extent != known:
                 other = "" if isinstance(size, int) else f", and {size} is {known} in another argument"
                 raise ValueError(f"{leaf.name} is {list(given.shape)}, but the package takes [{wanted}]{other}")
-            low, high = self.record.sizes.get(size, (0, None)) if isinstance(size, str) else (extent, extent)
+            low, high = self.record.sizes.get(size, (1, None)) if isinstance(size, str) else (extent, extent)
             if extent < low or (high is not None and extent > high):
                 raise ValueError(f"{size} is {extent} in {leaf.name}; the package takes {low} to {high or 'any number'}")
         return given.detach().contiguous()

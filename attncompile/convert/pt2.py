@@ -287,7 +287,7 @@ def _tensor_inputs(
             shape.append(called.setdefault(symbol, f"{free}_{symbol}" if free in called.values() else free))
         inputs[name] = TensorInput(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(shape))
     ranges = symbol_ranges(program)
-    return inputs, {name: ranges.get(symbol, (0, None)) for symbol, name in called.items()}
+    return inputs, {name: ranges.get(symbol, (1, None)) for symbol, name in called.items()}
 
 
 # --- from the folder to what runs ---------------------------------------------------------------------------

@@ -387,9 +387,12 @@ def structure_of_text(text: str) -> Any:
 
 
 def symbol_ranges(program: torch.export.ExportedProgram) -> dict[str, tuple[int, int | None]]:
-    """Smallest and largest value of each size of an exported program, by its symbol; None for no upper bound."""
+    """Smallest and largest value of each size of an exported program, by its symbol; None for no upper bound.
+
+    The smallest is at least 1: torch traces no graph for empty tensors, whatever range it writes.
+    """
     found = {}
     for symbol, bounds in program.range_constraints.items():
         lower, upper = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
-        found[str(symbol)] = (lower or 0, upper)
+        found[str(symbol)] = (max(lower or 0, 1), upper)
     return found

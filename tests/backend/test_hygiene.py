@@ -1,0 +1,401 @@
+"""What a back end that is left on must not do: leak, race, break a fork, or change what belongs to others."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import attncompile as package
+from attncompile.backend import FallbackWarning, attncompile
+from attncompile.backend.compilation import alive
+from attncompile.verify import require_as_good_as_eager
+
+ROOT = Path(__file__).parents[2]
+WAIT = 300.0
+"""Seconds after which a child process or thread that has not ended hangs: they take a few."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    """Attention with a window, as research code spells it."""
+
+    def __init__(self, channels: int = 16, heads: int = 2, window: int = 5) -> None:
+        super().__init__()
+        self.project = nn.Linear(channels, 3 * channels)
+        self.heads, self.window = heads, window
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.project(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        position = torch.arange(x.shape[1], device=x.device)
+        ahead = position[None, :] > position[:, None]
+        behind = position[None, :] <= position[:, None] - self.window
+        scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(ahead | behind, float("-inf"))
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def model_of(number: int) -> Attention:
+    """One of several models that differ in sizes, window and weights."""
+    torch.manual_seed(number)
+    return Attention(8 * (number + 2), 2, 3 + number).eval()
+
+
+def inputs_of(model: Attention, length: int = 11) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(2, length, model.project.in_features, generator=generator)
+
+
+def require_same(actual: torch.Tensor, model: Attention, x: torch.Tensor) -> None:
+    """As near to the model in float64 as the model itself is."""
+    with torch.no_grad():
+        exact, expected = _double(model)(x.double()), model(x)
+    require_as_good_as_eager(actual, exact, expected, x.shape[-1] + x.shape[1], "the compiled model")
+
+
+def _double(model: Attention) -> Attention:
+    wide = Attention(model.project.in_features, model.heads, model.window).double()
+    wide.load_state_dict(model.state_dict())
+    return wide
+
+
+def compiled_of(model: nn.Module, **options: Any) -> Any:
+    """Compiled with a back end that has replaced every site, or the test fails."""
+    return torch.compile(model, backend=attncompile, options={"rest": "eager", **options})
+
+
+# --- leaks --------------------------------------------------------------------------------------------------
+
+HELD = (torch.fx.GraphModule, torch.fx.Graph, torch.fx.Node, nn.Module)
+
+
+def held() -> Counter[str]:
+    """How many graphs, nodes, modules, tensors and objects of ours are alive, by type."""
+    gc.collect()
+    found: Counter[str] = Counter()
+    for thing in gc.get_objects():
+        kind = type(thing)
+        ours = str(getattr(kind, "__module__", "")).startswith("attncompile.")
+        if ours or issubclass(kind, (*HELD, torch.Tensor)):
+            found[f"{kind.__module__}.{kind.__qualname__}"] += 1
+    return found
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def compile_and_reset(cycles: int) -> None:
+    """Compile, call and forget a model again and again; AssertionError when something of it stays."""
+
+    def cycle() -> None:
+        # a mebibyte of weights: whatever kept the model would show
+        model = Attention(296, 2).eval()
+        with torch.no_grad():
+            compiled_of(model)(torch.randn(1, 7, 296))
+        torch._dynamo.reset()
+
+    for _ in range(10):  # caches fill
+        cycle()
+    before, memory = held(), resident()
+    for _ in range(cycles):
+        cycle()
+    grown, more = held() - before, resident() - memory
+    assert not grown and not alive(), f"left behind: {grown}, {alive()}"
+    assert more < cycles * 2**20 / 4, f"{more} bytes more after {cycles} cycles"
+
+
+def run_apart(code: str, *arguments: str, **environment: str) -> str:
+    """What code prints in a process of its own, where no test framework keeps log records or hooks."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("cycles", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_compiling_and_resetting_leaves_nothing_behind(cycles: int) -> None:
+    run_apart(f"from tests.backend.test_hygiene import compile_and_reset; compile_and_reset({cycles})")
+
+
+# --- threads and processes ----------------------------------------------------------------------------------
+
+
+def test_threads_compile_and_call_different_models_at_once() -> None:
+    models = [model_of(number) for number in range(4)]
+    together, failures = threading.Barrier(len(models)), []
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def work(number: int) -> None:
+        try:
+            with torch.no_grad():
+                together.wait(WAIT)
+                compiled = compiled_of(models[number])
+                results[number] = [compiled(inputs_of(models[number], length)) for length in (11, 7, 23)]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert not failures and sorted(results) == list(range(len(models)))
+    for number, model in enumerate(models):
+        for length, result in zip((11, 7, 23), results[number], strict=True):
+            require_same(result, model, inputs_of(model, length))
+
+
+def test_threads_call_one_model_at_once() -> None:
+    model = model_of(1)
+    compiled = compiled_of(model)
+    results: dict[int, torch.Tensor] = {}
+
+    def work(length: int) -> None:
+        with torch.no_grad():
+            results[length] = compiled(inputs_of(model, length))
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in (5, 9, 17, 33)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert sorted(results) == [5, 9, 17, 33]
+    for length, result in results.items():
+        require_same(result, model, inputs_of(model, length))
+
+
+def _in_child(compiled: Any, model: Attention, answers: Any) -> None:
+    with torch.no_grad():
+        known = compiled(inputs_of(model))
+        fresh = model_of(2)
+        new = compiled_of(fresh)(inputs_of(fresh))
+    answers.put((known.numpy(), new.numpy(), len(alive())))
+
+
+def test_a_forked_child_calls_a_compiled_model_and_compiles_one() -> None:
+    model = model_of(0)
+    compiled = compiled_of(model)
+    with torch.no_grad():
+        compiled(inputs_of(model))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own word on threads and forks
+        child = context.Process(target=_in_child, args=(compiled, model, answers))
+        child.start()
+    known, new, count = answers.get(timeout=WAIT)
+    child.join(WAIT)
+    assert child.exitcode == 0 and count == 2
+    require_same(torch.from_numpy(known), model, inputs_of(model))
+    require_same(torch.from_numpy(new), model_of(2), inputs_of(model_of(2)))
+
+
+# --- what belongs to others ---------------------------------------------------------------------------------
+
+
+def global_state() -> dict[str, Any]:
+    """Everything of torch's and Python's that a user may have set, and that a compilation must leave alone."""
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "random": torch.get_rng_state().tolist(),
+        "sdp": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        ),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "dynamo": torch._dynamo.config.get_config_copy(),
+        "inductor": torch._inductor.config.get_config_copy(),
+        "warnings": list(warnings.filters),
+        "logging": {name: logging.getLogger(name).level for name in ("", "torch", "attncompile", "transformers")},
+        "disabled": logging.root.manager.disable,
+        "environment": dict(os.environ),
+        "recursion": sys.getrecursionlimit(),
+        "hooks": (sys.excepthook, threading.excepthook),
+        "path": list(sys.path),
+    }
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+@pytest.mark.parametrize("verify", ["off", "full"])
+def test_global_state_is_left_as_it_was_found(rest: str, verify: str) -> None:
+    import torch._inductor.config
+
+    model = model_of(0)
+    x = inputs_of(model)
+    # Inductor sets things of its own when it is first used; those are its business
+    torch.compile(model, backend=rest)(x)
+    torch._dynamo.reset()
+    before = global_state()
+    with torch.no_grad():
+        compiled_of(model, rest=rest, verify=verify)(x)
+    after = global_state()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+CACHED = """
+import json, sys
+import torch, torch._inductor.config
+from torch._dynamo.utils import counters
+from tests.backend.test_hygiene import Attention, inputs_of, model_of
+import attncompile
+
+torch._inductor.config.fx_graph_cache = True
+torch._functorch.config.enable_autograd_cache = True
+if len(sys.argv) > 1 and sys.argv[1] == "load":
+    torch.compiler.load_cache_artifacts(open(sys.argv[2], "rb").read())
+model = model_of(1)
+compiled = attncompile.compile(model)
+with torch.no_grad():
+    result = compiled(inputs_of(model))
+if len(sys.argv) > 1 and sys.argv[1] == "save":
+    open(sys.argv[2], "wb").write(torch.compiler.save_cache_artifacts()[0])
+sites = attncompile.explain(compiled).compilations[0].sites
+print(json.dumps({
+    "result": result.tolist(),
+    "operators": [site.operator for site in sites],
+    "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
+}))
+"""
+
+
+def cached_run(folder: Path, *arguments: str) -> dict[str, Any]:
+    """A process that compiles with Inductor's caches in a folder."""
+    printed = run_apart(CACHED, *arguments, TORCHINDUCTOR_CACHE_DIR=str(folder))
+    answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return answer
+
+
+def require_cached(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first["operators"] == second["operators"] == ["blockwise"]
+    assert first["hits"] == 0 and second["hits"] > 0
+    assert first["result"] == second["result"]
+    require_same(torch.tensor(second["result"]), model_of(1), inputs_of(model_of(1)))
+
+
+def test_a_second_process_with_caches_rewrites_too(tmp_path: Path) -> None:
+    require_cached(cached_run(tmp_path / "cache"), cached_run(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+def test_cache_artifacts_go_to_another_machine(tmp_path: Path) -> None:
+    artifacts = str(tmp_path / "artifacts")
+    require_cached(cached_run(tmp_path / "here", "save", artifacts), cached_run(tmp_path / "there", "load", artifacts))
+
+
+def test_passes_that_a_user_gave_inductor_stay_in_force() -> None:
+    import torch._inductor.config as config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    seen: list[str] = []
+
+    class Recorded(CustomGraphPass):
+        def __init__(self, where: str) -> None:
+            self.where = where
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(self.where)
+
+        def uuid(self) -> str:
+            return f"recorded {self.where}"
+
+    places = ("post_grad_custom_pre_pass", "post_grad_custom_post_pass", "joint_custom_pre_pass")
+    given = {place: Recorded(place) for place in places if hasattr(config, place)}
+    model = model_of(0)
+    with config.patch(fx_graph_cache=False, **given), torch.no_grad():
+        result = torch.compile(model, backend=attncompile)(inputs_of(model))
+        assert all(getattr(config, place) is own for place, own in given.items())
+    assert {"post_grad_custom_pre_pass", "post_grad_custom_post_pass"} <= set(seen)
+    require_same(result, model, inputs_of(model))
+
+
+# --- how torch.compile is used ------------------------------------------------------------------------------
+
+
+def test_models_with_different_options_live_in_one_process() -> None:
+    model = model_of(1)
+    x = inputs_of(model, 24)
+    plain = package.compile(model, rest="eager")
+    narrow = package.compile(model, rest="eager", passes="fuse,sparsify.window(size=2, sinks=0)")
+    with torch.no_grad():
+        for _ in range(2):
+            require_same(plain(x), model, x)
+            windowed = Attention(model.project.in_features, model.heads, 2)
+            windowed.load_state_dict(model.state_dict())
+            require_same(narrow(x), windowed, x)
+    first, second = package.explain(plain), package.explain(narrow)
+    applied = [found.compilations[0].sites[0].applied for found in (first, second)]
+    assert "sparsify" not in str(applied[0]) and "sparsify" in str(applied[1])
+
+
+def broken(model: Attention) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that Dynamo takes in two pieces."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        first = model(x)
+        torch._dynamo.graph_break()
+        return model(first)
+
+    return run
+
+
+def test_both_sides_of_a_graph_break_are_rewritten() -> None:
+    model = model_of(0)
+    x = inputs_of(model)
+    compiled = package.compile(broken(model), rest="eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        result = compiled(x)
+        middle = model(x)
+    require_same(result, model, middle)
+    assert [len(c.sites) for c in package.explain(compiled).compilations] == [1, 1]
+
+
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+def test_one_graph_in_inference_mode_with_marked_sizes(rest: str) -> None:
+    model = model_of(2)
+    compiled = torch.compile(model, backend=attncompile, fullgraph=True, options={"rest": rest})
+    with torch.inference_mode():
+        first = inputs_of(model, 12)
+        torch._dynamo.mark_dynamic(first, 1)
+        require_same(compiled(first), model, first.clone())
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for length in (13, 40):
+                x = inputs_of(model, length)
+                require_same(compiled(x), model, x)
