@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -114,16 +115,26 @@ def alive() -> tuple[Compilation, ...]:
 
 
 def held_by(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
-    """The compiled graph, which holds the record from now on."""
-    try:
-        compiled.attncompile_compilation = compilation  # type: ignore[attr-defined]
-        return compiled
-    except AttributeError:  # a method, say
+    """The compiled graph, which holds the record from now on.
+
+    A function is wrapped: Dynamo looks through one that ahead-of-time autograd made and drops it, with what it holds.
+    """
+    if isinstance(compiled, types.FunctionType | types.MethodType) and not hasattr(compiled, _RECORD):
 
         def run(*args: Any) -> Any:
             return compiled(*args)
 
-        return held_by(run, compilation)
+        return _with_record(run, compilation)
+    return _with_record(compiled, compilation)
+
+
+_RECORD = "attncompile_compilations"
+
+
+def _with_record(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
+    """The same object, with one record more."""
+    setattr(compiled, _RECORD, (*getattr(compiled, _RECORD, ()), compilation))
+    return compiled
 
 
 def _explained(program: Program, decision: Decision) -> ExplainedSite:

@@ -147,7 +147,7 @@ class PackagedModel(torch.nn.Module):
         for number, (leaf, given) in enumerate(zip(self.record.leaves, leaves, strict=True)):
             if isinstance(leaf, FixedInput):
                 if type(given) is not type(leaf.value) or given != leaf.value:
-                    raise ValueError(f"this model was packaged with {leaf.name}={leaf.value!r}, this call has {given!r}")
+                    raise ValueError(f"{leaf.name} is {given!r}, but this model was packaged with {leaf.value!r}")
                 continue
             tensor = self.fitting(leaf, given, sizes)
             if number < self.by_position:
@@ -176,7 +176,8 @@ class PackagedModel(torch.nn.Module):
                 raise ValueError(f"{leaf.name} is {list(given.shape)}, but the package takes [{wanted}]{other}")
             low, high = self.record.sizes.get(size, (1, None)) if isinstance(size, str) else (extent, extent)
             if extent < low or (high is not None and extent > high):
-                raise ValueError(f"{size} is {extent} in {leaf.name}; the package takes {low} to {high or 'any number'}")
+                most = "any number" if high is None else high
+                raise ValueError(f"{size} is {extent} in {leaf.name}; the package takes {low} to {most}")
         return given.detach().contiguous()
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from attncompile.backend.rewrite import Decision, decide, rewrite
+from attncompile.codegen.lowering import Lowering
+from attncompile.convert.calibration import text_call
 from attncompile.convert.change import Change, changes_in_torch
 from attncompile.convert.comparison import Run, Runs, in_float64, outputs_of
-from attncompile.convert.calibration import text_call
 from attncompile.convert.evidence import Outcome
 from attncompile.convert.frame import lossy_rewrites, require_sites
-from attncompile.codegen.lowering import Lowering
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export
 from attncompile.frontends.checkpoint import OpenedModel
@@ -145,7 +145,7 @@ class CapturedModule(torch.nn.Module):
             self.names.append(f"value_{number}" if held else None)
             if held:
                 self.register_buffer(f"value_{number}", entry.value.detach())
-        self.forward = with_parameters(self.called, positional, captured.keywords)  # type: ignore[method-assign]
+        self.forward = with_parameters(self.called, positional, captured.keywords)
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""

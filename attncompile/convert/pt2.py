@@ -1,4 +1,4 @@
-"""A model as one package of AOTInductor: compiled ahead of time, run by PyTorch without Python code of the model or ours.
+"""A model as one package of AOTInductor: compiled ahead of time, run by PyTorch without Python of the model or of ours.
 
 The graph is exported with its attention rewritten into PyTorch's own operators: an operator of ours is Python, which no
 package can hold. On a CPU that is SDPA, a chunked scan or the reference. There are no packages for GPUs yet: there a
@@ -154,7 +154,7 @@ class _Named(torch.nn.Module):
         self.outputs, self.fixed = _results(captured)
         whole = unflatten(range(len(self.outputs) + len(self.fixed)), captured.output_structure)
         self.as_given = not self.fixed and _is_plain(whole)
-        self.forward = with_parameters(self._run, self.ordered, self.named)  # type: ignore[method-assign]
+        self.forward = with_parameters(self._run, self.ordered, self.named)
 
     def _run(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         given = dict(zip(self.ordered, args, strict=True)) | kwargs
@@ -231,7 +231,7 @@ def _exported(
         device="cpu",
         machine=platform.machine(),
         instructions="",
-        parameters=tuple(dict.fromkeys((*parameter_names(opened.model, len(args)), *_by_position(opened, kwargs)))),
+        parameters=_by_position(opened.model, len(args), kwargs),
         positional=len(args),
         keywords=tuple(kwargs),
         structure=structure,
@@ -247,11 +247,11 @@ def _exported(
     return program, record, notes
 
 
-def _by_position(opened: OpenedModel, kwargs: dict[str, Any]) -> list[str]:
-    """The names among these keywords that the model also takes by position, as long as no other comes before."""
-    names = parameter_names(opened.model, len(kwargs))
-    ahead = next((number for number, name in enumerate(names) if name not in kwargs), len(names))
-    return names[:ahead]
+def _by_position(model: torch.nn.Module, count: int, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names that may be given by position: those that were, and the keywords that follow them in the signature."""
+    names = parameter_names(model, count + len(kwargs))
+    ahead = next((n for n in range(count, len(names)) if names[n] not in kwargs), len(names))
+    return tuple(names[:ahead])
 
 
 def _fixed(module: _Named) -> list[Any]:

@@ -19,7 +19,8 @@ def file_digest(file: Path) -> str:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{file.name} cannot be read ({error.strerror})", file.parent, "convert the model again") from error
+        reason = f"{file.name} cannot be read ({error.strerror})"
+        raise InputError(reason, file.parent, "convert the model again") from error
 
 
 def remember(digest: str) -> None:

@@ -358,11 +358,11 @@ def open_package(file: Path) -> tuple[Callable[..., Any], dict[str, str]]:
 
 
 def lacking_instructions(wanted: str) -> str | None:
-    """The first of the vector instructions (``AVX512 AVX512_VNNI``, as AOTInductor notes them) that this processor lacks.
+    """The first of these vector instructions that this processor lacks; None where it has all, or torch does not know.
 
-    None where it has all of them, or where torch does not know.
+    ``wanted`` is what AOTInductor notes, such as ``AVX512 AVX512_VNNI``.
     """
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     level = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
     widest = level.get(torch.backends.cpu.get_cpu_capability(), max(level.values()))
     for name in wanted.split():
