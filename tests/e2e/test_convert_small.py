@@ -264,6 +264,17 @@ def test_a_module_of_ones_own_is_saved_as_a_program(own: Path, tmp_path: Path) -
     assert attncompile.verify(out).passed
 
 
+def test_a_saved_program_with_keywords_takes_other_sizes(own: Path, tmp_path: Path) -> None:
+    own.write_text(OWN.replace("(torch.randn(2, 11, 24),), {}", '(), {"x": torch.randn(2, 11, 24)}'))
+    attncompile.convert(f"{own}:build", tmp_path / "out", to="torch")
+    opened = open_model(f"{own}:build")
+    _, call = opened.example(3, 17)
+    with torch.no_grad():
+        expected, actual = opened.model(**call), attncompile.load(tmp_path / "out")(**call)
+        exact = opened.model.double()(call["x"].double())
+    require_as_good_as_eager(actual, exact, expected, 24, "the saved program")
+
+
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_a_changed_original_is_not_taken_for_a_wrong_result(own: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
