@@ -1,4 +1,4 @@
-"""Read an `.onnx` file without trusting it: it must be a valid model, and its external data must be inside its folder."""
+"""Read an `.onnx` file without trusting it: it must be a valid model, its external data inside its folder."""
 
 import math
 from collections.abc import Iterable, Iterator

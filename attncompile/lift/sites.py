@@ -125,6 +125,10 @@ def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
     except NoSite:
         return None
+    except (ValueError, IndexError, KeyError) as error:  # shapes that a file declares and its operators contradict
+        reason = f"what the graph says of it does not fit together ({type(error).__name__}: {error})"
+        refusal = Refusal("contradiction", reason, native.name, native.source, "report this model if it runs")
+        return Site(name, "refused", refusal=refusal, source=native.source, anchor=native.name)
     escape = _escape(graph, statement)
     return Site(name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name)
 
