@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 import torch
 
-from attncompile.frontends.capture import dynamic_axes_of, exported_program
+from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.torch_internals import flatten, leaf_paths
@@ -25,7 +25,8 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
         CaptureError: when torch cannot export it.
     """
     args, kwargs = opened.example()
-    program, notes = exported_program(opened.model, args, kwargs)
+    axes = opened.axes(args, kwargs)
+    program, notes = exported_program(opened.model, args, kwargs, axes)
     with torch.no_grad(), _quiet():
         result = opened.model(*args, **kwargs)
         paths, leaves = leaf_paths(result), flatten(result)[0]
@@ -43,7 +44,9 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     model = exported.model
     for value, name in zip(model.graph.outputs, names, strict=False):
         value.name = name
-    axes = dynamic_axes_of(args, kwargs)
+    spelled = {path.replace(".", "_"): path for path in leaf_paths(kwargs)}
+    for value in model.graph.inputs:
+        value.name = spelled.get(value.name or "", value.name)
     _name_axes(model, axes)
     return model, notes
 

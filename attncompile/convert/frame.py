@@ -30,6 +30,8 @@ class Options:
         prefer: how ONNX operators are chosen.
         passes: what to do at each site, as :func:`attncompile.passes.parse_passes` reads it.
         allow_untrained: allow passes that ruin a model that was not trained for them.
+        cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
+            ``None`` does so where it can.
         attn_implementation: how a Hugging Face folder is loaded; ``None`` lets the target choose.
         allow_pickle: read weights that only exist as pickle.
         overwrite: replace an earlier conversion.
@@ -40,6 +42,7 @@ class Options:
     prefer: Literal["fastest", "fused", "decomposed"] = "fastest"
     passes: str = "fuse"
     allow_untrained: bool = False
+    cache: bool | None = None
     attn_implementation: AttentionImplementation | None = None
     allow_pickle: bool = False
     overwrite: bool = False
@@ -57,6 +60,7 @@ class Made:
         changes: how far lossy passes moved each site, by name.
         measurements: sizes and latencies.
         notes: what the reader should know.
+        cache: whether its cache is among its inputs and outputs.
     """
 
     program: Program
@@ -66,6 +70,7 @@ class Made:
     changes: Mapping[str, Change] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     notes: tuple[str, ...] = ()
+    cache: bool = False
 
 
 Make = Callable[[OpenedModel, tuple[PassCall, ...], Path], Made]
@@ -110,7 +115,7 @@ def conversion(
         save_plan(plan, folder / "plan.json")
         save_certificate(certificate, folder / "certificate.json")
         write_report(report, folder)
-        write_source(target, opened, attention, options.allow_pickle, folder)
+        write_source(target, opened, attention, options.allow_pickle, folder, cache=made.cache)
     return Conversion(out, kind, report, certificate)
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,12 +37,14 @@ from attncompile.convert.frame import (
     plan_is_lossy,
     require_sites,
 )
+from attncompile.convert.generator import write_generator
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_sites import site_certificates, verified_sites
 from attncompile.convert.runtime import run, save, session
-from attncompile.convert.source import reopen
+from attncompile.convert.source import read_source, reopen
 from attncompile.convert.timing import latency_measurement, size_measurement, slower
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
+from attncompile.frontends.cached import CachedModel, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
 from attncompile.passes import PassCall, parse_passes
@@ -58,6 +61,9 @@ COPIED = (
     "vocab*",
     "merges*",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
     "preprocessor_config.json",
     "generation_config.json",
     "1_Pooling",
@@ -88,6 +94,7 @@ def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
     provider, before = options.provider, folder / BEFORE
+    opened = _with_cache(opened, options.cache)
     source, notes = _source(opened, options)
     save(source, before)
     unrewritten = session(before, provider)
@@ -123,6 +130,8 @@ def _made(
     for leftover in folder.glob(f"{BEFORE}*"):
         leftover.unlink()
     _copy_companions(opened, folder)
+    if isinstance(opened, CachedModel):
+        told += write_generator(opened, MODEL, folder)
     if quantised:
         told.insert(
             0,
@@ -137,7 +146,25 @@ def _made(
         changes,
         tuple(measured),
         (*rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
+        cache=isinstance(opened, CachedModel),
     )
+
+
+def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
+    """The model with its cache as inputs and outputs where that is wanted; with a note where it has none.
+
+    Raises:
+        InputError: when a cache is insisted on.
+    """
+    if wanted is False:
+        return opened
+    try:
+        return with_cache(opened)
+    except InputError as error:
+        if wanted:
+            raise
+        generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
+        return replace(opened, notes=(*opened.notes, f"converted without a cache: {error.what}")) if generates else opened
 
 
 def _source(opened: OpenedModel, options: Options) -> tuple[onnx_ir.Model, tuple[str, ...]]:
@@ -266,6 +293,7 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
     """
     opened = reopen(folder, allow_pickle=allow_pickle)
+    opened = _with_cache(opened, read_source(folder).cache)
     lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
     with _unrewritten(folder, opened) as file:

@@ -28,6 +28,9 @@ PREFERENCES: tuple[Prefer, ...] = ("fastest", "fused", "decomposed")
 LENGTHS = (128, 512, 2048)
 """Lengths that a model is chosen for when nobody says."""
 
+CACHED = "cached"
+"""Column of the table for masks over more keys than queries, which lie behind a cache: one query, all keys visible."""
+
 WORTH_BRANCHING = 1.03
 """How much faster two operators switched at run time must be than the better one alone."""
 
@@ -38,7 +41,7 @@ class Measurement:
 
     Attributes:
         provider, device, onnxruntime, date: where, with what and when it was measured.
-        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, or ``causal+tensor``.
+        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, ``causal+tensor``, or ``cached``.
         grouped: whether query heads share KV heads.
         length: queries and keys.
         operator: ONNX name.
@@ -105,6 +108,8 @@ def mask_class(spec: Spec) -> str:
     score = scaled(attend)
     biased = score is None or score.bias is not None
     causal = causal_mask(attend, spec.types())
+    if causal is not None and causal.cached:
+        return CACHED
     if causal is not None:
         return "causal" if causal.rest == TRUE and not biased else "causal+tensor"
     return "none" if simplify(attend.mask) == TRUE and not biased else "tensor"
@@ -179,7 +184,8 @@ def choose(
         return Choice(fused[0], f"{fused[0].operator} fits; its speed on {provider} was not measured", refused)
     best = max(known, key=lambda row: speeds[row.operator] or 0.0)
     speed = speeds[best.operator] or 0.0
-    pair = _pair(spec, known, provider, lengths) if switch else None
+    # over a cache the operator is in a switch of its own
+    pair = _pair(spec, known, provider, lengths) if switch and mask_class(spec) != CACHED else None
     if pair is not None and pair[1] > max(speed, 1.0) * WORTH_BRANCHING:
         best, speed = pair
     if prefer == "fastest" and speed <= 1.0:
