@@ -18,8 +18,9 @@ from attncompile.frontends.errors import InputError
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
 
-CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (2, 70, 1), (1, 64, 1))
-"""Batch, cached positions and length of the calls for a model with its cache: prompts, continuations and steps."""
+CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (1, 0, 700), (2, 70, 1), (1, 64, 1))
+"""Batch, cached positions and length of the calls for a model with its cache: prompts, among them one for which an
+operator may be chosen that short ones do not get, continuations and steps."""
 
 TEXT_MODULES = (
     "pdb",

@@ -48,7 +48,24 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     for value in model.graph.inputs:
         value.name = spelled.get(value.name or "", value.name)
     _name_axes(model, axes)
+    if opened.scope:
+        _leave_scope(model, opened.scope)
     return model, notes
+
+
+def _leave_scope(model: onnx_ir.Model, scope: str) -> None:
+    """Tell weights and modules by the names that they have in the model that was opened."""
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(scope):
+            value.name = name.removeprefix(scope)
+    quoted = re.compile(rf"(?<=['\"]){re.escape(scope)}")
+    for node in model.graph.all_nodes():
+        stated = node.metadata_props.get(_SCOPES)
+        if stated is not None:
+            node.metadata_props[_SCOPES] = quoted.sub("", stated)
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def _name_axes(model: onnx_ir.Model, axes: tuple[dict[int, str], ...]) -> None:

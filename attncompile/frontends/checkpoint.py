@@ -70,6 +70,11 @@ class OpenedModel:
     given: Arguments | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def scope(self) -> str:
+        """Path in ``model`` of what was opened, with a dot behind it; "" where they are one."""
+        return ""
+
     def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
         """Names of the axes that should vary, for each tensor of a call in order (`dynamic_axes_of`)."""
         return dynamic_axes_of(args, kwargs)

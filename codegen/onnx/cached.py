@@ -2,10 +2,11 @@
 
 The operator's kernel takes new keys ``[B, I, G·D]`` beside past ones ``[B, G, P, D]``, is causal with the last query at
 the last key, and gives the concatenation as further results (``seqlens_k`` is the number of keys less one). What it
-cannot do was measured on ONNX Runtime's CPU (1.31, 1.32): keys that are hidden for another reason than causality take a
-bias over the whole map, and several rows of several queries behind a past are refused. An ``If`` therefore holds it
-beside the plain decomposition, which gets every call that has padding, or such rows; both give the same results. The
-condition is computed once for a model.
+cannot do was tried on ONNX Runtime's CPU (1.31, 1.32): keys that are hidden for another reason than causality take a
+bias over the whole map, and several rows of several queries behind a past are refused. It is also slow where few
+queries meet a cache: it reads the keys once for each query head, where the decomposition folds the heads that share
+them into one product. An ``If`` therefore holds it beside the decomposition, which gets every call that has padding,
+such rows, or few queries; both give the same results. The condition is computed once for a model.
 """
 
 from __future__ import annotations
@@ -55,14 +56,20 @@ class Cached:
     whole: ir.Value | None
 
 
-def cached_group_query(attend: Attend, causal: CausalMask, place: Place) -> Made:
-    """The operator where it is exact, else the decomposition, picked at run time by an ``If`` node."""
+def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: int = 1) -> Made:
+    """The operator where it is exact, else the decomposition, picked at run time by an ``If`` node.
+
+    Args:
+        attend: what to compute; causal: its mask, as the operator splits it.
+        place: where to write it.
+        least: queries from which on the operator is taken.
+    """
     writer, build, sizes = writer_of(attend, place), place.build, extents(attend, place.types)
     split = {name: _parts(attend, name, writer, place) for name in (attend.key, attend.value)}
     query = arranged(writer, place, attend.query, flat_groups)
     new = [_flat(writer, place, name, split[name].new, sizes["i"]) for name in (attend.key, attend.value)]
     past = [split[name].past for name in (attend.key, attend.value)]
-    exact = _exact(writer, causal.rest, sizes, split[attend.key], place)
+    exact = _exact(writer, causal.rest, sizes, split[attend.key], place, least)
     form = group_query_form(attend)
     assert form is not None  # the capability row has looked
     bias = additive_mask(writer, TRUE, 0.0, form.bias, square=True)
@@ -118,7 +125,10 @@ def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     count, keys = writer.size(writer.extents["i"]), writer.size(writer.extents["j"])
     first = build("Max", build("Sub", keys, count), build.constant([0]))
     cut = [build.constant([axis]) for axis in (0, 2)]
-    return Cached(build("Slice", whole, cut[0], first, cut[1]), build("Slice", whole, first, keys, cut[1]), None)
+    parts = Cached(build("Slice", whole, cut[0], first, cut[1]), build("Slice", whole, first, keys, cut[1]), None)
+    for part in (parts.past, parts.new):
+        part.dtype = whole.dtype
+    return parts
 
 
 def _dimension(operand: Operand, axis: str) -> int | str | None:
@@ -166,8 +176,8 @@ def _lengths(
     return last, scalar
 
 
-def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, place: Place) -> ir.Value:
-    """Whether the operator computes this call: a truth value, for all sites with one mask."""
+def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, place: Place, least: int) -> ir.Value:
+    """Whether the operator gets this call: a truth value, for all sites with one mask."""
     build, rest = place.build, simplify(rest)
     keys, one = _keys(writer, sizes, parts, place), build.constant([1])
 
@@ -177,6 +187,8 @@ def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, pl
         whole = build("Or", single, build("Equal", queries, keys))
         if parts.whole is None:
             whole = build("And", whole, build("LessOrEqual", queries, keys))
+        if least > 1:
+            whole = build("And", whole, build("GreaterOrEqual", queries, build.constant([least])))
         whole = build("Squeeze", whole, build.constant([0]))
         if rest == TRUE:
             return whole
@@ -184,7 +196,7 @@ def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, pl
         return build("And", whole, build("Cast", seen, to=int(ir.DataType.BOOL)))
 
     meaning = (writer.key(rest), writer.key(sizes["b"]), writer.key(sizes["i"]), keys.name, parts.whole is None)
-    return writer.once(("exact over a cache", *meaning), make)
+    return writer.once(("exact over a cache", least, *meaning), make)
 
 
 def _plain(attend: Attend, place: Place, split: dict[str, Cached]) -> ir.Graph:

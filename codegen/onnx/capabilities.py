@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attncompile.codegen.onnx.attend import (
@@ -236,6 +236,27 @@ def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
 def _never(_: object, __: Types, ___: Provider) -> str | None:
     return None
 
+
+def from_queries(least: int) -> Capability:
+    """The row that takes GroupQueryAttention behind a cache for calls of at least so many queries."""
+    row = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
+
+    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+        causal = causal_mask(attend, types)
+        if causal is not None and not causal.cached:
+            return "there are as many keys as queries, so nothing is cached"
+        return _group_query(attend, types, provider)
+
+    def build(attend: Attend, place: Place) -> Made:
+        causal = causal_mask(attend, place.types)
+        assert causal is not None  # the objection has looked
+        return cached_group_query(attend, causal, place, least)
+
+    return replace(row, operator=FROM_QUERIES.format(least=least), objection=objection, build=build)
+
+
+FROM_QUERIES = "GroupQueryAttention from {least} queries on, else decomposition"
+"""How plans and reports call the operator behind a cache."""
 
 CHECKED_WITH = "1.31"
 _SINGLE: tuple[str, ...] = ("float32",)
