@@ -127,7 +127,7 @@ def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     cut = [build.constant([axis]) for axis in (0, 2)]
     parts = Cached(build("Slice", whole, cut[0], first, cut[1]), build("Slice", whole, first, keys, cut[1]), None)
     for part in (parts.past, parts.new):
-        part.dtype = whole.dtype
+        part.dtype = NUMPY_TYPES[place.types[name].dtype]
     return parts
 
 
@@ -206,7 +206,7 @@ def _plain(attend: Attend, place: Place, split: dict[str, Cached]) -> ir.Graph:
     present = []
     for name, parts in split.items():
         whole = inner("Concat", parts.past, parts.new, axis=2)
-        whole.dtype = parts.past.dtype
+        whole.dtype = NUMPY_TYPES[place.types[name].dtype]
         present.append(whole)
         operands[name] = Operand(whole, single_groups(axis.name for axis in place.types[name].axes))
     # what is built outside may be read here, and what is built here stays here
