@@ -164,7 +164,8 @@ def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
         if wanted:
             raise
         generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
-        return replace(opened, notes=(*opened.notes, f"converted without a cache: {error.what}")) if generates else opened
+        told = (f"converted without a cache: {error.what}",) if generates else ()
+        return replace(opened, notes=(*opened.notes, *told))
 
 
 def _source(opened: OpenedModel, options: Options) -> tuple[onnx_ir.Model, tuple[str, ...]]:

@@ -59,9 +59,10 @@ class CachedDecoder(torch.nn.Module):
             position_ids: ``[B, N]`` int64, for a model that takes them.
             past_key_values: what is cached.
         """
-        past, tensors = attention_mask.shape[1] - input_ids.shape[1], [t for layer in past_key_values for t in layer.values()]
-        for tensor in tensors:  # an export learns from this what would otherwise be sizes of their own
-            torch._check(tensor.shape[2] == past)
+        past = attention_mask.shape[1] - input_ids.shape[1]
+        for layer in past_key_values:
+            for tensor in layer.values():  # an export learns from this what would otherwise be sizes of their own
+                torch._check(tensor.shape[2] == past)
         cache = DynamicCache()
         cache.layers.extend(_layer(layer["key"], layer["value"]) for layer in past_key_values)
         given = {"position_ids": position_ids} if self.positions else {}
@@ -69,9 +70,8 @@ class CachedDecoder(torch.nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
         )
         found = {"logits": result.logits}
-        for number, layer in enumerate(cache.layers):
-            found[f"{PRESENT}{number}.key"] = layer.keys
-            found[f"{PRESENT}{number}.value"] = layer.values
+        for number, (keys, values) in enumerate(_kept(cache)):
+            found[f"{PRESENT}{number}.key"], found[f"{PRESENT}{number}.value"] = keys, values
         return found
 
     def set_attn_implementation(self, name: str) -> None:
@@ -85,6 +85,15 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.keys, layer.values, layer.is_initialized = keys, values, True
     return layer
+
+
+def _kept(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the layers that keep those of every position, and nothing else."""
+    return [
+        (layer.keys, layer.values)
+        for layer in cache.layers
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -184,13 +193,12 @@ def with_cache(opened: OpenedModel) -> CachedModel:
         except Exception as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"it does not run with a cache ({said})", opened.name, _ADVICE) from error
-    layers = list(cache.layers)
-    kept = [layer for layer in layers if type(layer) is DynamicLayer and layer.get_seq_length() == 7]
-    if not layers or len(kept) < len(layers) or any(layer.keys.dim() != 4 for layer in kept):
-        reason = f"of its {len(layers)} layers {len(kept)} keep keys and values of every position"
+    kept = [pair for pair in _kept(cache) if all(side.dim() == 4 and side.shape[2] == 7 for side in pair)]
+    if not kept or len(kept) < len(cache.layers):
+        reason = f"of its {len(cache.layers)} layers {len(kept)} keep keys and values of every position"
         raise InputError(reason, opened.name, _ADVICE)
     widths = tuple(
-        ((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])) for layer in kept
+        ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])) for keys, values in kept
     )
     positions = "position_ids" in inspect.signature(model.forward).parameters
     made = CachedModel(

@@ -210,7 +210,8 @@ def _behind_a_cache(
     """
     taking = next((row for row in fused if row.operator == "GroupQueryAttention"), None)
     if prefer == "fused":
-        return Choice(taking or fused[0], "a fused operator was asked for; steps behind a cache are slower in it", refused)
+        told = "a fused operator was asked for; steps behind a cache are slower in it"
+        return Choice(taking or fused[0], told, refused)
     if taking is None:
         return Choice(plain, "no operator that takes a cache computes this exactly: " + refused[0][1], refused)
     speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}

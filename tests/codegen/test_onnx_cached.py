@@ -1,4 +1,4 @@
-"""GroupQueryAttention behind a cache: prompts, steps and everything between, against the Spec, and which operator ran."""
+"""GroupQueryAttention behind a cache: prompts, steps and all between, against the Spec, and which operator ran."""
 
 from __future__ import annotations
 
