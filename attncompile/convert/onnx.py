@@ -46,7 +46,7 @@ from attncompile.convert.timing import latency_measurement, size_measurement, sl
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
 from attncompile.frontends.cached import CachedModel, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
 from attncompile.report import Measurement
@@ -94,8 +94,7 @@ def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
     provider, before = options.provider, folder / BEFORE
-    opened = _with_cache(opened, options.cache)
-    source, notes = _source(opened, options)
+    opened, source, notes = _source(opened, options)
     save(source, before)
     unrewritten = session(before, provider)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
@@ -150,6 +149,9 @@ def _made(
     )
 
 
+_WITHOUT = "converted without a cache"
+
+
 def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
     """The model with its cache as inputs and outputs where that is wanted; with a note where it has none.
 
@@ -164,17 +166,24 @@ def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
         if wanted:
             raise
         generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
-        told = (f"converted without a cache: {error.what}",) if generates else ()
+        told = (f"{_WITHOUT}: {error.what}",) if generates else ()
         return replace(opened, notes=(*opened.notes, *told))
 
 
-def _source(opened: OpenedModel, options: Options) -> tuple[onnx_ir.Model, tuple[str, ...]]:
-    """The ONNX model to start from."""
-    if opened.kind == "onnx":
-        return onnx_ir.load(opened.path), opened.notes
+def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir.Model, tuple[str, ...]]:
+    """The model as it is converted, with its cache or without, the ONNX model to start from, and notes."""
+    if opened.kind == "onnx" and not options.cache:
+        return opened, onnx_ir.load(opened.path), opened.notes
+    given, opened = opened, _with_cache(opened, options.cache)
     options.progress("exporting to ONNX")
-    model, notes = export_onnx(opened)
-    return model, (*opened.notes, *notes)
+    try:
+        model, notes = export_onnx(opened)
+    except CaptureError as error:
+        if opened is given or options.cache or not isinstance(opened, CachedModel):
+            raise
+        opened = replace(given, notes=(*given.notes, f"{_WITHOUT}: {error.reason}"))
+        model, notes = export_onnx(opened)
+    return opened, model, (*opened.notes, *notes)
 
 
 def _quantizes_projections(requested: Sequence[PassCall]) -> bool:

@@ -12,6 +12,7 @@ such rows, or few queries; both give the same results. The condition is computed
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from attncompile.codegen.onnx.attend import (
     sink_of_heads,
     writer_of,
 )
+from attncompile.codegen.onnx.deferred import deferred, known_behind
 from attncompile.codegen.onnx.expressions import Writer
 from attncompile.codegen.onnx.layouts import Operand, arrange, flat_groups, single_groups
 from attncompile.codegen.onnx.reading import CausalMask, group_query_form
@@ -97,7 +99,7 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
         softcap=form.cap,
         local_window_size=causal.window,
     )
-    graphs = [_graph(build, fused, found, "fused", place, attend), _plain(attend, place, split)]
+    graphs = [_graph(build, fused, found, "fused", place, attend), _plain(attend, place, split, exact)]
     out, *present = build("If", exact, outputs=3, then_branch=graphs[0], else_branch=graphs[1])
     wholes = [split[name].whole for name in (attend.key, attend.value)]
     build.nodes[-1].meta[CONCATENATED] = tuple(wholes)
@@ -199,8 +201,11 @@ def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, pl
     return writer.once(("exact over a cache", least, *meaning), make)
 
 
-def _plain(attend: Attend, place: Place, split: dict[str, Cached]) -> ir.Graph:
-    """The decomposition as a graph of its own, with the concatenations as further results."""
+def _plain(attend: Attend, place: Place, split: dict[str, Cached], exact: ir.Value) -> ir.Graph:
+    """The decomposition as a graph of its own, with the concatenations as further results.
+
+    What it needs of the mask is made once for all sites (:func:`attncompile.codegen.onnx.deferred.deferred`).
+    """
     inner = Builder(place.build.graph, "plain")
     operands = dict(place.operands)
     present = []
@@ -209,11 +214,13 @@ def _plain(attend: Attend, place: Place, split: dict[str, Cached]) -> ir.Graph:
         whole.dtype = NUMPY_TYPES[place.types[name].dtype]
         present.append(whole)
         operands[name] = Operand(whole, single_groups(axis.name for axis in place.types[name].axes))
-    # what is built outside may be read here, and what is built here stays here
-    here = Place(inner, place.types, operands, ChainMap({}, place.shared))
+    # what is built outside may be read here, and what is built here stays here, or is for other such graphs
+    own: dict[Hashable, ir.Value] = {}
+    here = Place(inner, place.types, operands, ChainMap(own, known_behind(exact, place.shared), place.shared))
     made = decomposition(attend, here)
     here = replace(here, operands={**operands, **made})
     out = arranged(writer_of(attend, here), here, attend.out, flat_groups)
+    place.shared.update(deferred(place.build, inner, own, exact))
     return _graph(place.build, inner, (out, *present), "plain", place, attend)
 
 

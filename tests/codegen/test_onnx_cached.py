@@ -117,7 +117,7 @@ def test_few_queries_are_decomposed(queries: int, fused: bool) -> None:
     spec, sizes = behind_a_cache("causal"), {"B": 1, "I": 4, "P": 3}
     tensors = inputs(spec, sizes, padded=False)
     model = alone(spec, from_queries(queries))
-    (switch,) = [node for node in nodes(model.graph) if node.op_type == "If"]
+    (switch,) = [node for node in nodes(model.graph) if CONCATENATED in node.meta]
     name = "then_branch" if not fused else "else_branch"
     broken = switch.attributes[name].as_graph()
     output = broken.outputs[0]
@@ -159,9 +159,20 @@ def test_a_row_for_caches_wants_a_cache() -> None:
     assert "last query at the last key" in str(ROW.why_not(shifted))
 
 
+def test_a_mask_is_made_once_and_only_where_it_is_read() -> None:
+    model = alone(behind_a_cache("padding"), ROW)
+    first, second = (node for node in nodes(model.graph) if node.op_type == "If")
+    assert CONCATENATED in second.meta and first.inputs[0] is second.inputs[0]
+    masks = [node.op_type for node in first.attributes["else_branch"].as_graph()]
+    plain = [node.op_type for node in second.attributes["else_branch"].as_graph()]
+    assert "LessOrEqual" in masks and "MatMul" not in masks
+    assert "LessOrEqual" not in plain and plain.count("MatMul") == 2
+    assert [node.op_type for node in first.attributes["then_branch"].as_graph()] == ["Identity"] * len(first.outputs)
+
+
 def test_results_of_the_operator_replace_the_concatenation() -> None:
     model = alone(behind_a_cache("causal"), ROW)
-    (switch,) = [node for node in nodes(model.graph) if node.op_type == "If"]
+    (switch,) = [node for node in nodes(model.graph) if CONCATENATED in node.meta]
     keys, values = switch.meta[CONCATENATED]
     keys.name = "present.key"
     model.graph.outputs.append(keys)

@@ -62,7 +62,6 @@ MORE: Mapping[str, Build] = {
     "bloom": lambda: tiny("bloom", vocab_size=99, hidden_size=48, n_layer=2, n_head=6, pad_token_id=0),
     "phi3": lambda: tiny("phi3", **GROUPED),
     "olmo2": lambda: tiny("olmo2", **GROUPED),
-    "gpt_oss": lambda: tiny("gpt_oss", **GROUPED, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1),
 }
 
 
