@@ -20,6 +20,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
+from torch.utils._python_dispatch import _disable_current_modes
 
 # --- fake tensors -------------------------------------------------------------------------------------------
 
@@ -27,6 +28,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, static
 def is_fake(value: object) -> bool:
     """True for a tensor that has a shape and a dtype but no data."""
     return isinstance(value, FakeTensor)
+
+
+def outside_tracing() -> AbstractContextManager[Any]:
+    """A context in which tensors are tensors, whatever is being traced around it."""
+    return _disable_current_modes()
 
 
 def fake_mode_of_graph(graph_module: torch.fx.GraphModule) -> FakeTensorMode | None:
@@ -287,6 +293,22 @@ def inductor(
 
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=options)
     return compiled
+
+
+def trace_artifact(name: str, lines: Sequence[str]) -> None:
+    """Add lines to the trace of the compilation that is going on (``TORCH_TRACE``), where tlparse shows them."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: "\n".join(lines)
+    )
+
+
+def modes() -> tuple[str, ...]:
+    """The modes of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
 
 
 def mode_options(mode: str | None) -> dict[str, Any] | None:

@@ -42,6 +42,8 @@ def read_sizes(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any
                                  f"{axis.size} is {expected} elsewhere")
     for value in spec.inputs:
         for axis, extent in zip(value.type.axes, tensors[value.name].shape, strict=True):
+            if isinstance(axis.size, Size | Const):
+                continue  # nothing more to learn, and this runs in every call
             if isinstance(extent, int) and all(isinstance(size, int) for size in found.values()):
                 found.update(solved_size(axis.size, extent, found))
     return found

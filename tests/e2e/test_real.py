@@ -58,6 +58,24 @@ def test_smollm2_generates_the_tokens_of_eager(smollm2_folder: Path, attention: 
 
 
 @pytest.mark.slow
+def test_smollm2_continues_twenty_texts_like_eager(smollm2_folder: Path, texts_folder: Path) -> None:
+    opened = open_model(smollm2_folder, attn_implementation="sdpa")
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    text = (texts_folder / "essays.txt").read_text(encoding="utf-8")
+    # of many lengths, so that most rows are padded
+    prompts = [text[start : start + 40 + 13 * number] for number, start in enumerate(range(0, 40000, 2000))]
+    call = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        expected = model.generate(**call, max_new_tokens=64, do_sample=False)
+        warnings.simplefilter("error", FallbackWarning)
+        model.forward = attncompile.compile(model.forward, dynamic=True, rest="eager")
+        found = model.generate(**call, max_new_tokens=64, do_sample=False)
+    rows = [number for number, same in enumerate((found == expected).all(dim=1).tolist()) if not same]
+    assert expected.shape[0] == 20 and not rows, f"the continuations of texts {rows} differ"
+
+
+@pytest.mark.slow
 def test_whisper_transcribes_like_eager(whisper_folder: Path) -> None:
     opened = open_model(whisper_folder)
     model = opened.model.eval()

@@ -1,0 +1,149 @@
+"""What became of the attention of a model whose calls come through transformers' interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from attncompile.backend import FallbackWarning
+from attncompile.ir import parse_spec
+from attncompile.ir.spec import Spec
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One kind of call of a layer.
+
+    Attributes:
+        site: class of the layer.
+        text: the Spec, empty where the model's own computation stays.
+        device: device type it ran on.
+        reason: why the original stays, or why a map is read; empty where there is nothing to say.
+    """
+
+    site: str
+    text: str
+    device: str
+    reason: str
+
+
+_lock = threading.Lock()
+_by_module: MutableMapping[torch.nn.Module, dict[Seen, None]] = WeakKeyDictionary()
+_by_class: dict[str, dict[Seen, None]] = {}
+
+
+def note(module: torch.nn.Module, seen: Seen) -> None:
+    """Remember what became of a call of a layer."""
+    known = _by_module.get(module)
+    if known is None or seen not in known:
+        with _lock:
+            _by_module.setdefault(module, {})[seen] = None
+
+
+def note_class(seen: Seen) -> None:
+    """Remember what became of a call in a compiled graph, where one call may stand for several layers."""
+    with _lock:
+        _by_class.setdefault(seen.site, {})[seen] = None
+
+
+def forget() -> None:
+    """Forget all calls seen so far, of every model."""
+    with _lock:
+        _by_module.clear()
+        _by_class.clear()
+
+
+@torch.compiler.assume_constant_result
+def say_kept(site: str, reason: str, traced: bool) -> bool:
+    """Say that attention is left to the model; while a graph is traced, remember it too."""
+    warnings.warn(f"attncompile: {site} keeps its original computation ({reason})", FallbackWarning, stacklevel=4)
+    if traced:
+        note_class(Seen(site, "", "", reason))
+    return True
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What one layer computes.
+
+    Attributes:
+        name: path of the layer in the model.
+        spec: the Spec that was stated, ``None`` where the original stays.
+        operator: what computes it, ``original`` where the original stays.
+        reason: why that operator, or why the original stays.
+        compiled: whether the call is part of a compiled graph, which tells layers of one class not apart.
+    """
+
+    name: str
+    spec: Spec | None
+    operator: str
+    reason: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        said = str(self.spec) if self.spec is not None else f"{self.name}   original"
+        where = ", in a compiled graph" if self.compiled else ""
+        return f"{said}\n  runs   {self.operator}{where} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of each layer's attention.
+
+    Attributes:
+        model: name of the model's class.
+        sites: one for each layer and kind of call, in the order of the modules.
+        notes: what the reader should know beside them.
+    """
+
+    model: str
+    sites: tuple[SiteReport, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        stated = sum(site.spec is not None for site in self.sites)
+        head = f"{self.model}: {stated} of {len(self.sites)} kinds of attention calls stated"
+        return "\n\n".join([head, *(str(site) for site in self.sites), *self.notes])
+
+
+def explain(model: torch.nn.Module) -> Explanation:
+    """What became of the attention of a model that was loaded with ``attn_implementation="attncompile"``.
+
+    Call the model first: a layer is stated when it is called. Layers in compiled graphs are known by their class.
+    """
+    sites: list[SiteReport] = []
+    for name, module in model.named_modules():
+        own = tuple(_by_module.get(module, {}))
+        compiled = tuple(_by_class.get(type(module).__name__, {}))
+        sites += [_report(name or type(module).__name__, seen, False) for seen in own]
+        sites += [_report(name or type(module).__name__, seen, True) for seen in compiled if seen not in own]
+    return Explanation(type(model).__name__, tuple(sites), _notes(model, bool(sites)))
+
+
+def _report(name: str, seen: Seen, compiled: bool) -> SiteReport:
+    from attncompile.hf.attention import lowered  # which notes sites itself
+
+    if not seen.text:
+        return SiteReport(name, None, "original", seen.reason, compiled)
+    lowering = lowered(seen.text, seen.device)[1]
+    reason = "; ".join(part for part in (lowering.reason, seen.reason) if part)
+    return SiteReport(name, dataclasses.replace(parse_spec(seen.text), name=name), lowering.operator, reason, compiled)
+
+
+def _notes(model: torch.nn.Module, called: bool) -> tuple[str, ...]:
+    notes = [] if called else ["No attention has come through the interface yet; call the model first."]
+    for name, part in model.named_modules():
+        asked = getattr(getattr(part, "config", None), "_attn_implementation", None)
+        settable = getattr(part, "_can_set_attn_implementation", None)
+        if asked == "attncompile" and settable is not None and not settable():
+            notes.append(
+                f"{name or type(part).__name__} does not call attention through transformers' interface: it runs as it "
+                "is written. torch.compile(model, backend=\"attncompile\") finds attention in any code."
+            )
+    return tuple(notes)

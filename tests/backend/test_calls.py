@@ -1,0 +1,134 @@
+"""Valid and invalid calls of a compiled model, drawn at random: the results, or the error, of the model as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import attncompile
+from tests.backend.test_backend import small_llama
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a decoder.
+
+    Attributes:
+        batch, length: of the token ids; either may be 0.
+        mask: the mask of padding: none, all ones, left or right padding, a row of zeros, holes, or one of a wrong
+            length.
+        dtype: of the mask.
+        cache: none, a dynamic one, or a static one with room for so many tokens.
+        weights: ``nan`` puts a NaN among the projections of the keys.
+    """
+
+    batch: int
+    length: int
+    mask: str
+    dtype: torch.dtype
+    cache: str | int
+    weights: str
+
+
+MASKS = ("none", "ones", "left", "right", "empty row", "holes", "too long", "too short")
+ALL_CHECKS = list(hypothesis.HealthCheck)
+
+CALLS = st.builds(
+    Call,
+    batch=st.integers(0, 3),
+    length=st.integers(0, 9),
+    mask=st.sampled_from(MASKS),
+    dtype=st.sampled_from([torch.int64, torch.bool, torch.float32]),
+    cache=st.sampled_from(["none", "none", "dynamic", 4, 12]),
+    weights=st.sampled_from(["plain", "plain", "plain", "nan"]),
+)
+
+
+def mask_of(call: Call) -> torch.Tensor | None:
+    if call.mask == "none":
+        return None
+    length = call.length + {"too long": 2, "too short": -1}.get(call.mask, 0)
+    mask = torch.ones(call.batch, max(length, 0), dtype=torch.int64)
+    if call.mask == "left":
+        mask[-1:, : length // 2] = 0
+    elif call.mask == "right":
+        mask[-1:, length // 2 :] = 0
+    elif call.mask == "empty row":
+        mask[:1] = 0
+    elif call.mask == "holes":
+        mask[:, 1::3] = 0
+    return mask.to(call.dtype)
+
+
+def outcome(model: Any, forward: Any, call: Call) -> torch.Tensor | str:
+    """The logits, or the kind of error."""
+    generator = torch.Generator().manual_seed(call.length)
+    ids = torch.randint(3, 99, (call.batch, call.length), generator=generator)
+    cache: Any = None
+    if call.cache == "dynamic":
+        cache = DynamicCache(config=model.config)
+    elif isinstance(call.cache, int):
+        cache = StaticCache(model.config, max_cache_len=call.cache)
+    try:
+        with torch.no_grad():
+            found = forward(input_ids=ids, attention_mask=mask_of(call), past_key_values=cache)
+        return found.logits  # type: ignore[no-any-return]
+    except Exception:
+        return "an error"
+
+
+def compared(call: Call, rows: torch.Tensor | None, found: torch.Tensor | str, expected: torch.Tensor | str) -> None:
+    if isinstance(found, str) or isinstance(expected, str):
+        assert isinstance(found, str) and isinstance(expected, str), f"{call}: {found} instead of {expected}"
+        return
+    if rows is not None and rows.shape == found.shape[:2]:
+        # a row of padding sees no key or, where it sees itself, nobody reads it
+        found, expected = found[rows], expected[rows]
+    if call.weights == "nan":
+        # whether a NaN is seen differs between PyTorch's own kernels; a number that both give has to be the same one
+        seen = found.isfinite() & expected.isfinite()
+        found, expected = found[seen], expected[seen]
+    same = torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert same, f"{call}: off by {float((found - expected).abs().nan_to_num().max()):.3g}"
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=ALL_CHECKS)
+@hypothesis.given(call=CALLS)
+def test_any_call_gives_what_the_model_gives(call: Call) -> None:
+    check(call)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=ALL_CHECKS)
+@hypothesis.given(call=CALLS)
+def test_very_many_calls_give_what_the_model_gives(call: Call) -> None:
+    check(call)
+
+
+def check(call: Call) -> None:
+    torch._dynamo.reset()
+    model = small_llama("sdpa")
+    if call.weights == "nan":
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+    expected = outcome(model, model.forward, call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = outcome(model, attncompile.compile(model.forward, dynamic=True, rest="eager"), call)
+    mask = mask_of(call)
+    compared(call, None if mask is None else mask.bool(), found, expected)
