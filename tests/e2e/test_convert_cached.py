@@ -182,6 +182,20 @@ def test_the_example_generates(llama: Path) -> None:
     assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
 
 
+def test_onnxruntime_genai_generates(llama: Path) -> None:
+    generators = pytest.importorskip("onnxruntime_genai")
+    ids, mask = prompts(1, 9, 0)
+    model = generators.Model(str(llama))
+    settings = generators.GeneratorParams(model)
+    settings.set_search_options(max_length=17, do_sample=False)
+    generator = generators.Generator(model, settings)
+    generator.append_tokens(ids[0].numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(map(int, generator.get_sequence(0)))[9:]
+    assert found == expected(QUICK["llama"](), ids, mask, 8)[0].tolist()[: len(found)]
+
+
 def test_what_has_no_cache_is_told_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
