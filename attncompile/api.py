@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import onnx_ir
 import torch
 
 from attncompile.convert.artifact import Conversion, Progress, new_folder, silent
@@ -20,7 +19,7 @@ from attncompile.frontends.capture import capture_export
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
 from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.frontends.graph_breaks import capture_with_breaks
-from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx import onnx_file_graph
 from attncompile.lift import Program, join_programs, lift_graph
 from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
@@ -85,7 +84,7 @@ def lift_opened(opened: OpenedModel, *, progress: Progress = silent) -> Program:
     """Lift a model that is open already."""
     if opened.kind == "onnx":
         progress("finding attention")
-        return lift_graph(onnx_graph(onnx_ir.load(opened.path)), opened.name, opened.notes)
+        return lift_graph(onnx_file_graph(opened.path), opened.name, opened.notes)
     args, kwargs = opened.example() if opened.given is None else opened.given
     return _lift_module(opened.model, opened.name, args, kwargs, opened.notes, progress)
 

@@ -9,11 +9,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from attncompile.frontends.errors import InputError
 from attncompile.frontends.graph import (
     Graph,
     GraphInput,
@@ -88,6 +90,25 @@ def onnx_graph(model: ir.Model) -> Graph:
         if not inline_decided(model, view.known):
             return view.graph()
         inference = Inference(model, sizes)
+
+
+def onnx_file_graph(path: Path) -> Graph:
+    """The Graph view of an ``.onnx`` file that has been checked.
+
+    Raises:
+        InputError: for a model that passes ONNX's own check and cannot be read all the same.
+    """
+    try:
+        return onnx_graph(ir.load(path))
+    except InputError:
+        raise
+    except Exception as error:  # whatever a file may hold that its check lets through
+        first = str(error).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"cannot be read as a model ({type(error).__name__}: {first})",
+            path,
+            "export it again, and report this if ONNX Runtime runs it",
+        ) from error
 
 
 @dataclass

@@ -1,20 +1,23 @@
-"""Read an `.onnx` file without trusting it: it must parse, and its external data must be inside its
-folder."""
+"""Read an `.onnx` file without trusting it: it must be a valid model, and its external data must be inside its folder."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from attncompile.frontends.errors import InputError, unreadable
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
-    """Parse ``path`` and check its external data. The data itself is not loaded.
+    """Parse ``path``, check it by the specification, and check its external data, which is not loaded.
 
-    Raises InputError for a file that cannot be read, is truncated or no ONNX model, or whose external data is
-    missing, too short, or outside the folder of ``path``.
+    Raises:
+        InputError: for a file that cannot be read, is truncated, no ONNX model or not a valid one (values that nothing
+            makes, cycles, tensors that are larger or smaller than their shapes say, unknown versions), or whose
+            external data is missing, too short, or outside the folder of ``path``.
     """
     try:
         model = onnx.load(path, load_external_data=False)
@@ -30,9 +33,39 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
     if not model.ir_version or not model.opset_import or not model.graph.node:
         raise InputError("not an ONNX model (it holds no graph)", path, "export or download the file again")
     for tensor in _tensors(model):
+        _check_size(tensor, path)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external_data(tensor, path)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        negative = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.dim_value < 0]
+        if negative:
+            raise InputError(f"the shape of {value.name!r} has the size {negative[0]}", path, _AGAIN)
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(f"not a valid ONNX model: {first[:300]}", path, _AGAIN) from error
     return model
+
+
+_AGAIN = "export or download the file again"
+
+
+def _check_size(tensor: onnx.TensorProto, path: Path) -> None:
+    """That a tensor's bytes are as many as its shape says: a small file may not ask for any amount of memory."""
+    try:
+        kind = ir.DataType(tensor.data_type)
+        bits = 0 if kind is ir.DataType.STRING else kind.bitwidth
+    except (ValueError, TypeError):  # no such type, or one without a size
+        bits = None
+    if bits is None or any(size < 0 for size in tensor.dims):
+        what = "element type" if bits is None else "shape"
+        raise InputError(f"the {what} of tensor {tensor.name!r} is not valid", path, _AGAIN)
+    if tensor.HasField("raw_data"):
+        expected = math.ceil(math.prod(tensor.dims) * bits / 8)
+        if len(tensor.raw_data) != expected:
+            held = f"{len(tensor.raw_data)} bytes, where its shape says {expected}"
+            raise InputError(f"tensor {tensor.name!r} holds {held}", path, _AGAIN)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -362,7 +362,10 @@ def _reaching(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int
     sizes = {**values, **_bound_sizes(spec, {n: (b, stored[n]) for n, b in bindings.items()}, graph, values)}
     types = spec.types()
     extents = [*types[attend.query].sizes[:3], types[attend.key].sizes[2]]
-    grid = index_grid({name: concrete(size, sizes) for name, size in zip("bhij", extents, strict=True)}, "cpu")
+    lengths = [concrete(size, sizes) for size in extents]
+    if max(lengths) > LARGEST_MAP:
+        return dict(values)
+    grid = index_grid(dict(zip("bhij", lengths, strict=True)), "cpu")
     reached = dict(values)
     for load in (node for expr in attend.expressions() for node in walk(expr) if isinstance(node, Load)):
         for index, size in zip(load.indices, shapes.get(load.tensor, ()), strict=False):
