@@ -191,6 +191,7 @@ def convert(
     prefer: Preference = "fastest",
     passes: str = "fuse",
     allow_untrained: bool = False,
+    cache: bool | None = None,
     attn_implementation: AttentionImplementation | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -208,6 +209,9 @@ def convert(
             ``decomposed`` take them always or never.
         passes: what to do at each site, such as ``"fuse,sparsify.window(size=1024,sinks=4)"``.
         allow_untrained: allow passes that ruin a model that was not trained for them.
+        cache: for ONNX Runtime, whether a language model becomes one for prompts and steps of generation, with its
+            cache as inputs and outputs and the configuration of onnxruntime-genai beside it; None does so where it
+            can, and False converts its forward pass.
         attn_implementation: which of its own implementations a Hugging Face folder is loaded with; None lets
             the target choose.
         allow_pickle: read weights that only exist as pickle (as plain tensors).
@@ -230,6 +234,7 @@ def convert(
         prefer=prefer,
         passes=passes,
         allow_untrained=allow_untrained,
+        cache=cache,
         attn_implementation=attn_implementation,
         allow_pickle=allow_pickle,
         overwrite=overwrite,

@@ -162,6 +162,15 @@ def convert(
     ] = "fastest",
     passes: Passes = "fuse",
     allow_untrained: AllowUntrained = False,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="onnx: a language model with its cache as inputs and outputs, or its forward pass; "
+            "with its cache where it can be, unless said",
+            show_default=False,
+        ),
+    ] = None,
     attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
     allow_pickle: AllowPickle = False,
@@ -179,6 +188,7 @@ def convert(
             prefer=prefer,
             passes=passes,
             allow_untrained=allow_untrained,
+            cache=cache,
             attn_implementation=attn,
             allow_pickle=allow_pickle,
             overwrite=overwrite,

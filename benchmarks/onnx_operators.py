@@ -5,7 +5,7 @@
 Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread;
 what counts is the processor time of the calling thread, which other programs on the machine do not lengthen
 much. A row is the median of the decomposition over the median of the operator. Operands are flat ``[B, S,
-H*D]``, as projections give them.
+H*D]``, as projections give them; a prompt with a cache, which is empty, has heads ``[B, H, S, D]``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from attncompile.codegen.onnx.capabilities import rows_for
-from attncompile.codegen.onnx.choose import mask_class
+from attncompile.codegen.onnx.choose import CACHED, mask_class
 from attncompile.codegen.onnx.emit import alone
+from attncompile.codegen.onnx.reading import group_size
 from attncompile.ir import Spec, parse_spec
 
 WARM_UP = 4
@@ -38,6 +39,15 @@ MASKS = (
     ("j ≤ i and attention_mask[b, j] ≠ 0", "  given  attention_mask[B,I]:int64\n"),
 )
 LENGTHS = (64, 128, 384, 1024, 2048)
+
+CACHES = (
+    ("past_{side}[B,12,P,32]  {side}[B,12,I,32]", "q[B,12,I,32]", ""),
+    ("past_{side}[B,3,P,64]  {side}[B,3,I,64]", "q[B,9,I,64]", "    kv_head h // 3\n"),
+)
+"""Past and new keys or values, and queries."""
+
+PROMPTS = (128, 512, 768, 1024, 2048)
+"""Lengths at which a cache is measured: a prompt, behind which nothing is cached."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,26 @@ def specs() -> list[Spec]:
                     f"  norm   softmax (float32)\n{given}"
                 )
             )
-    return found
+    return found + [cached(*row) for row in CACHES]
 
 
-def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
-    """One operator for the Spec, alone in a model."""
+def cached(keys: str, queries: str, heads: str) -> Spec:
+    """Attention behind a cache, with padding in its mask, as an exported decoder has it."""
+    caches = "".join(f"  cache  {keys.format(side=side)}  float32\n    out    all_{side}\n" for side in "kv")
+    return parse_spec(
+        f"site\n{caches}  attend  {queries}  all_k  all_v  float32\n    score  0.125·s\n"
+        f"    mask   j ≤ i + P and attention_mask[b, j] ≠ 0\n    fill   −3.4028234663852886e+38\n{heads}"
+        "    norm   softmax (float32)\n  given  attention_mask[B,I+P]:int64\n"
+    )
+
+
+def session(spec: Spec, operator: str, *, flat: bool) -> onnxruntime.InferenceSession:
+    """One operator for the Spec, alone in a model, on flat operands or on heads."""
     row = next(row for row in rows_for(spec) if row.operator == operator)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    proto = ir.to_proto(alone(spec, row, flat=True))
+    proto = ir.to_proto(alone(spec, row, flat=flat))
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -82,14 +102,18 @@ def measure(spec: Spec, length: int) -> list[Row]:
     """Every capable operator at one length."""
     rng = np.random.default_rng(0)
     feed = {}
+    heads_apart = mask_class(spec) == CACHED
+    lengths = {"B": 1, "I": length, "P": 0}
     for value in spec.inputs:
-        sizes = [getattr(size, "value", length) for size in value.type.sizes]
+        sizes = [getattr(size, "value", lengths.get(str(size), length)) for size in value.type.sizes]
         if value.name == "attention_mask":
             feed[value.name] = np.ones((1, length), dtype=np.int64)
         else:
-            feed[value.name] = rng.standard_normal((1, length, sizes[1] * sizes[3])).astype(np.float32)
+            heads, rows, channels = sizes[1:]
+            shape = (1, heads, rows, channels) if heads_apart else (1, rows, heads * channels)
+            feed[value.name] = rng.standard_normal(shape).astype(np.float32)
     names = [row.operator for row in rows_for(spec) if row.why_not(spec) is None]
-    sessions = {name: session(spec, name) for name in names}
+    sessions = {name: session(spec, name, flat=not heads_apart) for name in names}
     for running in sessions.values():
         for _ in range(WARM_UP):
             running.run(None, feed)
@@ -101,7 +125,8 @@ def measure(spec: Spec, length: int) -> list[Row]:
             sessions[name].run(None, feed)
             times[name].append(time.thread_time() - start)
     plain = statistics.median(times["decomposition"])
-    grouped = spec.types()["q"].sizes[1] != spec.types()["k"].sizes[1]
+    attend = spec.attend()
+    grouped = attend is not None and group_size(attend, spec.types()) != 1
     return [
         Row(mask_class(spec), grouped, length, name, plain / statistics.median(times[name]))
         for name in names
@@ -130,7 +155,7 @@ def main(target: Path) -> None:
         "\t".join(head),
     ]
     for spec in specs():
-        for length in LENGTHS:
+        for length in PROMPTS if mask_class(spec) == CACHED else LENGTHS:
             for row in measure(spec, length):
                 cells = (*fixed, row.mask, "yes" if row.grouped else "no", row.length, row.operator)
                 lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))

@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 
+from attncompile.frontends.cached import PRESENT, CachedModel
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
 
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
+
+CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (1, 0, 700), (2, 70, 1), (1, 64, 1))
+"""Batch, cached positions and length of the calls for a model with its cache: prompts, among them one for which an
+operator may be chosen that short ones do not get, continuations and steps."""
 
 TEXT_MODULES = (
     "pdb",
@@ -48,6 +53,23 @@ class Call:
 
     def kept(self) -> torch.Tensor | None:
         """Which positions are no padding: bool ``[batch, length]``, ``None`` without a padding mask."""
+        mask, ids = self._mask(), self.kwargs.get("input_ids")
+        if mask is None or not isinstance(ids, torch.Tensor) or "past_key_values" not in self.kwargs:
+            return mask
+        return mask[:, mask.shape[1] - ids.shape[1] :]  # the mask of a call with a cache begins with what is cached
+
+    def judged(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """The part of an output that does not belong to padding.
+
+        Args:
+            name: of the output; output: ``[batch, length, …]``, or cached ``[batch, heads, past + length, …]``.
+        """
+        mask = self._mask()
+        if name.startswith(PRESENT) and mask is not None:
+            return output.transpose(1, 2)[mask]
+        return without_padding(output, self.kept())
+
+    def _mask(self) -> torch.Tensor | None:
         mask = self.kwargs.get("attention_mask")
         if self.kwargs.get("decoder_input_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return None
@@ -55,7 +77,7 @@ class Call:
 
 
 def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
-    """Calls at several batch sizes and lengths, the last row padded.
+    """Calls at several batch sizes and lengths, the last row padded; prompts and steps for a model with a cache.
 
     Args:
         opened: the model.
@@ -64,6 +86,8 @@ def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
     Raises:
         InputError: when no inputs can be derived for the model.
     """
+    if isinstance(opened, CachedModel):
+        return tuple(_cached_calls(opened, seed_shift))
     made: list[Call] = []
     for batch, length in SHAPES:
         try:
@@ -74,6 +98,17 @@ def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
             args, kwargs = opened.example()
         made.append(Call(args, kwargs, f"batch {batch}, length {length + seed_shift}"))
     return tuple(made)
+
+
+def _cached_calls(opened: CachedModel, shift: int) -> Iterator[Call]:
+    """Calls of a model with a cache: as many as fit into its positions, the longest shortened to them."""
+    positions = getattr(opened.config, "max_position_embeddings", None) or math.inf
+    for batch, past, length in CACHED_SHAPES:
+        prompt, more = (length + shift, 0) if not past else (length, past + shift)
+        if prompt + more > positions:
+            continue
+        args, kwargs = opened.example(batch, prompt, past=more)
+        yield Call(args, kwargs, f"batch {batch}, length {prompt} behind {more}")
 
 
 def running_text() -> str:
@@ -95,6 +130,8 @@ def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
     positions = getattr(opened.config, "max_position_embeddings", length) or length
     ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
     ids = torch.tensor([ids])
+    if isinstance(opened, CachedModel):
+        return Call((), opened.arguments(ids), f"{ids.shape[1]} tokens of text")
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
         if name in kwargs:
@@ -133,7 +170,7 @@ def text_metrics(
     Perplexity for logits over tokens, and for every output the mean cosine similarity of its vectors.
     """
     for name, reference in before.items():
-        if name not in after:
+        if name not in after or name.startswith(PRESENT):
             continue
         changed = after[name]
         if name == "logits" and reference.dim() == 3:

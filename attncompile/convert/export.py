@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 import torch
 
-from attncompile.frontends.capture import dynamic_axes_of, exported_program
+from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.torch_internals import flatten, leaf_paths
@@ -25,7 +25,8 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
         CaptureError: when torch cannot export it.
     """
     args, kwargs = opened.example()
-    program, notes = exported_program(opened.model, args, kwargs)
+    axes = opened.axes(args, kwargs)
+    program, notes = exported_program(opened.model, args, kwargs, axes)
     with torch.no_grad(), _quiet():
         result = opened.model(*args, **kwargs)
         paths, leaves = leaf_paths(result), flatten(result)[0]
@@ -43,9 +44,28 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     model = exported.model
     for value, name in zip(model.graph.outputs, names, strict=False):
         value.name = name
-    axes = dynamic_axes_of(args, kwargs)
+    spelled = {path.replace(".", "_"): path for path in leaf_paths(kwargs)}
+    for value in model.graph.inputs:
+        value.name = spelled.get(value.name or "", value.name)
     _name_axes(model, axes)
+    if opened.scope:
+        _leave_scope(model, opened.scope)
     return model, notes
+
+
+def _leave_scope(model: onnx_ir.Model, scope: str) -> None:
+    """Tell weights and modules by the names that they have in the model that was opened."""
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(scope):
+            value.name = name.removeprefix(scope)
+    quoted = re.compile(rf"(?<=['\"]){re.escape(scope)}")
+    for node in model.graph.all_nodes():
+        stated = node.metadata_props.get(_SCOPES)
+        if stated is not None:
+            node.metadata_props[_SCOPES] = quoted.sub("", stated)
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def _name_axes(model: onnx_ir.Model, axes: tuple[dict[int, str], ...]) -> None:

@@ -30,6 +30,8 @@ class Options:
         prefer: how ONNX operators are chosen.
         passes: what to do at each site, as :func:`attncompile.passes.parse_passes` reads it.
         allow_untrained: allow passes that ruin a model that was not trained for them.
+        cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
+            ``None`` does so where it can.
         attn_implementation: how a Hugging Face folder is loaded; ``None`` lets the target choose.
         allow_pickle: read weights that only exist as pickle.
         overwrite: replace an earlier conversion.
@@ -40,6 +42,7 @@ class Options:
     prefer: Literal["fastest", "fused", "decomposed"] = "fastest"
     passes: str = "fuse"
     allow_untrained: bool = False
+    cache: bool | None = None
     attn_implementation: AttentionImplementation | None = None
     allow_pickle: bool = False
     overwrite: bool = False
@@ -58,6 +61,7 @@ class Made:
         measurements: sizes and latencies.
         notes: what the reader should know.
         files: hashes by name of the files that run, for the certificate.
+        cache: whether its cache is among its inputs and outputs.
     """
 
     program: Program
@@ -68,6 +72,7 @@ class Made:
     measurements: tuple[Measurement, ...] = ()
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    cache: bool = False
 
 
 Make = Callable[[OpenedModel, tuple[PassCall, ...], Path], Made]
@@ -112,7 +117,7 @@ def conversion(
         save_plan(plan, folder / "plan.json")
         save_certificate(certificate, folder / "certificate.json")
         write_report(report, folder)
-        write_source(target, opened, attention, options.allow_pickle, folder)
+        write_source(target, opened, attention, options.allow_pickle, folder, cache=made.cache)
     return Conversion(out, kind, report, certificate)
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +37,16 @@ from attncompile.convert.frame import (
     plan_is_lossy,
     require_sites,
 )
+from attncompile.convert.generator import write_generator
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_sites import site_certificates, verified_sites
 from attncompile.convert.runtime import run, save, session
-from attncompile.convert.source import reopen
+from attncompile.convert.source import read_source, reopen
 from attncompile.convert.timing import latency_measurement, size_measurement, slower
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
+from attncompile.frontends.cached import CachedModel, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
 from attncompile.report import Measurement
@@ -58,6 +61,9 @@ COPIED = (
     "vocab*",
     "merges*",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
     "preprocessor_config.json",
     "generation_config.json",
     "1_Pooling",
@@ -88,7 +94,7 @@ def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
     provider, before = options.provider, folder / BEFORE
-    source, notes = _source(opened, options)
+    opened, source, notes = _source(opened, options)
     save(source, before)
     unrewritten = session(before, provider)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
@@ -123,6 +129,8 @@ def _made(
     for leftover in folder.glob(f"{BEFORE}*"):
         leftover.unlink()
     _copy_companions(opened, folder)
+    if isinstance(opened, CachedModel):
+        told += write_generator(opened, MODEL, folder)
     if quantised:
         told.insert(
             0,
@@ -137,16 +145,45 @@ def _made(
         changes,
         tuple(measured),
         (*rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
+        cache=isinstance(opened, CachedModel),
     )
 
 
-def _source(opened: OpenedModel, options: Options) -> tuple[onnx_ir.Model, tuple[str, ...]]:
-    """The ONNX model to start from."""
-    if opened.kind == "onnx":
-        return onnx_ir.load(opened.path), opened.notes
+_WITHOUT = "converted without a cache"
+
+
+def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
+    """The model with its cache as inputs and outputs where that is wanted; with a note where it has none.
+
+    Raises:
+        InputError: when a cache is insisted on.
+    """
+    if wanted is False:
+        return opened
+    try:
+        return with_cache(opened)
+    except InputError as error:
+        if wanted:
+            raise
+        generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
+        told = (f"{_WITHOUT}: {error.what}",) if generates else ()
+        return replace(opened, notes=(*opened.notes, *told))
+
+
+def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir.Model, tuple[str, ...]]:
+    """The model as it is converted, with its cache or without, the ONNX model to start from, and notes."""
+    if opened.kind == "onnx" and not options.cache:
+        return opened, onnx_ir.load(opened.path), opened.notes
+    given, opened = opened, _with_cache(opened, options.cache)
     options.progress("exporting to ONNX")
-    model, notes = export_onnx(opened)
-    return model, (*opened.notes, *notes)
+    try:
+        model, notes = export_onnx(opened)
+    except CaptureError as error:
+        if opened is given or options.cache or not isinstance(opened, CachedModel):
+            raise
+        opened = replace(given, notes=(*given.notes, f"{_WITHOUT}: {error.reason}"))
+        model, notes = export_onnx(opened)
+    return opened, model, (*opened.notes, *notes)
 
 
 def _quantizes_projections(requested: Sequence[PassCall]) -> bool:
@@ -266,6 +303,7 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
     """
     opened = reopen(folder, allow_pickle=allow_pickle)
+    opened = _with_cache(opened, read_source(folder).cache)
     lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
     with _unrewritten(folder, opened) as file:

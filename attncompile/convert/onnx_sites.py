@@ -17,8 +17,9 @@ from attncompile.ir import Spec, parse_spec
 from attncompile.plan.schema import Plan
 from attncompile.verify import DRAWS, Draw, SiteCertificate, check_site, refused_site
 
-LONG = Draw(760, "random", 5)
-"""One more random input for sites: above the length at which a chosen operator may give way to another."""
+LONG = (Draw(760, "random", 5), Draw(33, "ones", 6, batch=1), Draw(760, "ones", 7, batch=1))
+"""More random inputs for sites: above the length at which a chosen operator may give way to another, and a single row
+without padding, which some operators take behind a cache alone."""
 
 
 def site_certificates(rewritten: Rewritten, provider: Provider) -> list[SiteCertificate]:
@@ -68,7 +69,7 @@ def _checked(
     if key not in known:
         runner = _site_runner(spec, choice, provider)
         known[key] = check_site(
-            name, spec, runner, operator=choice.row.operator, original=original, draws=(*DRAWS, LONG)
+            name, spec, runner, operator=choice.row.operator, original=original, draws=(*DRAWS, *LONG)
         )
     return known[key].model_copy(update={"site": name, "spec": str(spec)})
 

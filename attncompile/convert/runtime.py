@@ -13,7 +13,7 @@ import torch
 
 from attncompile.convert.calibration import Call
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.torch_internals import flatten
+from attncompile.frontends.torch_internals import flatten, leaf_paths
 
 PROVIDERS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
@@ -65,8 +65,10 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:
     """The arguments of a call as an ONNX model takes them: by name where names agree, else by order."""
-    tensors = {name: value for name, value in call.kwargs.items() if isinstance(value, torch.Tensor)}
-    leaves = [leaf for leaf in flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, torch.Tensor)]
+    kwargs = dict(call.kwargs)
+    named = zip(leaf_paths(kwargs), flatten(kwargs)[0], strict=True)
+    tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    leaves = [leaf for leaf in flatten((call.args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     wanted = [entry.name for entry in loaded.get_inputs()]
     by_name = all(name in tensors for name in wanted)
     return {

@@ -28,6 +28,7 @@ class Source(Record):
         kind: ``torch`` or ``onnx``.
         attn_implementation: which of its own implementations a Hugging Face folder was loaded with.
         allow_pickle: its weights were read from pickle, because the user allowed it; a verification asks again.
+        cache: the conversion has its cache among its inputs and outputs.
         weights: hash of the model's weights, or of the ``.onnx`` file.
     """
 
@@ -38,6 +39,7 @@ class Source(Record):
     kind: Literal["torch", "onnx"]
     attn_implementation: AttentionImplementation
     allow_pickle: bool = False
+    cache: bool = False
     weights: str
 
 
@@ -47,6 +49,8 @@ def write_source(
     attn_implementation: AttentionImplementation,
     allow_pickle: bool,
     folder: Path,
+    *,
+    cache: bool = False,
 ) -> None:
     """Write ``source.json``."""
     file, colon, function = str(target).rpartition(":")
@@ -58,6 +62,7 @@ def write_source(
         attn_implementation=attn_implementation,
         # only what was needed: a checkpoint with safetensors is opened without the permission
         allow_pickle=allow_pickle and opened.path.is_dir() and not any(opened.path.glob("*.safetensors")),
+        cache=cache,
         weights=weights_digest(opened),
     )
     write_record(source, folder / SOURCE)

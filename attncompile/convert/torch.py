@@ -45,7 +45,9 @@ _TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion:
-    """Write a folder that :func:`load_torch` opens. ``options.prefer`` has no meaning here and must be ``fastest``.
+    """Write a folder that :func:`load_torch` opens.
+
+    ``options.prefer`` and ``options.cache`` have no meaning here; they must be ``fastest`` and not ``True``.
 
     Raises:
         InputError: when the target is no PyTorch model, no site is found, or ``out`` cannot be written.
@@ -56,6 +58,12 @@ def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion
             f"prefer={options.prefer!r} chooses among ONNX operators",
             str(target),
             "use --target onnx, or leave it out",
+        )
+    if options.cache:
+        raise InputError(
+            "cache=True makes a cache the inputs and outputs of an ONNX model",
+            str(target),
+            "use --target onnx, or leave it out: a model for PyTorch keeps its own cache",
         )
 
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:

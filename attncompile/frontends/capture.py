@@ -169,16 +169,22 @@ def capture_export(
 
 
 def exported_program(
-    model: torch.nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    axes: Sequence[Mapping[int, str]] | None = None,
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     """The exported program of `capture_export` as torch's own ONNX exporter takes it, and the notes.
+
+    ``axes`` are the names of the axes that vary, for each tensor in order; `dynamic_axes_of` unless given. A name
+    such as ``past + length`` is a size that follows from others.
 
     Raises CaptureError when the model cannot be exported.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
     with evaluating(model):
-        program = _export(model, args, kwargs, dynamic_axes_of(args, kwargs), notes)
+        program = _export(model, args, kwargs, dynamic_axes_of(args, kwargs) if axes is None else axes, notes)
     return program, tuple(dict.fromkeys(notes))
 
 
@@ -265,9 +271,14 @@ def _shape_tree(
     *,
     named: bool,
 ) -> Any:
-    """``dynamic_shapes`` for torch.export: one Dim per name, or an automatic one per axis."""
+    """``dynamic_shapes`` for torch.export: one Dim per name, or an automatic one per axis.
+
+    A size that follows from others has no Dim of its own; the model says what it is.
+    """
     names = {name for found in axes for name in found.values()}
-    dims: dict[str, Any] = {name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names}
+    dims: dict[str, Any] = {
+        name: torch.export.Dim(name) if named and name.isidentifier() else torch.export.Dim.AUTO for name in names
+    }
     shapes = torch.export.ShapesCollection()
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     for tensor, found in zip(tensors, axes, strict=True):

@@ -25,6 +25,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from attncompile.frontends.capture import dynamic_axes_of
 from attncompile.frontends.errors import InputError, unreadable
 from attncompile.frontends.example_inputs import (
     Arguments,
@@ -68,6 +69,15 @@ class OpenedModel:
     config: Any = None
     given: Arguments | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def scope(self) -> str:
+        """Path in ``model`` of what was opened, with a dot behind it; "" where they are one."""
+        return ""
+
+    def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
+        """Names of the axes that should vary, for each tensor of a call in order (`dynamic_axes_of`)."""
+        return dynamic_axes_of(args, kwargs)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -65,6 +65,10 @@ CHECKS: dict[str, Check] = {
         "what changes the weights after the normaliser does not read the scores",
         "change the scores before the normaliser",
     ),
+    "contradiction": Check(
+        "shapes and types that a graph declares are those that its operations make",
+        "export the model again; report it if it runs",
+    ),
     "recursive-score": Check(
         "queries and keys do not depend on their own scores",
         "split the step that feeds scores back into the operands",

@@ -24,15 +24,17 @@ class Draw:
     """How inputs are drawn.
 
     Attributes:
-        length: the shortest axis length; batch is 2, other lengths are a little longer, so that ``I ≠ J``.
+        length: the shortest axis length; other lengths are a little longer, so that ``I ≠ J``.
         masks: captured integers and truth values: all ``ones``, ``random`` 0 and 1, or random with the first
             batch row ``empty``, so that no key of it is visible.
         seed: of the random numbers.
+        batch: rows of the batch.
     """
 
     length: int
     masks: Masks
     seed: int
+    batch: int = 2
 
 
 # One position, lengths that divide nothing, several blocks of a kernel; padding of every kind.
@@ -107,7 +109,8 @@ def check_site(
 
 def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str, original: Spec | None,
            draw: Draw, fixed: Mapping[str, int]) -> SiteCase:
-    sizes = {**example_sizes(spec, draw.length), **fixed}
+    sizes = example_sizes(spec, draw.length)
+    sizes |= ({"B": draw.batch} if "B" in sizes else {}) | dict(fixed)
     tensors = draw_tensors(spec, sizes, draw, dtype)
     result = run(*(tensors[value.name].to(device) for value in spec.inputs))
     candidates = result if isinstance(result, tuple) else (result,)

@@ -31,6 +31,7 @@ from attncompile.codegen.onnx.reading import (
     additive_fill,
     causal_mask,
     fixed,
+    group_query_form,
     group_size,
     may_be_infinite,
     scaled,
@@ -124,7 +125,7 @@ def extent(writer: Writer, size: Expr) -> int | Callable[[], ir.Value]:
     return number if number is not None else lambda: writer.size(size)
 
 
-def _heads(place: Place, name: str) -> int:
+def head_count(place: Place, name: str) -> int:
     """Number of heads of a ``[b,h,...]`` tensor.
 
     Raises:
@@ -246,13 +247,13 @@ def decomposition(attend: Attend, place: Place) -> Made:
 
 
 def _unfold(build: Builder, value: ir.Value, attend: Attend, place: Place) -> ir.Value:
-    return build("Reshape", value, build.constant([0, _heads(place, attend.query), -1, 0]))
+    return build("Reshape", value, build.constant([0, head_count(place, attend.query), -1, 0]))
 
 
 def _kv_heads(attend: Attend, place: Place) -> list[int]:
     import torch  # the reference evaluates the head expression; nothing else here needs it
 
-    numbers = attend.kv_heads(_heads(place, attend.query), torch.device("cpu"), {})
+    numbers = attend.kv_heads(head_count(place, attend.query), torch.device("cpu"), {})
     return [int(number) for number in numbers]
 
 
@@ -383,7 +384,7 @@ def attention(attend: Attend, place: Place) -> Made:
         extra = additive_mask(writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True)
     heads: dict[str, Any] = {}
     if flat:
-        heads = {"q_num_heads": _heads(place, attend.query), "kv_num_heads": _heads(place, attend.key)}
+        heads = {"q_num_heads": head_count(place, attend.query), "kv_num_heads": head_count(place, attend.key)}
     out = build("Attention", *parts, extra, scale=score.scale, **heads)
     return result(place, attend.out, out, wanted(_axes(place, attend.out)), attend.query)
 
@@ -402,7 +403,7 @@ def multi_head_attention(attend: Attend, place: Place) -> Made:
         *parts,
         *((None, None, extra) if extra is not None else ()),
         domain=MICROSOFT,
-        num_heads=_heads(place, attend.query),
+        num_heads=head_count(place, attend.query),
         scale=score.scale,
     )
     if patched:
@@ -414,11 +415,7 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
     """``com.microsoft.GroupQueryAttention`` on a whole prompt: causal by itself, the rest as a bias."""
     writer, build = writer_of(attend, place), place.build
     parts = [arranged(writer, place, n, flat_groups) for n in (attend.query, attend.key, attend.value)]
-    score, causal, low = (
-        scaled(attend),
-        causal_mask(attend, place.types),
-        additive_fill(attend),
-    )
+    score, causal, low = group_query_form(attend), causal_mask(attend, place.types), additive_fill(attend)
     assert score is not None and causal is not None and low is not None
     sizes = extents(attend, place.types)
     rest = simplify(causal.rest)
@@ -445,12 +442,17 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
         None,
         key_lengths,
         whole,
-        *((None, None, None, bias) if bias is not None else ()),
+        None,
+        None,
+        None,
+        bias,
+        sink_of_heads(attend, place, writer),
         domain=MICROSOFT,
         outputs=3,
-        num_heads=_heads(place, attend.query),
-        kv_num_heads=_heads(place, attend.key),
+        num_heads=head_count(place, attend.query),
+        kv_num_heads=head_count(place, attend.key),
         scale=score.scale,
+        softcap=score.cap,
         local_window_size=causal.window,
     )
     if rest != TRUE and not math.isinf(low) and not never_empty(attend, place.types):
@@ -463,13 +465,26 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
     return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
 
 
+def sink_of_heads(attend: Attend, place: Place, writer: Writer) -> ir.Value | None:
+    """The sink's logit of each query head, ``[H]``; ``None`` without a sink. It reads no other index than ``h``."""
+    if attend.sink == NO_SINK:
+        return None
+    build, sink = place.build, simplify(attend.sink)
+
+    def make() -> ir.Value:
+        heads = build.constant([head_count(place, attend.query)])
+        return build("Expand", build("Reshape", writer.write(sink), build.constant([-1])), heads)
+
+    return writer.once(("sink of heads", writer.key(sink), writer.key(writer.extents["h"])), make)
+
+
 def _mean(attend: Attend, place: Place, value: ir.Value) -> ir.Value:
     """Mean of the values over all keys, for each query head: ``[b, 1, h*e]`` from ``[b, j, g*e]``."""
     build, shares = place.build, group_size(attend, place.types) or 1
     mean = build("ReduceMean", value, build.constant([1]), keepdims=1)
     if shares == 1:
         return mean
-    groups, channels = _heads(place, attend.key), fixed(place.types[attend.value].sizes[3]) or 0
+    groups, channels = head_count(place, attend.key), fixed(place.types[attend.value].sizes[3]) or 0
     apart = build("Reshape", mean, build.constant([0, 1, groups, 1, channels]))
     spread = build("Expand", apart, build.constant([1, 1, 1, shares, 1]))
     return build("Reshape", spread, build.constant([0, 1, groups * shares * channels]))
@@ -487,7 +502,11 @@ __all__ = [
     "attention",
     "boolean_mask",
     "decomposition",
+    "extent",
     "group_query_attention",
+    "head_count",
     "multi_head_attention",
+    "result",
+    "sink_of_heads",
     "writer_of",
 ]

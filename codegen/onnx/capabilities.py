@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attncompile.codegen.onnx.attend import (
@@ -20,10 +20,14 @@ from attncompile.codegen.onnx.attend import (
     group_query_attention,
     multi_head_attention,
 )
+from attncompile.codegen.onnx.cached import cached_group_query
+from attncompile.codegen.onnx.expressions import reads_score
 from attncompile.codegen.onnx.reading import (
+    CausalMask,
     additive_fill,
     causal_mask,
     fixed,
+    group_query_form,
     group_size,
     may_be_infinite,
     may_swallow,
@@ -86,17 +90,22 @@ class Capability:
 
 
 def _fused(name: str, attend: Attend, types: Types) -> str | None:
+    """What no fused operator but GroupQueryAttention can do."""
+    if attend.sink != NO_SINK:
+        return f"{name} is not given sinks ({attend.sink})"
+    if scaled(attend) is None:
+        return f"{name} takes a constant scale and an additive bias, the score is {attend.score}"
+    return _any_fused(name, attend, types)
+
+
+def _any_fused(name: str, attend: Attend, types: Types) -> str | None:
     """What no fused operator can do."""
     if not attend.norm.plain_softmax:
         return f"{name} normalises by softmax only, this is {attend.norm}"
-    if attend.sink != NO_SINK:
-        return f"{name} is not given sinks ({attend.sink})"
     if attend.lse:
         return f"{name} does not give the log-sum-exp"
     if simplify(attend.weight) != WEIGHT:
         return f"{name} cannot edit the weights ({attend.weight})"
-    if scaled(attend) is None:
-        return f"{name} takes a constant scale and an additive bias, the score is {attend.score}"
     if additive_fill(attend) is None:
         return f"{name} masks by adding a number, the fill is {attend.fill}"
     if any(fixed(types[side].sizes[axis]) is None for side in (attend.query, attend.key) for axis in (1, 3)):
@@ -156,7 +165,13 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
 
 def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None:
     name = "GroupQueryAttention"
-    reason = _fused(name, attend, types) or _shares_out_of_order(name, attend, types)
+    score = group_query_form(attend)
+    if score is None:
+        return f"{name} takes a constant scale with a bias or a soft cap, the score is {attend.score}"
+    sink = simplify(attend.sink)
+    if sink != NO_SINK and any(node != Index("h") for node in symbols(sink) if isinstance(node, Index)):
+        return f"{name} has one sink per head, here it is {attend.sink}"
+    reason = _any_fused(name, attend, types) or _shares_out_of_order(name, attend, types)
     if reason:
         return reason
     channels, values = fixed(types[attend.query].sizes[3]) or 0, fixed(types[attend.value].sizes[3])
@@ -166,23 +181,43 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
     if causal is None:
         sizes = extents(attend, types)
         return (
-            "GroupQueryAttention on a prompt is causal on as many keys as queries; the mask is "
+            "GroupQueryAttention is causal with the last query at the last key; the mask is "
             f"{attend.mask} on {sizes['i']} queries and {sizes['j']} keys"
         )
-    low, score = additive_fill(attend), scaled(attend)
+    low = additive_fill(attend)
     if low is not None and low > ABSORBING:
         return f"GroupQueryAttention never visits masked keys, but a fill of {low:g} leaves them a weight"
-    biased = causal.rest != TRUE or (score is not None and score.bias is not None)
+    if score.bias is not None and may_be_infinite(score.bias):
+        return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
+    if causal.cached:
+        return _over_a_cache(attend, causal, provider)
+    biased = causal.rest != TRUE or score.bias is not None
     if biased and provider == "cuda":
         return "GroupQueryAttention takes no bias on CUDA, and the mask has a part beyond causality"
     if _may_be_empty(attend, types):
+        if attend.sink != NO_SINK:
+            return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
         if math.isinf(low or 0) and attend.norm.empty == "nan":
             return "GroupQueryAttention gives zero for a query that sees no key, here it is NaN"
         if _reads_head(attend):
             return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
-    if score is not None and may_be_infinite(score.bias):
-        return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
     return None
+
+
+def _over_a_cache(attend: Attend, causal: CausalMask, provider: Provider) -> str | None:
+    """What stands against a switch between the operator and the decomposition."""
+    if provider != "cpu":
+        return "what GroupQueryAttention does with a cache on CUDA has not been verified"
+    if reads_score(simplify(causal.rest)):
+        return f"GroupQueryAttention: which keys are hidden is only known from the scores ({attend.mask})"
+    return None
+
+
+def _build_group_query(attend: Attend, place: Place) -> Made:
+    causal = causal_mask(attend, place.types)
+    if causal is not None and causal.cached:
+        return cached_group_query(attend, causal, place)
+    return group_query_attention(attend, place)
 
 
 def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
@@ -201,6 +236,27 @@ def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
 def _never(_: object, __: Types, ___: Provider) -> str | None:
     return None
 
+
+def from_queries(least: int) -> Capability:
+    """The row that takes GroupQueryAttention behind a cache for calls of at least so many queries."""
+    row = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
+
+    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+        causal = causal_mask(attend, types)
+        if causal is not None and not causal.cached:
+            return "there are as many keys as queries, so nothing is cached"
+        return _group_query(attend, types, provider)
+
+    def build(attend: Attend, place: Place) -> Made:
+        causal = causal_mask(attend, place.types)
+        assert causal is not None  # the objection has looked
+        return cached_group_query(attend, causal, place, least)
+
+    return replace(row, operator=FROM_QUERIES.format(least=least), objection=objection, build=build)
+
+
+FROM_QUERIES = "GroupQueryAttention from {least} queries on, else decomposition"
+"""How plans and reports call the operator behind a cache."""
 
 CHECKED_WITH = "1.31"
 _SINGLE: tuple[str, ...] = ("float32",)
@@ -233,7 +289,7 @@ ATTEND_ROWS: tuple[Capability, ...] = (
         opset=17,
         onnxruntime=CHECKED_WITH,
         objection=_group_query,
-        build=group_query_attention,
+        build=_build_group_query,
     ),
     Capability(
         operator="decomposition",

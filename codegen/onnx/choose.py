@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from attncompile.codegen.onnx.capabilities import Capability, Provider, rows_for
+from attncompile.codegen.onnx.capabilities import FROM_QUERIES, Capability, Provider, from_queries, rows_for
 from attncompile.codegen.onnx.dispatch import by_length
 from attncompile.codegen.onnx.reading import causal_mask, fixed, group_size, scaled
 from attncompile.ir.expr import TRUE
@@ -28,6 +28,9 @@ PREFERENCES: tuple[Prefer, ...] = ("fastest", "fused", "decomposed")
 LENGTHS = (128, 512, 2048)
 """Lengths that a model is chosen for when nobody says."""
 
+CACHED = "cached"
+"""Column of the table for causal masks over more keys than queries, measured on prompts with an empty cache."""
+
 WORTH_BRANCHING = 1.03
 """How much faster two operators switched at run time must be than the better one alone."""
 
@@ -38,7 +41,7 @@ class Measurement:
 
     Attributes:
         provider, device, onnxruntime, date: where, with what and when it was measured.
-        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, or ``causal+tensor``.
+        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, ``causal+tensor``, or ``cached``.
         grouped: whether query heads share KV heads.
         length: queries and keys.
         operator: ONNX name.
@@ -105,6 +108,8 @@ def mask_class(spec: Spec) -> str:
     score = scaled(attend)
     biased = score is None or score.bias is not None
     causal = causal_mask(attend, spec.types())
+    if causal is not None and causal.cached:
+        return CACHED
     if causal is not None:
         return "causal" if causal.rest == TRUE and not biased else "causal+tensor"
     return "none" if simplify(attend.mask) == TRUE and not biased else "tensor"
@@ -172,6 +177,8 @@ def choose(
         return Choice(plain, "the decomposition was asked for", refused)
     if not fused:
         return Choice(plain, "no fused operator computes this exactly: " + refused[0][1], refused)
+    if mask_class(spec) == CACHED:
+        return _behind_a_cache(spec, plain, fused, provider, prefer, refused)
     lengths = _fixed_lengths(spec) or tuple(sorted(lengths))
     speeds = {row.operator: _mean_speed(spec, row.operator, provider, lengths) for row in fused}
     known = [row for row in fused if speeds[row.operator] is not None]
@@ -187,6 +194,36 @@ def choose(
     word = "faster" if speed > 1.0 else "slower"
     told = _compared(best, speed if speed > 1.0 else 1 / speed, word, provider, lengths)
     return Choice(best, told if prefer == "fastest" else f"a fused operator was asked for; {told}", refused)
+
+
+def _behind_a_cache(
+    spec: Spec,
+    plain: Capability,
+    fused: Sequence[Capability],
+    provider: Provider,
+    prefer: Prefer,
+    refused: tuple[tuple[str, str], ...],
+) -> Choice:
+    """The operator that takes a cache for the prompts that are long enough for it, the decomposition for all else.
+
+    A step of generation is one query behind many keys; there no operator was measured to be faster.
+    """
+    taking = next((row for row in fused if row.operator == "GroupQueryAttention"), None)
+    if prefer == "fused":
+        told = "a fused operator was asked for; steps behind a cache are slower in it"
+        return Choice(taking or fused[0], told, refused)
+    if taking is None:
+        return Choice(plain, "no operator that takes a cache computes this exactly: " + refused[0][1], refused)
+    speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}
+    least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
+    if least is None:
+        return Choice(plain, f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens", refused)
+    told = _compared(taking, speeds[PROMPTS[-1]], "faster", provider, PROMPTS[-1:])
+    return Choice(from_queries(least), f"{told}, and slower below {least}, as in each step of generation", refused)
+
+
+PROMPTS = tuple(range(128, 2049, 64))
+"""Lengths of a prompt among which the least is looked for that is worth a fused operator."""
 
 
 def _fixed_lengths(spec: Spec) -> tuple[int, ...]:
@@ -242,6 +279,9 @@ def row_named(spec: Spec, operator: str) -> Capability:
     rows = {row.operator: row for row in rows_for(spec)}
     if operator in rows:
         return rows[operator]
+    started = re.fullmatch(FROM_QUERIES.format(least=r"(\d+)"), operator)
+    if started and "GroupQueryAttention" in rows:
+        return from_queries(int(started[1]))
     switched = re.fullmatch(r"(\w+) up to (\d+) keys, else (\w+)", operator)
     if switched and switched[1] in rows and switched[3] in rows:
         return by_length(rows[switched[1]], rows[switched[3]], int(switched[2]))

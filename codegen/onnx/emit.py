@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
@@ -86,7 +87,7 @@ def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool
     for value in spec.inputs:
         layout = groups(value.type, heads=value not in spec.captured())
         tensor = ir.TensorType(NUMPY_TYPES[value.type.dtype])
-        known = ir.Value(name=value.name, type=tensor, shape=ir.Shape([None] * len(layout)))
+        known = ir.Value(name=value.name, type=tensor, shape=ir.Shape(_stated(value.type, layout)))
         graph.inputs.append(known)
         operands[value.name] = Operand(known, layout)
     build, types = Builder(graph, "site"), spec.types()
@@ -97,6 +98,18 @@ def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool
         output.dtype = NUMPY_TYPES[types[name].dtype]
     graph.outputs.extend(made.values())
     return ir.Model(graph, ir_version=10)
+
+
+def _stated(kind: TensorType, layout: Groups) -> list[int | str | None]:
+    """The sizes of a tensor as the Spec has them: numbers, or names; unknown where a product has a name."""
+    sizes = {axis.name: axis.size for axis in kind.axes}
+    stated: list[int | str | None] = []
+    for group in layout:
+        numbers = [fixed(sizes[axis]) for axis in group]
+        known = [number for number in numbers if number is not None]
+        one = str(sizes[group[0]]) if len(group) == 1 else None
+        stated.append(math.prod(known) if len(known) == len(numbers) else one)
+    return stated
 
 
 def _output(place: Place, name: str, wanted: Groups | None) -> ir.Value:

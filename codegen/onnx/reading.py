@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from attncompile.ir.affine import affine
 from attncompile.ir.attend import Attend, grouped
 from attncompile.ir.blocks import key_bounds
-from attncompile.ir.expr import Const, Expr, Index, Load, conjunction, walk
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, conjunction, walk
 from attncompile.ir.operation import Types
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import ABSORBING, extents
@@ -76,32 +76,78 @@ def may_swallow(expr: Expr | None) -> bool:
 
 
 @dataclass(frozen=True)
+class Capped:
+    """A score ``cap * tanh(scale * s / cap)``."""
+
+    scale: float
+    cap: float
+
+
+def capped(attend: Attend) -> Capped | None:
+    """The score as a soft cap of the scaled raw score, when it is that."""
+    score = simplify(attend.score)
+    caps = [node for node in walk(score) if isinstance(node, Apply) and node.operator == "tanh"]
+    if len(caps) != 1:
+        return None
+    outer, inner = affine(score, caps[0]), affine(caps[0].arguments[0])
+    numbers = [side and (side.slope, side.offset) for side in (outer, inner)]
+    match numbers:
+        case [(Const(cap), Const(0.0)), (Const(slope), Const(0.0))] if cap > 0:
+            return Capped(float(slope) * float(cap), float(cap))
+    return None
+
+
+@dataclass(frozen=True)
+class GroupQueryForm:
+    """A score as GroupQueryAttention takes it: ``scale * s + bias``, or ``cap * tanh(scale * s / cap)``."""
+
+    scale: float
+    cap: float | None = None
+    bias: Expr | None = None
+
+
+def group_query_form(attend: Attend) -> GroupQueryForm | None:
+    """The score in that form, when it is one of the two."""
+    plain = scaled(attend)
+    if plain is not None:
+        return GroupQueryForm(plain.scale, bias=plain.bias)
+    soft = capped(attend)
+    return None if soft is None else GroupQueryForm(soft.scale, soft.cap)
+
+
+@dataclass(frozen=True)
 class CausalMask:
-    """A mask ``j <= i and j > i - window and rest``; no window: ``None``."""
+    """A mask ``j <= i + past and j > i + past - window and rest``; no window: ``None``.
+
+    Attributes:
+        window: keys that a query sees, itself among them.
+        rest: the other conditions.
+        cached: whether there may be more keys than queries: ``past = J - I`` keys lie before the first query.
+    """
 
     window: int | None
     rest: Expr
+    cached: bool = False
 
 
 def causal_mask(attend: Attend, types: Types) -> CausalMask | None:
-    """The mask as GroupQueryAttention splits it, when it is causal on as many keys as queries."""
+    """The mask as GroupQueryAttention splits it, when it is causal with the last query at the last key."""
     sizes = extents(attend, types)
-    if simplify(sizes["i"]) != simplify(sizes["j"]):
-        return None
+    past = simplify(sizes["j"] - sizes["i"])
     limits = key_bounds(attend.mask)
     i, j = Index("i"), Index("j")
-    after = simplify(i + 1)
+    after = simplify(i + past + 1)
     if after not in limits.upper:
         return None
     rest = [*limits.rest, *(simplify(j < limit) for limit in limits.upper if limit != after)]
     window: int | None = None
     for limit in limits.lower:
-        distance = simplify(after - limit)  # keys i - distance + 1 ... i
+        distance = simplify(after - limit)  # keys i + past - distance + 1 ... i + past
         if window is None and isinstance(distance, Const) and int(distance.value) >= 1:
             window = int(distance.value)
         else:
             rest.append(simplify(j >= limit))
-    return CausalMask(window, conjunction(rest))
+    return CausalMask(window, conjunction(rest), past != Const(0))
 
 
 def group_size(attend: Attend, types: Types) -> int | None:

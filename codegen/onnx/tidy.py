@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import version_converter
 
+from attncompile.codegen.onnx.cached import hand_over
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.layouts import drop_double_turns
 from attncompile.codegen.onnx.normalisation import OPSET, fuse_root_mean_square
@@ -61,6 +62,7 @@ def tidy(model: ir.Model, provider: Provider = "cpu") -> Tidied:
     Merging the projections of query, key and value into one is not among them: on ONNX Runtime's CPU the
     copies of the split cost more than the larger product saves (0.75 to 1.02x).
     """
+    hand_over(model)
     passes.RemoveUnusedNodesPass()(model)
     normalisations = fuse_root_mean_square(model)
     rotary = fuse_rotary(model)

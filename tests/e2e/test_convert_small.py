@@ -44,7 +44,7 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama_onnx(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "llama-onnx"
-    attncompile.convert(llama_folder, out, to="onnx")
+    attncompile.convert(llama_folder, out, to="onnx", cache=False)
     return out
 
 
@@ -157,7 +157,8 @@ def test_a_small_model_may_have_its_weights_in_a_file_beside_it(tmp_path: Path) 
 
 def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "window"
-    conversion = attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)", prefer="fused")
+    passes = "fuse,sparsify.window(size=8, sinks=0)"
+    conversion = attncompile.convert(llama_folder, out, passes=passes, prefer="fused", cache=False)
     fused = [node for node in nodes(onnx.load(out / "model.onnx").graph) if node.op_type == "GroupQueryAttention"]
     windows = [a.i for node in fused for a in node.attribute if a.name == "local_window_size"]
     assert len(windows) == 2 and len(set(windows)) == 1
@@ -169,7 +170,7 @@ def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path:
 
 def test_a_window_equals_the_windowed_model(llama_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "window"
-    attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)")
+    attncompile.convert(llama_folder, out, passes="fuse,sparsify.window(size=8, sinks=0)", cache=False)
     call = tokens(1, 30)
     call["attention_mask"].fill_(1)
     position = torch.arange(30)
@@ -181,7 +182,7 @@ def test_a_window_equals_the_windowed_model(llama_folder: Path, tmp_path: Path) 
 
 
 def test_linearising_a_softmax_checkpoint_is_refused(llama_folder: Path, tmp_path: Path) -> None:
-    conversion = attncompile.convert(llama_folder, tmp_path / "refused", passes="fuse,linearize.decay")
+    conversion = attncompile.convert(llama_folder, tmp_path / "refused", passes="fuse,linearize.decay", cache=False)
     plan = load_plan(tmp_path / "refused" / "plan.json")
     assert all(any("linearize.decay" in r.call for r in site.refused) for site in plan.sites)
     assert conversion.certificate.passed
@@ -190,7 +191,8 @@ def test_linearising_a_softmax_checkpoint_is_refused(llama_folder: Path, tmp_pat
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_linearising_a_padded_export_can_be_forced(llama_folder: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "linear"
-    conversion = attncompile.convert(llama_folder, out, to=to, passes="linearize.decay", allow_untrained=True)
+    passes = "linearize.decay"
+    conversion = attncompile.convert(llama_folder, out, to=to, passes=passes, allow_untrained=True, cache=False)
     scans = [parse_spec(site.after).scan() for site in load_plan(out / "plan.json").sites]
     assert len(scans) == 2 and all(scan is not None and "attention_mask[b, j]" in str(scan.mask) for scan in scans)
     assert conversion.certificate.passed
@@ -348,6 +350,8 @@ def test_a_model_without_text_says_that_its_inputs_are_random(own: Path, tmp_pat
 def test_nothing_is_written_when_it_fails(llama_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prefer"):
         attncompile.convert(llama_folder, tmp_path / "out", to="torch", prefer="fused")
+    with pytest.raises(InputError, match="cache=True"):
+        attncompile.convert(llama_folder, tmp_path / "out", to="torch", cache=True)
     assert not list(tmp_path.iterdir())
 
 

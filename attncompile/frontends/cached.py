@@ -1,0 +1,253 @@
+"""A language model with its cache as arguments and results: one function for a prompt and for every step after it.
+
+``logits, present = f(input_ids, attention_mask, position_ids, past)`` on ``N`` new tokens behind ``P`` cached ones. A
+prompt is a call with ``P = 0``, a step of generation one with ``N = 1``, and any other ``N`` continues a conversation.
+The names are those that ONNX Runtime's generators and Optimum use.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import InputError
+from attncompile.frontends.example_inputs import Arguments, Padding
+
+PRESENT = "present."
+"""How the names of the results begin that hold keys and values, ``[B, G, P + N, D]``."""
+
+EXAMPLE_PAST = 14
+"""Cached positions of the example that a model is exported with."""
+
+Past = Sequence[dict[str, torch.Tensor]]
+"""``key`` and ``value`` of each layer, ``[B, G, P, D]``."""
+
+
+class CachedDecoder(torch.nn.Module):
+    """A decoder of transformers as a function of tensors alone.
+
+    Attributes:
+        decoder: the model.
+        positions: whether it takes ``position_ids``.
+    """
+
+    def __init__(self, decoder: torch.nn.Module, *, positions: bool) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.positions = positions
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Past = (),
+    ) -> dict[str, torch.Tensor]:
+        """Logits ``[B, N, vocabulary]`` and what is cached afterwards, by name.
+
+        Args:
+            input_ids: ``[B, N]`` int64.
+            attention_mask: ``[B, P + N]`` int64, 0 for padding.
+            position_ids: ``[B, N]`` int64, for a model that takes them.
+            past_key_values: what is cached.
+        """
+        past = attention_mask.shape[1] - input_ids.shape[1]
+        for layer in past_key_values:
+            for tensor in layer.values():  # an export learns from this what would otherwise be sizes of their own
+                torch._check(tensor.shape[2] == past)
+        cache = DynamicCache()
+        cache.layers.extend(_layer(layer["key"], layer["value"]) for layer in past_key_values)
+        given = {"position_ids": position_ids} if self.positions else {}
+        result = self.decoder(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+        )
+        found = {"logits": result.logits}
+        for number, (keys, values) in enumerate(_kept(cache)):
+            found[f"{PRESENT}{number}.key"], found[f"{PRESENT}{number}.value"] = keys, values
+        return found
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Choose one of the model's own implementations of attention."""
+        self.decoder.set_attn_implementation(name)  # type: ignore[operator]
+
+
+def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    """A layer of a cache that holds these keys and values, without a copy."""
+    layer = DynamicLayer()
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    return layer
+
+
+def _kept(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the layers that keep those of every position, and nothing else."""
+    return [
+        (layer.keys, layer.values)
+        for layer in cache.layers
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+    ]
+
+
+@dataclass(frozen=True)
+class CachedModel(OpenedModel):
+    """An opened decoder with its cache as arguments and results; ``model`` is a :class:`CachedDecoder`.
+
+    Attributes:
+        opened: the model as it was opened.
+        widths: heads and channels of the keys and of the values of each layer.
+    """
+
+    opened: OpenedModel | None = None
+    widths: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+
+    def example(
+        self,
+        batch: int = 2,
+        length: int = 37,
+        *,
+        padding: Padding | None = None,
+        past: int = EXAMPLE_PAST,
+    ) -> Arguments:
+        """Arguments of one call of ``length`` tokens behind ``past`` ones, which the model itself has cached.
+
+        Raises InputError as :meth:`OpenedModel.example` does.
+        """
+        assert self.opened is not None
+        kwargs = self.opened.example(batch, past + length, padding=padding)[1]
+        return (), self.arguments(kwargs["input_ids"], kwargs["attention_mask"], past)
+
+    def arguments(self, ids: torch.Tensor, mask: torch.Tensor | None = None, past: int = 0) -> dict[str, Any]:
+        """The call for tokens ``[B, P + N]`` of which the first ``past`` are cached.
+
+        Args:
+            ids: int64; mask: 0 for padding, ``[B, P + N]``; none when not given.
+            past: how many of them come before the call.
+        """
+        mask = torch.ones_like(ids) if mask is None else mask
+        cached = self._nothing(ids.shape[0])
+        if past:
+            with torch.no_grad():
+                results = self.model(**self._call(ids[:, :past], mask[:, :past], cached))
+            cached = [
+                {side: results[f"{PRESENT}{number}.{side}"] for side in ("key", "value")}
+                for number in range(len(self.widths))
+            ]
+        return self._call(ids[:, past:], mask, cached)
+
+    def _nothing(self, batch: int) -> Past:
+        """An empty cache."""
+        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        return [
+            {
+                side: torch.zeros(batch, heads, 0, channels, dtype=dtype)
+                for side, (heads, channels) in zip(("key", "value"), layer, strict=True)
+            }
+            for layer in self.widths
+        ]
+
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, past: Past) -> dict[str, Any]:
+        # contiguous: an export looks at strides too, and would take a part of a longer row for a case of its own
+        call: dict[str, Any] = {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
+        if self.model.positions:
+            # as transformers counts them when it generates: padding does not count
+            positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+            call["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :].contiguous()
+        return call | {"past_key_values": past}
+
+    @property
+    def scope(self) -> str:
+        """Path of the model of transformers in the one that is exported; names are told without it."""
+        return "decoder."
+
+    def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
+        """Names of the axes that vary, for each tensor of a call in order."""
+        tokens = {0: "batch", 1: "length"}
+        masks = {0: "batch", 1: "past + length"}
+        heads = [{0: "batch", 2: "past"}] * (2 * len(self.widths))
+        return (tokens, masks, *([tokens] if "position_ids" in kwargs else []), *heads)
+
+
+def with_cache(opened: OpenedModel) -> CachedModel:
+    """A model that generates, with its cache as arguments and results.
+
+    Raises:
+        InputError: when it is no decoder-only language model, or keeps something else than the keys and values of
+            every position.
+    """
+    model = opened.model
+    reason = _no_decoder(opened)
+    if reason is not None:
+        raise InputError(f"it has no cache to convert with: {reason}", opened.name, _ADVICE)
+    (_, kwargs), cache = opened.example(2, 7), DynamicCache()
+    with torch.no_grad():
+        try:
+            model(**{**kwargs, "past_key_values": cache, "use_cache": True})
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"it does not run with a cache ({said})", opened.name, _ADVICE) from error
+    kept = [pair for pair in _kept(cache) if all(side.dim() == 4 and side.shape[2] == 7 for side in pair)]
+    if not kept or len(kept) < len(cache.layers):
+        reason = f"of its {len(cache.layers)} layers {len(kept)} keep keys and values of every position"
+        raise InputError(reason, opened.name, _ADVICE)
+    widths = tuple(
+        ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])) for keys, values in kept
+    )
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    made = CachedModel(
+        "torch",
+        opened.name,
+        opened.path,
+        CachedDecoder(model, positions=positions).eval(),
+        config=opened.config,
+        notes=opened.notes,
+        opened=opened,
+        widths=widths,
+    )
+    _require_steps(made)
+    return made
+
+
+_ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
+
+
+def _no_decoder(opened: OpenedModel) -> str | None:
+    """Why a model is no decoder-only language model of transformers."""
+    model = opened.model
+    if opened.kind != "torch" or opened.given is not None or not isinstance(model, transformers.PreTrainedModel):
+        return "only a Hugging Face checkpoint says how its cache is passed"
+    if not model.can_generate():
+        return f"{type(model).__name__} does not generate"
+    if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
+        return f"{type(model).__name__} does not generate from tokens alone"
+    missing = {"past_key_values", "attention_mask"} - set(inspect.signature(model.forward).parameters)
+    return f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}" if missing else None
+
+
+def _require_steps(cached: CachedModel) -> None:
+    """Raises InputError unless a step behind cached tokens gives what the whole sequence gives at once.
+
+    Judged by half of the digits of the model's dtype: rounding stays far below that, and a cache that is not read does
+    not.
+    """
+    assert cached.opened is not None
+    # no padding: some models give NaN for queries that see no key
+    ids = cached.opened.example(2, 9, padding="none")[1]["input_ids"]
+    with torch.no_grad():
+        at_once = cached.model(**cached.arguments(ids))["logits"][:, -1]
+        stepped = cached.model(**cached.arguments(ids, past=8))["logits"][:, -1]
+    allowed = math.sqrt(torch.finfo(at_once.dtype).eps) * float(at_once.abs().max())
+    apart = float((at_once - stepped).abs().max())
+    if not apart <= allowed:
+        reason = f"a step behind its cache gives other logits than the whole sequence does (by {apart:.2g})"
+        raise InputError(reason, cached.name, _ADVICE)
+
+
+__all__ = ["PRESENT", "CachedDecoder", "CachedModel", "with_cache"]
