@@ -15,6 +15,7 @@ import torch
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.own_gradients import with_own_gradients, without_own_gradients
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
 
@@ -371,7 +372,11 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     """
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
-    source = without_vmap(_with_fixed_module_floats(graph_module, fakes))
+    fixed = _with_fixed_module_floats(graph_module, fakes)
+    cut = without_own_gradients(fixed) if _differentiates(fakes) else None
+    source = without_vmap(cut.graph_module if cut is not None else fixed)
+    if cut is not None:
+        mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
     try:
         traced = torch_internals.trace_pre_dispatch(
             lambda *flat: torch_internals.interpret(source, flat),
@@ -385,6 +390,8 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
             _first_line(error),
             _RUNS_ANYWAY,
         ) from error
+    if cut is not None:
+        traced = with_own_gradients(traced, cut, fixed)
     reason = _lost_in_tracing(graph_module, source, traced, fakes)
     if reason is not None:
         raise CaptureError("Dynamo", "the compiled function", reason, _RUNS_ANYWAY)
@@ -411,10 +418,7 @@ def _lost_in_tracing(
     function transform such as vmap does to the values inside it; and values that only existed while the tracer
     looked.
     """
-    differentiates = torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
-    )
-    if differentiates:
+    if _differentiates(inputs):
         lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
         if lost:
             return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
@@ -425,6 +429,13 @@ def _lost_in_tracing(
         if node.op == "get_attr" and torch_internals.is_fake(getattr(after, node.target, None)):
             return f"the value {node.target} existed only while the graph was traced"
     return None
+
+
+def _differentiates(inputs: Sequence[Any]) -> bool:
+    """Whether gradients of some input are recorded."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    )
 
 
 def _with_fixed_module_floats(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:

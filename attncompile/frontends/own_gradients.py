@@ -1,0 +1,147 @@
+"""Functions with a gradient of their own (``torch.autograd.Function``) in a graph from Dynamo, kept whole.
+
+Dynamo gives such a function as one call, ``autograd_function_apply``, with a graph for each direction. A tracer above
+autograd would record the forward graph and lose the other. So the calls are cut out before tracing, their results
+become inputs of what is traced, and afterwards each call is put back at its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+
+_OPERATOR = "autograd_function_apply"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A graph without its functions that have gradients of their own.
+
+    Attributes:
+        graph_module: takes the results of the calls after its own inputs, and returns their tensor operands after its
+            own results.
+        calls: the calls in their order.
+        results: fake results of all calls, for tracing.
+    """
+
+    graph_module: torch.fx.GraphModule
+    calls: tuple[torch.fx.Node, ...]
+    results: tuple[torch.Tensor, ...]
+
+
+def without_own_gradients(graph_module: torch.fx.GraphModule) -> Cut | None:
+    """The graph with these calls cut out; ``None`` where there are none, or one of them cannot be cut out."""
+    calls = tuple(node for node in graph_module.graph.nodes if is_own_gradient(node))
+    if not calls or not all(_can_be_cut(node) for node in calls):
+        return None
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, Any] = {}
+    operands: list[torch.fx.Node] = []
+    for node in graph_module.graph.nodes:
+        if node in calls:
+            # what is written to an operand later must not reach the call, so it gets its operands as they are now
+            operands += [graph.call_function(torch.ops.aten.alias.default, (copies[n],)) for n in _tensors(node)]
+            given = [graph.placeholder(f"{node.name}_{number}") for number, _ in enumerate(_results(node))]
+            made = [graph.call_function(torch.ops.aten.alias.default, (one,)) for one in given]
+            copies[node] = made[0] if isinstance(node.meta["example_value"], torch.Tensor) else tuple(made)
+        elif node.op == "call_function" and node.target is getitem and node.args[0] in calls:
+            copies[node] = copies[node.args[0]][node.args[1]]
+        elif node.op == "output":
+            graph.output((*_mapped(node.args[0], copies), *operands))
+        elif not (node.op == "get_attr" and calls_alone(node)):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(result for node in calls for result in _results(node))
+    return Cut(torch.fx.GraphModule(graph_module, graph), calls, results)
+
+
+def with_own_gradients(traced: torch.fx.GraphModule, cut: Cut, before: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """What was traced of a graph that was cut, with the calls put back.
+
+    Args:
+        traced: the trace of ``cut.graph_module``; changed and returned.
+        cut: what was cut out.
+        before: the graph before cutting, which holds the graphs that the calls take.
+    """
+    graph = traced.graph
+    names = {node.name: node for node in before.graph.nodes if node.op == "placeholder"}
+    sizes = [node for node in graph.nodes if node.op == "placeholder"]
+    first = len(sizes) - len(cut.results)
+    known = dict(zip(names.values(), sizes[:first], strict=True))
+    extra = iter(sizes[first:])
+    output = graph.output_node()
+    whole = list(output.args[0])
+    count = sum(len(_tensors(node)) for node in cut.calls)
+    operands = iter(whole[len(whole) - count :])
+    for number, node in enumerate(cut.calls):
+        given = {source: next(operands) for source in _tensors(node)}
+        places = [next(iter(next(extra).users)) for _ in _results(node)]
+        parts = []
+        with graph.inserting_before(places[0]):
+            for part in node.args[:2]:
+                name = f"own_gradient_{number}_{len(parts)}"
+                traced.add_submodule(name, getattr(before, str(part.target)))
+                parts.append(graph.get_attr(name))
+            arguments = torch.fx.map_arg(node.args[2:], lambda n, given=given: given.get(n) or known[n])
+            call = graph.call_function(node.target, (*parts, *arguments), dict(node.kwargs))
+            call.meta |= {key: value for key, value in node.meta.items() if key != "example_value"}
+            single = isinstance(node.meta["example_value"], torch.Tensor)
+            made = [call] if single else [graph.call_function(getitem, (call, n)) for n in range(len(places))]
+        for place, result in zip(places, made, strict=True):
+            result.meta |= {**call.meta, "val": place.meta["val"]}
+            place.replace_all_uses_with(result)
+            graph.erase_node(place)
+        if not single:
+            call.meta["val"] = tuple(one.meta["val"] for one in made)
+    output.args = (tuple(output.args[0])[: len(whole) - count],)
+    for node in sizes[first:]:
+        graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def is_own_gradient(node: torch.fx.Node) -> bool:
+    """Whether a node calls a function with a gradient of its own."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OPERATOR
+
+
+def calls_alone(node: torch.fx.Node) -> bool:
+    """Whether a node is read by such calls and by nothing else."""
+    return bool(node.users) and all(is_own_gradient(user) for user in node.users)
+
+
+def _can_be_cut(node: torch.fx.Node) -> bool:
+    """Whether results and operands of a call are tensors, sizes or numbers, and it writes to none of them."""
+    value = node.meta.get("example_value")
+    whole = isinstance(value, torch.Tensor)
+    parts = isinstance(value, tuple | list) and all(isinstance(one, torch.Tensor) for one in value)
+    read = parts and all(user.target is getitem for user in node.users)
+    sized = all(
+        isinstance(one.meta.get("example_value"), torch.Tensor) or one.op == "placeholder" for one in _operands(node)
+    )
+    return (whole or read) and sized and not node.kwargs.get("dirty_idx")
+
+
+def _operands(node: torch.fx.Node) -> list[torch.fx.Node]:
+    found: list[torch.fx.Node] = []
+    torch.fx.map_arg(node.args[2:], found.append)
+    return list(dict.fromkeys(found))
+
+
+def _tensors(node: torch.fx.Node) -> list[torch.fx.Node]:
+    return [one for one in _operands(node) if isinstance(one.meta.get("example_value"), torch.Tensor)]
+
+
+def _results(node: torch.fx.Node) -> tuple[torch.Tensor, ...]:
+    value = node.meta["example_value"]
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def _mapped(value: Any, copies: dict[torch.fx.Node, Any]) -> tuple[Any, ...]:
+    mapped = torch.fx.map_arg(value, copies.__getitem__)
+    return tuple(mapped) if isinstance(mapped, tuple | list) else (mapped,)
+
+
+__all__ = ["Cut", "with_own_gradients", "without_own_gradients"]
