@@ -97,7 +97,7 @@ def losses(run: Run, given: list[Batch], rest: Literal["eager", "inductor"]) -> 
         loss = call(**batch).loss
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     operators: dict[str, int] = {}
     for site in attncompile.explain(call).sites if run.compiled else ():
         operators[site.operator] = operators.get(site.operator, 0) + 1
@@ -128,7 +128,8 @@ def main() -> None:
         away = distance(curve, curves["eager"])
         most = max(abs(a - b) for a, b in zip(curve, curves["eager"], strict=True))
         report.add({"name": run.name, "sites": operators, "distance": away, "largest": most, "losses": curve})
-        print(f"{run.name:10} loss {curve[0]:.4f} to {curve[-1]:.4f}, from eager {away:.3g}, at most {most:.3g}", flush=True)
+        learnt = f"loss {curve[0]:.4f} to {curve[-1]:.4f}"
+        print(f"{run.name:10} {learnt}, from eager {away:.3g}, at most {most:.3g}", flush=True)
     noise = max(distance(curves[run.name], curves["eager"]) for run in NOISE)
     found = distance(curves["compiled"], curves["eager"])
     report.add({"name": "verdict", "noise": noise, "compiled": found, "within": found <= FACTOR * noise})

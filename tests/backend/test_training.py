@@ -32,12 +32,17 @@ class Architecture:
         kind: transformers' name for it.
         head: which of transformers' Auto classes makes it; empty is a model that gives a loss by itself.
         kept: what the reason says of sites that keep their original computation on a CPU; empty where none does.
+        observed: whether their weights leave the graph.
+        graphs: how many graphs with attention Dynamo makes, where it breaks around each layer and equal layers share
+            one; 0 where one graph has all of them.
         quick: whether its test is among those that always run.
     """
 
     kind: str
     head: str
     kept: str = ""
+    observed: bool = False
+    graphs: int = 0
     quick: bool = False
 
 
@@ -70,7 +75,9 @@ ARCHITECTURES = (
     Architecture("bart", TRANSLATION),
     Architecture("marian", TRANSLATION),
     Architecture("whisper", SPEECH),
-    Architecture("wav2vec2", SOUND),
+    Architecture("audio-spectrogram-transformer", SOUND),
+    # leaves out layers at random when it is trained, so Dynamo breaks around each, and the weights leave the graph
+    Architecture("wav2vec2", SOUND, "is needed outside", observed=True, graphs=1),
     Architecture("vit", PICTURE),
     Architecture("dinov2", PICTURE),
     Architecture("beit", PICTURE, quick=True),  # a table of relative positions
@@ -124,7 +131,9 @@ def widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def bounds(model: torch.nn.Module, exact: Gradients, plain: list[Gradients], inputs: Mapping[str, Any]) -> dict[str, float]:
+def bounds(
+    model: torch.nn.Module, exact: Gradients, plain: list[Gradients], inputs: Mapping[str, Any]
+) -> dict[str, float]:
     """How far each gradient may be from the exact one: as far as the model's own implementations are, and one sum more.
 
     The terms of all sums on the way there and back are counted together: a matrix is summed over on one side forward,
@@ -168,9 +177,9 @@ def check(architecture: Architecture, rest: Literal["eager", "inductor"]) -> Non
         found = gradients(compiled, model, inputs)
 
     sites = attncompile.explain(compiled).sites
-    assert len(sites) == TABLE[architecture.kind]["eager"]
+    assert len(sites) == (architecture.graphs or TABLE[architecture.kind]["eager"])
     for site in sites:
-        assert site.status == "lifted", (site.name, site.reason)
+        assert site.status == ("observed" if architecture.observed else "lifted"), (site.name, site.reason)
         assert (site.operator == "original") == bool(architecture.kept), (site.name, site.operator, site.reason)
         assert architecture.kept in site.reason
     assert found.keys() == exact.keys()

@@ -22,7 +22,7 @@ from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_backend import small_llama, tokens
 
 Gradients = dict[str, torch.Tensor]
-LENGTHS = (9, 10, 11)
+LENGTHS = (9, 10)
 """Of the calls of a step."""
 
 
@@ -92,9 +92,7 @@ def test_accumulated_gradients() -> None:
     assert rewritten(compiled)
 
 
-@pytest.mark.parametrize(
-    "frozen", [("q_proj",), ("k_proj",), ("v_proj",), ("q_proj", "k_proj"), ("embed", "norm", "q_proj", "k_proj", "v_proj")]
-)
+@pytest.mark.parametrize("frozen", [("q_proj",), ("v_proj",), ("embed", "norm", "q_proj", "k_proj", "v_proj")])
 def test_frozen_parameters(frozen: tuple[str, ...]) -> None:
     model = small_llama().train()
     for name, parameter in model.named_parameters():
@@ -105,7 +103,7 @@ def test_frozen_parameters(frozen: tuple[str, ...]) -> None:
     assert rewritten(compiled)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_autocast_to_bfloat16(attention: str) -> None:
     def around() -> AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16)
@@ -137,7 +135,7 @@ def test_gradients_of_gradients_are_refused() -> None:
     model = small_llama().train()
     compiled = attncompile.compile(model, rest="eager")
     first = torch.autograd.grad(loss_of(compiled, 9), list(model.parameters()), create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative for .* is not implemented"):
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
         torch.stack([gradient.square().sum() for gradient in first]).sum().backward()
 
 
@@ -145,8 +143,10 @@ def test_a_compiled_function_that_differentiates_inside_says_so() -> None:
     model = small_llama().train()
     parameters = dict(model.named_parameters())
 
+    call = tokens(2, 9, "right")
+
     def loss(given: Gradients) -> torch.Tensor:
-        return loss_of(lambda **call: torch.func.functional_call(model, given, (), call), 9)
+        return torch.func.functional_call(model, given, (), call).logits.square().mean()
 
     expected = torch.func.grad(loss)(parameters)
     compiled = attncompile.compile(torch.func.grad(loss), rest="eager")
@@ -181,8 +181,15 @@ def with_own_gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return torch.softmax(squared @ keys.transpose(-1, -2), dim=-1) @ value * more.sum() + key.sum()
 
 
-@pytest.mark.parametrize("rest", ["eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("rest", "dynamic"),
+    [
+        ("eager", False),
+        ("eager", True),
+        ("inductor", False),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_functions_with_gradients_of_their_own_keep_them(rest: str, dynamic: bool) -> None:
     operands = [torch.randn(2, 2, 5, 8) for _ in range(3)]
     compiled = attncompile.compile(with_own_gradients, rest=rest, dynamic=dynamic)
