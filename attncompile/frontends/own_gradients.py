@@ -7,9 +7,10 @@ become inputs of what is traced, and afterwards each call is put back at its pla
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -66,26 +67,22 @@ def with_own_gradients(traced: torch.fx.GraphModule, cut: Cut, before: torch.fx.
         before: the graph before cutting, which holds the graphs that the calls take.
     """
     graph = traced.graph
-    names = {node.name: node for node in before.graph.nodes if node.op == "placeholder"}
-    sizes = [node for node in graph.nodes if node.op == "placeholder"]
-    first = len(sizes) - len(cut.results)
-    known = dict(zip(names.values(), sizes[:first], strict=True))
-    extra = iter(sizes[first:])
-    output = graph.output_node()
-    whole = list(output.args[0])
+    placeholders = [node for node in before.graph.nodes if node.op == "placeholder"]
+    given_all = [node for node in graph.nodes if node.op == "placeholder"]
+    first = len(given_all) - len(cut.results)
+    known = dict(zip(placeholders, given_all[:first], strict=True))
+    extra = iter(given_all[first:])
+    whole = _listed(graph.output_node())
     count = sum(len(_tensors(node)) for node in cut.calls)
     operands = iter(whole[len(whole) - count :])
     for number, node in enumerate(cut.calls):
         given = {source: next(operands) for source in _tensors(node)}
         places = [next(iter(next(extra).users)) for _ in _results(node)]
-        parts = []
         with graph.inserting_before(places[0]):
-            for part in node.args[:2]:
-                name = f"own_gradient_{number}_{len(parts)}"
-                traced.add_submodule(name, getattr(before, str(part.target)))
-                parts.append(graph.get_attr(name))
-            arguments = torch.fx.map_arg(node.args[2:], lambda n, given=given: given.get(n) or known[n])
-            call = graph.call_function(node.target, (*parts, *arguments), dict(node.kwargs))
+            names = [f"own_gradient_{number}_{n}" for n, _ in enumerate(_graphs(node))]
+            parts = [_adopted(traced, before, part, name) for part, name in zip(_graphs(node), names, strict=True)]
+            arguments = _mapped(node.args[len(parts) :], {**known, **given})
+            call = graph.call_function(_called(node), (*parts, *arguments), dict(node.kwargs))
             call.meta |= {key: value for key, value in node.meta.items() if key != "example_value"}
             single = isinstance(node.meta["example_value"], torch.Tensor)
             made = [call] if single else [graph.call_function(getitem, (call, n)) for n in range(len(places))]
@@ -95,11 +92,36 @@ def with_own_gradients(traced: torch.fx.GraphModule, cut: Cut, before: torch.fx.
             graph.erase_node(place)
         if not single:
             call.meta["val"] = tuple(one.meta["val"] for one in made)
-    output.args = (tuple(output.args[0])[: len(whole) - count],)
-    for node in sizes[first:]:
+    output = graph.output_node()
+    output.args = (tuple(_listed(output)[: len(whole) - count]),)
+    for node in given_all[first:]:
         graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _listed(output: torch.fx.Node) -> list[Any]:
+    """What a traced graph returns."""
+    results: Any = output.args[0]
+    return list(results)
+
+
+def _graphs(call: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
+    """The nodes that stand for the graphs of both directions."""
+    return tuple(part for part in call.args[:2] if isinstance(part, torch.fx.Node))
+
+
+def _adopted(
+    traced: torch.fx.GraphModule, before: torch.fx.GraphModule, part: torch.fx.Node, name: str
+) -> torch.fx.Node:
+    """A graph of a call, as an attribute of what was traced."""
+    traced.add_submodule(name, getattr(before, str(part.target)))
+    return traced.graph.get_attr(name)
+
+
+def _called(call: torch.fx.Node) -> Callable[..., Any]:
+    target: Any = call.target
+    return cast("Callable[..., Any]", target)
 
 
 def is_own_gradient(node: torch.fx.Node) -> bool:
@@ -139,7 +161,7 @@ def _results(node: torch.fx.Node) -> tuple[torch.Tensor, ...]:
     return (value,) if isinstance(value, torch.Tensor) else tuple(value)
 
 
-def _mapped(value: Any, copies: dict[torch.fx.Node, Any]) -> tuple[Any, ...]:
+def _mapped(value: Any, copies: Mapping[torch.fx.Node, Any]) -> tuple[Any, ...]:
     mapped = torch.fx.map_arg(value, copies.__getitem__)
     return tuple(mapped) if isinstance(mapped, tuple | list) else (mapped,)
 

@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 import attncompile
+from attncompile import backend
 from attncompile.backend import FallbackWarning
+from attncompile.codegen.lowering import Lowering
+from attncompile.ir import Spec
+from attncompile.kernels import operators
 from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_backend import small_llama, tokens
 
@@ -115,6 +119,36 @@ def test_autocast_to_bfloat16(attention: str) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     require_equal(found, gradients(model, model, around=around), gradients(wide, wide), torch.bfloat16)
     assert rewritten(compiled)
+
+
+def test_autocast_holds_for_operators_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[torch.dtype, ...]] = set()
+    natives: list[torch.dtype] = []
+
+    def chosen(spec: Spec, device: str) -> Lowering:
+        def run(*tensors: torch.Tensor) -> torch.Tensor:
+            operands = [t for t in tensors if t.is_floating_point() and t.dim() == 4]
+            seen.add(tuple(tensor.dtype for tensor in operands))
+            with torch.autocast("cpu", enabled=False):
+                out = operators.run(spec, *tensors)
+            assert isinstance(out, torch.Tensor)
+            natives.append(out.dtype)
+            return out
+
+        return Lowering("test", "kernel", "", None, run)
+
+    monkeypatch.setattr(backend, "choose_lowering", chosen)
+    model = small_llama().train()
+    compiled = attncompile.compile(model, rest="eager")
+    eager = gradients(model, model, around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    found = gradients(compiled, model, around=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    wide = copy.deepcopy(model).double()
+    require_equal(found, eager, gradients(wide, wide), torch.bfloat16)
+    assert seen == {(torch.bfloat16,) * 3} and set(natives) == {torch.bfloat16}
+    seen.clear()
+    torch._dynamo.reset()
+    gradients(attncompile.compile(model, rest="eager"), model)
+    assert seen == {(torch.float32,) * 3}
 
 
 def test_inference_before_training_and_between() -> None:
