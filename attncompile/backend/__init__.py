@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from attncompile.backend.checkpointing import attends, checkpointed_bodies, with_bodies
+from attncompile.backend.checkpointing import attends, checkpointed_bodies, checkpoints, with_bodies
 from attncompile.backend.choose import SUPPORTED, choose_lowering
 from attncompile.backend.compilation import Compilation, alive, held_by, note, note_unread
 from attncompile.backend.explanation import Explanation
@@ -117,7 +117,7 @@ def _compile_rest(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
     if options.rest == "eager":
-        return ahead_of_time(module, example_inputs) if checkpointed_bodies(module) else module.forward
+        return ahead_of_time(module, example_inputs) if checkpoints(module) else module.forward
     settings = mode_options(mode or options.mode) or {}
     if options.cudagraphs:
         settings = {**settings, "triton.cudagraphs": True}
@@ -145,11 +145,11 @@ class _Rewriting:
             return module
         bodies = checkpointed_bodies(module)
         if bodies:
-            if attends(module):
-                self._leave("attention outside the checkpointed blocks runs as it was; that inside them is rewritten")
             made = {body.name: self.of(body.graph_module, body.inputs) for body in bodies}
             self.reasons.append("its blocks are checkpointed")
-            return with_bodies(module, made)
+            module = with_bodies(module, made)
+            if not attends(module):
+                return module
         try:
             return self._of(module, example_inputs, device or "cpu")
         except CaptureError as error:

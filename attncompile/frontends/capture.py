@@ -373,7 +373,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
     fixed = _with_fixed_module_floats(graph_module, fakes)
-    cut = without_own_gradients(fixed) if _differentiates(fakes) else None
+    cut = without_own_gradients(fixed, _differentiates(fakes))
     source = without_vmap(cut.graph_module if cut is not None else fixed)
     if cut is not None:
         mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
@@ -398,7 +398,10 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     _adopt_calling_convention(graph_module, traced)
     return Captured(
         graph_module=traced,
-        inputs=tuple(_dynamo_input(node, given) for node, given in zip(placeholders, example_inputs, strict=True)),
+        inputs=tuple(
+            _dynamo_input(before, after.name, given)
+            for before, after, given in zip(placeholders, _placeholders(traced), example_inputs, strict=True)
+        ),
         outputs=tuple(f"output_{index}" for index, _ in enumerate(_results(traced))),
         origin="dynamo",
         dynamic_axes={
@@ -466,7 +469,8 @@ def _adopt_calling_convention(original: torch.fx.GraphModule, traced: torch.fx.G
     traced.recompile()
 
 
-def _dynamo_input(node: torch.fx.Node, given: Any) -> CapturedInput:
+def _dynamo_input(node: torch.fx.Node, name: str, given: Any) -> CapturedInput:
+    """What an input of Dynamo's graph is; ``name`` is what it is called in the traced graph, where its own is taken."""
     found = torch_internals.input_source(node)
     source, in_module = found if found is not None else (node.name, False)
     role: Role = "user"
@@ -477,7 +481,7 @@ def _dynamo_input(node: torch.fx.Node, given: Any) -> CapturedInput:
     elif in_module and isinstance(given, torch.Tensor):
         role = "constant"
     known = role != "user" and not torch_internals.is_fake(given)
-    return CapturedInput(node.name, dotted_path(source), role, given if known else None)
+    return CapturedInput(name, dotted_path(source), role, given if known else None)
 
 
 def _placeholders(graph_module: torch.fx.GraphModule) -> list[torch.fx.Node]:

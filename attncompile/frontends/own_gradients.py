@@ -1,8 +1,9 @@
-"""Functions with a gradient of their own (``torch.autograd.Function``) in a graph from Dynamo, kept whole.
+"""Calls in a graph from Dynamo that say themselves how they are differentiated, kept whole.
 
-Dynamo gives such a function as one call, ``autograd_function_apply``, with a graph for each direction. A tracer above
-autograd would record the forward graph and lose the other. So the calls are cut out before tracing, their results
-become inputs of what is traced, and afterwards each call is put back at its place.
+A function with a gradient of its own (``torch.autograd.Function``) is one call, ``autograd_function_apply``, with a
+graph for each direction; a checkpointed block is one, ``tag_activation_checkpoint``, with a graph that is run again in
+the backward pass. A tracer above autograd would record the forward graph and lose the rest. So the calls are cut out
+before tracing, their results become inputs of what is traced, and afterwards each call is put back at its place.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, cast
 
 import torch
 
-_OPERATOR = "autograd_function_apply"
+_GRAPHS = {"autograd_function_apply": 2, "tag_activation_checkpoint": 1}
+"""Such operators, and how many graphs each takes before its operands."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A graph without its functions that have gradients of their own.
+    """A graph without the calls that say themselves how they are differentiated.
 
     Attributes:
         graph_module: takes the results of the calls after its own inputs, and returns their tensor operands after its
@@ -33,9 +35,16 @@ class Cut:
     results: tuple[torch.Tensor, ...]
 
 
-def without_own_gradients(graph_module: torch.fx.GraphModule) -> Cut | None:
-    """The graph with these calls cut out; ``None`` where there are none, or one of them cannot be cut out."""
-    calls = tuple(node for node in graph_module.graph.nodes if is_own_gradient(node))
+def without_own_gradients(graph_module: torch.fx.GraphModule, differentiates: bool) -> Cut | None:
+    """The graph with these calls cut out; ``None`` where there are none, or one of them cannot be cut out.
+
+    Args:
+        graph_module: from Dynamo.
+        differentiates: whether gradients are recorded; where they are not, a function is no more than its forward
+            graph, which tracing may look into.
+    """
+    found = (node for node in graph_module.graph.nodes if is_own_gradient(node))
+    calls = tuple(node for node in found if differentiates or _graph_count(node) == 1)
     if not calls or not all(_can_be_cut(node) for node in calls):
         return None
     graph = torch.fx.Graph()
@@ -52,7 +61,7 @@ def without_own_gradients(graph_module: torch.fx.GraphModule) -> Cut | None:
             copies[node] = copies[node.args[0]][node.args[1]]
         elif node.op == "output":
             graph.output((*_mapped(node.args[0], copies), *operands))
-        elif not (node.op == "get_attr" and calls_alone(node)):
+        elif not (node.op == "get_attr" and node.users and all(user in calls for user in node.users)):
             copies[node] = graph.node_copy(node, copies.__getitem__)
     results = tuple(result for node in calls for result in _results(node))
     return Cut(torch.fx.GraphModule(graph_module, graph), calls, results)
@@ -107,8 +116,13 @@ def _listed(output: torch.fx.Node) -> list[Any]:
 
 
 def _graphs(call: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
-    """The nodes that stand for the graphs of both directions."""
-    return tuple(part for part in call.args[:2] if isinstance(part, torch.fx.Node))
+    """The nodes that stand for the graphs that a call takes."""
+    return tuple(part for part in call.args[: _graph_count(call)] if isinstance(part, torch.fx.Node))
+
+
+def _graph_count(node: torch.fx.Node) -> int:
+    target: Any = node.target
+    return _GRAPHS.get(target.name(), 0) if isinstance(target, torch._ops.HigherOrderOperator) else 0
 
 
 def _adopted(
@@ -125,13 +139,8 @@ def _called(call: torch.fx.Node) -> Callable[..., Any]:
 
 
 def is_own_gradient(node: torch.fx.Node) -> bool:
-    """Whether a node calls a function with a gradient of its own."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OPERATOR
-
-
-def calls_alone(node: torch.fx.Node) -> bool:
-    """Whether a node is read by such calls and by nothing else."""
-    return bool(node.users) and all(is_own_gradient(user) for user in node.users)
+    """Whether a node is such a call."""
+    return _graph_count(node) > 0
 
 
 def _can_be_cut(node: torch.fx.Node) -> bool:
@@ -148,7 +157,7 @@ def _can_be_cut(node: torch.fx.Node) -> bool:
 
 def _operands(node: torch.fx.Node) -> list[torch.fx.Node]:
     found: list[torch.fx.Node] = []
-    torch.fx.map_arg(node.args[2:], found.append)
+    torch.fx.map_arg(node.args[_graph_count(node) :], found.append)
     return list(dict.fromkeys(found))
 
 
