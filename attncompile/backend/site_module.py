@@ -103,7 +103,9 @@ def _known(size: Expr, sizes: Mapping[Expr, int]) -> int | None:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """What autocast, where it is on, makes of a tensor that goes into a product; ``None`` where it leaves it alone."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
