@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from attncompile.backend.checkpointing import attends, checkpointed_bodies, with_bodies
+from attncompile.backend.checkpointing import attends, checkpointed_bodies, checkpoints, with_bodies
 from attncompile.backend.choose import SUPPORTED, choose_lowering
-from attncompile.backend.compilation import Compilation, alive, held_by, note
+from attncompile.backend.compilation import Compilation, alive, held_by, note, note_unread
 from attncompile.backend.explanation import Explanation
 from attncompile.backend.first_call import ComparedOnce, why_not_compared
 from attncompile.backend.options import Options, read_options
@@ -117,7 +117,7 @@ def _compile_rest(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
 ) -> Callable[..., Any]:
     if options.rest == "eager":
-        return ahead_of_time(module, example_inputs) if checkpointed_bodies(module) else module.forward
+        return ahead_of_time(module, example_inputs) if checkpoints(module) else module.forward
     settings = mode_options(mode or options.mode) or {}
     if options.cudagraphs:
         settings = {**settings, "triton.cudagraphs": True}
@@ -140,29 +140,36 @@ class _Rewriting:
         """The graph with its attention rewritten, or the graph itself where that cannot be done."""
         device = _device(example_inputs)
         if device is not None and device not in SUPPORTED:
-            _warn(f"device {device!r} is not supported ({', '.join(SUPPORTED)} are); the model runs as it was")
+            reason = f"device {device!r} is not supported ({', '.join(SUPPORTED)} are); the model runs as it was"
+            self._leave(reason, device)
             return module
         bodies = checkpointed_bodies(module)
         if bodies:
-            if attends(module):
-                _warn("attention outside the checkpointed blocks runs as it was; that inside them is rewritten")
             made = {body.name: self.of(body.graph_module, body.inputs) for body in bodies}
             self.reasons.append("its blocks are checkpointed")
-            return with_bodies(module, made)
+            module = with_bodies(module, made)
+            if not attends(module):
+                return module
         try:
             return self._of(module, example_inputs, device or "cpu")
         except CaptureError as error:
-            _warn(f"{error}")
+            self._leave(f"{error}", device)
             return module
         except FallbackWarning:  # made an error by the user's filters
             raise
         except Exception as error:  # a defect of ours must not take the user's model down
             log.debug("attncompile failed", exc_info=True)
-            _warn(
+            self._leave(
                 f"attention was not rewritten because of an internal error ({type(error).__name__}: {error}); the "
-                "model runs as it was. Please report this"
+                "model runs as it was. Please report this",
+                device,
             )
             return module
+
+    def _leave(self, reason: str, device: str | None = None) -> None:
+        """Say, now and in the explanation, why attention stays as it was."""
+        _warn(reason)
+        self.compilations.append(note_unread(device or "cpu", reason, 0.0))
 
     def _of(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], device: str) -> torch.fx.GraphModule:
         begun = time.perf_counter()

@@ -35,14 +35,21 @@ class Body:
 def checkpointed_bodies(module: torch.fx.GraphModule) -> tuple[Body, ...]:
     """The checkpointed blocks that a graph from Dynamo calls."""
     found: dict[str, Body] = {}
-    for node in module.graph.nodes:
-        if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() != _OPERATOR:
-            continue
+    for node in filter(_is_checkpoint, module.graph.nodes):
         name = str(node.args[0].target)
         body = getattr(module, name)
         values = (part.meta["example_value"] if isinstance(part, torch.fx.Node) else part for part in node.args[1:])
         found[name] = Body(name, body, tuple(values))
     return tuple(found.values())
+
+
+def checkpoints(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph calls a checkpointed block."""
+    return any(_is_checkpoint(node) for node in module.graph.nodes)
+
+
+def _is_checkpoint(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _OPERATOR
 
 
 def with_bodies(module: torch.fx.GraphModule, bodies: Mapping[str, torch.fx.GraphModule]) -> torch.fx.GraphModule:

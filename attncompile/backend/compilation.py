@@ -108,6 +108,14 @@ def note(
     return made
 
 
+def note_unread(device: str, said: str, seconds: float) -> Compilation:
+    """A record of a graph whose attention was not looked at, with the reason."""
+    with _LOCK:
+        made = Compilation(next(_NUMBERS), device, (), (said,), {}, seconds)
+        _ALIVE.add(made)
+    return made
+
+
 def alive() -> tuple[Compilation, ...]:
     """The graphs that are compiled and not yet dropped, in the order of their compilation."""
     with _LOCK:
@@ -178,4 +186,4 @@ def symbolic_sizes(spec: Spec, tensors: Iterable[torch.Tensor]) -> dict[str, int
     return found
 
 
-__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note"]
+__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_unread"]

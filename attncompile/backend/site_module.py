@@ -100,6 +100,16 @@ def _known(size: Expr, sizes: Mapping[Expr, int]) -> int | None:
     return int(size.value) if isinstance(size, Const) else sizes.get(size)
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, makes of a tensor that goes into a product; ``None`` where it leaves it alone."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class SiteModule(torch.nn.Module):
     """Computes a site with its lowering.
 
@@ -119,9 +129,14 @@ class SiteModule(torch.nn.Module):
         self.spec, self.region, self.lowering = spec, region, lowering
         self.given, self.natives, self.takes_mask = tuple(given), tuple(natives), takes_mask
         self.types = spec.types()
+        self.operands = {name for operation in spec.operations for name in operation.operands()}
 
     def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """The native tensors as the Spec's inputs."""
+        """The native tensors as the Spec's inputs, operands as autocast would hand them to the model's own products.
+
+        No product of ours is one that autocast knows: a generated kernel would go on in float32 where the model asked
+        for 16 bits.
+        """
         sizes: dict[Expr, int] = {}
         found = list(native)
         operands = [(n, entry) for n, entry in enumerate(self.region.inputs) if entry.layout is not None]
@@ -129,6 +144,9 @@ class SiteModule(torch.nn.Module):
         for place, binding in sorted(operands, key=lambda entry: -len(entry[1].layout.axes if entry[1].layout else ())):
             assert binding.layout is not None
             found[place] = to_spec_axes(native[place], binding.layout, self.types[binding.name], sizes)
+            narrow = autocast_dtype(native[place])
+            if narrow is not None and binding.name in self.operands:
+                found[place] = found[place].to(narrow)
         return found
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -142,7 +160,8 @@ class SiteModule(torch.nn.Module):
         for binding, found, info in zip(self.region.outputs, made, self.natives, strict=True):
             assert binding.layout is not None
             native_axes = to_native_axes(found, binding.layout, self.types[binding.name], info.shape, sizes)
-            outputs.append(native_axes if len(made) == 1 else native_axes.to(DTYPES[info.dtype]))
+            stated = len(made) > 1 or any(autocast_dtype(tensor) is not None for tensor in tensors)
+            outputs.append(native_axes.to(DTYPES[info.dtype]) if stated else native_axes)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

@@ -15,6 +15,7 @@ import torch
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.own_gradients import with_own_gradients, without_own_gradients
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
 
@@ -382,7 +383,11 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     """
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
-    source = without_vmap(_with_fixed_module_floats(graph_module, fakes))
+    fixed = _with_fixed_module_floats(graph_module, fakes)
+    cut = without_own_gradients(fixed, _differentiates(fakes))
+    source = without_vmap(cut.graph_module if cut is not None else fixed)
+    if cut is not None:
+        mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
     try:
         traced = torch_internals.trace_pre_dispatch(
             lambda *flat: torch_internals.interpret(source, flat),
@@ -396,13 +401,18 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
             _first_line(error),
             _RUNS_ANYWAY,
         ) from error
+    if cut is not None:
+        traced = with_own_gradients(traced, cut, fixed)
     reason = _lost_in_tracing(graph_module, source, traced, fakes)
     if reason is not None:
         raise CaptureError("Dynamo", "the compiled function", reason, _RUNS_ANYWAY)
     _adopt_calling_convention(graph_module, traced)
     return Captured(
         graph_module=traced,
-        inputs=tuple(_dynamo_input(node, given) for node, given in zip(placeholders, example_inputs, strict=True)),
+        inputs=tuple(
+            _dynamo_input(before, after.name, given)
+            for before, after, given in zip(placeholders, _placeholders(traced), example_inputs, strict=True)
+        ),
         outputs=tuple(f"output_{index}" for index, _ in enumerate(_results(traced))),
         origin="dynamo",
         dynamic_axes={
@@ -422,10 +432,7 @@ def _lost_in_tracing(
     function transform such as vmap does to the values inside it; and values that only existed while the tracer
     looked.
     """
-    differentiates = torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
-    )
-    if differentiates:
+    if _differentiates(inputs):
         lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
         if lost:
             return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
@@ -436,6 +443,13 @@ def _lost_in_tracing(
         if node.op == "get_attr" and torch_internals.is_fake(getattr(after, node.target, None)):
             return f"the value {node.target} existed only while the graph was traced"
     return None
+
+
+def _differentiates(inputs: Sequence[Any]) -> bool:
+    """Whether gradients of some input are recorded."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    )
 
 
 def _with_fixed_module_floats(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
@@ -466,7 +480,8 @@ def _adopt_calling_convention(original: torch.fx.GraphModule, traced: torch.fx.G
     traced.recompile()
 
 
-def _dynamo_input(node: torch.fx.Node, given: Any) -> CapturedInput:
+def _dynamo_input(node: torch.fx.Node, name: str, given: Any) -> CapturedInput:
+    """What an input of Dynamo's graph is; ``name`` is what it is called in the traced graph, where its own is taken."""
     found = torch_internals.input_source(node)
     source, in_module = found if found is not None else (node.name, False)
     role: Role = "user"
@@ -477,7 +492,7 @@ def _dynamo_input(node: torch.fx.Node, given: Any) -> CapturedInput:
     elif in_module and isinstance(given, torch.Tensor):
         role = "constant"
     known = role != "user" and not torch_internals.is_fake(given)
-    return CapturedInput(node.name, dotted_path(source), role, given if known else None)
+    return CapturedInput(name, dotted_path(source), role, given if known else None)
 
 
 def _placeholders(graph_module: torch.fx.GraphModule) -> list[torch.fx.Node]:

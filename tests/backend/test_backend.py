@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from attncompile import compile as compile_model
+from attncompile import explain
 from attncompile.backend import FallbackWarning, attncompile, read_options
 from attncompile.backend.rewrite import Decision
 from attncompile.verify import derive_tolerance, require_within
@@ -181,24 +184,35 @@ def test_dropout_keeps_the_original_and_its_random_numbers(checkpointed: bool) -
         assert torch.equal(gradient, expected.get(name, torch.zeros_like(gradient))), name
 
 
-def test_attention_outside_checkpointed_blocks_is_named() -> None:
-    class Outside(nn.Module):
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("rest", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_attention_beside_checkpointed_blocks_is_rewritten_too(gradients: bool, rest: str) -> None:
+    class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(16, 16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            inside = torch.utils.checkpoint.checkpoint(self.attend, x, use_reentrant=False)
+            inside = torch.utils.checkpoint.checkpoint(self.attend, self.attend(x), use_reentrant=False)
             return self.attend(inside)
 
         def attend(self, x: torch.Tensor) -> torch.Tensor:
             return torch.softmax(self.linear(x) @ x.transpose(-1, -2), dim=-1) @ x
 
-    model, x = Outside(), torch.randn(2, 5, 16)
-    compiled = torch.compile(model, backend=attncompile, options={"rest": "eager"})
-    with pytest.warns(FallbackWarning, match="outside the checkpointed blocks runs as it was"):
+    model, x = Beside(), torch.randn(2, 5, 16)
+    compiled = compile_model(model, rest=rest)
+    with torch.set_grad_enabled(gradients):
         found = compiled(x)
     torch.testing.assert_close(found, model(x))
+    assert [site.operator for site in explain(compiled).sites] == ["sdpa"] * 3
+    if gradients:
+        wide = copy.deepcopy(model).double()
+        exact, eager, own = (
+            torch.autograd.grad(run(y).square().sum(), list(of.parameters()))
+            for run, of, y in ((wide, wide, x.double()), (model, model, x), (compiled, model, x))
+        )
+        for reference, plain, gradient in zip(exact, eager, own, strict=True):
+            require_within(gradient, reference, derive_tolerance(reference, plain, x.numel()).bound, "gradient")
 
 
 def test_returned_weights_keep_the_original_and_say_so() -> None:

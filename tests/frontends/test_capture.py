@@ -386,10 +386,6 @@ class StraightThrough(torch.autograd.Function):
 
 
 LOSSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "a custom gradient": (
-        lambda x: StraightThrough.apply(x) * 2,
-        "autograd_function_apply has a gradient of its own",
-    ),
     "grad inside vmap": (
         lambda x: torch.vmap(torch.func.grad(lambda row: (row * row).sum()))(x),
         "inside grad, vmap of torch.func",
@@ -432,10 +428,15 @@ def test_what_vmap_does_becomes_operations_on_whole_tensors(
         torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_a_custom_gradient_is_no_obstacle_without_gradients() -> None:
-    x = torch.randn(3, 4)
-    compiled = torch.compile(LOSSES["a custom gradient"][0], backend=Recorder())
-    assert torch.equal(compiled(x), x.round() * 2)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_custom_gradient_is_kept(recorded: bool) -> None:
+    x = torch.randn(3, 4, requires_grad=recorded)
+    compiled = torch.compile(lambda x: StraightThrough.apply(x) * 2, backend=Recorder())
+    found = compiled(x)
+    assert torch.equal(found, x.round() * 2)
+    if recorded:
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert torch.equal(gradient, torch.full_like(x, 2.0))
 
 
 @pytest.mark.slow
