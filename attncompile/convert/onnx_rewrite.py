@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir
 
 from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, Provider
-from attncompile.codegen.onnx.choose import Choice, Prefer, choose, expected_speed
+from attncompile.codegen.onnx.choose import WORTH_BRANCHING, Choice, Prefer, choose, expected_speed
 from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
@@ -144,7 +144,7 @@ def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Pro
     speed = expected_speed(spec, operator, provider) if operator in measured else None
     if speed is None:
         return f"it stays {operator}, which was not measured against plain operators; {choice.reason}"
-    if speed < 1.0:
+    if speed * WORTH_BRANCHING < 1.0:  # a call is not taken apart for a difference that measurements hardly show
         return None
     return f"it stays {operator}, which was measured {speed:.2f}x as fast as plain operators"
 

@@ -18,7 +18,7 @@ from typing import Literal
 from attncompile.codegen.onnx.capabilities import FROM_QUERIES, Capability, Provider, from_queries, rows_for
 from attncompile.codegen.onnx.dispatch import by_length
 from attncompile.codegen.onnx.reading import causal_mask, fixed, group_size, scaled
-from attncompile.ir.expr import TRUE
+from attncompile.ir.expr import TRUE, Const
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
@@ -218,6 +218,10 @@ def _behind_a_cache(
     least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
     if least is None:
         return Choice(plain, f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens", refused)
+    queries = simplify(spec.types()[attend.query].sizes[2]) if (attend := spec.attend()) is not None else None
+    if isinstance(queries, Const) and queries.value < least:
+        told = f"{taking.operator} was measured to be faster from {least} queries on, here are {int(queries.value)}"
+        return Choice(plain, told, refused)
     told = _compared(taking, speeds[PROMPTS[-1]], "faster", provider, PROMPTS[-1:])
     return Choice(from_queries(least), f"{told}, and slower below {least}, as in each step of generation", refused)
 
