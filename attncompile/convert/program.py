@@ -16,7 +16,7 @@ from attncompile.convert.calibration import text_call
 from attncompile.convert.change import Change, changes_in_torch
 from attncompile.convert.comparison import Run, Runs, in_float64, outputs_of
 from attncompile.convert.evidence import Outcome
-from attncompile.convert.frame import lossy_rewrites, require_sites
+from attncompile.convert.frame import Options, lossy_rewrites, require_sites
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export
 from attncompile.frontends.checkpoint import OpenedModel
@@ -180,3 +180,23 @@ def with_parameters(function: Callable[..., Any], positional: Sequence[str], key
         ]
     )
     return forward
+
+
+def require_no_onnx_options(target: str | Path, options: Options) -> None:
+    """Refuse the options that only a conversion to ONNX has.
+
+    Raises:
+        InputError: when an operator is preferred, or a cache asked for.
+    """
+    if options.prefer != "fastest":
+        raise InputError(
+            f"prefer={options.prefer!r} chooses among ONNX operators",
+            str(target),
+            "use --target onnx, or leave it out",
+        )
+    if options.cache:
+        raise InputError(
+            "cache=True makes a cache the inputs and outputs of an ONNX model",
+            str(target),
+            "use --target onnx, or leave it out: a model for PyTorch keeps its own cache",
+        )

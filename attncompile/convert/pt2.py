@@ -28,6 +28,7 @@ from attncompile.convert.program import (
     module_run,
     operators_of,
     parameter_names,
+    require_no_onnx_options,
     require_plan,
     rewritten,
     runs_of,
@@ -68,10 +69,7 @@ def convert_pt2(target: str | Path, out: Path, options: Options) -> Conversion:
             compiler; for another provider than the CPU; or when ``out`` cannot be written.
         ValueError: for passes that cannot be read.
     """
-    if options.prefer != "fastest":
-        raise InputError(
-            f"prefer={options.prefer!r} chooses among ONNX operators", str(target), "use --target onnx, or leave it out"
-        )
+    require_no_onnx_options(target, options)
     if options.provider != "cpu":
         raise InputError(
             f"packages are made for the CPU, and the provider is {options.provider!r}",

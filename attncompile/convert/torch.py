@@ -23,6 +23,7 @@ from attncompile.convert.program import (
     module_run,
     operators_of,
     parameter_names,
+    require_no_onnx_options,
     require_plan,
     rewritten,
     runs_of,
@@ -53,18 +54,7 @@ def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion
         InputError: when the target is no PyTorch model, no site is found, or ``out`` cannot be written.
         ValueError: for passes that cannot be read.
     """
-    if options.prefer != "fastest":
-        raise InputError(
-            f"prefer={options.prefer!r} chooses among ONNX operators",
-            str(target),
-            "use --target onnx, or leave it out",
-        )
-    if options.cache:
-        raise InputError(
-            "cache=True makes a cache the inputs and outputs of an ONNX model",
-            str(target),
-            "use --target onnx, or leave it out: a model for PyTorch keeps its own cache",
-        )
+    require_no_onnx_options(target, options)
 
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         if opened.kind != "torch":

@@ -231,6 +231,8 @@ def test_wrong_options_leave_nothing(own: Path, tmp_path: Path, monkeypatch: pyt
         attncompile.convert(f"{own}:build", tmp_path / "out", to="pt2", provider="cuda")
     with pytest.raises(InputError, match="chooses among ONNX operators"):
         attncompile.convert(f"{own}:build", tmp_path / "out", to="pt2", prefer="fused")
+    with pytest.raises(InputError, match="a model for PyTorch keeps its own cache"):
+        attncompile.convert(f"{own}:build", tmp_path / "out", to="pt2", cache=True)
     monkeypatch.setattr(pt2, "cpp_compiler", lambda: None)
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
         attncompile.convert(f"{own}:build", tmp_path / "out", to="pt2")
