@@ -18,7 +18,7 @@ from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
 from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
-from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
+from attncompile.kernels.hopper_runs import COUNTED, known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
 
@@ -208,6 +208,8 @@ class HopperForward:
             "one buffer": self.tile.buffers == 1,
             "early": self.tile.early,
             "late": not self.tile.early,
+            "listed": self.marks is not None,
+            "limits": self.marks is None,
         }
         lines: list[str] = []
         for line in template.strip("\n").splitlines():
@@ -230,6 +232,8 @@ class HopperForward:
         for marker, names in (
             ("CONTEXT", self.context()),
             ("KNOWN", known(self.runs, self.marks)),
+            ("COUNTED", COUNTED),
+            ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
             ("LAUNCHED", launched),
         ):
             text = ", ".join(names)

@@ -85,6 +85,7 @@ def consumer(
     tile = gl.load(work)
     next_tile = gl.load(work + 1)
     position = 2
+    COUNTED = counted(tile, CONTEXT)  # if listed
     mbarrier.wait(query_ready.index(GROUP), 0)
     mbarrier.wait(key_ready.index(0), 0)
     first_products = warpgroup_mma(
@@ -99,10 +100,16 @@ def consumer(
         later_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
-        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        blocks, KNOWN = key_blocks(TILE, CONTEXT)
+        # What the next tile visits is known when it begins.  # if listed
+        COUNTED = counted(next_tile, CONTEXT)  # if listed
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
-        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if limits
+        if edges > 0:  # if listed
+            s = logits(s, first_start, first_row, b, h, CONTEXT, True)  # if listed
+        else:  # if listed
+            s = logits(s, first_start, first_row, b, h, CONTEXT, False)  # if listed
         peak = gl.max(s, axis=1) * SCALE
         p = gl.exp2(s * SCALE - gl.expand_dims(peak, 1))
         total = own_sums(p)
@@ -197,24 +204,27 @@ def producer(
     last_start = 0  # if two buffers
     last_stage = 0  # if two buffers
     tile = gl.load(work)
+    COUNTED = counted(tile, CONTEXT)  # if listed
     position = 1
     while tile >= 0:
         next_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
         g = KV_HEAD
-        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        blocks, KNOWN = key_blocks(TILE, CONTEXT)
         for group in gl.static_range(GROUPS):
             slot = buffer * GROUPS + group
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
             place = QUERY_PLACE(b, h, row_first + 64 * group)
             copy_in(query, place, query_ready.index(slot), query_tiles.index(slot))
-        start = block_start(0, KNOWN)
+        start = block_start(0, KNOWN)  # if limits
+        start = first_start  # if listed
         fill(key, KEY_PLACE(b, g, start), key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers
             # The last values of the tile before come after the first keys of this one.  # if two buffers
             at = KEY_PLACE(last_b, last_g, last_start)  # if two buffers
             fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
+        COUNTED = counted(next_tile, CONTEXT)  # if listed
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
