@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
 from attncompile.kernels.hopper_boxes import Boxes
+from attncompile.kernels.hopper_digits import KeyDigits
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import COUNTED, known, listed_blocks, visited_blocks
@@ -113,6 +114,8 @@ class HopperForward:
         clamped: whether tensors are loaded by ``i`` or ``j``.
         marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
         boxes: how tiles lie in a grid of tokens, or ``None`` where a tile is a run of them.
+        digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
+            leave through the place of the queries, since the product's operand needs room.
     """
 
     tile: HopperTile
@@ -133,6 +136,7 @@ class HopperForward:
     clamped: bool
     marks: MarkBlocks | None = None
     boxes: Boxes | None = None
+    digits: KeyDigits | None = None
 
     def padded(self, extent: int) -> int:
         """Tile size for a number of channels: a power of two; TMA fills the rest with zeros."""
@@ -190,12 +194,15 @@ class HopperForward:
                 ("ROOM", f"{ROOM}", "key blocks that the list of a tile has room for"),
                 ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
             )
+        if self.digits:
+            rows += (("DIGITS", f"{self.digits.columns}", "values of the digits of a key's place in its block, padded"),)
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
         lines += [
             f"SCORES = gl.constexpr({layout.format(tile.keys)})",
             f"OUTPUT = gl.constexpr({layout.format(self.padded(self.features))})",
             "WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))",
+            *([f"HIDING = gl.constexpr({layout.format(self.digits.columns)})"] if self.digits else []),
         ]
         return "\n".join(lines)
 
@@ -210,6 +217,10 @@ class HopperForward:
             "late": not self.tile.early,
             "listed": self.marks is not None,
             "limits": self.marks is None,
+            "listed selected": self.marks is not None and self.digits is None,
+            "digits": self.digits is not None,
+            "no digits": self.digits is None,
+            "staged apart": self.tile.staged and self.digits is None,
         }
         lines: list[str] = []
         for line in template.strip("\n").splitlines():
@@ -226,6 +237,8 @@ class HopperForward:
         """A line with the markers of arguments replaced."""
         heads, queries, keys = self.lengths
         launched = [name for name in self.pointers() if name == "lse"]
+        if self.digits:
+            line = line.replace("out_tiles, ", "digit_tile, ")
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
@@ -233,6 +246,7 @@ class HopperForward:
             ("CONTEXT", self.context()),
             ("KNOWN", known(self.runs, self.marks)),
             ("COUNTED", COUNTED),
+            ("DIGIT_TILE", ("digit_tile",) if self.digits else ()),
             ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
             ("LAUNCHED", launched),
         ):
@@ -344,6 +358,7 @@ class HopperForward:
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),
+                *([self.digits.source(self.context())] if self.digits else []),
                 self._blocks(),
                 self._logits(),
                 self._filled(STEP),

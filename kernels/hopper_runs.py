@@ -96,6 +96,13 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
         "    edges, blocks = gl.load(counts + 2 * tile), gl.load(counts + 2 * tile + 1)",
         "    return edges, blocks, gl.load(listed), gl.load(listed + room - 1)",
     ]
+    first = [
+        "@gluon.jit",
+        signature("def first_block", COUNTED, ":"),
+        '    """First key of the block that a tile visits first."""',
+        "    crowded = -1 - listed_edges",
+        "    return gl.where(crowded >= 0, crowded, gl.where(listed_edges != 0, front, back)) * BLOCK_J",
+    ]
     known = [
         *row,
         "# Where a list has no room for all blocks, this is the first of them; negative elsewhere.",
@@ -103,7 +110,7 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
         "edges = gl.where(crowded >= 0, listed_blocks, listed_edges)",
         "# The edges stand at the front of the row, the others at its end, in falling order.",
         "turned = edges + room - 1",
-        "first_start = gl.where(crowded >= 0, crowded, gl.where(edges > 0, front, back)) * BLOCK_J",
+        "first_start = first_block(listed_edges, listed_blocks, front, back)",
         "blocks = listed_blocks",
     ]
     place = [
@@ -111,7 +118,7 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
         "start = gl.load(listed + gl.where(crowded < 0, place, 0))",
         "start = gl.where(crowded < 0, start, crowded + number) * BLOCK_J",
     ]
-    return tidy(counted) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
+    return tidy(counted) + "\n\n\n" + tidy(first) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
 
 
 def _placed(

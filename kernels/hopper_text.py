@@ -29,7 +29,7 @@ def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
 STEP = '''
 @gluon.jit
 def step(
-    query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+    query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
     stage, phase, next_stage, next_phase, more, start, first_row, b, h, CONTEXT,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
@@ -38,20 +38,31 @@ def step(
     ``stage`` holds the values of the block before, ``more`` says whether another block
     follows.
     """
+    if EDGE:  # if digits
+        hidden = hidden_digits(start, first_row, b, h, CONTEXT)  # if digits
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
+    products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+    if EDGE:  # if digits
+        products = warpgroup_mma(hidden, digit_tile.permute((1, 0)), products, use_acc=False, is_async=True)  # if digits
     products = warpgroup_mma(
         query_tile,
         key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
-        use_acc=False,
+        gl.zeros([64, BLOCK_J], gl.float32, SCORES),  # if no digits
+        use_acc=False,  # if no digits
+        products,  # if digits
+        use_acc=EDGE,  # if digits
         is_async=True,
     )
     mbarrier.wait(value_ready.index(stage), phase)
     values = value_tiles.index(stage).reshape([BLOCK_J, FEATURES])
     sums = warpgroup_mma(weights, values, accumulator, is_async=True)
     signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
-    s, sums = warpgroup_mma_wait(1, deps=[products, sums])
+    if EDGE:  # if digits
+        s, sums, hidden = warpgroup_mma_wait(1, deps=[products, sums, hidden])  # if digits
+    else:  # if digits
+        s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if digits
+    s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if no digits
     signal(KEY_FREE + next_stage, GROUPS * 128 + 32)
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)
@@ -88,14 +99,22 @@ def consumer(
     COUNTED = counted(tile, CONTEXT)  # if listed
     mbarrier.wait(query_ready.index(GROUP), 0)
     mbarrier.wait(key_ready.index(0), 0)
+    row_first, b, h = unpacked(tile)  # if digits
+    hidden = hidden_digits(first_block(COUNTED), row_first + 64 * GROUP, b, h, CONTEXT)  # if digits
+    first_products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+    first_products = warpgroup_mma(  # if digits
+        hidden, digit_tile.permute((1, 0)), first_products, use_acc=False, is_async=True  # if digits
+    )  # if digits
     first_products = warpgroup_mma(
         query_tiles.index(GROUP).reshape([64, CHANNELS]),
         key_tiles.index(0).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
-        use_acc=False,
+        gl.zeros([64, BLOCK_J], gl.float32, SCORES),  # if no digits
+        use_acc=False,  # if no digits
+        first_products,  # if digits
         is_async=True,
     )
-    s = warpgroup_mma_wait(0, deps=[first_products])
+    s = warpgroup_mma_wait(0, deps=[first_products])  # if no digits
+    s, hidden = warpgroup_mma_wait(0, deps=[first_products, hidden])  # if digits
     while tile >= 0:
         later_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
@@ -103,28 +122,32 @@ def consumer(
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
         # What the next tile visits is known when it begins.  # if listed
         COUNTED = counted(next_tile, CONTEXT)  # if listed
+        slot = buffer * GROUPS + GROUP  # if digits
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
         s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if limits
-        if edges > 0:  # if listed
-            s = logits(s, first_start, first_row, b, h, CONTEXT, True)  # if listed
-        else:  # if listed
-            s = logits(s, first_start, first_row, b, h, CONTEXT, False)  # if listed
+        if edges > 0:  # if listed selected
+            s = logits(s, first_start, first_row, b, h, CONTEXT, True)  # if listed selected
+        else:  # if listed selected
+            s = logits(s, first_start, first_row, b, h, CONTEXT, False)  # if listed selected
         peak = gl.max(s, axis=1) * SCALE
         p = gl.exp2(s * SCALE - gl.expand_dims(peak, 1))
         total = own_sums(p)
         weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
+        # The results of the tile before have left the place of its queries.  # if digits
+        tma.store_wait(0)  # if digits
+        mbarrier.arrive(query_free.index((buffer ^ 1) * GROUPS + GROUP), count=1, pred=position > 2)  # if digits
         next_stage, next_phase = following(stage, phase)
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
         for number in range(1, edges):
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-                query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+                query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
                 stage, phase, next_stage, next_phase, number + 1 < blocks,
                 block_start(number, KNOWN), first_row, b, h, CONTEXT, GROUP, True,
             )
         # <full>
-        mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)
+        mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)  # if no digits
         # The last values of this tile, and the first keys of the next; after the last tile that product is not used.
         mbarrier.wait(value_ready.index(stage), phase)
         buffer ^= 1  # if two buffers
@@ -132,17 +155,24 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
+        next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if digits
+        hidden = hidden_digits(first_block(COUNTED), next_row + 64 * GROUP, next_b, next_h, CONTEXT)  # if digits
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])
         sums = warpgroup_mma(weights, values, accumulator, is_async=True)
         stage, phase = following(stage, phase)
         mbarrier.wait(query_ready.index(buffer * GROUPS + GROUP), buffer_phase, pred=next_tile >= 0)
         mbarrier.wait(key_ready.index(stage), phase, pred=next_tile >= 0)
+        next_products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+        next_products = warpgroup_mma(  # if digits
+            hidden, digit_tile.permute((1, 0)), next_products, use_acc=False, is_async=True  # if digits
+        )  # if digits
         next_products = warpgroup_mma(
             query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]),
             key_tiles.index(stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-            gl.zeros([64, BLOCK_J], gl.float32, SCORES),
-            use_acc=False,
+            gl.zeros([64, BLOCK_J], gl.float32, SCORES),  # if no digits
+            use_acc=False,  # if no digits
+            next_products,  # if digits
             is_async=True,
         )
         signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
@@ -154,12 +184,15 @@ def consumer(
         # <lse>
         factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
         accumulator = accumulator * gl.expand_dims(factor, 1)
-        tma.store_wait(0)  # if staged
-        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged
+        tma.store_wait(0)  # if staged apart
+        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged apart
+        query_tiles.index(slot).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if digits
         fence_async_shared()  # if staged
-        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged
+        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged apart
+        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(slot))  # if digits
         # <stored>
-        s = warpgroup_mma_wait(0, deps=[next_s])
+        s = warpgroup_mma_wait(0, deps=[next_s])  # if no digits
+        s, hidden = warpgroup_mma_wait(0, deps=[next_s, hidden])  # if digits
         tile = next_tile
         next_tile = later_tile
         position += 1
@@ -171,7 +204,7 @@ def consumer(
 FULL = """
 for number in range(gl.maximum(edges, 1), blocks):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-        query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + 1 < blocks,
         full_start + (number - edges) * BLOCK_J, first_row, b, h, CONTEXT, GROUP, False,
     )
@@ -258,7 +291,9 @@ def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
     query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
     key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
     value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, KEY_BOX, FEATURES], value.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged apart
+    digit_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_J, DIGITS], gl.bfloat16)  # if digits
+    digit_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_J, DIGITS], digit_rows, digits_of_keys())  # if digits
     query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
