@@ -19,7 +19,7 @@ from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_digits import KeyDigits
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
-from attncompile.kernels.hopper_runs import COUNTED, known, listed_blocks, visited_blocks
+from attncompile.kernels.hopper_runs import COUNTED, LISTS, known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
 
@@ -195,7 +195,7 @@ class HopperForward:
                 ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
             )
         if self.digits:
-            rows += (("DIGITS", f"{self.digits.columns}", "values of the digits of a key's place in its block, padded"),)
+            rows += (("DIGITS", f"{self.digits.columns}", "values of the digits of a key's place in a block, padded"),)
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
         lines += [
@@ -246,7 +246,7 @@ class HopperForward:
             ("CONTEXT", self.context()),
             ("KNOWN", known(self.runs, self.marks)),
             ("COUNTED", COUNTED),
-            ("DIGIT_TILE", ("digit_tile",) if self.digits else ()),
+            ("ONES", ("digit_tile",) if self.digits else ()),
             ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
             ("LAUNCHED", launched),
         ):
@@ -372,7 +372,7 @@ class HopperForward:
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL)),
+        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL, *LISTS)),
     )
 )
 """Identifiers that the skeleton uses itself."""

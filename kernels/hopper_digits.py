@@ -1,10 +1,13 @@
 """A mask by one more product: where a mask knows a key of a block by the digits of its place, as the axes of a box.
 
-Within a block the place of a key is a number of a few digits, ``place // 32``, ``place // 4 % 8`` and ``place % 4`` in a
-box of 4·8·4 keys, and a window is a conjunction of conditions on a single digit each. A key is then a row of ones and
+Within a block the place of a key is a number of a few digits, ``place // 32``, ``place // 4 % 8`` and ``place % 4`` in
+a box of 4·8·4 keys, and a window is a conjunction of conditions on a single digit each. A key is then a row of ones and
 zeros, a one for the value of each digit, the same for all blocks; and a query a row of zeros and of numbers that hide,
 one for each value of each digit. Their product, 16 or 32 columns wide, is what the mask adds to the scores: the matrix
-unit does in a few steps what takes several instructions for every score.
+unit does in one step or two what takes several instructions for every score.
+
+Visible scores stay as they are, since zeros are added to them. A hidden one is at most its product with the keys minus
+2^100, so that products of query and key have to stay below 2^98, as they have to stay above −2^98 anyway.
 """
 
 from __future__ import annotations
@@ -47,10 +50,6 @@ class KeyDigits:
         """Columns of the product."""
         return max(16, 1 << (sum(digit.count for digit in self.digits) - 1).bit_length())
 
-    def bytes(self, keys: int) -> int:
-        """Of the rows of a block's keys, in shared memory."""
-        return 2 * keys * self.columns
-
     def source(self, context: tuple[str, ...]) -> str:
         """The functions that make both rows.
 
@@ -62,9 +61,7 @@ class KeyDigits:
         for number, digit in enumerate(self.digits):
             place = f"place // {digit.divisor} % {digit.count}" if digit.divisor > 1 else f"place % {digit.count}"
             ones.append(f"(column == {place + f' + {first}' if first else place})")
-            allowed = signature(
-                f"allowed_{number}", ("digit" if name == "digit" else name for name in digit.allowed.parameters), ""
-            )
+            allowed = signature(f"allowed_{number}", digit.allowed.parameters, "")
             test = f"digit = column - {first}" if first else "digit = column"
             chosen += [test, f"shown = {allowed if not number else f'gl.where(column < {first}, shown, {allowed})'}"]
             first += digit.count
@@ -81,7 +78,7 @@ class KeyDigits:
         queries = [
             "@gluon.jit",
             signature("def hidden_digits", ["start", "first_row", "b", "h", *context], ":"),
-            '    """Rows of 64 queries: HIDDEN in the column of each digit that the mask hides from them in a block."""',
+            '    """Rows of 64 queries: HIDDEN in the column of each digit that the mask hides from them."""',
             "    rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, HIDING))",
             "    i = gl.expand_dims(rows, 1)",
             "    column = gl.expand_dims(gl.arange(0, DIGITS, layout=gl.SliceLayout(0, HIDING)), 0)",

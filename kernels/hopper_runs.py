@@ -16,6 +16,9 @@ LISTED = ("edges", "first_start", "turned", "listed", "crowded")
 COUNTED = ("listed_edges", "listed_blocks", "front", "back")
 """What ``counted`` loads for ``key_blocks``."""
 
+LISTS = (*LISTED, *COUNTED, "counted", "first_block", "row", "room")
+"""Identifiers of the functions that read lists."""
+
 
 def known(runs: KeyRuns, marks: MarkBlocks | None) -> tuple[str, ...]:
     """What ``key_blocks`` returns after the number of blocks."""
@@ -81,19 +84,19 @@ def visited_blocks(runs: KeyRuns, context: tuple[str, ...], lengths: tuple[str, 
 def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[str, str, str]) -> str:
     """``counted``, ``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
     heads, queries, keys = lengths
-    number = f"tile = ({f'b * {heads} + h' if marks.by_head else 'b'}) * gl.cdiv({queries}, BLOCK_I)"
+    of_head = f"b * {heads} + h" if marks.by_head else "b"
     row = [
-        f"{number} + row_first // BLOCK_I",
+        f"row = ({of_head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
         f"room = gl.minimum(gl.cdiv({keys}, BLOCK_J), ROOM)",
-        "listed = places + gl.cast(tile, gl.int64) * room",
+        "listed = places + gl.cast(row, gl.int64) * room",
     ]
     counted = [
         "@gluon.jit",
-        signature("def counted", ["entry", *context], ":"),
+        signature("def counted", ["tile", *context], ":"),
         '    """What ``key_blocks`` needs from memory for an entry of the work list; loaded long before it is read."""',
-        "    row_first, b, h = unpacked(gl.maximum(entry, 0))",
+        "    row_first, b, h = unpacked(gl.maximum(tile, 0))",
         *(f"    {line}" for line in row),
-        "    edges, blocks = gl.load(counts + 2 * tile), gl.load(counts + 2 * tile + 1)",
+        "    edges, blocks = gl.load(counts + 2 * row), gl.load(counts + 2 * row + 1)",
         "    return edges, blocks, gl.load(listed), gl.load(listed + room - 1)",
     ]
     first = [

@@ -29,7 +29,7 @@ def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
 STEP = '''
 @gluon.jit
 def step(
-    query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+    query_tile, ONES, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
     stage, phase, next_stage, next_phase, more, start, first_row, b, h, CONTEXT,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
@@ -44,7 +44,9 @@ def step(
     meet(TURN + GROUP, 256)  # if turns
     products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
     if EDGE:  # if digits
-        products = warpgroup_mma(hidden, digit_tile.permute((1, 0)), products, use_acc=False, is_async=True)  # if digits
+        products = warpgroup_mma(  # if digits
+            hidden, digit_tile.permute((1, 0)), products, use_acc=False, is_async=True  # if digits
+        )  # if digits
     products = warpgroup_mma(
         query_tile,
         key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
@@ -142,7 +144,7 @@ def consumer(
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
         for number in range(1, edges):
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-                query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+                query_tile, ONES, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
                 stage, phase, next_stage, next_phase, number + 1 < blocks,
                 block_start(number, KNOWN), first_row, b, h, CONTEXT, GROUP, True,
             )
@@ -204,7 +206,7 @@ def consumer(
 FULL = """
 for number in range(gl.maximum(edges, 1), blocks):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-        query_tile, DIGIT_TILE, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        query_tile, ONES, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + 1 < blocks,
         full_start + (number - edges) * BLOCK_J, first_row, b, h, CONTEXT, GROUP, False,
     )

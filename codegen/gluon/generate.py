@@ -205,6 +205,8 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
     notes = "Products in float16 or bfloat16 are summed in float32."
     if "tanh(" in kernel:
         notes += " tanh is that of the special-function unit: relative error at most 2^-11."
+    if "hidden_digits(" in kernel:
+        notes += " The mask is added to products of query and key, which have to lie between -2^98 and 2^98."
     text = documentation(spec, inputs).replace("as a Triton kernel", "as a Gluon kernel for Hopper GPUs", 1)
     return re.sub(r"^Products in .*$", notes, text, count=1, flags=re.MULTILINE)
 
