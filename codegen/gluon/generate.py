@@ -10,10 +10,10 @@ from attncompile.codegen.gluon.boxes import boxes_of
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
-from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, WORK_LIST, key_count, launch_lines
+from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.structure import may_be_infinite, padded, why_not_spec
-from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, hopper_tile, shared_bytes
+from attncompile.codegen.gluon.structure import may_be_infinite, padded, tile_for, why_not_spec
+from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.generate import GeneratedModule
@@ -32,6 +32,7 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
 from attncompile.codegen.triton.regroup import around
+from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify
@@ -45,6 +46,7 @@ from attncompile.kernels.hopper_digits import WORDS as DIGIT_WORDS
 from attncompile.kernels.hopper_lines import hopper_function
 from attncompile.kernels.hopper_marks import HOST as LISTS
 from attncompile.kernels.hopper_marks import KEPT, MarkBlocks
+from attncompile.kernels.quantize import DEVICE_FUNCTIONS as ROUNDING_FUNCTIONS
 
 GLUON = Dialect("gl.", {"sigmoid": "(1.0 / (1.0 + gl.exp(-{0})))"})
 """Gluon has Triton's functions under another name, but no sigmoid."""
@@ -111,15 +113,18 @@ def generate(
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
     lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
+    rounding = rounding_texts(parts)
     sections = (
         _documentation(spec, inputs, kernel_text),
         IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1)
-        if skeleton.marks
+        if skeleton.marks or rounding
         else IMPORTS,
         skeleton.constants() + "\n" + CHECKS,
         *_device_functions(kernel_text),
+        *device_functions_of(*rounding, names=ROUNDING_FUNCTIONS),
+        *rounding,
         kernel_text,
-        HOST,
+        host(parts),
         *([boxes.host()] if boxes else []),
         *(lists if skeleton.marks else [WORK_LIST, key_count(found, binding, skeleton)]),
         launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton, moved)),
@@ -128,6 +133,7 @@ def generate(
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     elements |= {"out": "operand", "lse": "float32", "work": "int64", "counts": "int32", "places": "int32"}
+    elements |= dict.fromkeys(("query_scale", "key_scale", "value_scale"), "float32")
     kernel = Kernel(
         "attend_forward",
         tuple((pointer, elements[pointer]) for pointer in skeleton.pointers()),
@@ -198,6 +204,7 @@ def _skeleton(
         marks=listed,
         boxes=boxes,
         digits=digits,
+        narrow=narrow_operands(parts),
     )
 
 
@@ -212,17 +219,15 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
 
 
 def _tile(parts: Dense, queries: int) -> HopperTile:
-    channels, features = (padded(constant(found.sizes[3])) for found in (parts.query, parts.value))
     short = queries < SHORT and parts.mask != TRUE
-    keys = keys_of_cells(parts.score, parts.mask)
-    return hopper_tile(channels, features, light=_light(parts), short=short, keys=keys)
+    return tile_for(parts, light=_light(parts), short=short, keys=keys_of_cells(parts.score, parts.mask))
 
 
 def _by_product(parts: Dense, tile: HopperTile, channels: int, features: int) -> bool:
     """Whether there is room to apply the mask by a product: results leave through the place of the queries then."""
     channels, features = padded(channels), padded(features)
     room = shared_bytes(dataclasses.replace(tile, staged=False), channels, features) + 2 * tile.keys * MOST
-    together = tile.staged and tile.buffers == 2 and channels == features
+    together = tile.staged and tile.buffers == 2 and channels == features and not parts.rounding
     return parts.score == SCORE and together and room <= SHARED_MEMORY
 
 
