@@ -279,7 +279,7 @@ class HopperForward:
         launched = [name for name in self.pointers() if name == "lse" or name in scales]
         if self.digits:
             line = line.replace("out_tiles, ", "digit_tile, ")
-        operand = ["query_tiles", "query_slot"] if scales else ["query_tile", *(["digit_tile"] if self.digits else [])]
+        own = ["query_tiles", "query_slot"] if scales else ["query_tile", *(["digit_tile"] if self.digits else [])]
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
@@ -289,7 +289,7 @@ class HopperForward:
             ("COUNTED", COUNTED),
             ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
             ("LAUNCHED", launched),
-            ("QUERY_OPERAND", operand),
+            ("QUERY_OPERAND", own),
             ("SCALES", ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else []),
         ):
             text = ", ".join(names)
