@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
 from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
+from attncompile.kernels.hopper_digits import KeyDigits
 from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
-from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
+from attncompile.kernels.hopper_runs import COUNTED, LISTS, known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PAIRS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
 
@@ -121,6 +122,8 @@ class HopperForward:
         clamped: whether tensors are loaded by ``i`` or ``j``.
         marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
         boxes: how tiles lie in a grid of tokens, or ``None`` where a tile is a run of them.
+        digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
+            leave through the place of the queries, since the product's operand needs room.
         narrow: operands that are codes with scales, or ``None``.
     """
 
@@ -142,6 +145,7 @@ class HopperForward:
     clamped: bool
     marks: MarkBlocks | None = None
     boxes: Boxes | None = None
+    digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
 
     @property
@@ -217,6 +221,8 @@ class HopperForward:
                 ("ROOM", f"{ROOM}", "key blocks that the list of a tile has room for"),
                 ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
             )
+        if self.digits:
+            rows += (("DIGITS", f"{self.digits.columns}", "values of the digits of a key's place in a block, padded"),)
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, {1}])"
         lines += [
@@ -224,6 +230,7 @@ class HopperForward:
             *(["OWN_ROWS = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 4))"] if self.tile.loaded else []),
             f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
             f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
+            *([f"HIDING = gl.constexpr({layout.format(self.digits.columns, 16)})"] if self.digits else []),
         ]
         return "\n".join(lines)
 
@@ -250,6 +257,16 @@ class HopperForward:
             "narrow values": self.turned_values,
             "narrow values behind": self.turned_values and not self.tile.ahead,
             "wide values": not self.turned_values,
+            "listed": self.marks is not None,
+            "listed selected": self.marks is not None and self.digits is None and self.narrow is None,
+            "wide limits": self.marks is None and self.narrow is None,
+            "narrow limits": self.marks is None and self.narrow is not None,
+            "narrow listed": self.marks is not None and self.narrow is not None,
+            "limits": self.marks is None,
+            "digits": self.digits is not None,
+            "no digits": self.digits is None,
+            "no digits behind": self.digits is None and not self.tile.ahead,
+            "staged apart": self.tile.staged and self.digits is None,
         }
         lines: list[str] = []
         for line in template.strip("\n").splitlines():
@@ -267,6 +284,11 @@ class HopperForward:
         heads, queries, keys = self.lengths
         scales = self.narrow.scales() if self.narrow else ()
         launched = [name for name in self.pointers() if name == "lse" or name in scales]
+        if self.digits:
+            line = line.replace("out_tiles, ", "digit_tile, ")
+        own = ["query_tile", *(["digit_tile"] if self.digits else [])]
+        if scales and not self.tile.loaded:
+            own = ["query_tiles", "query_slot"]
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
@@ -276,8 +298,10 @@ class HopperForward:
         for marker, names in (
             ("CONTEXT", self.context()),
             ("KNOWN", known(self.runs, self.marks)),
+            ("COUNTED", COUNTED),
+            ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
             ("LAUNCHED", launched),
-            ("QUERY_OPERAND", ["query_tiles", "query_slot"] if scales and not self.tile.loaded else ["query_tile"]),
+            ("QUERY_OPERAND", own),
             ("SCALES", ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else []),
         ):
             text = ", ".join(names)
@@ -420,6 +444,7 @@ class HopperForward:
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),
+                *([self.digits.source(self.context())] if self.digits else []),
                 self._blocks(),
                 self._logits(),
                 self._step(),
@@ -433,7 +458,7 @@ class HopperForward:
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL, WORDS)),
+        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL, WORDS, *LISTS)),
     )
 )
 """Identifiers that the skeleton uses itself."""

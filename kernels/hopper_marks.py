@@ -178,7 +178,10 @@ class MarkBlocks:
                 )
             ),
             "visited = edges + full",
-            "tl.store(places, 0, mask=visited == 0)  # a tile that sees nothing still visits one block",
+            "# A tile that sees nothing still visits one block, under the mask.",
+            "tl.store(places, 0, mask=visited == 0)",
+            "edges = tl.where(visited == 0, 1, edges)",
+            "visited = tl.maximum(visited, 1)",
             "# More than there is room for: all between the limits, from the block whose number is -1 - edges.",
             "edges = tl.where(visited > room, -1 - start, edges)",
             "visited = tl.where(visited > room, stop - start, visited)",
@@ -205,23 +208,37 @@ def order_tiles(counts, work, tiles, heads, lists, shared, rows, width, SPACE: t
     A tile comes after all that visit more blocks. Of those that visit as many the tiles of one head stand together, in
     the order of their queries: what they read in common stays in the cache.
     """
-    own = tl.program_id(0) * SPACE + tl.arange(0, SPACE)
+    own_first = tl.program_id(0) * SPACE
+    own = own_first + tl.arange(0, SPACE)
     cost = tl.load(counts + 2 * own + 1, mask=own < lists, other=0)
-    longer = tl.zeros([SPACE], tl.int32)
-    before = tl.zeros([SPACE], tl.int32)
-    equal = tl.zeros([SPACE], tl.int32)
-    for first in range(0, lists, CHUNK):
+    near = tl.load(counts + 2 * own + 1, mask=own < lists, other=-1)
+    same = (near[None, :] == cost[:, None]) & (own[None, :] < own[:, None])
+    ahead = tl.sum(((near[None, :] > cost[:, None]) | same).to(tl.int32), 1)
+    # summed once at the end: a sum over threads takes longer than all else
+    passed = tl.zeros([SPACE, CHUNK], tl.int32)
+    for first in range(0, tl.minimum(own_first, lists), CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        costs = tl.load(counts + 2 * other + 1, mask=other < tl.minimum(own_first, lists), other=-1)
+        passed += (costs[None, :] >= cost[:, None]).to(tl.int32)
+    for first in range(own_first + SPACE, lists, CHUNK):
         other = first + tl.arange(0, CHUNK)
         costs = tl.load(counts + 2 * other + 1, mask=other < lists, other=-1)
-        same = costs[None, :] == cost[:, None]
-        longer += tl.sum((costs[None, :] > cost[:, None]).to(tl.int32), 1)
-        before += tl.sum((same & (other[None, :] < own[:, None])).to(tl.int32), 1)
-        equal += tl.sum(same.to(tl.int32), 1)
+        passed += (costs[None, :] > cost[:, None]).to(tl.int32)
+    ahead += tl.sum(passed, 1)
+    equal = tl.zeros([SPACE], tl.int32)
+    longer = ahead
+    if shared > 1:
+        longer = tl.zeros([SPACE], tl.int32)
+        for first in range(0, lists, CHUNK):
+            other = first + tl.arange(0, CHUNK)
+            costs = tl.load(counts + 2 * other + 1, mask=other < lists, other=-1)
+            longer += tl.sum((costs[None, :] > cost[:, None]).to(tl.int32), 1)
+            equal += tl.sum((costs[None, :] == cost[:, None]).to(tl.int32), 1)
     for head in range(0, shared):
         group = own // tiles * shared + head
         batch, of_batch = group // heads, group % heads
         tile = (batch.to(tl.int64) << 40) | (of_batch.to(tl.int64) << 24) | (own % tiles)
-        place = longer * shared + head * equal + before
+        place = longer * shared + head * equal + ahead - longer
         turn = place // rows
         row = tl.where(turn % 2 == 0, place % rows, rows - 1 - place % rows)
         tl.store(work + row * width + turn, tile, mask=own < lists)
@@ -256,7 +273,7 @@ def block_lists(like, lists, blocks, arguments):
     space = triton.next_power_of_2(BLOCK_I.value)
     launch(
         mark_blocks, (lists,), counts, places, room, *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space,
-        KEYS=BLOCK_J.value, CHUNK=CHUNK.value,
+        KEYS=BLOCK_J.value, CHUNK=CHUNK.value, num_warps=1 if CHUNK.value > 16 else 4,
     )
     return counts, places
 
@@ -266,8 +283,8 @@ def dealt(counts, tiles, heads, shared, rows):
     lists = counts.shape[0]
     width = triton.cdiv(lists * shared, rows) + 2
     work = torch.empty((rows, width), dtype=torch.int64, device=counts.device)
-    programs = triton.cdiv(max(lists, rows * width - lists * shared), 32)
+    programs = triton.cdiv(max(lists, rows * width - lists * shared), 8)
     launch(
-        order_tiles, (programs,), counts, work, tiles, heads, lists, shared, rows, width, SPACE=32, CHUNK=256
+        order_tiles, (programs,), counts, work, tiles, heads, lists, shared, rows, width, SPACE=8, CHUNK=1024
     )
     return work'''

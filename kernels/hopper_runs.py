@@ -10,8 +10,14 @@ from attncompile.kernels.hopper_lines import tidy
 from attncompile.kernels.hopper_marks import MarkBlocks
 from attncompile.kernels.source import signature
 
-LISTED = ("edges", "turned", "listed", "crowded")
+LISTED = ("edges", "first_start", "turned", "listed", "crowded")
 """What ``key_blocks`` returns after the number of blocks where they are listed beforehand."""
+
+COUNTED = ("listed_edges", "listed_blocks", "front", "back")
+"""What ``counted`` loads for ``key_blocks``."""
+
+LISTS = (*LISTED, *COUNTED, "counted", "first_block", "row", "room")
+"""Identifiers of the functions that read lists."""
 
 
 def known(runs: KeyRuns, marks: MarkBlocks | None) -> tuple[str, ...]:
@@ -76,33 +82,54 @@ def visited_blocks(runs: KeyRuns, context: tuple[str, ...], lengths: tuple[str, 
 
 
 def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[str, str, str]) -> str:
-    """``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
+    """``counted``, ``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
     heads, queries, keys = lengths
-    head = f"b * {heads} + h" if marks.by_head else "b"
-    counts = [
-        f"tile = ({head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
-        "edges = gl.load(counts + 2 * tile)",
-        "blocks = gl.load(counts + 2 * tile + 1)",
-        "# Where a list has no room for all blocks, this is the first of them; negative elsewhere.",
-        "crowded = -1 - edges",
-        "edges = gl.where(crowded >= 0, blocks, edges)",
+    of_head = f"b * {heads} + h" if marks.by_head else "b"
+    row = [
+        f"row = ({of_head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
         f"room = gl.minimum(gl.cdiv({keys}, BLOCK_J), ROOM)",
+        "listed = places + gl.cast(row, gl.int64) * room",
+    ]
+    counted = [
+        "@gluon.jit",
+        signature("def counted", ["tile", *context], ":"),
+        '    """What ``key_blocks`` needs from memory for an entry of the work list; loaded long before it is read."""',
+        "    row_first, b, h = unpacked(gl.maximum(tile, 0))",
+        *(f"    {line}" for line in row),
+        "    edges, blocks = gl.load(counts + 2 * row), gl.load(counts + 2 * row + 1)",
+        "    return edges, blocks, gl.load(listed), gl.load(listed + room - 1)",
+    ]
+    first = [
+        "@gluon.jit",
+        signature("def first_block", COUNTED, ":"),
+        '    """First key of the block that a tile visits first."""',
+        "    crowded = -1 - listed_edges",
+        "    return gl.where(crowded >= 0, crowded, gl.where(listed_edges != 0, front, back)) * BLOCK_J",
+    ]
+    known = [
+        *row,
+        "# Where a list has no room for all blocks, this is the first of them; negative elsewhere.",
+        "crowded = -1 - listed_edges",
+        "edges = gl.where(crowded >= 0, listed_blocks, listed_edges)",
         "# The edges stand at the front of the row, the others at its end, in falling order.",
         "turned = edges + room - 1",
-        "listed = places + gl.cast(tile, gl.int64) * room",
+        "first_start = first_block(listed_edges, listed_blocks, front, back)",
+        "blocks = listed_blocks",
     ]
     place = [
         "place = gl.where(number < edges, number, turned - number)",
         "start = gl.load(listed + gl.where(crowded < 0, place, 0))",
         "start = gl.where(crowded < 0, start, crowded + number) * BLOCK_J",
     ]
-    return _placed(counts, place, LISTED, context)
+    return tidy(counted) + "\n\n\n" + tidy(first) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
 
 
-def _placed(lines: list[str], places: list[str], known: tuple[str, ...], context: tuple[str, ...]) -> str:
+def _placed(
+    lines: list[str], places: list[str], known: tuple[str, ...], context: tuple[str, ...], loaded: tuple[str, ...] = ()
+) -> str:
     counted = [
         "@gluon.jit",
-        signature("def key_blocks", ["row_first", "b", "h", *context], ":"),
+        signature("def key_blocks", ["row_first", "b", "h", *loaded, *context], ":"),
         '    """How many key blocks a tile visits (at least one), and what ``block_start`` needs."""',
         *(f"    {line}" for line in lines),
         f"    return gl.maximum(blocks, 1), {', '.join(known)}",

@@ -45,17 +45,26 @@ def step(
     # in one loop from the loop before, even where that one did not run.  # if placed
     query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if placed
     weights = OPERAND(weights)  # if narrow values
+    if EDGE:  # if digits
+        hidden = hidden_digits(start, first_row, b, h, CONTEXT)  # if digits
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
     signal(KEY_FREE + next_stage, GROUPS * 128 + 32)  # if ahead
     later_stage, later_phase = following(next_stage, next_phase)  # if ahead
     mbarrier.wait(value_ready.index(stage), phase)  # if ahead
+    products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+    if EDGE:  # if digits
+        products = warpgroup_mma(  # if digits
+            hidden, digit_tile.permute((1, 0)), products, use_acc=False, is_async=True  # if digits
+        )  # if digits
     products = warpgroup_mma(
         query_tile,
         key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),  # if behind
         key_tiles.index(later_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),  # if ahead
-        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
-        use_acc=False,
+        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),  # if no digits
+        use_acc=False,  # if no digits
+        products,  # if digits
+        use_acc=EDGE,  # if digits
         is_async=True,
     )
     mbarrier.wait(value_ready.index(stage), phase)  # if behind
@@ -63,7 +72,11 @@ def step(
     values = value_tiles.index(stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
     sums = warpgroup_mma(weights, values, accumulator, is_async=True)
     signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
-    s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if behind
+    if EDGE:  # if digits
+        s, sums, hidden = warpgroup_mma_wait(1, deps=[products, sums, hidden])  # if digits
+    else:  # if digits
+        s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if digits
+    s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if no digits behind
     signal(KEY_FREE + next_stage, GROUPS * 128 + 32)  # if behind
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
@@ -107,27 +120,40 @@ def consumer(
     tile = gl.load(work)
     next_tile = gl.load(work + 1)
     position = 2
+    COUNTED = counted(tile, CONTEXT)  # if listed
     next_factor = query_factors(query_scale, tile, HEADS, QUERIES, GROUP, QUERY_BLOCK)  # if narrow
     mbarrier.wait(query_ready.index(GROUP), 0)
     mbarrier.wait(key_ready.index(0), 0)
+    row_first, b, h = unpacked(tile)  # if digits
+    hidden = hidden_digits(first_block(COUNTED), row_first + 64 * GROUP, b, h, CONTEXT)  # if digits
+    first_products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+    first_products = warpgroup_mma(  # if digits
+        hidden, digit_tile.permute((1, 0)), first_products, use_acc=False, is_async=True  # if digits
+    )  # if digits
     first_products = warpgroup_mma(
         query_tiles.index(GROUP).reshape([64, CHANNELS]),
         key_tiles.index(0).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
-        use_acc=False,
+        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),  # if no digits
+        use_acc=False,  # if no digits
+        first_products,  # if digits
         is_async=True,
     )
-    s = warpgroup_mma_wait(0, deps=[first_products])
+    s = warpgroup_mma_wait(0, deps=[first_products])  # if no digits
+    s, hidden = warpgroup_mma_wait(0, deps=[first_products, hidden])  # if digits
     while tile >= 0:
         later_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
-        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        blocks, KNOWN = key_blocks(TILE, CONTEXT)
+        # What the next tile visits is known when it begins.  # if listed
+        COUNTED = counted(next_tile, CONTEXT)  # if listed
+        slot = buffer * GROUPS + GROUP  # if digits
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
         query_slot = buffer * GROUPS + GROUP  # if placed
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]).load(OWN_ROWS)  # if loaded
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
-        start = block_start(0, KNOWN)  # if narrow
+        start = block_start(0, KNOWN)  # if narrow limits
+        start = first_start  # if narrow listed
         next_stage, next_phase = following(stage, phase)  # if ahead
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if ahead
         products = warpgroup_mma(  # if ahead
@@ -138,7 +164,11 @@ def consumer(
             is_async=True,  # if ahead
         )  # if ahead
         # <tile_scales>
-        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide limits
+        if edges > 0:  # if listed selected
+            s = logits(s, first_start, first_row, b, h, CONTEXT, True)  # if listed selected
+        else:  # if listed selected
+            s = logits(s, first_start, first_row, b, h, CONTEXT, False)  # if listed selected
         s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
         # <first_highest>
         # <first_exponentials>
@@ -146,6 +176,9 @@ def consumer(
         total = own_sums(p) * value_inverse  # if narrow values
         weights = CARRIED(p)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
+        # The results of the tile before have left the place of its queries.  # if digits
+        tma.store_wait(0)  # if digits
+        mbarrier.arrive(query_free.index((buffer ^ 1) * GROUPS + GROUP), count=1, pred=position > 2)  # if digits
         later_stage, later_phase = following(next_stage, next_phase)  # if ahead
         mbarrier.wait(key_ready.index(later_stage), later_phase, pred=blocks > 2)  # if ahead
         s = warpgroup_mma_wait(0, deps=[products])  # if ahead
@@ -158,7 +191,7 @@ def consumer(
                 block_start(number, KNOWN), first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, True,
             )
         # <full>
-        mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)
+        mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)  # if no digits
         # The last values of this tile, and the first keys of the next; after the last tile that product is not used.
         mbarrier.wait(value_ready.index(stage), phase)
         buffer ^= 1  # if two buffers
@@ -166,6 +199,8 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
+        next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if digits
+        hidden = hidden_digits(first_block(COUNTED), next_row + 64 * GROUP, next_b, next_h, CONTEXT)  # if digits
         weights = OPERAND(weights)  # if narrow values
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
@@ -174,11 +209,16 @@ def consumer(
         stage, phase = following(stage, phase)
         mbarrier.wait(query_ready.index(buffer * GROUPS + GROUP), buffer_phase, pred=next_tile >= 0)
         mbarrier.wait(key_ready.index(stage), phase, pred=next_tile >= 0)
+        next_products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
+        next_products = warpgroup_mma(  # if digits
+            hidden, digit_tile.permute((1, 0)), next_products, use_acc=False, is_async=True  # if digits
+        )  # if digits
         next_products = warpgroup_mma(
             query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]),
             key_tiles.index(stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-            gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
-            use_acc=False,
+            gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),  # if no digits
+            use_acc=False,  # if no digits
+            next_products,  # if digits
             is_async=True,
         )
         signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
@@ -193,12 +233,15 @@ def consumer(
         # <lse>
         factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
         accumulator = accumulator * gl.expand_dims(factor, 1)
-        tma.store_wait(0)  # if staged
-        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged
+        tma.store_wait(0)  # if staged apart
+        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged apart
+        query_tiles.index(slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits
         fence_async_shared()  # if staged
-        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged
+        copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged apart
+        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(slot))  # if digits
         # <stored>
-        s = warpgroup_mma_wait(0, deps=[next_s])
+        s = warpgroup_mma_wait(0, deps=[next_s])  # if no digits
+        s, hidden = warpgroup_mma_wait(0, deps=[next_s, hidden])  # if digits
         tile = next_tile
         next_tile = later_tile
         position += 1
@@ -268,24 +311,27 @@ def producer(
     last_start = 0  # if two buffers
     last_stage = 0  # if two buffers
     tile = gl.load(work)
+    COUNTED = counted(tile, CONTEXT)  # if listed
     position = 1
     while tile >= 0:
         next_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
         g = KV_HEAD
-        blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
+        blocks, KNOWN = key_blocks(TILE, CONTEXT)
         for group in gl.static_range(GROUPS):
             slot = buffer * GROUPS + group
             mbarrier.wait(query_free.index(slot), buffer_phase)
             mbarrier.expect(query_ready.index(slot), query.block_type.nbytes)
             place = QUERY_PLACE(b, h, row_first + 64 * group)
             copy_in(query, place, query_ready.index(slot), query_tiles.index(slot))
-        start = block_start(0, KNOWN)
+        start = block_start(0, KNOWN)  # if limits
+        start = first_start  # if listed
         fill(key, KEY_PLACE(b, g, start), key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers
             # The last values of the tile before come after the first keys of this one.  # if two buffers
             at = VALUE_PLACE(last_b, last_g, last_start)  # if two buffers
             fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
+        COUNTED = counted(next_tile, CONTEXT)  # if listed
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
@@ -319,7 +365,9 @@ def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
     query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
     key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
     value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, VALUE_BOX], value.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged apart
+    digit_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_J, DIGITS], gl.bfloat16)  # if digits
+    digit_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_J, DIGITS], digit_rows, digits_of_keys())  # if digits
     query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

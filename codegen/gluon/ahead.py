@@ -84,8 +84,8 @@ def _small(
 
     tile = module.skeleton.tile
     space = 1 << (tile.queries - 1).bit_length()
-    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 32, **constants}
-    chunks = {"mark_blocks": module.skeleton.marks.chunk if module.skeleton.marks else 0, "order_tiles": 256}
+    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 8, **constants}
+    chunks = {"mark_blocks": module.skeleton.marks.chunk if module.skeleton.marks else 0, "order_tiles": 1024}
     made = []
     for name in ("mark_blocks", "order_tiles"):
         function = getattr(loaded, name)
@@ -95,6 +95,9 @@ def _small(
         source = ASTSource(
             function, arguments, constexprs={n: chosen[n] for n in arguments if n in chosen}, attrs=attributes
         )
-        built = triton.compile(source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp))
+        warps = 1 if name == "mark_blocks" and chosen["CHUNK"] > 16 else 4
+        built = triton.compile(
+            source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp), options={"num_warps": warps}
+        )
         made.append(described(name, HOPPER, built, arguments, chosen))
     return made

@@ -87,8 +87,13 @@ def _limit(part: Expr) -> tuple[bool, Expr, Expr] | None:
     return None
 
 
-def _digit(atom: Expr, keys: int) -> tuple[Expr, Expr] | None:
-    """``near`` and ``far`` part of a coordinate of ``j``, or ``None`` where it is no such sum."""
+def block_digit(atom: Expr, keys: int) -> tuple[Expr, Expr] | None:
+    """``near`` and ``far`` part of a coordinate of ``j``, or ``None`` where it is no such sum.
+
+    Args:
+        atom: a quotient or a remainder.
+        keys: of a block, which begins at a multiple of them.
+    """
 
     def whole(divisor: int) -> bool:
         """Whether a block has whole turns of so many keys, or is one part of one."""
@@ -126,7 +131,8 @@ def _split(expr: Expr, keys: int) -> tuple[Expr, Expr] | None:
             rest = plus(rest, {monomial: value})
             continue
         reads = True
-        parts = ((NEAR, FAR) if monomial == (COLUMN,) else _digit(monomial[0], keys)) if len(monomial) == 1 else None
+        alone = len(monomial) == 1
+        parts = (NEAR, FAR) if monomial == (COLUMN,) else block_digit(monomial[0], keys) if alone else None
         if parts is None:
             return None
         rest = plus(rest, times(number(value), polynomial(parts[0])))
@@ -186,4 +192,4 @@ def _varies(expr: Expr) -> bool:
     return any(node in (COLUMN, NEAR, FAR, SCORE) for node in walk(expr))
 
 
-__all__ = ["FAR", "NEAR", "fold_columns"]
+__all__ = ["FAR", "NEAR", "block_digit", "fold_columns"]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from attncompile.codegen.gluon.boxes import boxes_of
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
+from attncompile.codegen.gluon.digits import DIGIT, digits_of
 from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.structure import may_be_infinite, tile_for, why_not_spec
-from attncompile.codegen.gluon.tiles import SHORT
+from attncompile.codegen.gluon.structure import may_be_infinite, padded, tile_for, why_not_spec
+from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.generate import GeneratedModule
@@ -40,6 +41,8 @@ from attncompile.ir.expr import SCORE, TRUE, Apply, Const, loads, walk
 from attncompile.ir.simplify import Simplifier
 from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile
 from attncompile.kernels.hopper_boxes import WORDS, Boxes
+from attncompile.kernels.hopper_digits import MOST
+from attncompile.kernels.hopper_digits import WORDS as DIGIT_WORDS
 from attncompile.kernels.hopper_lines import hopper_function
 from attncompile.kernels.hopper_marks import HOST as LISTS
 from attncompile.kernels.hopper_marks import KEPT, MarkBlocks
@@ -98,7 +101,7 @@ def generate(
         source, moving = around(spec, moved, inner.source)
         return dataclasses.replace(inner, name=f"hopper_{spec.fingerprint()}", source=source, moving=moving)
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
-    reserved = (*MODULE_NAMES, *RESERVED, *WORDS, *MarkBlocks.words())
+    reserved = (*MODULE_NAMES, *RESERVED, *WORDS, *DIGIT_WORDS, *MarkBlocks.words())
     binding = Binding.of(spec, captured_tensors(*expressions), reserved, LAUNCHER_WORDS)
     lengths = (
         binding.length("H", parts.query.sizes[1]),
@@ -175,12 +178,18 @@ def _skeleton(
     within = Simplifier({"b": batch, "h": heads, "i": queries})
     filled = isinstance(simplify(keys), Const) and constant(keys) % tile.keys == 0
     inside = not filled and not any(within.nonnegative(keys - limit) for limit in key_bounds(parts.mask).upper)
+    digits = None
+    if listed and not inside and _by_product(parts, tile, channels, features):
+        indices = {name: name for name in ("b", "h", "i", START.name, DIGIT.name)}
+        extents_by_digit = {"b": batch, "h": heads, "i": queries, START.name: keys}
+        by_digit = Scope(indices, binding.sizes, binding.pointers, types, extents_by_digit, GLUON)
+        digits = digits_of(parts.mask, tile.keys, by_digit)
     return HopperForward(
         tile=tile,
         scale=parts.scale,
         score=score,
         bounded=may_be_infinite(parts.score),
-        visible=visible,
+        visible=None if digits else visible,
         inside=inside,
         sink=sink,
         kv_head=kv_head,
@@ -194,6 +203,7 @@ def _skeleton(
         clamped=any(loads(expr) for expr in expressions),
         marks=listed,
         boxes=boxes,
+        digits=digits,
         narrow=narrow_operands(parts),
     )
 
@@ -202,6 +212,8 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
     notes = "Products in float16 or bfloat16 are summed in float32."
     if "tanh(" in kernel:
         notes += " tanh is that of the special-function unit: relative error at most 2^-11."
+    if "hidden_digits(" in kernel:
+        notes += " The mask is added to products of query and key, which have to lie between -2^98 and 2^98."
     text = documentation(spec, inputs).replace("as a Triton kernel", "as a Gluon kernel for Hopper GPUs", 1)
     return re.sub(r"^Products in .*$", notes, text, count=1, flags=re.MULTILINE)
 
@@ -209,6 +221,14 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
 def _tile(parts: Dense, queries: int) -> HopperTile:
     short = queries < SHORT and parts.mask != TRUE
     return tile_for(parts, light=_light(parts), short=short, keys=keys_of_cells(parts.score, parts.mask))
+
+
+def _by_product(parts: Dense, tile: HopperTile, channels: int, features: int) -> bool:
+    """Whether there is room to apply the mask by a product: results leave through the place of the queries then."""
+    channels, features = padded(channels), padded(features)
+    room = shared_bytes(dataclasses.replace(tile, staged=False), channels, features) + 2 * tile.keys * MOST
+    together = tile.staged and tile.buffers == 2 and channels == features and not parts.rounding
+    return parts.score == SCORE and together and room <= SHARED_MEMORY
 
 
 def _light(parts: Dense) -> bool:
