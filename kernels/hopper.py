@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
 from attncompile.kernels.hopper_boxes import Boxes
-from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
+from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
@@ -209,16 +209,7 @@ class HopperForward:
             "early": self.tile.early,
             "late": not self.tile.early,
         }
-        lines: list[str] = []
-        for line in template.strip("\n").splitlines():
-            marker = re.fullmatch(r"( *)# <(\w+)>", line)
-            if marker:
-                lines += [marker[1] + each for each in parts[marker[2]]]
-                continue
-            line, _, condition = line.partition("  # if ")
-            if not condition or options[condition]:
-                lines.append(self._named(line))
-        return tidy(lines)
+        return filled(template, options, self._named, parts)
 
     def _named(self, line: str) -> str:
         """A line with the markers of arguments replaced."""
@@ -227,13 +218,8 @@ class HopperForward:
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
-        for marker, names in (
-            ("CONTEXT", self.context()),
-            ("KNOWN", known(self.runs, self.marks)),
-            ("LAUNCHED", launched),
-        ):
-            text = ", ".join(names)
-            line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+        known_names = known(self.runs, self.marks)
+        line = listed(line, {"CONTEXT": self.context(), "KNOWN": known_names, "LAUNCHED": launched})
         query_box, key_box = "1, 1, 64", "1, 1, BLOCK_J"
         if self.boxes:
             lead = self.boxes.lead()
