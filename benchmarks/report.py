@@ -63,8 +63,10 @@ def machine() -> dict[str, Any]:
     """The device, the versions of what computes on it, and the day."""
     import triton
 
+    from attncompile.report import machine as processor
+
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,

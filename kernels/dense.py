@@ -44,6 +44,26 @@ class DeviceFunction:
 
 
 @dataclass(frozen=True)
+class NarrowOperands:
+    """Operands that are codes with scales.
+
+    Attributes:
+        dtype: of queries and keys, ``int8`` or ``float8_e4m3``.
+        query_block, key_block: positions that share a scale.
+        value_block: the same for values in e4m3, stored ``[B,G,E,J]``; ``None`` for values as they are.
+    """
+
+    dtype: str
+    query_block: int
+    key_block: int
+    value_block: int | None
+
+    def scales(self) -> tuple[str, ...]:
+        """Pointers to scales."""
+        return ("query_scale", "key_scale", *(("value_scale",) if self.value_block else ()))
+
+
+@dataclass(frozen=True)
 class DenseForward:
     """What a Spec decides about the kernel.
 
@@ -64,7 +84,7 @@ class DenseForward:
         channels, features: number of channels of keys and of values.
         clamped: whether tensors are loaded by ``i`` or ``j``: past the last row or key their last element is
             read.
-        quantized: positions per scale of the int8 queries and keys, or ``None``.
+        narrow: operands that are codes with scales, or ``None``.
     """
 
     normalizer: str
@@ -83,7 +103,12 @@ class DenseForward:
     channels: int
     features: int
     clamped: bool
-    quantized: tuple[int, int] | None = None
+    narrow: NarrowOperands | None = None
+
+    @property
+    def turned_values(self) -> bool:
+        """Whether values are e4m3 codes ``[B,G,E,J]``."""
+        return self.narrow is not None and self.narrow.value_block is not None
 
     @property
     def softmax(self) -> bool:
@@ -92,12 +117,12 @@ class DenseForward:
 
     def padded(self, extent: int) -> int:
         """Tile size for a number of channels: a power of two that the matrix units take."""
-        least = 32 if self.quantized else 16
+        least = 32 if self.narrow else 16
         return max(least, 1 << (extent - 1).bit_length())
 
     def pointers(self) -> tuple[str, ...]:
         """Pointer arguments in order."""
-        scales = ("query_scale", "key_scale") if self.quantized else ()
+        scales = self.narrow.scales() if self.narrow else ()
         return (
             "query",
             "key",
@@ -110,9 +135,10 @@ class DenseForward:
 
     def strides(self) -> tuple[str, ...]:
         """Stride arguments in order."""
+        values = "bgej" if self.turned_values else "bgje"
         operands = [
             f"{name}_stride_{axis}"
-            for name, axes in (("query", "bhid"), ("key", "bgjd"), ("value", "bgje"), ("out", "bhie"))
+            for name, axes in (("query", "bhid"), ("key", "bgjd"), ("value", values), ("out", "bhie"))
             for axis in axes
         ]
         captured = [f"{name}_stride_{axis}" for name, rank in self.captured for axis in range(rank)]
@@ -120,7 +146,7 @@ class DenseForward:
 
     def integers(self) -> tuple[str, ...]:
         """Size arguments in order."""
-        heads = ("key_heads",) if self.quantized else ()
+        heads = ("key_heads",) if self.narrow else ()
         return tuple(dict.fromkeys((*self.lengths, *self.sizes, *heads)))
 
     def constants(self) -> tuple[str, ...]:
@@ -131,7 +157,8 @@ class DenseForward:
         """Device functions that the skeleton itself calls."""
         if not self.softmax:
             return ()
-        return ("update_edited" if self.edit else "update", *(["join_sink"] if self.sink else []))
+        update = "update_narrow" if self.turned_values else "update_edited" if self.edit else "update"
+        return (update, *(["join_sink"] if self.sink else []))
 
     def source(self) -> str:
         """The functions and the kernel as text."""
@@ -183,17 +210,21 @@ class DenseForward:
             "out += tl.cast(b, tl.int64) * out_stride_b + tl.cast(h, tl.int64) * out_stride_h",
             "query_rows = tl.cast(rows, tl.int64)[:, None] * query_stride_i",
             "query_offsets = query_rows + channels[None, :] * query_stride_d",
-            f"query_tile = tl.load(query + query_offsets, mask={asked}, other=0)",
+            f"query_tile = tl.load(query + query_offsets, mask={asked}, other={self._zero('query')})",
             "key_offsets = lanes[:, None] * key_stride_j + channels[None, :] * key_stride_d",
             "value_offsets = lanes[:, None] * value_stride_j + features[None, :] * value_stride_e",
         ]
-        if self.quantized:
-            block_query, block_key = self.quantized
+        if self.narrow:
+            blocks = self.narrow
             lines += [
-                f"query_scale += tl.cast(program // blocks, tl.int64) * tl.cdiv({queries}, {block_query})",
-                f"query_scales = tl.load(query_scale + tl.minimum(rows, {queries} - 1) // {block_query})",
-                f"key_scale += (tl.cast(b, tl.int64) * key_heads + g) * tl.cdiv({keys}, {block_key})",
+                f"query_scale += tl.cast(program // blocks, tl.int64) * tl.cdiv({queries}, {blocks.query_block})",
+                f"query_scales = tl.load(query_scale + tl.minimum(rows, {queries} - 1) // {blocks.query_block})",
+                f"key_scale += (tl.cast(b, tl.int64) * key_heads + g) * tl.cdiv({keys}, {blocks.key_block})",
             ]
+            if blocks.value_block:
+                lines.append(
+                    f"value_scale += (tl.cast(b, tl.int64) * key_heads + g) * tl.cdiv({keys}, {blocks.value_block})"
+                )
         lines.append(f"accumulator = tl.zeros([BLOCK_I, {self.padded(self.features)}], tl.float32)")
         if self.softmax:
             lines += [
@@ -209,9 +240,14 @@ class DenseForward:
         bound = f"real_{axis}"
         return f"{condition} & {bound}" if condition else bound
 
+    def _zero(self, tensor: str) -> str:
+        """What is read past the end of a tensor: an integer is not converted to e4m3."""
+        e4m3 = self.turned_values if tensor == "value" else self.narrow and self.narrow.dtype == "float8_e4m3"
+        return "0.0" if e4m3 else "0"
+
     def _load(self, tensor: str, axis: str, masked: bool) -> str:
         mask = self._inside("inside" if masked else "", axis)
-        guard = f", mask={mask}, other=0" if mask else ""
+        guard = f", mask={mask}, other={self._zero(tensor)}" if mask else ""
         return f"tl.load({tensor} + offset * {tensor}_stride_j + {tensor}_offsets{guard})"
 
     def _step(self, masked: bool) -> list[str]:
@@ -224,10 +260,11 @@ class DenseForward:
             "offset = tl.cast(start, tl.int64)",
             f"key_tile = {self._load('key', 'channels', masked)}",
         ]
-        if self.quantized:
+        if self.narrow:
+            kind = "int32" if self.narrow.dtype == "int8" else "float32"
             lines += [
-                "products = tl.dot(query_tile, tl.trans(key_tile), out_dtype=tl.int32)",
-                f"key_scales = tl.load(key_scale + tl.minimum(keys, {keys} - 1) // {self.quantized[1]})",
+                f"products = tl.dot(query_tile, tl.trans(key_tile), out_dtype=tl.{kind})",
+                f"key_scales = tl.load(key_scale + tl.minimum(keys, {keys} - 1) // {self.narrow.key_block})",
                 "s = products.to(tl.float32) * (query_scales[:, None] * key_scales[None, :])",
             ]
         else:
@@ -243,6 +280,10 @@ class DenseForward:
         elif not self.score:
             lines.append("logits = s")
         lines.append(f"value_tile = {self._load('value', 'features', masked)}")
+        if self.narrow and self.narrow.value_block:
+            lines.append(
+                f"value_scales = tl.load(value_scale + tl.minimum(keys, {keys} - 1) // {self.narrow.value_block})"
+            )
         return lines + self._join()
 
     def _join(self) -> list[str]:
@@ -254,6 +295,7 @@ class DenseForward:
                 "logits",
                 *(["factor"] if self.edit else []),
                 "value_tile",
+                *(["value_scales"] if self.turned_values else []),
                 repr(self.scale * LOG2E),
             ]
             call = signature(f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8)
@@ -281,9 +323,10 @@ class DenseForward:
                 f"accumulator, peak, total = join_sink(accumulator, peak, total, sink_logit * {LOG2E!r})",
             ]
         if self.softmax:
+            total = "total * 256.0" if self.turned_values else "total"
             lines += [
                 "# A row that saw no key gives zeros.",
-                "accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]",
+                f"accumulator = accumulator / tl.where(total == 0.0, 1.0, {total})[:, None]",
             ]
         lines += [
             "out_rows = tl.cast(rows, tl.int64)[:, None] * out_stride_i",
@@ -299,4 +342,4 @@ class DenseForward:
         return lines
 
 
-__all__ = ["LOG2E", "DenseForward", "DeviceFunction", "KeyRuns"]
+__all__ = ["LOG2E", "DenseForward", "DeviceFunction", "KeyRuns", "NarrowOperands"]

@@ -73,6 +73,50 @@ def update_edited(accumulator, peak, total, logits, factor, value_tile, SCALE: t
 
 
 @triton.jit
+def update_narrow(accumulator, peak, total, logits, value_tile, powers, SCALE: tl.constexpr):
+    """One step of the online softmax whose weights meet their values in e4m3.
+
+    The values' scales, powers of two, join the weights, and peaks are whole numbers: with both, what is rounded does
+    not depend on which keys came before. The accumulator holds 2^8 times the sum of the products.
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    products = logits * SCALE + ((powers.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)[None, :]
+    new_peak = tl.maximum(peak, tl.ceil(tl.max(products, 1)))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(products - (shift - 8.0)[:, None])
+    rescale = tl.exp2(peak - shift)
+    total = total * rescale + tl.sum(weights * (power_inverse(powers) * 0.00390625)[None, :], 1)
+    accumulator = tl.dot(to_e4m3(weights), value_tile, accumulator * rescale[:, None])
+    return accumulator, new_peak, total
+
+
+@triton.jit
+def to_e4m3(x):
+    """The nearest float8 e4m3 number, ties to even, of a number whose magnitude is at most 448.
+
+    Adding 1.5 · 2^20 times the power of two below |x| leaves four significant bits; below 2^-6 that power stays. The
+    conversion then has nothing to round: Triton's interpreter rounds otherwise than the hardware.
+    """
+    below = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    large = tl.maximum(below, 0.015625) * 1572864.0
+    return ((x + large) - large).to(tl.float8e4nv)
+
+
+@triton.jit
+def power_scale(largest):
+    """The least power of two by which a magnitude becomes at most 448; at least 2^-40, also for 0."""
+    bits = largest.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - 8 + tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
+    return (tl.maximum(exponent, 127 - 40) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_inverse(power):
+    """One divided by a power of two, exactly."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def join_sink(accumulator, peak, total, logit):
     """The last step of an online softmax with a sink: one key more, whose value is zero. The logit is in base 2."""
     new_peak = tl.maximum(peak, logit)

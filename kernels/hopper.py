@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
 from attncompile.kernels.hopper_boxes import Boxes
+from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
@@ -56,6 +57,8 @@ RING = (
     "rescaled",
 )
 """Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
+NARROW_VALUES = ("narrowed", "kept", "power_exponent", "inverse_power")
+"""Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class HopperTile:
         limit: registers of a thread when the block starts.
         staged: whether results leave through shared memory and TMA; otherwise each thread stores its own.
         early: whether a step waits for its keys itself, instead of the step before.
+        held: whether weights stay in float32 until they are multiplied: more registers, but what one step hands to the
+            next are whole registers then, and nothing takes them apart.
     """
 
     groups: int
@@ -84,6 +89,7 @@ class HopperTile:
     limit: int
     staged: bool
     early: bool = False
+    held: bool = False
 
     @property
     def queries(self) -> int:
@@ -113,6 +119,7 @@ class HopperForward:
         clamped: whether tensors are loaded by ``i`` or ``j``.
         marks: what lists the key blocks of each tile beforehand, or ``None`` when ``runs`` has limits for them.
         boxes: how tiles lie in a grid of tokens, or ``None`` where a tile is a run of them.
+        narrow: operands that are codes with scales, or ``None``.
     """
 
     tile: HopperTile
@@ -133,10 +140,22 @@ class HopperForward:
     clamped: bool
     marks: MarkBlocks | None = None
     boxes: Boxes | None = None
+    narrow: NarrowOperands | None = None
 
-    def padded(self, extent: int) -> int:
-        """Tile size for a number of channels: a power of two; TMA fills the rest with zeros."""
-        return max(16, 1 << (extent - 1).bit_length())
+    @property
+    def turned_values(self) -> bool:
+        """Whether values are e4m3 codes ``[B,G,E,J]``."""
+        return self.narrow is not None and self.narrow.value_block is not None
+
+    @property
+    def channel_space(self) -> int:
+        """Channels of a query or key tile: a power of two; TMA fills the rest with zeros."""
+        return max(32 if self.narrow else 16, 1 << (self.channels - 1).bit_length())
+
+    @property
+    def feature_space(self) -> int:
+        """Channels of a value tile."""
+        return max(16, 1 << (self.features - 1).bit_length())
 
     def descriptors(self) -> tuple[str, ...]:
         """Arguments that are tensor descriptors, in order."""
@@ -144,7 +163,8 @@ class HopperForward:
 
     def pointers(self) -> tuple[str, ...]:
         """Pointer arguments in order, the work list last."""
-        own = (*(() if self.tile.staged else ("out",)), *(("lse",) if self.lse else ()))
+        scales = self.narrow.scales() if self.narrow else ()
+        own = (*(() if self.tile.staged else ("out",)), *(("lse",) if self.lse else ()), *scales)
         lists = ("counts", "places") if self.marks else ()
         return (*own, *(name for name, _ in self.captured), *lists, "work")
 
@@ -155,7 +175,8 @@ class HopperForward:
 
     def integers(self) -> tuple[str, ...]:
         """Size arguments in order."""
-        return tuple(dict.fromkeys((*self.lengths, *self.sizes)))
+        heads = ("key_heads",) if self.narrow else ()
+        return tuple(dict.fromkeys((*self.lengths, *self.sizes, *heads)))
 
     def read(self) -> tuple[str, ...]:
         """Arguments that expressions may read."""
@@ -169,21 +190,25 @@ class HopperForward:
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
         tile, scale = self.tile, self.scale * LOG2E
+        empty = "-(2.0**99)" if self._codes.in_exponent else f"-(2.0**99) * {scale!r}"
+        products = 32 if self.narrow else 16
+        weights = 32 if self.turned_values else 16
         rows: tuple[tuple[str, str, str], ...] = (
             ("GROUPS", f"{tile.groups}", "warpgroups that compute, 64 queries each"),
             ("BLOCK_I", f"{tile.queries}", "queries of a tile"),
             ("BLOCK_J", f"{tile.keys}", "keys of a block"),
             ("STAGES", f"{tile.stages}", "key and value blocks in shared memory"),
             ("BUFFERS", f"{tile.buffers}", "query tiles in shared memory"),
-            ("CHANNELS", f"{self.padded(self.channels)}", f"of query and key: {self.channels}, padded"),
-            ("FEATURES", f"{self.padded(self.features)}", f"of value: {self.features}, padded"),
+            ("CHANNELS", f"{self.channel_space}", f"of query and key: {self.channels}, padded"),
+            ("FEATURES", f"{self.feature_space}", f"of value: {self.features}, padded"),
             ("SCALE", f"{scale!r}", "constant factor of the logits · log2(e)"),
             ("HIDDEN", "-(2.0**100)", "a masked score: a power of two, so that HIDDEN · SCALE is exact"),
             ("LOWEST", "-(2.0**98)", "scores lie above it"),
-            ("EMPTY", f"-(2.0**99) * {scale!r}", "the peak of a row that saw no key lies below it"),
+            ("EMPTY", empty, "the peak of a row that saw no key lies below it"),
             ("TURN", "6", "named barriers: a warpgroup may use the matrix unit"),
             ("KEY_FREE", "9", "a stage's keys are done with"),
             ("VALUE_FREE", "12", "a stage's values are done with"),
+            *self._codes.blocks(),
         )
         if self.marks:
             rows += (
@@ -191,13 +216,18 @@ class HopperForward:
                 ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
             )
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
-        layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
+        layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, {1}])"
         lines += [
-            f"SCORES = gl.constexpr({layout.format(tile.keys)})",
-            f"OUTPUT = gl.constexpr({layout.format(self.padded(self.features))})",
-            "WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, 2))",
+            f"SCORES = gl.constexpr({layout.format(tile.keys, products)})",
+            f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
+            f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
         ]
         return "\n".join(lines)
+
+    @property
+    def _codes(self) -> CodeText:
+        """The lines about scales."""
+        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head)
 
     def _filled(self, template: str, **parts: list[str]) -> str:
         """A template with its markers replaced, in lines that fit; see :mod:`attncompile.kernels.hopper_text`."""
@@ -208,18 +238,35 @@ class HopperForward:
             "one buffer": self.tile.buffers == 1,
             "early": self.tile.early,
             "late": not self.tile.early,
+            "narrow": self.narrow is not None,
+            "wide": self.narrow is None,
+            "held": self.tile.held,
+            "unheld": not self.tile.held,
+            "narrow values": self.turned_values,
+            "wide values": not self.turned_values,
         }
         return filled(template, options, self._named, parts)
 
     def _named(self, line: str) -> str:
         """A line with the markers of arguments replaced."""
         heads, queries, keys = self.lengths
-        launched = [name for name in self.pointers() if name == "lse"]
+        scales = self.narrow.scales() if self.narrow else ()
+        launched = [name for name in self.pointers() if name == "lse" or name in scales]
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
-        known_names = known(self.runs, self.marks)
-        line = listed(line, {"CONTEXT": self.context(), "KNOWN": known_names, "LAUNCHED": launched})
+        lists = {
+            "CONTEXT": self.context(),
+            "KNOWN": known(self.runs, self.marks),
+            "LAUNCHED": launched,
+            "QUERY_OPERAND": ["query_tiles", "query_slot"] if scales else ["query_tile"],
+            "SCALES": ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else [],
+        }
+        line = listed(line, lists)
+        if self.turned_values:
+            line = re.sub(r"VALUE_PLACE\((.*?), (\w+)\)", r"[\1, 0, \2]", line)
+            line = line.replace("VALUE_BOX", "1, 1, FEATURES, BLOCK_J")
+        line = line.replace("VALUE_PLACE(", "KEY_PLACE(").replace("VALUE_BOX", "KEY_BOX, FEATURES")
         query_box, key_box = "1, 1, 64", "1, 1, BLOCK_J"
         if self.boxes:
             lead = self.boxes.lead()
@@ -232,7 +279,17 @@ class HopperForward:
         line = line.replace("QUERY_BOX", query_box).replace("KEY_BOX", key_box)
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
+        operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
+        line = re.sub(r"OPERAND\((\w+)\)", r"narrowed(\1)" if self.turned_values else operand, line)
+        line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
+
+    @property
+    def _out_dtype(self) -> str:
+        """What results are stored as: values of 16 bits have that type too."""
+        if self.narrow is None:
+            return "value_tiles.dtype"
+        return "out_tiles.dtype" if self.tile.staged else "out.dtype.element_ty"
 
     def _blocks(self) -> str:
         if self.marks:
@@ -260,7 +317,17 @@ class HopperForward:
         mask.append("s = gl.where(shown, s, HIDDEN)" if mask else "pass")
         return self._filled(LOGITS, positions=positions, score=score, mask=mask)
 
+    def _step(self) -> str:
+        return self._filled(
+            STEP,
+            block_scales=self._codes.block_scales(),
+            scaled=self._codes.scaled(edge=False),
+            highest=self._codes.highest("highest", edge=False) if self.narrow else [],
+            exponentials=self._codes.exponentials("new_peak", edge=False),
+        )
+
     def _consumer(self) -> str:
+        unit = repr(WEIGHT_UNIT) if self.turned_values else ""
         if self.sink:
             arguments = ["rows" if name == "i" else name for name in self.sink.parameters]
             if "i" in self.sink.parameters and self.clamped:
@@ -271,10 +338,11 @@ class HopperForward:
                 "joined_peak = gl.maximum(peak, sink_logit)",
                 "kept = gl.exp2(peak - joined_peak)",
                 "total = total * kept + gl.exp2(sink_logit - joined_peak)",
-                "factor = gl.where(peak > EMPTY, kept / total, 0.0)",
+                f"factor = gl.where(peak > EMPTY, kept{' * ' + unit if unit else ''} / total, 0.0)",
             ]
         else:
-            sink = ["# A row that saw no key gives zeros.", "factor = gl.where(peak > EMPTY, 1.0 / total, 0.0)"]
+            given = f"{unit or '1.0'} / total"
+            sink = ["# A row that saw no key gives zeros.", f"factor = gl.where(peak > EMPTY, {given}, 0.0)"]
         peak = "joined_peak" if self.sink else "peak"
         lse = [
             f"row_lse = ({peak} + gl.log2(total)) * {1 / LOG2E!r}",
@@ -293,6 +361,9 @@ class HopperForward:
             sink=sink,
             lse=[self._named(line) for line in lse] if self.lse else [],
             full=[self._named(line) for line in full],
+            tile_scales=self._codes.tile_scales(),
+            first_highest=self._codes.highest("peak", edge=True),
+            first_exponentials=self._codes.exponentials("peak", edge=True),
             stored=[self._named(line) for line in stored],
         )
 
@@ -323,12 +394,14 @@ class HopperForward:
         return "\n\n\n".join(
             [
                 *(hopper_function(name) for name in RING),
+                *([hopper_function("query_factors")] if self.narrow else []),
+                *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),
                 self._blocks(),
                 self._logits(),
-                self._filled(STEP),
+                self._step(),
                 self._consumer(),
                 self._filled(PRODUCER),
                 self._kernel(),
@@ -339,7 +412,7 @@ class HopperForward:
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL)),
+        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL, WORDS)),
     )
 )
 """Identifiers that the skeleton uses itself."""

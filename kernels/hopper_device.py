@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as copy_in
 
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
+WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]), 4))
 GROUPS = gl.constexpr(2)
 BLOCK_I = gl.constexpr(128)
 STAGES = gl.constexpr(2)
@@ -72,6 +74,44 @@ def own_sums(p):
     QUERIES: gl.constexpr = p.shape[0]
     KEYS: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(gl.reshape(p, [QUERIES, KEYS // 8, 4, 2]), axis=3), axis=1)
+
+
+@gluon.jit
+def narrowed(p):
+    """Weights as e4m3 operands of a product with turned values, whose keys are in the order of this renaming.
+
+    A thread holds columns 8n + 2t + i of an accumulator, and of an operand four neighbours: no data moves.
+    """
+    KEYS: gl.constexpr = p.shape[1]
+    named = gl.permute(gl.reshape(p, [p.shape[0], KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    return gl.convert_layout(gl.reshape(named, p.shape).to(gl.float8e4nv), WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def kept(weights):
+    """Keeps registers that a product reads until here: waits take no operands of 8 bits."""
+    gl.inline_asm_elementwise("", "=r,0", [weights], dtype=weights.dtype, is_pure=False, pack=4)
+
+
+@gluon.jit
+def query_factors(query_scale, tile, heads, queries, GROUP: gl.constexpr, QUERY_BLOCK: gl.constexpr):
+    """Scales of a warpgroup's queries."""
+    row_first, b, h = unpacked(gl.maximum(tile, 0))
+    rows = row_first + 64 * GROUP + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    scales = query_scale + (b * heads + h) * gl.cdiv(queries, QUERY_BLOCK)
+    return gl.load(scales + gl.minimum(rows, queries - 1) // QUERY_BLOCK)
+
+
+@gluon.jit
+def power_exponent(power):
+    """The exponent of a power of two."""
+    return ((power.to(gl.int32, bitcast=True) >> 23) - 127).to(gl.float32)
+
+
+@gluon.jit
+def inverse_power(power):
+    """One divided by a power of two, exactly."""
+    return (0x7F000000 - power.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
 
 
 @gluon.constexpr_function

@@ -1,9 +1,11 @@
 """Text of the functions of the Hopper kernel into which a Spec's arguments are filled, see ``HopperForward``.
 
 ``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
-sizes, ``QUERY_PLACE KEY_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX`` for its sizes; a line ``# <name>``
-for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless
-the option holds.
+sizes, ``QUERY_PLACE KEY_PLACE VALUE_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX VALUE_BOX`` for its sizes,
+those of values as they are or turned over; ``SCALES`` for the scales that a step needs, ``QUERY_OPERAND`` for where the
+queries lie, ``OPERAND(p)`` for weights as an operand, ``PRODUCTS`` for the type of products of queries and keys,
+``OUT_DTYPE`` for that of results; a line ``# <name>`` for lines that depend on the Spec; a line that ends in
+``# if option`` is left out unless the option holds.
 """
 
 LOGITS = '''
@@ -29,8 +31,8 @@ def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
 STEP = '''
 @gluon.jit
 def step(
-    query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
-    stage, phase, next_stage, next_phase, more, start, first_row, b, h, CONTEXT,
+    QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+    stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
     """One key block: its products with the queries, then its softmax while the block before meets its values.
@@ -38,34 +40,47 @@ def step(
     ``stage`` holds the values of the block before, ``more`` says whether another block
     follows.
     """
+    # <block_scales>
+    # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if narrow
+    # in one loop from the loop before, even where that one did not run.  # if narrow
+    query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if narrow
+    weights = OPERAND(weights)  # if held
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
     products = warpgroup_mma(
         query_tile,
         key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
         use_acc=False,
         is_async=True,
     )
     mbarrier.wait(value_ready.index(stage), phase)
-    values = value_tiles.index(stage).reshape([BLOCK_J, FEATURES])
+    values = value_tiles.index(stage).reshape([BLOCK_J, FEATURES])  # if wide values
+    values = value_tiles.index(stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
     sums = warpgroup_mma(weights, values, accumulator, is_async=True)
     signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
     s, sums = warpgroup_mma_wait(1, deps=[products, sums])
     signal(KEY_FREE + next_stage, GROUPS * 128 + 32)
+    # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)
+    # <highest>
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide
+    new_peak = gl.maximum(peak, highest)  # if narrow
     factor = gl.exp2(peak - new_peak)
-    p = gl.exp2(s * SCALE - gl.expand_dims(new_peak, 1))
+    # <exponentials>
     in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)
+    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if wide values
+    total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
     later_stage, later_phase = following(next_stage, next_phase)
     # This wait also keeps the next one from being scheduled before the exponentials.  # if late
     mbarrier.wait(key_ready.index(later_stage), later_phase, pred=more)  # if late
-    accumulator, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+    accumulator, weights = warpgroup_mma_wait(0, deps=[sums, weights])  # if wide values
+    accumulator = warpgroup_mma_wait(0, deps=[sums])  # if narrow values
+    kept(weights)  # if narrow values
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
     accumulator = rescaled(accumulator, factor)
-    weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
+    weights = OPERAND(p)  # if unheld
+    weights = p  # if held
     return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase
 '''
 
@@ -85,12 +100,13 @@ def consumer(
     tile = gl.load(work)
     next_tile = gl.load(work + 1)
     position = 2
+    next_factor = query_factors(query_scale, tile, HEADS, QUERIES, GROUP, QUERY_BLOCK)  # if narrow
     mbarrier.wait(query_ready.index(GROUP), 0)
     mbarrier.wait(key_ready.index(0), 0)
     first_products = warpgroup_mma(
         query_tiles.index(GROUP).reshape([64, CHANNELS]),
         key_tiles.index(0).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+        gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
         use_acc=False,
         is_async=True,
     )
@@ -100,21 +116,27 @@ def consumer(
         row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
         blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
-        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])
+        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
+        query_slot = buffer * GROUPS + GROUP  # if narrow
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
-        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)
-        peak = gl.max(s, axis=1) * SCALE
-        p = gl.exp2(s * SCALE - gl.expand_dims(peak, 1))
-        total = own_sums(p)
-        weights = gl.convert_layout(p.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)
+        start = block_start(0, KNOWN)  # if narrow
+        # <tile_scales>
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide
+        s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
+        # <first_highest>
+        # <first_exponentials>
+        total = own_sums(p)  # if wide values
+        total = own_sums(p) * value_inverse  # if narrow values
+        weights = OPERAND(p)  # if unheld
+        weights = p  # if held
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
         next_stage, next_phase = following(stage, phase)
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
         for number in range(1, edges):
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-                query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+                QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
                 stage, phase, next_stage, next_phase, number + 1 < blocks,
-                block_start(number, KNOWN), first_row, b, h, CONTEXT, GROUP, True,
+                block_start(number, KNOWN), first_row, b, h, SCALES, CONTEXT, GROUP, True,
             )
         # <full>
         mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)
@@ -125,8 +147,10 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
+        weights = OPERAND(weights)  # if held
         meet(TURN + GROUP, 256)  # if turns
-        values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])
+        values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
+        values = value_tiles.index(last_stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
         sums = warpgroup_mma(weights, values, accumulator, is_async=True)
         stage, phase = following(stage, phase)
         mbarrier.wait(query_ready.index(buffer * GROUPS + GROUP), buffer_phase, pred=next_tile >= 0)
@@ -134,12 +158,15 @@ def consumer(
         next_products = warpgroup_mma(
             query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]),
             key_tiles.index(stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
-            gl.zeros([64, BLOCK_J], gl.float32, SCORES),
+            gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
             use_acc=False,
             is_async=True,
         )
         signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
-        accumulator, next_s, weights = warpgroup_mma_wait(1, deps=[sums, next_products, weights])
+        next_factor = query_factors(query_scale, next_tile, HEADS, QUERIES, GROUP, QUERY_BLOCK)  # if narrow
+        accumulator, next_s, weights = warpgroup_mma_wait(1, deps=[sums, next_products, weights])  # if wide values
+        accumulator, next_s = warpgroup_mma_wait(1, deps=[sums, next_products])  # if narrow values
+        kept(weights)  # if narrow values
         signal(VALUE_FREE + last_stage, GROUPS * 128 + 32)
         total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)
         rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -148,7 +175,7 @@ def consumer(
         factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
         accumulator = accumulator * gl.expand_dims(factor, 1)
         tma.store_wait(0)  # if staged
-        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(value_tiles.dtype))  # if staged
+        out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged
         fence_async_shared()  # if staged
         copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged
         # <stored>
@@ -164,9 +191,9 @@ def consumer(
 FULL = """
 for number in range(gl.maximum(edges, 1), blocks):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
-        query_tile, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + 1 < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, CONTEXT, GROUP, False,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT, GROUP, False,
     )
 """
 
@@ -177,7 +204,7 @@ features = gl.arange(0, FEATURES, layout=gl.SliceLayout(0, OUTPUT))
 out_offsets = gl.expand_dims(own_rows.to(gl.int64) * out_stride_i, 1) + gl.expand_dims(features, 0)
 out_offsets += b.to(gl.int64) * out_stride_b + h.to(gl.int64) * out_stride_h
 real = gl.expand_dims(own_rows < QUERIES, 1) & gl.expand_dims(features < EXTENT, 0)
-gl.store(out + out_offsets, accumulator.to(value_tiles.dtype), mask=real)
+gl.store(out + out_offsets, accumulator.to(OUT_DTYPE), mask=real)
 """
 
 PRODUCER = '''
@@ -213,17 +240,17 @@ def producer(
         fill(key, KEY_PLACE(b, g, start), key_ready, key_tiles, stage, KEY_FREE, filled)
         if filled > 0:  # if two buffers
             # The last values of the tile before come after the first keys of this one.  # if two buffers
-            at = KEY_PLACE(last_b, last_g, last_start)  # if two buffers
+            at = VALUE_PLACE(last_b, last_g, last_start)  # if two buffers
             fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
         for number in range(1, blocks):
             next_start = block_start(number, KNOWN)
             next_stage, phase = following(stage, phase)
             fill(key, KEY_PLACE(b, g, next_start), key_ready, key_tiles, next_stage, KEY_FREE, filled + 1)
-            fill(value, KEY_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)
+            fill(value, VALUE_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)
             start = next_start
             stage = next_stage
             filled += 1
-        fill(value, KEY_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)  # if one buffer
+        fill(value, VALUE_PLACE(b, g, start), value_ready, value_tiles, stage, VALUE_FREE, filled)  # if one buffer
         last_b = b  # if two buffers
         last_g = g  # if two buffers
         last_start = start  # if two buffers
@@ -237,7 +264,7 @@ def producer(
         tile = next_tile
         position += 1
     if filled > 0:  # if two buffers
-        at = KEY_PLACE(last_b, last_g, last_start)  # if two buffers
+        at = VALUE_PLACE(last_b, last_g, last_start)  # if two buffers
         fill(value, at, value_ready, value_tiles, last_stage, VALUE_FREE, filled - 1)  # if two buffers
 '''
 
@@ -247,7 +274,7 @@ def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
     """One thread block for each row of the work list."""
     query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
     key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
-    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, KEY_BOX, FEATURES], value.layout)
+    value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, VALUE_BOX], value.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, QUERY_BOX, FEATURES], out.layout)  # if staged
     query_ready = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())
     query_free = gl.allocate_shared_memory(gl.int64, [BUFFERS * GROUPS, 1], mbarrier.MBarrierLayout())

@@ -417,6 +417,7 @@ def _differentiable(spec: Spec) -> Spec:
         }
         if isinstance(operation, Attend):
             changes["score"] = apply("max", operation.score, LOWEST)
+            changes["norm"] = dataclasses.replace(operation.norm, weights="")
             if operation.fill == Const(-math.inf):
                 changes["fill"] = Const(LOWEST)
         operations.append(dataclasses.replace(operation, **changes))

@@ -14,7 +14,7 @@ from attncompile.passes.frame import Options, Pass
 
 GROUP = "attncompile.passes"
 
-OURS: tuple[Pass, ...] = (fuse.FUSE, sparsify.WINDOW, quantize.INT8, linearize.DECAY, regroup.BOXES)
+OURS: tuple[Pass, ...] = (fuse.FUSE, sparsify.WINDOW, quantize.INT8, quantize.FP8, linearize.DECAY, regroup.BOXES)
 
 
 @functools.cache

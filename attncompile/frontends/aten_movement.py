@@ -113,6 +113,32 @@ _NO_END = 2**63 - 1
 """The end of a slice that has none."""
 
 
+def _diff(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """Each element less the one before it, along an axis, as often as is asked for; truth values: whether they differ.
+
+    ``prepend`` and ``append`` are parts of what is subtracted from itself.
+    """
+    source, times, axis, prepend, append = arguments_of(b.node).values()
+    if times < 1:
+        raise Unstated
+    axis = axis_of(axis, len(b.out.shape))
+    parts = tuple(b.tensor(part) for part in (prepend, source, append) if part is not None)
+    length = simplify(apply("add", *(b.shape(part)[axis] for part in parts), ZERO))
+    whole, dtype = parts[0], b.out.dtype
+
+    def shape(size: Expr) -> Indices:
+        return (*b.out.shape[:axis], size, *b.out.shape[axis + 1 :])
+
+    if len(parts) > 1:
+        whole = b.emit(Concatenate(b.name(), parts, axis), Info(shape(length), dtype))
+    for number in range(1, times + 1):
+        rest = shape(b.out.shape[axis] if number == times else simplify(length - number))
+        before, after = (b.move(whole, movement.slices(axis, Const(n), 1), "slice", rest) for n in (0, 1))
+        negative = before if dtype == "bool" else b.pointwise("mul", Const(-1), before)
+        whole = b.pointwise("ne", after, before) if dtype == "bool" else b.pointwise("add", after, negative)
+    return whole
+
+
 def _narrow(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     source = b.tensor(args[0])
     axis = axis_of(args[1], len(b.shape(source)))
@@ -344,6 +370,7 @@ MOVEMENT: dict[str, Row] = {
     "squeeze": _squeeze,
     "slice": _slice,
     "narrow": _narrow,
+    "diff": _diff,
     "select": _select,
     "moveaxis": _movedim,
     "adjoint": _transpose,

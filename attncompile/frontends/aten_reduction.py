@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attncompile.frontends import movement
 from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
-from attncompile.frontends.graph import Contract, Indices, Info, Linear, Pointwise, Reduce, Softmax
+from attncompile.frontends.graph import Contract, CumulativeSum, Indices, Info, Linear, Pointwise, Reduce, Softmax
 from attncompile.ir import Expr
 from attncompile.ir.expr import ONE, Const
 
@@ -147,6 +147,13 @@ def _softmax(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     return b.emit(Softmax(b.name(), b.tensor(args[0]), axis_of(args[1], len(b.out.shape))), b.out)
 
 
+def _cumulative_sum(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    source = b.tensor(args[0])
+    if not b.out.shape:
+        raise Unstated
+    return b.emit(CumulativeSum(b.name(), source, axis_of(args[1], len(b.out.shape))), b.out)
+
+
 def _log_softmax(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
     weights = b.emit(Softmax(b.name(), b.tensor(args[0]), axis_of(args[1], len(b.out.shape))), b.out)
     return b.pointwise("log", weights)
@@ -235,6 +242,7 @@ REDUCTION: dict[str, Row] = {
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "sum": _reduce("sum"),
+    "cumsum": _cumulative_sum,
     "amax": _reduce("max"),
     "max": _largest,
     "min": _smallest,

@@ -13,6 +13,7 @@ from attncompile.frontends.graph import Indices
 from attncompile.frontends.torch_internals import size_hint
 from attncompile.ir import Expr, Size, simplify
 from attncompile.ir.expr import ONE, Apply, Const, apply, substitute, symbols
+from attncompile.ir.polynomial import from_polynomial, negated, plus, polynomial
 
 
 def size_expr(size: int | torch.SymInt) -> Expr:
@@ -75,8 +76,8 @@ def product(sizes: Iterable[Expr]) -> Expr:
 def solved(one: Expr, other: Expr) -> tuple[Size, Expr] | None:
     """A symbol and what it must be for two sizes to be equal; ``None`` where they are, or say nothing of one symbol.
 
-    Factors of both sides are cancelled: ``6·S37 = 6·S18`` gives ``S37 = S18``. A factor that is 0 would leave nothing
-    to compute, so this holds wherever there is an element.
+    Factors and terms of both sides are cancelled: ``6·S37 = 6·S18`` and ``S37 + 1 = S18 + 1`` give ``S18 = S37``. A
+    factor that is 0 would leave nothing to compute, so this holds wherever there is an element.
     """
     left, right = _factors(one), _factors(other)
     for factor in tuple(left):
@@ -92,6 +93,19 @@ def solved(one: Expr, other: Expr) -> tuple[Size, Expr] | None:
     for symbol, stays in (reversed(sides), sides):
         if isinstance(symbol, Size) and symbol not in symbols(stays):
             return symbol, stays
+    return _solved_sum(*sides)
+
+
+def _solved_sum(one: Expr, other: Expr) -> tuple[Size, Expr] | None:
+    """A symbol that is a term of its own in ``one - other``, and what it must be; the other side's symbols first."""
+    difference = plus(polynomial(one), negated(polynomial(other)))
+    for product_of, factor in sorted(difference.items(), key=lambda term: term[1]):
+        if len(product_of) != 1 or not isinstance(product_of[0], Size) or abs(factor) != 1:
+            continue
+        symbol = product_of[0]
+        rest = {mono: -factor * value for mono, value in difference.items() if mono != product_of}
+        if all(symbol not in symbols(atom) for mono in rest for atom in mono):
+            return symbol, simplify(from_polynomial(rest))
     return None
 
 

@@ -234,6 +234,25 @@ class Reduce(Node):
 
 
 @dataclass(frozen=True)
+class CumulativeSum(Node):
+    """The sum of a value's elements up to each position of ``axis``, in the output's dtype.
+
+    Attributes:
+        exclusive: without the element at the position itself.
+        reverse: of the elements from the position on.
+    """
+
+    source: str
+    axis: int
+    exclusive: bool = False
+    reverse: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
 class Softmax(Node):
     """Softmax over ``axis``, computed in the output's dtype."""
 

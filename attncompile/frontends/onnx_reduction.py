@@ -6,6 +6,7 @@ from typing import Literal
 
 from attncompile.frontends import movement
 from attncompile.frontends.graph import (
+    CumulativeSum,
     Indices,
     Pointwise,
     Reduce,
@@ -29,6 +30,17 @@ def _softmax(b: Builder) -> str:
     flat = b.reshape(source, (product(shape[:axis]), product(shape[axis:])))
     weights = b.emit(lambda name: Softmax(name, flat, 1), b.shape(flat), dtype)
     return b.reshape(weights, shape)
+
+
+def _cumulative_sum(b: Builder) -> str:
+    source, axes = b.tensor(), b.integers(1)
+    if axes is None or len(axes) != 1:
+        raise Unstated
+    axis = axis_of(axes[0], len(b.shape(source)))
+    exclusive, reverse = (bool(b.attribute(name, 0)) for name in ("exclusive", "reverse"))
+    return b.emit(
+        lambda name: CumulativeSum(name, source, axis, exclusive, reverse), b.shape(source), b.dtype(source)
+    )
 
 
 def _log_softmax(b: Builder) -> str:
@@ -101,6 +113,7 @@ REDUCTION: dict[str, Row] = {
     "LogSoftmax": _log_softmax,
     "ReduceSum": _reduce("sum"),
     "ReduceMax": _reduce("max"),
+    "CumSum": _cumulative_sum,
     "ReduceLogSumExp": _log_sum_exp,
 }
 """Their rows; :mod:`attncompile.frontends.onnx_rows` has all."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from attncompile.ir import e4m3
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import SCORE, TOTAL, TRUE, WEIGHT, Const, Expr, Index, Load, Score, Total, Weight, walk
 from attncompile.ir.operation import Operation, Tensors, Types, attention_types, operand, result
@@ -35,11 +36,14 @@ class Normalizer:
         dtype: float dtype in which the original computes it.
         empty: what a softmax row without any visible key gives when the masked logit is −∞: ``nan`` or
             ``zero``.
+        weights: dtype in which the weights of a softmax meet the values, ``float8_e4m3``; empty when that is the
+            dtype of the values. See :func:`attncompile.ir.e4m3.weight_rounding`.
     """
 
     kind: Literal["softmax", "sigmoid", "relu", "none", "sum", "l1"] = "softmax"
     dtype: str = "float32"
     empty: Literal["nan", "zero"] = "nan"
+    weights: Literal["", "float8_e4m3"] = ""
 
     def __post_init__(self) -> None:
         floats = tuple(dtype for dtype in DTYPES if element_kind(dtype) is Kind.FLOAT)
@@ -47,14 +51,23 @@ class Normalizer:
             ("kind", NORMALIZERS),
             ("dtype", floats),
             ("empty", ("nan", "zero")),
+            ("weights", ("", "float8_e4m3")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r} of a normaliser; choose one of {', '.join(allowed)}"
                 )
+        if self.weights and self.kind != "softmax":
+            raise ValueError(f"only the weights of a softmax are rounded, the normaliser is {self.kind}")
+
+    @property
+    def plain_softmax(self) -> bool:
+        """Whether it is a softmax whose weights are not rounded: what most operators compute."""
+        return self.kind == "softmax" and not self.weights
 
     def __str__(self) -> str:
-        return f"{self.kind} ({self.dtype})" + (", empty rows zero" if self.empty == "zero" else "")
+        weights = f", weights {self.weights}" if self.weights else ""
+        return f"{self.kind} ({self.dtype}){weights}" + (", empty rows zero" if self.empty == "zero" else "")
 
     @classmethod
     def parse(cls, text: str) -> Normalizer:
@@ -63,13 +76,13 @@ class Normalizer:
         Raises:
             ValueError: for text that is no normaliser.
         """
-        match = re.fullmatch(r"(\w+) \((\w+)\)(, empty rows zero)?", text.strip())
+        match = re.fullmatch(r"(\w+) \((\w+)\)(?:, weights (\w+))?(, empty rows zero)?", text.strip())
         if match is None:
             raise ValueError(
                 f"cannot read the normaliser {text!r}; it looks like 'softmax (float32)', perhaps with "
-                "', empty rows zero' behind it"
+                "', weights float8_e4m3' or ', empty rows zero' behind it"
             )
-        return cls(match[1], match[2], "zero" if match[3] else "nan")  # type: ignore[arg-type]
+        return cls(match[1], match[2], "zero" if match[4] else "nan", match[3] or "")  # type: ignore[arg-type]
 
 
 _POINTWISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -216,6 +229,8 @@ class Attend(Operation):
             else:
                 weights = torch.softmax(logits, dim=-1)
             weights = weights[..., :keys]
+            if self.norm.weights:
+                weights = weights * e4m3.weight_rounding(logits[..., :keys])
         else:
             weights = _POINTWISE[self.norm.kind](logits)
         if self.norm.kind in DIVIDING:

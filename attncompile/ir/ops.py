@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from attncompile.ir import e4m3
 from attncompile.ir.attend import Attend
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import Const, Expr
@@ -156,21 +157,29 @@ class Cache(Operation):
         return {self.out: torch.cat([tensors[self.past].to(dtype), tensors[self.new].to(dtype)], dim=2)}
 
 
+ROUNDED_DTYPES = ("int8", "float8_e4m3")
+"""What ``Quantize`` rounds to."""
+
+
 @dataclass(frozen=True)
 class Quantize(Operation):
     """Round a tensor to a narrow type with one scale per block of positions; the result is read dequantised.
 
-    ``out = scale · clamp(round(x' / scale), −m, m)`` with ``scale = max|x'| / m`` over each block of
-    ``block`` positions and all channels of one head, and ``x' = x − mean_j x`` when ``smooth`` (which leaves
-    a softmax over keys unchanged where the logits are linear in the score).
+    ``out = scale · round(x' / scale)`` over each block of ``block`` positions and all channels of one head, with
+    ``x' = x − mean_j x`` when ``smooth``. For ``int8`` the scale is ``max|x'| / 127`` and numbers are whole; for
+    ``float8_e4m3`` it is the least power of two that brings ``|x'|`` to at most 448, and numbers have four
+    significant bits.
+
+    Smoothing keys obeys a law: a logit ``a·(q·k_j) + c_j`` with ``a`` the same for all keys becomes less by
+    ``a·(q·mean)``, which is the same for all keys too, and a softmax does not see it.
 
     Attributes:
         tensor: ``[b,h,i,d]``.
-        dtype: ``int8`` (``m`` = 127).
+        dtype: ``int8`` or ``float8_e4m3``.
         block: positions per scale.
         smooth: subtract the mean over positions first.
 
-    Follows: SageAttention (arXiv:2410.02367).
+    Follows: SageAttention (arXiv:2410.02367); e4m3 as in :mod:`attncompile.ir.e4m3`.
     """
 
     keyword: ClassVar[str] = "quantize"
@@ -183,23 +192,28 @@ class Quantize(Operation):
 
     def infer(self, types: Types) -> dict[str, TensorType]:
         found = find(types, self.tensor, "quantize", 4)
-        if self.dtype != "int8":
-            raise ValueError(f"quantize: unknown dtype {self.dtype!r}; int8 is what there is")
+        if self.dtype not in ROUNDED_DTYPES:
+            raise ValueError(f"quantize: unknown dtype {self.dtype!r}; choose one of {', '.join(ROUNDED_DTYPES)}")
         if self.block < 1:
             raise ValueError(f"quantize: block must be at least 1, got {self.block}")
         return {self.out: found}
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
+        """Codes ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
         if self.smooth:
             x = x - x.mean(dim=2, keepdim=True)
         length = x.shape[2]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
         blocks = padded.reshape(*x.shape[:2], -1, self.block, x.shape[3])
-        scale = blocks.abs().amax(dim=(3, 4)) / 127
-        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
-        whole = (blocks / divisor).round().clamp(-127, 127).flatten(2, 3)[:, :, :length]
-        return whole, scale
+        largest = blocks.abs().amax(dim=(3, 4))
+        if self.dtype == "float8_e4m3":
+            scale = e4m3.power_scale(largest)
+            codes = e4m3.e4m3(blocks / scale[..., None, None])
+        else:
+            scale = largest / 127
+            divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
+            codes = (blocks / divisor).round().clamp(-127, 127)
+        return codes.flatten(2, 3)[:, :, :length], scale
 
     def reference(
         self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype

@@ -15,6 +15,7 @@ from attncompile.frontends.graph import (
     Cast,
     Concatenate,
     Contract,
+    CumulativeSum,
     Graph,
     Move,
     Node,
@@ -219,29 +220,30 @@ def obstacle_after(graph: Graph, weights: str) -> Node | None:
     return None
 
 
-def obstacle_behind(graph: Graph, source: str) -> Opaque | None:
+def obstacle_behind(graph: Graph, source: str) -> Node | None:
     """An operation that interpretation can not pass, with a product of two activations right behind it.
 
     A map with parameters (a linear layer) is no obstacle: what it makes of the state are no scores.
     """
-    for obstacle in _opaque_behind(graph, source):
+    for obstacle in _obstacles_behind(graph, source):
         stack, seen = list(obstacle.inputs), set(obstacle.inputs)
         while stack:
             node = graph.producer.get(stack.pop())
             if isinstance(node, Contract) and all(name in graph.varying for name in node.inputs):
                 return obstacle
-            if isinstance(node, (*TRANSPARENT, Reduce)) or type(node) is Opaque:
+            if isinstance(node, (*TRANSPARENT, Reduce, CumulativeSum)) or type(node) is Opaque:
                 fresh = [name for name in node.inputs if name not in seen]
                 seen.update(fresh)
                 stack += fresh
     return None
 
 
-def _opaque_behind(graph: Graph, value: str) -> list[Opaque]:
+def _obstacles_behind(graph: Graph, value: str) -> list[Node]:
     def onward(node: Node) -> Iterable[str]:
         return node.inputs if isinstance(node, TRANSPARENT) else ()
 
-    return [node for node in _behind(graph, value, onward) if type(node) is Opaque]
+    found = _behind(graph, value, onward)
+    return [node for node in found if type(node) is Opaque or isinstance(node, CumulativeSum)]
 
 
 def unnormalised_products(graph: Graph, known: frozenset[str]) -> Iterator[tuple[Contract, Contract]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from attncompile.frontends.graph import (
     Cast,
     Concatenate,
+    CumulativeSum,
     Fill,
     Graph,
     Indices,
@@ -25,8 +26,8 @@ from attncompile.frontends.graph import (
     Select,
     Write,
 )
-from attncompile.ir import Expr, Kind, Load, Refusal, RefusalError, Size, simplify
-from attncompile.ir.expr import Apply, Const, apply, walk, where
+from attncompile.ir import Expr, Index, Kind, Load, Refusal, RefusalError, Size, simplify
+from attncompile.ir.expr import Apply, Const, apply, symbols, walk, where
 from attncompile.ir.operators import OPERATORS
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import concrete, element_kind
@@ -167,12 +168,17 @@ class Interpreter:
                 return self._selected(data, positions, wraps, indices)
             case Write():
                 return self._written(node, indices)
+            case CumulativeSum():
+                return self._accumulated(node, indices)
             case Iota(_, start, step):
                 return apply("add", start, apply("mul", step, indices[0]))
             case Fill(_, value):
                 return value
+        raise self._uninterpreted(node)
+
+    def _uninterpreted(self, node: Node) -> RefusalError:
         native = self.graph.describe(node.output)
-        raise RefusalError(
+        return RefusalError(
             Refusal(
                 "uninterpreted-node",
                 f"{native.what} is not a pointwise operation or a movement of data",
@@ -181,6 +187,31 @@ class Interpreter:
                 "attention is lifted through pointwise operations, views, slices, concatenations and gathers",
             )
         )
+
+    def _accumulated(self, node: CumulativeSum, indices: Indices) -> Expr:
+        """A sum over the positions up to one, where all of them have the same integer.
+
+        Packed sequences are numbered so: by how many positions do not continue the one before them, of which there
+        are none where positions are counted up.
+
+        Raises:
+            RefusalError: where the integers differ, or may do.
+        """
+        size = self.graph.infos[node.source].shape[node.axis]
+        over = next((Index(name) for name, extent in self.extents.items() if extent == size), None)
+        kind = element_kind(self.graph.infos[node.output].dtype)
+        if over is None or kind is not Kind.INT:
+            raise self._uninterpreted(node)
+        # any position, under a name of which the range is known; the other indices may not speak of it
+        others = [index for axis, index in enumerate(indices) if axis != node.axis]
+        if any(over in symbols(index) for index in others):
+            raise self._uninterpreted(node)
+        each = self.at(node.source, (*indices[: node.axis], over, *indices[node.axis + 1 :]))
+        if each.kind is Kind.FLOAT or over in symbols(each):
+            raise self._uninterpreted(node)
+        before = indices[node.axis]
+        count = size - before - 1 if node.reverse else before
+        return apply("mul", _as_kind(each, Kind.INT), simplify(count if node.exclusive else count + 1))
 
     def _cast(self, node: Node, value: Expr, kind: Kind) -> Expr:
         """A value in another kind.

@@ -8,6 +8,7 @@ from attncompile.codegen.gluon.backward import HopperGradients
 from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, compile_kernel, described
 from attncompile.codegen.triton.cache import load_module
+from attncompile.ir.types import DTYPES
 from attncompile.kernels.hopper_backward import CHANNELS, LIMIT, QUERIES
 
 HOPPER = next(target for target in TARGETS if target.arch == 90)
@@ -32,18 +33,23 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     aligned: list[str] = []
-    channels, features = skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features)
-    tiles = {"query": (64, channels), "key": (skeleton.tile.keys, channels)}
-    tiles |= {"value": (skeleton.tile.keys, features), "out": (64, features)}
+    channels, features, keys = skeleton.channel_space, skeleton.feature_space, skeleton.tile.keys
+    codes = skeleton.narrow.dtype if skeleton.narrow else dtype
+    values = ((features, keys), "float8_e4m3") if skeleton.turned_values else ((keys, features), dtype)
+    tiles = {"query": ((64, channels), codes), "key": ((keys, channels), codes)}
+    tiles |= {"value": values, "out": ((64, features), dtype)}
     boxes = skeleton.boxes
     for name in skeleton.descriptors():
-        sizes: tuple[int, ...] = (1, 1, *tiles[name])
-        layout = loaded.tile_layout(*tiles[name])
+        tile, element = tiles[name]
+        sizes: tuple[int, ...] = (1, 1, *tile)
+        # without rounded operands a module takes 16 bits for granted
+        width = (1,) if DTYPES[element].itemsize == 1 else ()
+        layout = loaded.tile_layout(*tile, *width)
         if boxes:
             box = (*boxes.lead(), *(boxes.query_box if name in ("query", "out") else boxes.key_box))
-            sizes, layout = (*box, tiles[name][1]), loaded.box_layout(box, tiles[name][1])
+            sizes, layout = (*box, tile[1]), loaded.box_layout(box, tile[1])
         shape = ", ".join(map(str, sizes))
-        signature[name] = f"tensordesc<{ELEMENTS[dtype]}[{shape}],{layout!r}>"
+        signature[name] = f"tensordesc<{ELEMENTS[element]}[{shape}],{layout!r}>"
     for name, element in kernel.pointers:
         signature[name] = "*" + ELEMENTS[dtype if element == "operand" else element]
         aligned.append(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.generate import GLUON, gluon_functions
-from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, WORK_LIST, key_count
+from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count
 from attncompile.codegen.gluon.structure import GRANULE, effort
 from attncompile.codegen.triton.backward import why_not_backward as why_not_triton
 from attncompile.codegen.triton.expressions import Scope
@@ -155,7 +155,7 @@ def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> Hopp
         skeleton.constants() + "\n" + CHECKS,
         *gluon_functions(text),
         text,
-        HOST,
+        host(parts),
         exchanged(WORK_LIST),
         count,
         _launcher(spec, parts, binding, lengths, skeleton),
@@ -165,8 +165,8 @@ def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> Hopp
 
 
 _WORDS = frozenset(
-    ["query_sums", "row_values", "blocks", "room", "attend_backward_kernel", "prepare", "finish", "readable"]
-    + ["row_layout", "row_descriptor", "query_count"]
+    """query_sums row_values blocks room attend_backward_kernel prepare finish readable row_layout row_descriptor
+    query_count""".split()  # noqa: SIM905
 )
 """Identifiers of the launcher."""
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from attncompile.codegen.gluon.boxes import boxes_of
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
-from attncompile.codegen.gluon.launch import HOST, LAUNCHER_WORDS, WORK_LIST, key_count, launch_lines
+from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.structure import may_be_infinite, padded, why_not_spec
-from attncompile.codegen.gluon.tiles import SHORT, hopper_tile
+from attncompile.codegen.gluon.structure import may_be_infinite, tile_for, why_not_spec
+from attncompile.codegen.gluon.tiles import SHORT
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.generate import GeneratedModule
@@ -31,6 +31,7 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
 from attncompile.codegen.triton.regroup import around
+from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify
@@ -42,6 +43,7 @@ from attncompile.kernels.hopper_boxes import WORDS, Boxes
 from attncompile.kernels.hopper_lines import hopper_function
 from attncompile.kernels.hopper_marks import HOST as LISTS
 from attncompile.kernels.hopper_marks import KEPT, MarkBlocks
+from attncompile.kernels.quantize import DEVICE_FUNCTIONS as ROUNDING_FUNCTIONS
 
 GLUON = Dialect("gl.", {"sigmoid": "(1.0 / (1.0 + gl.exp(-{0})))"})
 """Gluon has Triton's functions under another name, but no sigmoid."""
@@ -109,15 +111,18 @@ def generate(
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
     lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
     counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
+    rounding = rounding_texts(parts)
     sections = (
         _documentation(spec, inputs, kernel_text),
         IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1)
-        if skeleton.marks
+        if skeleton.marks or rounding
         else IMPORTS,
         skeleton.constants() + "\n" + CHECKS,
         *gluon_functions(kernel_text),
+        *device_functions_of(*rounding, names=ROUNDING_FUNCTIONS),
+        *rounding,
         kernel_text,
-        HOST,
+        host(parts),
         *([boxes.host()] if boxes else []),
         *(lists if skeleton.marks else [WORK_LIST, counted]),
         launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton, moved)),
@@ -126,6 +131,7 @@ def generate(
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     elements |= {"out": "operand", "lse": "float32", "work": "int64", "counts": "int32", "places": "int32"}
+    elements |= dict.fromkeys(("query_scale", "key_scale", "value_scale"), "float32")
     kernel = Kernel(
         "attend_forward",
         tuple((pointer, elements[pointer]) for pointer in skeleton.pointers()),
@@ -189,6 +195,7 @@ def _skeleton(
         clamped=any(loads(expr) for expr in expressions),
         marks=listed,
         boxes=boxes,
+        narrow=narrow_operands(parts),
     )
 
 
@@ -201,10 +208,8 @@ def _documentation(spec: Spec, inputs: list[str], kernel: str) -> str:
 
 
 def _tile(parts: Dense, queries: int) -> HopperTile:
-    channels, features = (padded(constant(found.sizes[3])) for found in (parts.query, parts.value))
     short = queries < SHORT and parts.mask != TRUE
-    keys = keys_of_cells(parts.score, parts.mask)
-    return hopper_tile(channels, features, light=_light(parts), short=short, keys=keys)
+    return tile_for(parts, light=_light(parts), short=short, keys=keys_of_cells(parts.score, parts.mask))
 
 
 def _light(parts: Dense) -> bool:

@@ -9,6 +9,7 @@ from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
 from attncompile.codegen.triton.moved import Regrouped
 from attncompile.codegen.triton.names import LAUNCHER_NAMES
+from attncompile.codegen.triton.rounding import rounding_lines
 from attncompile.codegen.triton.structure import Dense
 from attncompile.codegen.triton.visits import Visits
 from attncompile.ir import Spec
@@ -31,8 +32,9 @@ PYTHON = Dialect(
 )
 """Integer expressions on the host."""
 
-HOST = '''\
+_HOST = '''\
 HALF = (torch.float16, torch.bfloat16)
+ROUNDED = NAMES  # these are copied into codes first  # if rounded
 
 
 class Refused(ValueError):
@@ -49,6 +51,8 @@ def why_not(query, key, value):
             return f"the {name} is empty"
         if sizes[1] > 65535:
             return f"the {name} has {sizes[1]} heads; the work list has room for 65535"
+        if name in ROUNDED:  # if rounded
+            continue  # if rounded
         if tensor.data_ptr() % 16:
             return f"the {name} does not begin at a multiple of 16 bytes"
         if strides[3] != 1:
@@ -60,9 +64,13 @@ def why_not(query, key, value):
 
 
 @functools.lru_cache(maxsize=64)
-def tile_layout(rows, channels):
-    """How a tile lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)
+def tile_layout(rows, channels):  # if whole
+    """How a tile lies in shared memory."""  # if whole
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], gl.float16)  # if whole
+def tile_layout(rows, channels, element=2):  # if rounded
+    """How a tile of elements of so many bytes lies in shared memory."""  # if rounded
+    like = gl.int8 if element == 1 else gl.float16  # if rounded
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, channels], like)  # if rounded
 
 
 DESCRIBED = {}  # descriptors without their tensors
@@ -72,10 +80,12 @@ def descriptor(tensor, rows, channels):
     """What the copying unit needs to know: it fills with zeros, or leaves out, what lies past the tensor's end."""
     key = tensor.shape, tensor.stride(), tensor.dtype, rows, channels
     if key not in DESCRIBED:
-        strides = [stride if size > 1 else 8 for size, stride in zip(tensor.shape, tensor.stride())]
+        strides = [stride if size > 1 else ALIGNED for size, stride in zip(tensor.shape, tensor.stride())]
         strides[3] = 1
         block = [1, 1, rows, channels]
-        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, tile_layout(rows, channels))  # if whole
+        layout = tile_layout(rows, channels, tensor.itemsize)  # if rounded
+        made = TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)  # if rounded
         if len(DESCRIBED) >= 4096:
             DESCRIBED.clear()
         DESCRIBED[key] = {name: value for name, value in vars(made).items() if name != "base"}
@@ -84,6 +94,20 @@ def descriptor(tensor, rows, channels):
     vars(made).update(DESCRIBED[key], base=tensor)
     return made
 '''
+
+
+def host(parts: Dense) -> str:
+    """The functions that look at query, key and value, and describe them to the copying unit.
+
+    Where operands are rounded, other kernels make codes of them, wherever they lie; elements have 8 or 16 bits then.
+    """
+    names = ("query", "key", "value")[: len(parts.rounding.steps) if parts.rounding else 0]
+    option = "rounded" if names else "whole"
+    lines = [line.partition("  # if ") for line in _HOST.splitlines()]
+    text = "\n".join(line for line, _, condition in lines if condition in ("", option)) + "\n"
+    # an axis of one place gets a stride that is a multiple of 16 bytes
+    return text.replace("NAMES", repr(names)).replace("ALIGNED", "16" if names else "8")
+
 
 WORK_LIST = '''\
 @functools.lru_cache(maxsize=256)
@@ -111,7 +135,7 @@ def work_list(device, batch, heads, queries, *sizes):
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)'''
 
 _WORDS = """
-    HALF Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
+    HALF ROUNDED Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
     counts places lists tiles blocks block_lists dealt rows start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
@@ -183,13 +207,17 @@ def launch_lines(
     attend, tile, boxes = parts.attend, skeleton.tile, skeleton.boxes
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
+    rounding = parts.rounding
     before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
+    before |= {step.out: step.tensor for step in rounding.steps} if rounding else {}
     query, key, value = (
         binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)
     )
+    copied = ("query_codes", "key_codes") if rounding else (query, key)
     tokens = binding.size(spec.types()[moved.after.out].sizes[2]) if moved else queries
     captured = [binding.tensors[name] for name in binding.pointers]
     values = {length.name: length.value for length in lengths}
+    values |= {"key_heads": binding.size(parts.key.sizes[1])}
     sizes = [values.get(name, name) for name in skeleton.integers()]
     channels, features = "CHANNELS.value", "FEATURES.value"
     described = {"query": "64", "key": "BLOCK_J.value"}
@@ -198,11 +226,14 @@ def launch_lines(
         function = "box_descriptor"
         described = {"query": f"{(*boxes.lead(), *boxes.query_box)}", "key": f"{(*boxes.lead(), *boxes.key_box)}"}
     arguments = [
-        f"{function}({query}, {described['query']}, {channels})",
-        f"{function}({key}, {described['key']}, {channels})",
-        f"{function}({value}, {described['key']}, {features})",
+        f"{function}({copied[0]}, {described['query']}, {channels})",
+        f"{function}({copied[1]}, {described['key']}, {channels})",
+        f"{function}(value_codes, {features}, {described['key']})"
+        if skeleton.turned_values
+        else f"{function}({value}, {described['key']}, {features})",
         f"{function}(out, {described['query']}, {features})" if tile.staged else "out",
         *(["lse"] if skeleton.lse else []),
+        *(skeleton.narrow.scales() if skeleton.narrow else ()),
         *captured,
         *(["counts", "places"] if skeleton.marks else []),
         "work",
@@ -270,6 +301,7 @@ def launch_lines(
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
         "    raise Refused(reason)",
+        *rounding_lines(parts, binding, shuffled=True),
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,

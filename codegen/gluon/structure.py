@@ -8,11 +8,12 @@ from attncompile.codegen.gluon.cells import by_tile, is_pair, keys_of_cells
 from attncompile.codegen.gluon.columns import COLUMN, FAR, fold_columns
 from attncompile.codegen.gluon.tiles import hopper_tile
 from attncompile.codegen.triton.moved import regrouped_parts
-from attncompile.codegen.triton.structure import dense
+from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, Apply, Const, Expr, Load, walk
 from attncompile.ir.rearrange import regrouped
+from attncompile.kernels.hopper import HopperTile
 
 GRANULE = 8
 """Channels in 16 bytes: rows of fewer, or of no multiple, cannot be copied by TMA."""
@@ -59,25 +60,48 @@ def why_not_spec(spec: Spec) -> str | None:
     reason = why_not_triton(spec)
     if reason:
         return reason
-    if [operation.keyword for operation in spec.operations] != ["attend"]:
+    if not {operation.keyword for operation in spec.operations} <= {"attend", "quantize"}:
         return f"the Hopper kernel computes one attend, not {', '.join(o.keyword for o in spec.operations)}"
     parts = dense(spec)
     if parts.attend.norm.kind != "softmax":
         return f"the Hopper kernel normalises by softmax, not by {parts.attend.norm.kind}"
     if parts.edit is not None:
         return f"the Hopper kernel has no edit of weights such as {parts.attend.weight}"
-    widths = [_constant(found.sizes[3]) for found in (parts.query, parts.value)]
-    for name, channels in zip((parts.attend.query, parts.attend.value), widths, strict=True):
-        if channels % GRANULE:
+    rounded = {step.out: step for step in parts.rounding.steps} if parts.rounding else {}
+    for name, found in ((parts.attend.query, parts.query), (parts.attend.value, parts.value)):
+        channels = _constant(found.sizes[3])
+        if channels % GRANULE and name not in rounded:
             return f"{name} has {channels} channels; TMA copies rows of multiples of {GRANULE}"
     try:
-        tile = hopper_tile(padded(widths[0]), padded(widths[1]), light=False)
+        tile = tile_for(parts, light=False)
     except ValueError as error:
         return str(error)
+    for name in (parts.attend.key, parts.attend.value):
+        if name in rounded and rounded[name].block % tile.keys:
+            return (
+                f"{name} has a scale for {rounded[name].block} positions; the Hopper kernel takes multiples of "
+                f"the {tile.keys} keys of a tile"
+            )
     taken = max(effort(expr, tile.keys) for expr in (parts.score, parts.mask))
     if taken > MOST_EFFORT:
         return f"score and mask take about {taken} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
     return None
+
+
+def tile_for(parts: Dense, *, light: bool, short: bool = False, keys: int | None = None) -> HopperTile:
+    """How the kernel divides the work of a Spec.
+
+    Args:
+        parts: of the Spec.
+        light, short, keys: as in :func:`attncompile.codegen.gluon.tiles.hopper_tile`.
+
+    Raises:
+        ValueError: when there is no tile.
+    """
+    channels, features = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
+    products = 1 if parts.rounding else 2
+    values = 1 if parts.rounding and parts.rounding.value else 2
+    return hopper_tile(channels, features, light=light, short=short, keys=keys, bytes_of=(products, values))
 
 
 def arranged(spec: Spec, in_place: bool = False) -> Spec:
@@ -99,15 +123,16 @@ def arranged(spec: Spec, in_place: bool = False) -> Spec:
 
 
 def slower(spec: Spec) -> str | None:
-    """Why plain Triton is faster although there is a Hopper kernel, or ``None``.
+    """Why plain Triton is faster, or safer, although there is a Hopper kernel; or ``None``.
 
     Measured on an H200: a bias for each pair takes plain Triton 242 TF/s, the Hopper kernel 191 (64 channels, 4096
     keys): its warpgroups lack the registers for so many addresses. An element that a whole tile shares costs nothing.
     """
     moved = regrouped_parts(spec)
     parts = dense(moved.attention if moved else spec)
-    widths = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
-    tile = hopper_tile(*widths, light=False, keys=keys_of_cells(parts.score, parts.mask))
+    if parts.rounding:
+        return "its kernel for operands of 8 bits has run on no GPU since a fault of ptxas was worked around"
+    tile = tile_for(parts, light=False, keys=keys_of_cells(parts.score, parts.mask))
     for expr in (parts.score, parts.mask):
         for load in walk(expr):
             if isinstance(load, Load) and is_pair(load) and not by_tile(load, tile):

@@ -40,6 +40,7 @@ from attncompile.ir.affine import affine
 from attncompile.ir.attend import DIVIDING, NO_SINK, Attend
 from attncompile.ir.expr import TRUE, WEIGHT, Const, Expr
 from attncompile.ir.operation import Types
+from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.rows import extents, never_empty
 from attncompile.ir.simplify import simplify
 
@@ -288,6 +289,8 @@ def _logits(
 
 def _weights(attend: Attend, writer: Writer, logits: ir.Value) -> ir.Value:
     build = writer.build
+    if attend.norm.weights:
+        raise RefusalError(Refusal("no-onnx-form", f"the normaliser {attend.norm} has no ONNX form"))
     if attend.sink != NO_SINK:
         weights = build("Softmax", _with_sink(attend, writer, logits), axis=-1)
         weights = build("Slice", weights, build.constant([0]), build.constant([-1]), build.constant([3]))

@@ -87,7 +87,7 @@ class Capability:
 
 def _fused(name: str, attend: Attend, types: Types) -> str | None:
     """What no fused operator can do."""
-    if attend.norm.kind != "softmax":
+    if not attend.norm.plain_softmax:
         return f"{name} normalises by softmax only, this is {attend.norm}"
     if attend.sink != NO_SINK:
         return f"{name} is not given sinks ({attend.sink})"

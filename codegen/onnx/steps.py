@@ -13,6 +13,7 @@ from attncompile.codegen.onnx.reading import fixed
 from attncompile.ir.expr import Const
 from attncompile.ir.operation import Operation
 from attncompile.ir.ops import Cache, Position, Project, Quantize
+from attncompile.ir.refusal import Refusal, RefusalError
 
 
 def _writer(place: Place, tensor: str, axes: tuple[str, ...] = ("b", "h", "i", "d")) -> Writer:
@@ -79,6 +80,8 @@ def project(step: Project, place: Place) -> Made:
 
 def quantize(step: Quantize, place: Place) -> Made:
     """Rounding to INT8 and back with one scale per block of positions, in plain operators."""
+    if step.dtype != "int8":
+        raise RefusalError(Refusal("no-onnx-form", f"rounding to {step.dtype} has no ONNX form"))
     build, kind = place.build, place.types[step.tensor]
     writer = _writer(place, step.tensor)
     x = arranged(writer, place, step.tensor, single_groups)

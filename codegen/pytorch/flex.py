@@ -139,8 +139,8 @@ def flex_form(attend: Attend, kinds: Mapping[str, TensorType]) -> FlexForm | Ref
     def refuse(what: str) -> Refusal:
         return Refusal("no-flex", f"FlexAttention has no place for {what}")
 
-    if attend.norm.kind != "softmax":
-        return refuse(f"the normaliser {attend.norm.kind}")
+    if not attend.norm.plain_softmax:
+        return refuse(f"the normaliser {attend.norm}")
     weight = affine(attend.weight, WEIGHT)
     if weight is None or weight.offset != Const(0.0) or Index("j") in symbols(weight.slope):
         return refuse(f"the edit {attend.weight} of each weight")

@@ -92,8 +92,8 @@ def additive_form(attend: Attend, types: Mapping[str, TensorType]) -> AdditiveFo
     def refuse(what: str) -> Refusal:
         return Refusal("no-sdpa", f"scaled_dot_product_attention has no place for {what}")
 
-    if attend.norm.kind != "softmax":
-        return refuse(f"the normaliser {attend.norm.kind}")
+    if not attend.norm.plain_softmax:
+        return refuse(f"the normaliser {attend.norm}")
     if attend.sink != NO_SINK:
         return refuse(f"the sink {attend.sink}")
     if attend.lse:

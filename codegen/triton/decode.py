@@ -31,7 +31,7 @@ from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.tiles import Tile, decode_tile
 from attncompile.codegen.triton.visits import ROWS, KeyRange, Visits, extreme, visits
 from attncompile.ir import Spec, simplify
-from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, apply, conjuncts, loads, symbols
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, apply, conjuncts, loads, substitute, symbols
 from attncompile.ir.operators import Kind
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import TensorType
@@ -128,7 +128,7 @@ def few_queries(
     there are always as many queries as keys.
     """
     as_many = simplify(parts.query.sizes[2]) == simplify(parts.key.sizes[2])
-    if as_many or parts.quantized or decode_reason(spec) is not None:
+    if as_many or parts.rounding or decode_reason(spec) is not None:
         return None
     skeleton = decode_skeleton(
         spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink
@@ -218,8 +218,11 @@ def decode_visits(mask: Expr, query_length: Expr, key_length: Expr) -> Visits:
     """The keys that all queries of a batch row visit together; none of them is in ``full``.
 
     Conditions that differ by head give no limit, since a tile's rows belong to several. A limit that is loaded, such as
-    the length of a batch row, counts here: one program reads it once.
+    the length of a batch row, counts here: one program reads it once. So does the position of a single query, which
+    says how far a static cache is filled.
     """
+    if query_length == Const(1):
+        mask = substitute(mask, {Index("i"): Const(0)})
     starts: list[Expr] = []
     stops: list[Expr] = []
     kept: list[Expr] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attncompile.codegen.triton.decode import few_queries
-from attncompile.codegen.triton.expressions import Scope, captured_tensors, print_triton
+from attncompile.codegen.triton.expressions import DEVICE_FUNCTIONS, Scope, captured_tensors, print_triton
 from attncompile.codegen.triton.module import (
     CHECKS,
     OPERAND_DTYPES,
@@ -24,11 +24,19 @@ from attncompile.codegen.triton.module import (
     mentions,
     tiles_text,
 )
+from attncompile.codegen.triton.rounding import (
+    e4m3_check,
+    narrow_operands,
+    power_of_two,
+    rounding_kernels,
+    rounding_lines,
+    rounding_texts,
+)
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.tiles import Tile, dense_tile
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
-from attncompile.ir import Quantize, Spec, simplify
+from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Expr, Index, Load, loads, symbols, walk
 from attncompile.kernels import quantize
 from attncompile.kernels.dense import DenseForward
@@ -52,7 +60,7 @@ def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     tiles = _tiles(skeleton, parts)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     kernel_text = skeleton.source()
-    rounding = [quantize.SOURCE.rstrip()] if parts.quantized else []
+    rounding = rounding_texts(parts)
     few = few_queries(spec, parts, binding, lengths, skeleton)
     source = join(
         documentation(spec, inputs, *([few.note] if few else [])),
@@ -60,7 +68,7 @@ def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         tiles_text(tiles, "queries and keys per block, warps, pipeline stages") + "\n" + CHECKS,
         TILE_OF,
         *(few.functions if few else []),
-        *device_functions_of(kernel_text, *rounding),
+        *device_functions_of(kernel_text, *rounding, names=(*DEVICE_FUNCTIONS, *quantize.DEVICE_FUNCTIONS)),
         *rounding,
         kernel_text,
         *([few.source] if few else []),
@@ -106,16 +114,21 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         channels=constant(parts.query.sizes[3]),
         features=constant(parts.value.sizes[3]),
         clamped=any(loads(expr) for expr in _expressions(parts)),
-        quantized=parts.quantized and (parts.quantized[0].block, parts.quantized[1].block),
+        narrow=narrow_operands(parts),
     )
 
 
 def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
     nodes = [node for expr in _expressions(parts) for node in walk(expr)]
     by_key = any(isinstance(node, Load) and Index("j") in symbols(node) for node in nodes)
-    heavy = by_key or sum(isinstance(node, Apply) for node in nodes) > HEAVY
+    # rounding weights takes registers: four warps have too few of them where there are two pipeline stages
+    heavy = by_key or skeleton.turned_values or sum(isinstance(node, Apply) for node in nodes) > HEAVY
     widest = max(skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features))
-    most_keys = _power_of_two(parts.quantized[1].block) if parts.quantized else None
+    blocks = [power_of_two(step.block) for step in parts.rounding.steps[1:]] if parts.rounding else []
+    if skeleton.turned_values:  # whatever the operands were, tiles hold bytes; products run over at least 32 keys
+        tile = dense_tile(widest, 2, most_keys=max(32, min(blocks)), heavy=heavy)
+        return dict.fromkeys(OPERAND_DTYPES, tile)
+    most_keys = min(blocks, default=None)
     return {dtype: dense_tile(widest, size, most_keys=most_keys, heavy=heavy) for dtype, size in OPERAND_DTYPES.items()}
 
 
@@ -130,20 +143,11 @@ def _launch(
     attend = parts.attend
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
-    value = binding.tensors[attend.value]
-    rounding: list[str] = []
-    scales: tuple[str, ...] = ()
-    if parts.quantized:
-        first, second = parts.quantized
-        like, other = binding.tensors[first.tensor], binding.tensors[second.tensor]
-        rounding = [
-            f"whole_query, query_scale = quantize({like}, {first.block}, {first.smooth})",
-            f"whole_key, key_scale = quantize({other}, {second.block}, {second.smooth})",
-        ]
-        query, key, scales = "whole_query", "whole_key", ("query_scale", "key_scale")
-    else:
-        like = query = binding.tensors[attend.query]
-        key = binding.tensors[attend.key]
+    rounding = rounding_lines(parts, binding, shuffled=False)
+    scales = skeleton.narrow.scales() if skeleton.narrow else ()
+    like = binding.tensors[parts.rounding.query.tensor if parts.rounding else attend.query]
+    query, key = ("query_codes", "key_codes") if parts.rounding else (like, binding.tensors[attend.key])
+    value = "value_codes" if skeleton.turned_values else binding.tensors[attend.value]
     captured = [binding.tensors[name] for name in binding.pointers]
     values = {length.name: length.value for length in lengths}
     values |= {"key_heads": binding.size(parts.key.sizes[1])}
@@ -164,9 +168,10 @@ def _launch(
         "if out.numel() == 0:",
         f"    {returned}",
         *few,
+        *e4m3_check(parts, like),
         f"queries, keys, warps, stages = tile_of({like}, {queries})",
         *rounding,
-        f"if max({key}.stride(2), {value}.stride(2)) * keys >= 2**31:",
+        f"if max({key}.stride(2), {value}.stride({3 if skeleton.turned_values else 2})) * keys >= 2**31:",
         '    raise ValueError("keys or values lie too far apart in memory; call contiguous() on them first")',
         f"with torch.cuda.device_of({like}):",
         *signature("launch", ["attend_forward", f"({grid},)", *arguments], "", 4, inside=4).splitlines(),
@@ -175,9 +180,10 @@ def _launch(
 
 
 def _pointer_types(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward) -> tuple[tuple[str, str], ...]:
-    product = "int8" if parts.quantized else "operand"
-    own = {"query": product, "key": product, "value": "operand", "out": "operand"}
-    own |= dict.fromkeys(("query_scale", "key_scale", "lse"), "float32")
+    product = skeleton.narrow.dtype if skeleton.narrow else "operand"
+    value = "float8_e4m3" if skeleton.turned_values else "operand"
+    own = {"query": product, "key": product, "value": value, "out": "operand"}
+    own |= dict.fromkeys(("query_scale", "key_scale", "value_scale", "lse"), "float32")
     types = spec.types()
     captured = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     return tuple((pointer, (own | captured)[pointer]) for pointer in skeleton.pointers())
@@ -188,29 +194,4 @@ def _kernels(
 ) -> tuple[Kernel, ...]:
     constants = {dtype: {"BLOCK_I": tile.queries, "BLOCK_J": tile.keys} for dtype, tile in tiles.items()}
     own = Kernel("attend_forward", pointers, skeleton.strides(), skeleton.integers(), constants, tiles)
-    if not parts.quantized:
-        return (own,)
-    return (*(_rounding_kernel(each, skeleton.channels) for each in parts.quantized), own)
-
-
-def _rounding_kernel(operation: Quantize, channels: int) -> Kernel:
-    constants = {
-        "BLOCK": operation.block,
-        "TILE": _power_of_two(operation.block),
-        "CHANNELS": _power_of_two(channels),
-        "D": channels,
-        "SMOOTH": operation.smooth,
-    }
-    tile = Tile(operation.block, operation.block, 4, 2)
-    return Kernel(
-        "quantize_blocks",
-        (("tensor", "operand"), ("mean", "float32"), ("whole", "int8"), ("scale", "float32")),
-        ("stride_b", "stride_h", "stride_i", "stride_d"),
-        ("H", "I"),
-        dict.fromkeys(OPERAND_DTYPES, constants),
-        dict.fromkeys(OPERAND_DTYPES, tile),
-    )
-
-
-def _power_of_two(value: int) -> int:
-    return max(16, 1 << (value - 1).bit_length())
+    return (*rounding_kernels(parts, skeleton.channels, skeleton.features), own)

@@ -24,10 +24,11 @@ from attncompile.codegen.triton.backward import generate_backward, why_not_backw
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.plain_maps import plain_map
+from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
-from attncompile.ir import Spec, print_spec
+from attncompile.ir import Quantize, Spec, print_spec
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def why_not(spec: Spec, device: torch.device | str) -> str | None:
             return f"the kernels need compute capability 8.0 or higher, {device} has {major}.{minor}"
     if device.type == "cuda" and torch.version.hip is not None and is_wide(spec):
         return f"heads of more than {LARGEST_HEAD} channels take more shared memory than AMD GPUs have"
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+        reason = why_no_e4m3(spec, capability)
+        if reason:
+            return reason
     return why_not_spec(spec)
 
 
@@ -118,8 +124,11 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
     module = generate(spec)
     said = "one fused kernel; nothing of the attention map is stored"
-    if any(operation.keyword == "quantize" for operation in spec.operations):
-        said = "Q·K in int8 with a scale for each block, inside one fused kernel"
+    rounded = [operation for operation in spec.operations if isinstance(operation, Quantize)]
+    if rounded:
+        said = f"Q·K in {rounded[0].dtype} with a scale for each block, inside one fused kernel"
+        if len(rounded) > 2:
+            said += ", which multiplies weights and values in float8_e4m3"
     if module.kernels[0].name == "move_queries":
         said += "; tokens are moved so that a tile is a box of their grid"
     if reads_storage(spec):
@@ -160,11 +169,12 @@ class _Chosen:
     def __init__(self, text: str) -> None:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
-        attend = operators.parsed(text).attend()
-        names = [value.name for value in operators.parsed(text).inputs]
-        read = {attend.query, attend.key, attend.value} if attend else set()
-        self._query = names.index(attend.query) if attend and read <= set(names) else None
         spec = operators.parsed(text)
+        attend = spec.attend()
+        names = [value.name for value in spec.inputs]
+        rounded = {step.out: step.tensor for step in spec.operations if isinstance(step, Quantize)}
+        read = [rounded.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
+        self._query = names.index(read[0]) if read and set(read) <= set(names) else None
         self._plain_map = plain_map(spec) if pytorch.why_not(spec, "cuda", "sdpa") is None else None
 
     @functools.cached_property

@@ -13,8 +13,10 @@ def _words(text: str) -> frozenset[str]:
 
 MODULE_NAMES = _words("""
     tl triton torch math range float int abs min max len map str tuple getattr super print
-    attend attend_forward scan_forward quantize_blocks quantize score visible edit sink sink_logit
-    decay_factor feature_map update update_edited join_sink tanh round_half_even floor_divide floor_modulo
+    attend attend_forward scan_forward quantize_blocks quantize quantize_value_blocks quantize_values
+    score visible edit sink sink_logit
+    decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
+    join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type
     attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number
     pairs_of capability_of
@@ -37,7 +39,8 @@ BACKWARD_NAMES = _words("""
 """Names of the backward module."""
 
 LAUNCHER_NAMES = _words("""
-    out lse queries keys warps stages whole_query whole_key query_scale key_scale chunk features
+    out lse queries keys warps stages chunk features
+    query_codes key_codes value_codes query_scale key_scale value_scale
     block rows programs splits peaks totals partial
 """)
 """Local names of the launcher."""

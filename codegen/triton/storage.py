@@ -109,8 +109,8 @@ def decode_reason(spec: Spec) -> str | None:
     attend = spec.attend()
     if attend is None or any(op.keyword not in (*STORING, attend.keyword) for op in spec.operations):
         return "the decode kernel computes one attend"
-    if attend.norm.kind != "softmax":
-        return f"the decode kernel normalises by softmax, not by {attend.norm.kind}"
+    if not attend.norm.plain_softmax:
+        return f"the decode kernel normalises by softmax, not by {attend.norm}"
     types = spec.types()
     if group_of(attend, types[attend.query].sizes[1], types[attend.key].sizes[1]) is None:
         return f"the query heads of kv_head {attend.kv_head} are neither neighbours nor equally far apart"

@@ -50,7 +50,7 @@ class Dense:
         edit: factor of the normalised weight, or ``None``.
         sink: logit of a key without a value, or ``None``.
         query, key, value: types of the operands.
-        quantized: how queries and keys are rounded, or ``None``.
+        rounding: how queries, keys and perhaps values are rounded, or ``None``.
     """
 
     attend: Attend
@@ -62,7 +62,31 @@ class Dense:
     query: TensorType
     key: TensorType
     value: TensorType
-    quantized: tuple[Quantize, Quantize] | None
+    rounding: Rounding | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Operands that are rounded before they are multiplied.
+
+    Attributes:
+        query, key: to ``int8`` or ``float8_e4m3``, both to the same.
+        value: to ``float8_e4m3``, as the weights then are too, or ``None``.
+    """
+
+    query: Quantize
+    key: Quantize
+    value: Quantize | None
+
+    @property
+    def steps(self) -> tuple[Quantize, ...]:
+        """Those that there are, in the order query, key, value."""
+        return (self.query, self.key, *((self.value,) if self.value else ()))
+
+    @property
+    def e4m3(self) -> bool:
+        """Whether anything is rounded to float8 e4m3."""
+        return any(step.dtype == "float8_e4m3" for step in self.steps)
 
 
 NORMALIZERS = ("softmax", "sigmoid", "relu")
@@ -77,22 +101,35 @@ def operations_reason(spec: Spec) -> str | None:
     if reads_storage(spec):
         return storage_reason(spec)
     attend = spec.attend()
-    if names == ["quantize", "quantize", "attend"] and attend is not None:
-        rounded = [op.out for op in spec.operations[:2]]  # type: ignore[attr-defined]
-        if sorted(rounded) != sorted((attend.query, attend.key)):
-            return (
-                f"the int8 kernel rounds the query and the key of one attention; here {', '.join(rounded)} "
-                f"are rounded, and {attend.query} and {attend.key} are multiplied"
-            )
-        read = {op.tensor for op in spec.operations[:2]}  # type: ignore[attr-defined]
-        if not read <= {value.name for value in spec.inputs}:
-            return "the int8 kernel rounds inputs of the Spec, not results of other operations"
-        return None
+    if attend is not None and set(names) == {"quantize", "attend"}:
+        return _rounding_reason(spec, attend)
     return (
         f"there is a kernel for one attend, one attend with query and key quantized, one attend behind gather and "
         f"dequantize, one attend between regroups, and one scan; "
         f"this Spec is {', '.join(names)}"
     )
+
+
+def _rounding_reason(spec: Spec, attend: Attend) -> str | None:
+    """Why no kernel multiplies operands rounded like this, or ``None``."""
+    rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
+    pair, value = {attend.query, attend.key}, rounded.get(attend.value)
+    if set(rounded) not in (pair, pair | {attend.value}) or attend.value in pair:
+        return (
+            f"the kernels round the query and the key of one attention, and perhaps its value; here "
+            f"{', '.join(rounded)} are rounded, and {attend.query} and {attend.key} are multiplied"
+        )
+    if not {op.tensor for op in rounded.values()} <= {given.name for given in spec.inputs}:
+        return "the kernels round inputs of the Spec, not results of other operations"
+    dtypes = [rounded[name].dtype for name in (attend.query, attend.key)]
+    if dtypes[0] != dtypes[1]:
+        return f"queries are rounded to {dtypes[0]} and keys to {dtypes[1]}; the kernels multiply one type"
+    if value is not None and (value.dtype != "float8_e4m3" or value.smooth):
+        how = f"{value.dtype}{', smoothed' if value.smooth else ''}"
+        return f"values are rounded to {how}; the kernels take them in float8_e4m3, not smoothed"
+    if value is not None and attend.weight != WEIGHT:
+        return f"the kernel for float8_e4m3 weights has no edit of them such as {attend.weight}"
+    return None
 
 
 def why_not_spec(spec: Spec) -> str | None:
@@ -127,6 +164,13 @@ def why_not_spec(spec: Spec) -> str | None:
     if attend is not None:
         if attend.norm.kind not in NORMALIZERS:
             return f"the kernels normalise by softmax, sigmoid or relu, not by {attend.norm.kind}"
+        narrow = attend.value not in {value.name for value in spec.inputs} and not reads_storage(spec)
+        if bool(attend.norm.weights) != narrow:
+            given = ("as they are", "rounded")[narrow]
+            return (
+                f"the normaliser is {attend.norm} and values are {given}; the kernels multiply "
+                "weights and values in one type"
+            )
         if weight_factor(attend.weight) is None:
             return (
                 f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight "
@@ -229,7 +273,7 @@ def dense(spec: Spec) -> Dense:
                 score = apply("float", score)
     edit = None if attend.weight == WEIGHT else weight_factor(attend.weight)
     rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
-    pair = (rounded[attend.query], rounded[attend.key]) if rounded else None
+    rounding = Rounding(rounded[attend.query], rounded[attend.key], rounded.get(attend.value)) if rounded else None
     return Dense(
         attend,
         scale,
@@ -240,7 +284,7 @@ def dense(spec: Spec) -> Dense:
         types[attend.query],
         types[attend.key],
         types[attend.value],
-        pair,
+        rounding,
     )
 
 

@@ -59,7 +59,7 @@ def test_module_text(case: Case) -> None:
     (
         ("sigmoid", "softmax, not by sigmoid"),
         ("head-mask", "no edit of weights"),
-        ("int8", "one attend, not quantize"),
+        ("int8", "a scale for 64 positions"),
         ("channels-3-7", "multiples of 8"),
         ("operators", "instructions for each pair"),
         ("rotary", "position, position, attend"),
@@ -111,6 +111,8 @@ def test_split_columns_keep_the_values(case: Case) -> None:
     attend = spec.attend()
     assert attend is not None
     sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
+    for step in spec.operations[:-1]:
+        tensors.update(step.reference(tensors, sizes, torch.float64))
     query, key = tensors[attend.query], tensors[attend.key]
     raw = torch.randn(*query.shape[:3], key.shape[2]).double()  # float32 holds it exactly
     environment = attend.environment(tensors, sizes, torch.float64, score=raw)

@@ -10,9 +10,11 @@ from attncompile.codegen.triton import lower
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.lower import on_hopper
 from attncompile.ir import parse_spec
+from attncompile.passes import parse_passes, run_passes
 from tests.cases import BY_NAME, Case
 from tests.kernels.cases import ALL_CASES
 from tests.kernels.comparison import aligned_inputs, compare, measured
+from tests.kernels.narrow import ZeroCase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,6 +83,32 @@ ROWS = (
     _row("half-96", 96, 2, "j ≤ i", dtype="float16"),
 )  # fmt: skip
 SIZES = ((2, 1, 1), (1, 7, 13), (2, 64, 64), (1, 129, 128), (1, 130, 257), (3, 191, 191), (1, 777, 700))
+
+
+FORMS = ("quantize.fp8", "quantize.int8(values=true)", "quantize.int8", "quantize.fp8(values=false)")
+ROUNDED = (
+    *("full-64", "causal-128", "window-128", "symmetric-80"),
+    *("documents-64", "softcap-128", "causal-256", "narrow-16"),
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ROUNDED)
+def test_operands_of_8_bits(name: str, form: str) -> None:
+    """The rows without a log-sum-exp, rounded as the passes do, keys smoothed where the score allows."""
+    row = next(row for row in ROWS if row.name == name)
+    text = row.text.replace("\n  lse    lse", "").replace("\n  gives  out, lse", "")
+    smooth = "tanh" not in text
+    call = form if smooth else f"{form.rstrip(')')}{',' if '(' in form else '('}smooth=false)"
+    found = run_passes(parse_spec(text), parse_passes(call))
+    assert found.applied, found.refused
+    attend = load(generate(found.spec))
+    for batch, queries, keys in (*SIZES, (1, 600, 2048)):
+        sizes = {"B": batch, "I": queries, "J": keys}
+        case = Case(name, str(found.spec), sizes, ranges={"document": (0, 3)})
+        for kind in (case, ZeroCase(**vars(case))):
+            for outcome in compare(kind, attend, torch.bfloat16, "cuda"):
+                assert outcome.passed, (sizes, type(kind).__name__, outcome)
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)

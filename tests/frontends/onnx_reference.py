@@ -13,6 +13,7 @@ import torch
 
 from attncompile.frontends.graph import (
     Contract,
+    CumulativeSum,
     FusedAttention,
     Graph,
     Linear,
@@ -106,6 +107,11 @@ def computed(
     if isinstance(node, Reduce):
         reduced = {"sum": torch.sum, "max": torch.amax}[node.operator]
         return reduced(values[node.source], dim=node.axes, keepdim=node.keeps_axes)
+    if isinstance(node, CumulativeSum):
+        source = values[node.source]
+        given = source.flip(node.axis) if node.reverse else source
+        made = given.cumsum(node.axis) - (given if node.exclusive else 0)
+        return made.flip(node.axis) if node.reverse else made
     if isinstance(node, Softmax):
         return torch.softmax(values[node.source], dim=node.axis)
     axes = [f"x{n}" for n in range(len(shape))]

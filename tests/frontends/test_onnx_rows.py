@@ -133,6 +133,15 @@ ROWS = (
     Row("ReduceSum of a product", "p = Mul(x, z)  y = ReduceSum(p, a)", TWO, "int64[1] a = {1}"),
     Row("ReduceSum of a product, axis dropped", "p = Mul(x, z)  y = ReduceSum<keepdims=0>(p, a)",
         "float[N,3,1,4] x, float[3,M,4] z", "int64[1] a = {-1}"),
+    *(
+        Row(
+            "CumSum",
+            "s = Shape(x)  o = ConstantOfShape<value = int64[1] {3}>(s)  a = Constant<value = int64 {-2}>()  "
+            f"y = CumSum<exclusive={exclusive}, reverse={reverse}>(o, a)",
+        )
+        for exclusive in (0, 1)
+        for reverse in (0, 1)
+    ),
     Row("ReduceMax", "y = ReduceMax<axes=[1], keepdims=0>(x)", opset=13),
     Row("Softmax of old", "y = Softmax<axis=1>(x)", opset=11),
 )

@@ -254,6 +254,12 @@ SHAPED = [
     ("max(j − J, 0)", "0"),
     ("where(i < I, i, 0)", "i"),
     ("where(j − P < 0, j − P + J, j − P)", "where(j < P, j + J − P, j − P)"),
+    ("i − where(i ≥ 1, i − 1, −1)", "1"),
+    ("where(i = 0, 0, i)", "where(i = 0, 0, i)"),
+    ("where(i < 1, 5, i + 5)", "i + 5"),
+    ("where(i < I − 1, i, I − 1)", "i"),
+    ("where(i < 1, 5, i + 4)", "where(i ≥ 1, i + 4, 5)"),
+    ("where(j ≤ i, 0, 1)", "where(j ≤ i, 0, 1)"),
     ("d // 8", "0"),
     ("d < 8", "true"),
 ]

@@ -22,6 +22,20 @@ def _row(
     return Case(name, f"{name}   {head}\n" + textwrap.indent(rest, "  "), sizes, note, ranges, empty_rows)
 
 
+def _rounded(
+    name: str, text: str, sizes: dict[str, int], note: str, *, given: str = "", lse: bool = False
+) -> Case:
+    """A row whose weights and values meet in e4m3."""
+    lines = [
+        textwrap.dedent(text).strip(),
+        f"{SOFTMAX}, weights float8_e4m3",
+        *(["lse    lse"] if lse else []),
+        *([f"given  {given}"] if given else []),
+        *(["gives  out, lse"] if lse else []),
+    ]
+    return _row(name, "\n".join(lines), sizes, note)
+
+
 def _masked(name: str, mask: str, sizes: dict[str, int], note: str = "", *, empty_rows: bool = False) -> Case:
     return _row(
         name,
@@ -255,6 +269,75 @@ KERNEL_CASES: tuple[Case, ...] = (
         """,
         {"B": 1, "I": 70, "J": 110},
         "scale blocks that are no tiles",
+    ),
+    _rounded(
+        "fp8",
+        """
+        quantize  q[B,2,I,32]  float32
+        dtype  float8_e4m3
+        block  32
+        out    q8
+        quantize  k[B,2,I,32]  float32
+        dtype  float8_e4m3
+        block  128
+        smooth true
+        out    k8
+        quantize  v[B,2,I,32]  float32
+        dtype  float8_e4m3
+        block  128
+        out    v8
+        attend  q8  k8  v8
+        score  0.18·s
+        mask   j ≤ i
+        """,
+        {"B": 2, "I": 150},
+        "as quantize.fp8 makes it",
+    ),
+    _rounded(
+        "fp8-grouped",
+        """
+        quantize  q[B,4,I,72]  float32
+        dtype  float8_e4m3
+        block  1
+        out    q8
+        quantize  k[B,2,J,72]  float32
+        dtype  float8_e4m3
+        block  48
+        smooth true
+        out    k8
+        quantize  v[B,2,J,40]  float32
+        dtype  float8_e4m3
+        block  40
+        out    v8
+        attend  q8  k8  v8
+        score  0.1·s − 0.02·abs(float(i − j))
+        mask   j ≤ i + 40 and attention_mask[b, j] ≠ 0
+        kv_head h // 2
+        """,
+        {"B": 1, "I": 70, "J": 110},
+        "scale blocks that are no tiles",
+        given="attention_mask[B,J]:int64",
+    ),
+    _rounded(
+        "int8-fp8-sinks",
+        """
+        quantize  q[B,2,I,24]  float32
+        out    q8
+        quantize  k[B,2,J,24]  float32
+        out    k8
+        quantize  v[B,2,J,16]  float32
+        dtype  float8_e4m3
+        block  32
+        out    v8
+        attend  q8  k8  v8
+        score  30.0·tanh(0.007·s)
+        mask   j ≤ i + J − I and j > i − 40
+        sink   sinks[h]
+        """,
+        {"B": 1, "I": 50, "J": 90},
+        "integer scores, values in e4m3, a sink and the log-sum-exp",
+        given="sinks[2]:float32",
+        lse=True,
     ),
     _row(
         "scan-decays",

@@ -7,6 +7,7 @@ it as the plain computation in the kernel's dtype is, plus the rounding of its o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from unittest import mock
 import torch
 
 from attncompile.codegen.triton.structure import logits
-from attncompile.ir import Spec
+from attncompile.ir import Quantize, Spec
 from attncompile.ir.evaluate import evaluate
 from attncompile.ir.expr import TRUE
 from attncompile.ir.types import bind_sizes
 from tests.cases import Case
+from tests.kernels.narrow import narrow_slack
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,13 @@ def poisoned_memory() -> Iterator[None]:
 def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Rows ``[b,h,i]`` of a softmax with a visible key; ``None`` where every row is to be compared."""
     attend = spec.attend()
-    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 or logits(attend)[1] == TRUE:
+    rounded = {step.out: step.tensor for step in spec.operations if isinstance(step, Quantize)}
+    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 + len(rounded):
         return None
+    if logits(attend)[1] == TRUE:
+        return None
+    sources = [rounded.get(name, name) for name in (attend.query, attend.key)]
+    attend = dataclasses.replace(attend, query=sources[0], key=sources[1])
     sizes = _sizes(spec, tensors)
     environment = attend.environment(tensors, sizes, torch.float64)
     query, key = tensors[attend.query], tensors[attend.key]
@@ -131,6 +138,7 @@ def measured(
     exact = spec.interpret(tensors, torch.float64)
     plain = spec.interpret(tensors, dtype)
     shown = rows_with_keys(spec, tensors)
+    narrow = narrow_slack(spec, tensors)
     sizes = _sizes(spec, tensors)
     made = []
     for name, output, best, eager in zip(spec.outputs, outputs, exact, plain, strict=True):
@@ -140,9 +148,8 @@ def measured(
             empty = ~shown.reshape(*shown.shape, *[1] * (best.dim() - 3)).expand_as(best)
             best[empty] = 0.0 if best.dim() == 4 else -math.inf
             eager = torch.where(empty, best, eager)
-        made.append(
-            Outcome(name, distance(output, best), distance(eager, best) + slack(spec, sizes, dtype, output.dtype, best))
-        )
+        allowed = distance(eager, best) + slack(spec, sizes, dtype, output.dtype, best) + narrow
+        made.append(Outcome(name, distance(output, best), allowed))
     return made
 
 

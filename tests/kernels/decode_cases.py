@@ -172,6 +172,14 @@ PLAIN_CASES: tuple[DecodeCase, ...] = (
            note="a test per tile"),
     _plain("bias", (1, 3, 100), (4, 1), score="0.125·s + bias[h, i, j]", more="given  bias[4,I,J]:float32"),
     _plain("head-mask", (1, 2, 100), (8, 2), more="weight w·head_mask[h]\ngiven  head_mask[8]:float32"),
+    _row("static-cache", """
+        attend  q[B,8,1,64]  k,v[B,2,J,64]  float32
+          score  0.125·s
+          mask   j ≤ position[i]
+          kv_head h // 4
+          norm   softmax (float32)
+        given  position[1]:int64
+        """, {"B": 2, "J": 300}, "filled up to the query's position", position=(40, 41)),
 )  # fmt: skip
 """What the dense kernel computes too."""
 

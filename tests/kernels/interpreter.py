@@ -40,10 +40,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from attncompile.codegen.triton.cache import load_module
     from tests.kernels.comparison import compare, poisoned_inputs
     from tests.kernels.decode_cases import stored_inputs
+    from tests.kernels.narrow import ZeroCase
 
     if request.get("boxes"):
         return {"outcomes": moved(request["case"], tuple(request["boxes"]), getattr(torch, request["dtype"]))}
     case = BY_NAME[request["case"]]
+    if request.get("zeros"):
+        case = ZeroCase(**vars(case))
     dtype = getattr(torch, request["dtype"])
     if request.get("gradients"):
         from tests.kernels.backward import compare_backward, compare_operator

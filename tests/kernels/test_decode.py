@@ -11,12 +11,21 @@ import torch
 from attncompile.codegen.triton import generate, why_not
 from attncompile.codegen.triton.backward import why_not_backward
 from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.decode import decode_visits
 from attncompile.codegen.triton.structure import why_not_spec
-from attncompile.ir import parse_spec
+from attncompile.ir import Size, parse_spec
+from attncompile.ir.expr import Const
 from attncompile.ir.storage import LARGEST, with_narrow_store
 from tests.cases import Case
 from tests.kernels.comparison import compare
-from tests.kernels.decode_cases import DECODE_CASES, PLAIN_CASES, STORED_CASES, WIDE_CASES, stored_inputs
+from tests.kernels.decode_cases import (
+    DECODE_BY_NAME,
+    DECODE_CASES,
+    PLAIN_CASES,
+    STORED_CASES,
+    WIDE_CASES,
+    stored_inputs,
+)
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.test_values import check
 
@@ -36,6 +45,13 @@ def test_float16_in_several_parts(name: str, interpreter: Interpreter) -> None:
 @pytest.mark.parametrize("case", PLAIN_CASES, ids=lambda case: case.name)
 def test_a_module_holds_both_kernels(case: Case) -> None:
     assert [kernel.name for kernel in generate(case.spec).kernels] == ["merge_splits", "attend_split", "attend_forward"]
+
+
+def test_keys_behind_the_position_of_a_single_query_are_not_visited() -> None:
+    mask = parse_spec(DECODE_BY_NAME["static-cache"].text).attend().mask
+    filled = decode_visits(mask, Const(1), Size("J")).main.stop
+    assert str(filled) == "min(J, position[0] + 1)"
+    assert decode_visits(mask, Size("I"), Size("J")).main.stop == Size("J"), "each query has a position of its own"
 
 
 @pytest.mark.parametrize("case", STORED_CASES, ids=lambda case: case.name)

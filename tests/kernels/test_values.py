@@ -36,6 +36,12 @@ def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
     check(interpreter.ask(case=name, dtype=dtype, small=False))
 
 
+@pytest.mark.parametrize("name", ("fp8", "fp8-grouped", "int8-fp8-sinks", "int8"))
+def test_zero_blocks(name: str, interpreter: Interpreter) -> None:
+    """A block of zeros has no largest element that could be its scale; nothing is NaN all the same."""
+    check(interpreter.ask(case=name, dtype="float32", small=True, zeros=True))
+
+
 @pytest.mark.parametrize("row", NEIGHBOURHOODS, ids=lambda row: row.name)
 def test_tokens_moved_into_boxes(row: Neighbourhood, interpreter: Interpreter) -> None:
     check(interpreter.ask(case=row.name, dtype="float32", boxes=[64, 32]))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from attncompile.ir import Spec, parse_spec, print_spec, simplify
+from attncompile.ir import Quantize, Spec, parse_spec, print_spec, simplify
 from attncompile.ir.expr import Const
 from attncompile.passes import Options, Pass, PassCall, all_passes, parse_passes, run_passes
 from tests.cases import BY_NAME, CASES, Case
@@ -50,6 +50,10 @@ REFUSALS = (
     ("quantize.int8", "softcap", "does not pass on"),
     ("quantize.int8", "log-sum-exp", "log-sum-exp"),
     ("quantize.int8", "empty-rows-constant", "not the fill"),
+    ("quantize.int8", "sink-logits", "not the sink"),
+    ("quantize.fp8", "int8", "rounded already"),
+    ("quantize.fp8", "softcap", "does not pass on"),
+    ("quantize.fp8", "head-mask", "before the edit w·head_mask[h]"),
     ("linearize.decay", "scan", "exactly one attention"),
     ("linearize.decay", "relu", "normaliser is relu"),
     ("linearize.decay", "cross", "I queries read J keys"),
@@ -79,12 +83,62 @@ def test_int8_without_smoothing_applies_where_smoothing_does_not(row: str) -> No
     assert run_passes(BY_NAME[row].spec, (call("quantize.int8(smooth=false)"),)).applied
 
 
-def test_smoothing_leaves_the_weights_alone() -> None:
-    """What the refusals protect: with smoothing alone, without rounding, nothing changes."""
-    case = BY_NAME["empty-rows-shifted"]
+SMOOTHED = tuple(
+    case
+    for case in CASES
+    if len(case.spec.operations) == 1 and run_passes(case.spec, (call("quantize.fp8(values=false)"),)).applied
+)
+
+
+@pytest.mark.parametrize("case", SMOOTHED, ids=lambda case: case.name)
+def test_the_law_of_smoothing(case: Case) -> None:
+    """Where a pass smooths keys, subtracting their mean alone, without rounding, changes nothing."""
+    attend = case.spec.attend()
+    assert attend is not None
+    tensors = case.tensors(dtype=torch.float64)
+    smooth = {**tensors, attend.key: tensors[attend.key] - tensors[attend.key].mean(2, keepdim=True)}
+    for moved, plain in zip(case.spec.interpret(smooth), case.spec.interpret(tensors), strict=True):
+        torch.testing.assert_close(moved, plain, equal_nan=True)
+
+
+def test_sinks_break_the_law_of_smoothing() -> None:
+    """A sink does not move along: what the refusal protects."""
+    case = BY_NAME["sink-logits"]
     tensors = case.tensors(dtype=torch.float64)
     smooth = {**tensors, "k": tensors["k"] - tensors["k"].mean(2, keepdim=True)}
-    torch.testing.assert_close(case.spec.interpret(smooth)[0], case.spec.interpret(tensors)[0])
+    assert (case.spec.interpret(smooth)[0] - case.spec.interpret(tensors)[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "text, dtypes, weights",
+    (
+        ("quantize.fp8", ("float8_e4m3", "float8_e4m3", "float8_e4m3"), "float8_e4m3"),
+        ("quantize.fp8(values=false)", ("float8_e4m3", "float8_e4m3"), ""),
+        ("quantize.int8(values=true)", ("int8", "int8", "float8_e4m3"), "float8_e4m3"),
+        ("quantize.int8", ("int8", "int8"), ""),
+    ),
+)
+def test_what_is_rounded(text: str, dtypes: tuple[str, ...], weights: str) -> None:
+    spec = run_passes(BY_NAME["causal-long"].spec, (call(text),)).spec
+    steps = [step for step in spec.operations if isinstance(step, Quantize)]
+    assert tuple(step.dtype for step in steps) == dtypes
+    assert [step.smooth for step in steps] == [False, True, False][: len(steps)]
+    attend = spec.attend()
+    assert attend is not None and attend.norm.weights == weights
+    assert {attend.query, attend.key, attend.value} >= {step.out for step in steps}
+
+
+def test_large_channels_cost_less_with_smoothed_keys() -> None:
+    """A channel with a mean of 30 in the keys: rounded with it, scores lose what the mean takes."""
+    case = BY_NAME["causal-long"]
+    tensors = case.tensors(dtype=torch.float64)
+    tensors["k"][..., 3] += 30.0
+    (exact,) = case.spec.interpret(tensors)
+    errors = []
+    for text in ("quantize.int8", "quantize.int8(smooth=false)", "quantize.fp8", "quantize.fp8(smooth=false)"):
+        (found,) = run_passes(case.spec, (call(text),)).spec.interpret(tensors)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert 2 * errors[0] < errors[1] and 2 * errors[2] < errors[3]
 
 
 def test_an_untrained_scan_needs_permission() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from attncompile.ir.expr import FALSE, TRUE, Apply, Const, Expr, Load, apply, substitute
+from attncompile.ir.expr import FALSE, TRUE, Apply, Const, Expr, Index, Load, apply, substitute, walk
 from attncompile.ir.laws import Law
 from attncompile.ir.laws.constants import as_real, as_whole
 from attncompile.ir.laws.division import settle
@@ -193,6 +193,9 @@ def _law_where(simplifier: Simplifier, node: Apply) -> Expr:
     otherwise = substitute(otherwise, _told(condition, "or", "ne"))
     if then == otherwise:
         return then
+    alike = _alike_at_the_border(simplifier, condition, then, otherwise)
+    if alike is not None:
+        return alike
     if node.result is Kind.BOOL:
         opposite = apply("not", condition)
         for branch, either, one in ((then, condition, otherwise), (otherwise, opposite, then)):
@@ -213,6 +216,25 @@ def _law_where(simplifier: Simplifier, node: Apply) -> Expr:
         case Apply("where", (inner, first, second)) if first == then:
             return apply("where", apply("or", condition, inner), then, second)
     return apply("where", condition, then, otherwise)
+
+
+def _alike_at_the_border(simplifier: Simplifier, condition: Expr, then: Expr, otherwise: Expr) -> Expr | None:
+    """The branch that also says what the other does: ``where(i ≥ 1, i − 1, −1)`` is ``i − 1``, since ``i ≥ 0``.
+
+    The other branch is taken for one value of a symbol only, and for that both say the same.
+    """
+    for holds, branch, other in ((condition, then, otherwise), (simplifier(apply("not", condition)), otherwise, then)):
+        slack = _slack(holds)
+        # at least 0 because it holds, at most 0 because of what is known of the symbols
+        if slack is None or not simplifier.prover.nonnegative(negated(slack)):
+            continue
+        for symbol in (mono[0] for mono, value in slack.items() if len(mono) == 1 and abs(value) == 1):
+            rest = from_polynomial({m: v * -slack[(symbol,)] for m, v in slack.items() if m != (symbol,)})
+            if isinstance(symbol, Index) and symbol not in walk(rest):
+                told: dict[Expr, Expr] = {symbol: rest}
+                if simplifier(substitute(branch, told)) == simplifier(substitute(other, told)):
+                    return other
+    return None
 
 
 def _told(condition: Expr, joined: str, compared: str) -> dict[Expr, Expr]:

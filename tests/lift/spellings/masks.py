@@ -110,6 +110,16 @@ def causal_by_comparing_positions(q, k, v):
 
 
 @row(score="0.5·s", mask="j ≤ i")
+def causal_within_sequences_counted_from_positions(q, k, v):
+    positions = torch.arange(q.shape[1])[None]
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
+    sequence = (steps != 1).cumsum(-1)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    n = torch.arange(q.shape[1])
+    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), same & (n[None] <= n[:, None]), scale=0.5)
+
+
+@row(score="0.5·s", mask="j ≤ i")
 def causal_by_full_and_triu(q, k, v):
     n = q.shape[1]
     mask = torch.full((n, n), -torch.inf).triu(1)

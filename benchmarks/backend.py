@@ -1,0 +1,441 @@
+"""Whole models: the ``torch.compile`` back end beside everything else that a user could call.
+
+    python -m benchmarks.backend benchmarks/results/backend_h200.json [--rows prefill] [--rounds 7]
+    python -m benchmarks.backend benchmarks/results/backend_cpu.json --device cpu
+
+Every contender is a process of its own that makes the same model with the same random weights, compiles it with empty
+caches and keeps it; all compile at the same time. Then they take turns: in every round each of them makes a few calls
+of each size, alone on the device, and medians of the rounds are reported. One compiled model serves all the sizes of
+its row, unless the contender is called ``static``, which compiles for each. Results are compared with those of the
+model as it is, in float32 where it fits in memory.
+
+``prefill`` is one forward pass without a cache over that many tokens, ``decode`` one step over a full static cache of
+8192 tokens, ``training`` a forward and a backward pass. ``eager`` and ``sdpa`` are the attention code that the model
+is loaded with; the compilers are none, Inductor, and ours with Inductor for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.report import Report, arguments, chosen
+
+Run = Callable[[], torch.Tensor]
+
+CONTEXT = 8192
+"""Tokens in the cache of a decoding step."""
+
+COPY = 4.3e12
+"""Bytes a second that an H200 copies: what a step that only moves its bytes would need."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who computes a model.
+
+    Attributes:
+        name: in the report.
+        attention: which of the model's own implementations it is loaded with.
+        compiler: what compiles it.
+        dynamic: whether one compilation serves all sizes.
+        backend: the one of PyTorch's attention back ends to which SDPA is pinned.
+    """
+
+    name: str
+    attention: Literal["eager", "sdpa", "flex_attention"]
+    compiler: Literal["none", "inductor", "attncompile"]
+    dynamic: bool = True
+    backend: Literal["", "CUDNN_ATTENTION", "FLASH_ATTENTION"] = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A row.
+
+    Attributes:
+        name: of the row.
+        model: whose shape.
+        phase: what is timed.
+        sizes: tokens of a prefill or of a training step, rows of a decoding step.
+        contenders: who takes part.
+        batch: rows of a prefill.
+        device: where it runs: in bfloat16 on a GPU, in float32 on a CPU.
+    """
+
+    name: str
+    model: Literal["llama", "gemma2", "bloom", "smollm2", "minilm"]
+    phase: Literal["prefill", "decode", "training"]
+    sizes: tuple[int, ...]
+    contenders: tuple[Contender, ...]
+    batch: int = 1
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+EAGER = Contender("eager", "eager", "none")
+SDPA = Contender("sdpa", "sdpa", "none")
+PINNED = Contender("sdpa cuDNN", "sdpa", "none", backend="CUDNN_ATTENTION")
+FLEX = Contender("flex", "flex_attention", "none")
+STATIC = Contender("inductor static", "sdpa", "inductor", dynamic=False)
+DYNAMIC = Contender("inductor", "sdpa", "inductor")
+EAGER_STATIC = Contender("inductor static (eager)", "eager", "inductor", dynamic=False)
+OURS = Contender("attncompile", "sdpa", "attncompile")
+OURS_EAGER = Contender("attncompile (eager)", "eager", "attncompile")
+
+WORKS: tuple[Work, ...] = (
+    Work("llama-prefill", "llama", "prefill", (2048, 8192, 32768),
+         (EAGER, SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS, OURS_EAGER)),
+    Work("llama-eager", "llama", "prefill", (8192, 131072), (EAGER, EAGER_STATIC, OURS_EAGER)),
+    Work("gemma2-prefill", "gemma2", "prefill", (8192, 32768), (EAGER, FLEX, EAGER_STATIC, OURS_EAGER)),
+    Work("bloom-prefill", "bloom", "prefill", (8192, 32768), (EAGER, EAGER_STATIC, OURS_EAGER)),
+    Work("llama-decode", "llama", "decode", (1, 32), (SDPA, STATIC, OURS)),
+    Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, OURS)),
+    Work("smollm2-prefill", "smollm2", "prefill", (2048,), (SDPA, STATIC, DYNAMIC, OURS), device="cpu"),
+    Work("minilm-encode", "minilm", "prefill", (128,), (SDPA, STATIC, DYNAMIC, OURS), batch=32, device="cpu"),
+)  # fmt: skip
+
+
+def config_of(kind: str, layers: int | None) -> Any:
+    """The shape of Llama-3.2-1B, Gemma-2-2B, BLOOM-1b7, SmolLM2-135M or all-MiniLM-L6-v2."""
+    from transformers import BertConfig, BloomConfig, Gemma2Config, LlamaConfig
+
+    if kind == "gemma2":
+        return Gemma2Config(num_hidden_layers=layers or 26)
+    if kind == "bloom":
+        return BloomConfig(hidden_size=2048, n_head=16, n_layer=layers or 24)
+    if kind == "smollm2":
+        return LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers or 30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        )  # fmt: skip
+    if kind == "minilm":
+        return BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=layers or 6)
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers or 16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, rope_theta=500000.0,
+        max_position_embeddings=131072, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def model_of(work: Work, attention: str, layers: int | None) -> torch.nn.Module:
+    """The model with the same random weights for everybody."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    factory = AutoModel if work.model == "minilm" else AutoModelForCausalLM
+    with torch.device(work.device):
+        model = factory.from_config(config_of(work.model, layers), attn_implementation=attention, dtype=work.dtype)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def pinned(contender: Contender) -> AbstractContextManager[None]:
+    """SDPA on one of its back ends, where the contender says so."""
+    if not contender.backend:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(getattr(SDPBackend, contender.backend))
+
+
+def compiled(function: Callable[..., Any], contender: Contender, graphs: bool) -> Callable[..., Any]:
+    """The function as the contender compiles it; with CUDA graphs where steps are short."""
+    if contender.compiler == "none":
+        return function
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if graphs else {}
+    dynamic = contender.dynamic and not graphs
+    if contender.compiler == "inductor":
+        return torch.compile(function, dynamic=dynamic, **options)
+    from attncompile.backend import attncompile  # by its name it is only found where the package is installed
+
+    return torch.compile(function, backend=attncompile, dynamic=dynamic, **options)
+
+
+class Model:
+    """A contender's model, ready to be called with any size of its row."""
+
+    def __init__(self, work: Work, contender: Contender, layers: int | None) -> None:
+        self.work, self.contender = work, contender
+        self.model: Any = model_of(work, contender.attention, layers)
+        self.function = compiled(self._function(), contender, graphs=work.phase == "decode")
+        self.caches: dict[int, Any] = {}
+
+    def _function(self) -> Callable[..., Any]:
+        if self.work.phase == "decode":
+            return lambda tokens, cache: self.model(tokens, past_key_values=cache, use_cache=True).logits
+        if self.work.phase == "training":
+            return lambda tokens: self.model(tokens, labels=tokens, use_cache=False).loss
+        if self.work.model == "minilm":
+            return lambda tokens: self.model(tokens).last_hidden_state
+        base = self.model.get_decoder()
+        return lambda tokens: base(tokens, use_cache=False).last_hidden_state
+
+    def run(self, size: int) -> torch.Tensor:
+        """One call: hidden states, logits or the loss."""
+        if self.work.phase == "decode":
+            return self._step(size)
+        device = self.work.device
+        generator = torch.Generator(device=device).manual_seed(size)
+        shape = (self.work.batch, size)
+        tokens = torch.randint(0, self.model.config.vocab_size, shape, device=device, generator=generator)
+        if self.work.phase == "training":
+            loss = self.function(tokens)
+            loss.backward()
+            self.model.zero_grad(set_to_none=True)
+            return loss.detach()  # type: ignore[no-any-return]
+        with torch.no_grad():
+            return self.function(tokens)  # type: ignore[no-any-return]
+
+    def _step(self, size: int) -> torch.Tensor:
+        if size not in self.caches:
+            self.caches = {size: self._cache(size)}
+        cache = self.caches[size]
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(CONTEXT - 1)
+        tokens = torch.full((size, 1), 17, device=self.work.device)
+        with torch.no_grad():
+            if self.contender.compiler != "none":
+                torch.compiler.cudagraph_mark_step_begin()
+            return self.function(tokens, cache)  # type: ignore[no-any-return]
+
+    def _cache(self, size: int) -> Any:
+        from transformers import StaticCache
+
+        config = self.model.config
+        cache = StaticCache(config, max_cache_len=CONTEXT)
+        heads, channels = config.num_key_value_heads, config.head_dim
+        cache.early_initialization(size, heads, channels, self.work.dtype, torch.device(self.work.device))
+        generator = torch.Generator(device=self.work.device).manual_seed(size)
+        for layer in cache.layers:
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        return cache
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Run, repeats: int) -> float:
+    """Time of one call, the host's included, as a user's clock would show it."""
+    wait()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait()
+    return (time.perf_counter() - begun) / repeats * 1e3
+
+
+def answer(model: Model, request: dict[str, Any]) -> dict[str, Any]:
+    """What a process says to one request: a first call, with what it gave, or the time of some."""
+    size = request["size"]
+    try:
+        if "release" in request:
+            torch.cuda.empty_cache()
+            return {}
+        if "save" not in request:
+            once = milliseconds(lambda: model.run(size), 1)
+            repeats = max(1, min(20, int(request["together"] / once)))
+            return {"ms": milliseconds(lambda: model.run(size), repeats) if repeats > 1 else once}
+        begun = time.perf_counter()
+        result = model.run(size)
+        wait()
+        first = time.perf_counter() - begun
+        shown = result.flatten()[-65536:].float().cpu()
+        torch.save(shown, request["save"])
+        for _ in range(3):  # CUDA graphs are recorded in the second call and replayed in the third
+            model.run(size)
+        if model.work.device == "cpu":
+            return {"first_s": first}
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return {"first_s": first, "peak_gib": peak / 2**30}
+    except Exception as error:
+        if model.work.device == "cuda":
+            torch.cuda.empty_cache()
+        return {"failure": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+
+
+def inside(work: Work, contender: Contender, layers: int | None) -> None:
+    """What a contender's process does: make the model, then answer one request a line."""
+    torch._dynamo.config.recompile_limit = 64
+    model = Model(work, contender, layers)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    print("{}", file=out, flush=True)
+    with pinned(contender):
+        for line in sys.stdin:
+            print(json.dumps(answer(model, json.loads(line))), file=out, flush=True)
+
+
+class Process:
+    """A contender's process."""
+
+    def __init__(self, work: Work, contender: Contender, folder: Path, layers: int | None) -> None:
+        self.name = contender.name
+        own = folder / f"{work.name}-{contender.name}".replace(" ", "-")
+        own.mkdir()
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
+                       "TRITON_CACHE_DIR": str(own / "triton"), "XDG_CACHE_HOME": str(own / "cache")}  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.backend", "-", "--inside", f"{work.name}/{contender.name}"]
+        self.errors = own / "errors.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*command, "--layers", str(layers or 0)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+            )  # fmt: skip
+        self.folder = own
+
+    def ask(self, request: dict[str, Any]) -> None:
+        """Send a request."""
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def hear(self) -> dict[str, Any]:
+        """Its answer; a failure when the process has ended."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            return {"failure": "the process ended: " + self.errors.read_text()[-300:].replace("\n", " ")}
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def warnings(self) -> list[str]:
+        """What our own back end has warned of."""
+        lines = self.errors.read_text().splitlines()
+        return sorted({line.partition("Warning: ")[2] for line in lines if "attncompile:" in line})[:5]
+
+
+@contextmanager
+def processes(work: Work, layers: int | None) -> Iterator[list[Process]]:
+    """The contenders of a row, ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = [Process(work, contender, Path(folder), layers) for contender in work.contenders]
+        try:
+            for process in made:
+                process.hear()
+            yield made
+        finally:
+            for process in made:
+                process.process.kill()
+                process.process.wait()
+
+
+def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]:
+    """A row for each size."""
+    rows: list[dict[str, Any]] = []
+    with processes(work, layers) as running:
+        answers: dict[tuple[str, int], dict[str, Any]] = {}
+        for size in work.sizes:
+            for process in running:
+                process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
+            for process in running:
+                answers[process.name, size] = process.hear()
+            for process in running:
+                if "OutOfMemory" in answers[process.name, size].get("failure", ""):  # others may hold what it needs
+                    for other in running:
+                        other.ask({"size": size, "release": True})
+                    for other in running:
+                        other.hear()
+                    process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
+                    answers[process.name, size] = process.hear()
+        for size in work.sizes:
+            times: dict[str, list[float]] = {p.name: [] for p in running if "failure" not in answers[p.name, size]}
+            for _ in range(rounds):
+                for process in running:
+                    if process.name in times:
+                        process.ask({"size": size, "together": 60})
+                        found = process.hear()
+                        if "ms" in found:
+                            times[process.name].append(found["ms"])
+                        else:
+                            answers[process.name, size] |= found
+                            times.pop(process.name)
+            results = {}
+            saved = {p.name: p.folder / f"{size}.pt" for p in running if (p.folder / f"{size}.pt").exists()}
+            reference = torch.load(next(iter(saved.values()))) if saved else None
+            for process in running:
+                result = answers[process.name, size]
+                if process.name in times:
+                    median = statistics.median(times[process.name])
+                    spread = (max(times[process.name]) - min(times[process.name])) / median
+                    result |= {"ms": median, "min_ms": min(times[process.name]), "spread": spread}
+                if process.name in saved and reference is not None:
+                    found = torch.load(saved[process.name])
+                    result["difference"] = float((found - reference).norm() / reference.norm())
+                if process.name.startswith("attncompile"):
+                    result["warnings"] = process.warnings()
+                results[process.name] = result
+            row: dict[str, Any] = {"name": f"{work.name}-{size}", "size": size, "results": results}
+            rows.append(row | ({"floor_ms": floor(work, size, layers)} if work.phase == "decode" else {}))
+    return rows
+
+
+def floor(work: Work, size: int, layers: int | None) -> float:
+    """Milliseconds in which the weights and the cache of a step could be copied."""
+    config = config_of(work.model, layers)
+    weights = sum(p.numel() for p in _meta(config).parameters())
+    cache = 2 * config.num_hidden_layers * size * CONTEXT * config.num_key_value_heads * config.head_dim
+    return 2 * (weights + cache) / COPY * 1e3
+
+
+def _meta(config: Any) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def shown(result: dict[str, Any]) -> str:
+    """A result in a printed line."""
+    if "failure" in result:
+        return str(result["failure"])[:60]
+    return f"{result['ms']:.2f} ms (first {result['first_s']:.0f} s, {result['difference']:.1e})"
+
+
+def main() -> None:
+    """Measure, print a line for each size, write JSON after each row."""
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="which rows (default cuda)")
+    parser.add_argument("--contenders", default="", help="only those with one of these in their names")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers, for a trial")
+    parser.add_argument("--inside", default="", help="ROW/CONTENDER: be one of the processes")
+    options = parser.parse_args()
+    if options.device == "cuda" and not options.inside and not torch.cuda.is_available():
+        parser.error("this needs a GPU; torch.cuda.is_available() is false: see --device cpu")
+    layers = options.layers or None
+    if options.inside:
+        row, _, name = options.inside.partition("/")
+        work = next(work for work in WORKS if work.name == row)
+        inside(work, next(contender for contender in work.contenders if contender.name == name), layers)
+        return
+    report = Report(options.output, {"rounds": options.rounds, "layers": layers or "all", "context": CONTEXT})
+    for work in chosen((work for work in WORKS if work.device == options.device), options.rows):
+        work = dataclasses.replace(work, contenders=chosen(work.contenders, options.contenders))
+        rows = measure(work, options.rounds, layers)
+        report.add(*rows)
+        for row in rows:
+            print(row["name"], {name: shown(found) for name, found in row["results"].items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

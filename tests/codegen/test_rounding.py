@@ -1,0 +1,195 @@
+"""Operands of 8 bits: what is generated and refused, zero blocks, and the machine code of products."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from attncompile.codegen.gluon import generate as generate_gluon
+from attncompile.codegen.gluon import slower
+from attncompile.codegen.gluon import why_not_spec as why_not_gluon
+from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.onnx.choose import choose
+from attncompile.codegen.onnx.emit import alone
+from attncompile.codegen.pytorch import lower as lower_pytorch
+from attncompile.codegen.triton import generate
+from attncompile.codegen.triton.ahead import TARGETS, compile_ahead, cuobjdump
+from attncompile.codegen.triton.rounding import why_no_e4m3
+from attncompile.codegen.triton.structure import why_not_spec
+from attncompile.ir import RefusalError, Spec, parse_spec
+from attncompile.passes import parse_passes, run_passes
+from tests.cases import BY_NAME
+from tests.codegen.sass import instructions, unset_descriptors
+
+FORMS = ("quantize.fp8", "quantize.int8(values=true)", "quantize.int8", "quantize.fp8(values=false)")
+compiles = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="TRITON_INTERPRET replaces the compiler"
+)
+
+
+def attention(channels: int, mask: str = "true", score: str = "0.1·s", more: str = "", features: int = 0) -> Spec:
+    """One attention of 16 heads."""
+    text = (
+        f"x   attend  q[B,16,I,{channels}]  k[B,4,J,{channels}]  v[B,4,J,{features or channels}]  bfloat16\n"
+        f"  score  {score}\n  mask   {mask}\n  kv_head h // 4\n{more}  norm   softmax (float32)"
+    )
+    return parse_spec(text)
+
+
+def rounded(spec: Spec, form: str) -> Spec:
+    """The Spec after a pass, which applies."""
+    found = run_passes(spec, parse_passes(form))
+    assert found.applied
+    return found.spec
+
+
+def changed(text: str, *pairs: tuple[str, str]) -> Spec:
+    """A Spec's text with parts replaced."""
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    return parse_spec(text)
+
+
+FP8 = str(rounded(attention(64), "quantize.fp8"))
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    (
+        (changed(FP8, (", weights float8_e4m3", "")), "values are rounded"),
+        (changed(str(rounded(attention(64), "quantize.int8")), ("(float32)", "(float32), weights float8_e4m3")),
+         "values are as they are"),
+        (changed(FP8, ("    dtype  float8_e4m3\n    block  128\n    smooth", "    block  128\n    smooth")),
+         "queries are rounded to float8_e4m3 and keys to int8"),
+        (changed(FP8, ("    dtype  float8_e4m3\n    block  128\n    out    v_fp8", "    block  128\n    out    v_fp8")),
+         "values are rounded to int8"),
+        (parse_spec(FP8.replace("    norm", "    weight 0.5·w\n    norm")), "no edit of them such as 0.5·w"),
+    ),
+    ids=("values-only", "weights-only", "two-types", "int8-values", "edit"),
+)  # fmt: skip
+def test_what_no_kernel_multiplies(spec: Spec, said: str) -> None:
+    assert said in (why_not_spec(spec) or "")
+    with pytest.raises(ValueError, match="no Triton kernel"):
+        generate(spec)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_which_gpus_have_e4m3(form: str) -> None:
+    spec = rounded(attention(64), form)
+    for capability in ((8, 0), (8, 6), None):
+        assert (why_no_e4m3(spec, capability) is None) == (form == "quantize.int8")
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        assert why_no_e4m3(spec, capability) is None
+    named = "compute capability 8.9 or higher" in generate(spec).source
+    assert named == (form != "quantize.int8")
+
+
+def test_targets_without_rounded_weights_say_so() -> None:
+    spec = rounded(BY_NAME["causal-long"].spec, "quantize.fp8")
+    assert lower_pytorch(spec).operator == "reference"
+    for text in (spec, rounded(BY_NAME["causal-long"].spec, "quantize.fp8(values=false)")):
+        with pytest.raises(RefusalError, match="float8_e4m3"):
+            alone(text, choose(text).row)
+
+
+@pytest.mark.parametrize(
+    "spec, form, said",
+    (
+        (attention(64), "quantize.fp8(block=64)", "k_fp8 has a scale for 64 positions"),
+        (attention(64), "quantize.int8(block=96)", "multiples of the 128 keys of a tile"),
+        (attention(64, features=20), "quantize.int8", "v has 20 channels"),
+    ),
+)
+def test_what_the_hopper_kernel_does_not_take(spec: Spec, form: str, said: str) -> None:
+    assert said in (why_not_gluon(rounded(spec, form)) or "")
+
+
+@pytest.mark.parametrize("bytes_of", ((1, 1), (1, 2)))
+@pytest.mark.parametrize("features", (16, 64, 128, 256))
+@pytest.mark.parametrize("channels", (16, 64, 128, 256))
+def test_tiles_of_codes_fit(channels: int, features: int, bytes_of: tuple[int, int]) -> None:
+    tile = hopper_tile(channels, features, light=True, bytes_of=bytes_of)
+    assert shared_bytes(tile, channels, features, bytes_of) <= SHARED_MEMORY
+    assert tile.stages <= 3 and tile.held == (bytes_of == (1, 1))
+
+
+def test_the_hopper_kernel_waits_for_a_gpu() -> None:
+    assert "no GPU" in (slower(rounded(attention(64), "quantize.fp8")) or "")
+    assert slower(attention(64)) is None
+
+
+# masks that leave a loop without rounds, score functions, sinks with the log-sum-exp, padded channels
+SHAPES = {
+    "full-64": attention(64),
+    "causal-128": attention(128, "j ≤ i"),
+    "window-128": attention(128, "j ≤ i and j > i − 1000"),
+    "alibi-64": attention(64, "j ≤ i", "0.1·s + exp2(−0.5·h)·float(j − i)"),
+    "narrow-72": attention(72, "j ≤ i + J − I", features=40),
+}
+
+
+# the first two in every run; the others are marked slow
+COMPILED = [("full-64", "quantize.fp8"), ("causal-128", "quantize.int8")]
+COMPILED += [(name, form) for name in SHAPES for form in FORMS if (name, form) not in COMPILED]
+
+
+@compiles
+@pytest.mark.parametrize(
+    "name, form", [pytest.param(*each, marks=pytest.mark.slow if n > 1 else ()) for n, each in enumerate(COMPILED)]
+)
+def test_hopper_kernels_compile(name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from attncompile.codegen.gluon.ahead import compile_ahead as compile_gluon
+
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
+    kernel = compile_gluon(generate_gluon(rounded(SHAPES[name], form)), "bfloat16")[-1]
+    types = "s32.s8.s8" if "int8" in form else "f32.e4m3.e4m3"
+    assert types in kernel.texts["ptx"] and kernel.shared <= SHARED_MEMORY
+    assert ("e4m3x2" in kernel.texts["ptx"]) == (form != "quantize.int8" and "false" not in form)
+    assert kernel.spills in (0, None)
+    if cuobjdump() is not None:
+        code = instructions(kernel.texts["cubin"])
+        assert sum(bool(each.describes()) for each in code) > 10
+        assert not unset_descriptors(code)
+
+
+@compiles
+@pytest.mark.parametrize("form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])])
+def test_plain_kernels_compile(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
+    module = generate(rounded(attention(64, "j ≤ i"), form))
+    target = next(target for target in TARGETS if target.arch == 89)
+    for kernel in compile_ahead(module, target, "float16"):
+        assert kernel.texts["cubin"] and kernel.spills in (0, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels", (24, 64, 128))
+def test_rounding_on_a_gpu(channels: int, form: str) -> None:
+    """Codes and scales are those of the reference, bit for bit, and those of values are turned over."""
+    from attncompile.codegen.triton.cache import load_module
+    from attncompile.ir import Quantize
+
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    spec = rounded(attention(channels), form)
+    module = load_module(generate(spec))
+    x = torch.randn(2, 4, 301, channels, device="cuda", dtype=torch.bfloat16)
+    x[:, 1, 128:256] = 0.0
+    for step in (step for step in spec.operations if isinstance(step, Quantize)):
+        plain = Quantize("x", step.dtype, step.block)
+        codes, scale = plain.parts(x.float())
+        if step.tensor == "v":
+            found, powers = module.quantize_values(x, step.block, False)
+            found = found[..., :301].transpose(2, 3)
+        else:
+            dtype = torch.int8 if step.dtype == "int8" else torch.float8_e4m3fn
+            found, powers = module.quantize(x, dtype, step.block, False)
+        assert torch.equal(found.float(), codes) and torch.equal(powers, scale)
