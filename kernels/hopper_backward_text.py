@@ -117,16 +117,17 @@ def consumer(
             is_async=True,
         )
         s = warpgroup_mma_wait(0, deps=[products])
-        for h in range(FIRST_HEAD, LAST_HEAD, NEXT_HEAD):
+        last_head = LAST_HEAD
+        for h in range(FIRST_HEAD, last_head, NEXT_HEAD):
             blocks, KNOWN = query_blocks(key_first, b, h, CONTEXT)
             # <masked>
             for number in range(0, masked):
+                start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)
                 s, key_sum, value_sum, stage, phase, buffer = step(
                     query_tiles, grad_tiles, row_tiles, key_tiles, value_tiles, difference_tiles, query_ready,
                     grad_ready, query_sums, s, key_sum, value_sum, stage, phase, buffer,
-                    (number + 1 < blocks) | (h + NEXT_HEAD < LAST_HEAD),
-                    gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I), own_first, b, h, CONTEXT,
-                    GROUP, True,
+                    (number + 1 < blocks) | (h + NEXT_HEAD < last_head),
+                    start, own_first, b, h, CONTEXT, GROUP, True,
                 )
             # <full>
         meet(DONE, GROUPS * 128)
@@ -144,12 +145,12 @@ def consumer(
 
 FULL = """
 for number in range(masked, blocks):
+    start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)
     s, key_sum, value_sum, stage, phase, buffer = step(
         query_tiles, grad_tiles, row_tiles, key_tiles, value_tiles, difference_tiles, query_ready,
         grad_ready, query_sums, s, key_sum, value_sum, stage, phase, buffer,
-        (number + 1 < blocks) | (h + NEXT_HEAD < LAST_HEAD),
-        gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I), own_first, b, h, CONTEXT,
-        GROUP, False,
+        (number + 1 < blocks) | (h + NEXT_HEAD < last_head),
+        start, own_first, b, h, CONTEXT, GROUP, False,
     )
 """
 
@@ -174,7 +175,8 @@ def producer(
         for group in gl.static_range(GROUPS):
             copy_in(key, [b, g, key_first + 64 * group, 0], key_ready, key_tiles.index(group))
             copy_in(value, [b, g, key_first + 64 * group, 0], key_ready, value_tiles.index(group))
-        for h in range(FIRST_HEAD, LAST_HEAD, NEXT_HEAD):
+        last_head = LAST_HEAD
+        for h in range(FIRST_HEAD, last_head, NEXT_HEAD):
             blocks, KNOWN = query_blocks(key_first, b, h, CONTEXT)
             for number in range(0, blocks):
                 start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)

@@ -176,7 +176,7 @@ def _exchanged(expr: Expr) -> Expr:
     return substitute(expr, {Index("i"): Index("j"), Index("j"): Index("i")})
 
 
-def _folded(expr: Expr) -> Expr:
+def folded(expr: Expr) -> Expr:
     """The expression with the queries of a block split, which are the columns of its products."""
     return _exchanged(fold_columns(simplify(_exchanged(expr)), keys=QUERIES))
 
@@ -213,9 +213,9 @@ def _skeleton(
     runs, runs_text = key_runs(found, block)
     slope = derivative(parts.score, SCORE)
     steady = isinstance(slope, Const)
-    score = None if parts.score == SCORE else function_of("score", _folded(parts.score), pairs)
-    rising = None if steady else function_of("score_slope", _folded(slope), pairs)
-    visible = None if parts.mask == TRUE else function_of("visible", _folded(parts.mask), pairs)
+    score = None if parts.score == SCORE else function_of("score", folded(parts.score), pairs)
+    rising = None if steady else function_of("score_slope", folded(slope), pairs)
+    visible = None if parts.mask == TRUE else function_of("visible", folded(parts.mask), pairs)
     ranges = _heads(parts, lengths[0].name, "")
     assert ranges is not None  # why_not_backward has seen to it
     parameters = [name for function in (score, rising, visible) if function for name in function.parameters]
