@@ -21,18 +21,18 @@ from attncompile.codegen.gluon.tiles import SHARED_MEMORY
 from attncompile.codegen.triton.ahead import cuobjdump
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import dense
-from attncompile.ir import parse_spec
+from attncompile.ir import parse_spec, print_spec
 from attncompile.ir.derivative import derivative
 from attncompile.ir.evaluate import evaluate
 from attncompile.ir.expr import SCORE
 from attncompile.ir.types import bind_sizes
+from attncompile.kernels.operators import with_log_sum_exp
 from attncompile.kernels.source import WIDTH
 from tests.cases import BY_NAME, Case
 from tests.codegen.sass import instructions, unset_descriptors
 from tests.ir.rounding import operations, within_rounding
 from tests.kernels.backward_cases import BACKWARD_BY_NAME
 from tests.kernels.hopper_backward_cases import ROWS, SIZES
-from tests.kernels.interpreter import Interpreter
 
 ROWS_BY_NAME = {row.name: row for row in ROWS}
 
@@ -95,7 +95,7 @@ def test_refusals_name_the_cause(said: str, changed: dict[str, Any]) -> None:
         ("one-tensor", "are not three tensors"),
         ("edit-by-pair", "no gradient of an edit"),
         ("scan", "backward kernels are generated for one attend"),
-        ("window-documents", "no limits in closed form"),
+        ("window-documents", "is read by plain Triton"),
     ),
 )
 def test_what_stays_with_plain_triton(name: str, said: str) -> None:
@@ -127,7 +127,7 @@ def test_every_visible_query_is_visited_once(row: Case) -> None:
         sizes = {"I": queries, "J": keys, "B": 1}
         i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
         shown = _mask(spec, i, j, queries, keys)
-        arguments = [8 if name not in sizes else sizes[name] for name in _parameters(functions[0])[3:]]
+        arguments = [sizes.get(name, 8) for name in _parameters(functions[0])[3:]]
         for key_first in range(0, keys, 128):
             blocks, *known = numbers["query_blocks"](key_first, 0, 3, *arguments)
             edges = min(max(known[0], 1), blocks) if "shown = visible" in source else 0
@@ -180,17 +180,14 @@ def test_split_columns_keep_the_values(row: Case) -> None:
     sizes = bind_sizes({value.name: value.type for value in spec.inputs}, tensors)
     environment = attend.environment(tensors, sizes, torch.float64, score=raw)
     column = environment.indices["i"]
-    near = column // 64 * 64 + (column & 6)
-    inside = dataclasses.replace(environment, indices={**environment.indices, "near": near, "far": column - near})
-    inside = dataclasses.replace(
-        inside, indices={**inside.indices, "near": column - (column & 63) + (column & 6), "far": (column & 63) & ~6}
-    )
+    split = {"near": column // 64 * 64 + (column & 6), "far": column & 63 & ~6}
+    inside = dataclasses.replace(environment, indices={**environment.indices, **split})
     assert torch.equal(evaluate(folded(parts.mask), inside), evaluate(parts.mask, environment))
     for expr in (parts.score, derivative(parts.score, SCORE)):
-        split = folded(expr)
-        found, wanted = evaluate(split, inside), evaluate(expr, environment)
+        parted = folded(expr)
+        found, wanted = evaluate(parted, inside), evaluate(expr, environment)
         narrow = evaluate(expr, dataclasses.replace(environment, dtype=torch.float32))
-        assert within_rounding(found, wanted, narrow, operations(split, expr))
+        assert within_rounding(found, wanted, narrow, operations(parted, expr))
 
 
 @pytest.mark.usefixtures("_cache")
@@ -254,60 +251,45 @@ def test_what_it_refuses_at_run_time() -> None:
     assert [tensor.shape for tensor in found] == [nothing.shape] * 3
 
 
-def test_small_kernels_before_and_after(interpreter: Interpreter) -> None:
-    """``prepare`` and ``finish`` in the interpreter: row values by block, and sums in the order of registers."""
-    for name in ("values-of-their-own", "log-sum-exp", "narrower"):
-        answer = interpreter.ask(hopper_backward=name)
-        assert "failure" not in answer, answer["failure"]
-        assert answer["passed"] == [True, True, True], name
-
-
-def test_the_kernel_is_chosen_on_a_hopper_gpu() -> None:
+@pytest.mark.parametrize(
+    ("queries", "dtype", "wanted", "refuses", "chosen"),
+    (
+        (80, torch.bfloat16, ("q", "k", "v"), False, ["hopper"]),
+        (80, torch.bfloat16, ("q", "k", "v"), True, ["hopper", "plain"]),
+        (80, torch.bfloat16, ("q", "v"), False, ["plain"]),
+        (63, torch.bfloat16, ("q", "k", "v"), False, ["plain"]),
+        (80, torch.float32, ("q", "k", "v"), False, ["plain"]),
+    ),
+)
+def test_the_kernel_is_chosen_on_a_hopper_gpu(
+    queries: int, dtype: torch.dtype, wanted: tuple[str, ...], refuses: bool, chosen: list[str]
+) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    from attncompile.codegen.triton import lower
-    from attncompile.kernels.operators import parsed
-
-    chosen: list[str] = []
+    from attncompile.codegen.triton.lower import backward_implementation
 
     class Refused(ValueError):
-        pass
+        """What the module raises."""
+
+    found: list[str] = []
 
     def loaded(module: Any) -> Any:
         def attend_backward(*arguments: torch.Tensor) -> list[torch.Tensor]:
-            chosen.append("hopper" if "gluon" in module.source else "plain")
-            if chosen[-1] == "hopper" and refuses:
+            found.append("hopper" if "gluon" in module.source else "plain")
+            if found == ["hopper"] and refuses:
                 raise Refused
             return list(arguments[-3:])
 
         return mock.Mock(attend_backward=attend_backward, Refused=Refused)
 
-    def called(name: str, queries: int, dtype: torch.dtype, wanted: tuple[str, ...] = ("q", "k", "v")) -> list[str]:
-        chosen.clear()
-        case = dataclasses.replace(ROWS_BY_NAME[name], sizes={"B": 1, "I": queries, "J": 80})
-        from attncompile.ir import print_spec
-
-        tensors = list(case.tensors(0, dtype).values())
-        out, lse = torch.zeros_like(tensors[0]), torch.zeros(tensors[0].shape[:3])
-        gradients = lower_gradients(print_spec(parsed(print_spec(case.spec))))
-        with (
-            mock.patch.object(module_of_lower, "on_hopper", lambda _: True),
-            mock.patch.object(module_of_lower, "load_module", loaded),
-        ):
-            gradients.run(wanted, [out], tensors, [out, lse])
-        return list(chosen)
-
-    import importlib
-
-    module_of_lower = importlib.import_module(lower.__module__)
-    lower_gradients = module_of_lower._Gradients
-    refuses = False
-    half = torch.bfloat16
-    assert called("causal", 80, half) == ["hopper"]
-    assert called("causal", 63, half) == ["plain"]
-    assert called("causal", 80, torch.float32) == ["plain"]
-    assert called("causal", 80, half, ("q",)) == ["plain"]
-    refuses = True
-    assert called("causal", 80, half) == ["hopper", "plain"]
+    case = dataclasses.replace(ROWS_BY_NAME["causal"], sizes={"B": 1, "I": queries, "J": 80})
+    tensors = list(case.tensors(0, dtype).values())
+    out, lse = torch.zeros_like(tensors[0]), torch.zeros(tensors[0].shape[:3])
+    gradients = backward_implementation(print_spec(with_log_sum_exp(case.spec)))
+    assert not isinstance(gradients, str)
+    place = "attncompile.codegen.triton.lower"
+    with mock.patch(f"{place}.on_hopper", lambda _: True), mock.patch(f"{place}.load_module", loaded):
+        gradients(wanted, [out, torch.empty(0)], tensors, [out, lse])
+    assert found == chosen
 
 
 @pytest.mark.usefixtures("_cache")
