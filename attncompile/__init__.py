@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "compile",
     "convert",
+    "explain",
     "lift",
     "load",
     "parse_spec",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from attncompile.api import compile, convert, lift, load, verify
+    from attncompile.api import compile, convert, explain, lift, load, verify
     from attncompile.convert.artifact import Conversion
     from attncompile.frontends.errors import CaptureError, InputError
     from attncompile.ir import Refusal, RefusalError, Spec, parse_spec
@@ -55,6 +56,7 @@ _HOMES = {
     "Site": "attncompile.lift.program",
     "Spec": "attncompile.ir",
     "compile": "attncompile.api",
+    "explain": "attncompile.api",
     "load": "attncompile.api",
     "parse_spec": "attncompile.ir",
 }

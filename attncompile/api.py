@@ -1,4 +1,5 @@
-"""The Python API: `lift`, `compile`, `convert`, `compile_kernels`, `verify`, `load`. Each does one thing in one call.
+"""The Python API: `lift`, `compile`, `explain`, `convert`, `compile_kernels`, `verify`, `load`. Each does one thing in
+one call.
 
 Targets are given as a torch module with example arguments, or as what :func:`open_model` opens: a Hugging
 Face folder, an ``.onnx`` file, or ``file.py:function``, a function that returns ``(model, args, kwargs)``.
@@ -25,6 +26,7 @@ from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
 
 if TYPE_CHECKING:
+    from attncompile.backend.explanation import Explanation
     from attncompile.convert.kernel_index import KernelFolder
 
 Target = Literal["onnx", "torch"]
@@ -144,10 +146,41 @@ def compile(
     Raises:
         ValueError: for an unknown option or value.
     """
-    from attncompile.backend import attncompile, read_options
+    from attncompile.backend import Backend, read_options
 
-    read_options(options)  # now, so that a misspelt option is said here and not in the first call
-    return torch.compile(model, backend=attncompile, dynamic=dynamic, options=options or None)
+    backend = Backend(read_options(options))  # now, so that a misspelt option is said here and not in the first call
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    backend.belongs_to(compiled)
+    return compiled
+
+
+def explain(compiled: Callable[..., Any] | None = None) -> Explanation:
+    """What was done at each attention site of compiled models.
+
+    Args:
+        compiled: what :func:`attncompile.compile` gave: its own graphs are told. Or a module that
+            ``torch.compile(…, backend="attncompile")`` gave: the graphs that read its parameters, which modules of
+            equal shapes share. Without it, all graphs of this process that are still in use.
+
+    Raises:
+        ValueError: for something else, such as a function that ``torch.compile`` gave, which names no graph.
+    """
+    from attncompile.backend import Backend
+    from attncompile.backend.compilation import alive
+    from attncompile.backend.explanation import Explanation
+
+    if compiled is None:
+        return Explanation(alive())
+    own = Backend.of(compiled)
+    if own is not None:
+        return Explanation(tuple(compilation for compilation in alive() if compilation.number in own.numbers))
+    module = getattr(compiled, "_orig_mod", compiled)
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(
+            f"{compiled!r} does not say which graphs are its own; compile it with attncompile.compile, or call "
+            "explain() for all graphs"
+        )
+    return Explanation(tuple(compilation for compilation in alive() if compilation.serves(module)))
 
 
 def convert(

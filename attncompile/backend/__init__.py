@@ -1,13 +1,17 @@
 """The torch.compile back end: ``torch.compile(model, backend="attncompile")``, found by its entry point.
 
 Attention is rewritten; everything else goes to Inductor, or runs eagerly with ``options={"rest": "eager"}``. Whatever
-cannot be done leaves the model's own computation in place, with one warning that says so.
+cannot be done leaves the model's own computation in place, with one warning that says so. ``TORCH_LOGS=attncompile``
+prints a line for each site with the reason for the recompilation beside it, ``TORCH_TRACE`` holds the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,14 +19,19 @@ import torch
 
 from attncompile.backend.checkpointing import attends, checkpointed_bodies, with_bodies
 from attncompile.backend.choose import SUPPORTED, choose_lowering
+from attncompile.backend.compilation import Compilation, alive, held_by, note
+from attncompile.backend.explanation import Explanation
+from attncompile.backend.first_call import ComparedOnce, why_not_compared
 from attncompile.backend.options import Options, read_options
+from attncompile.backend.planned import planned_sites
 from attncompile.backend.rewrite import Decision, decide, rewrite
+from attncompile.backend.verified import named, verified
 from attncompile.frontends.aten import aten_graph
-from attncompile.frontends.capture import capture_dynamo
+from attncompile.frontends.capture import Captured, capture_dynamo
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.torch_internals import ahead_of_time, inductor, mode_options
+from attncompile.frontends.torch_internals import ahead_of_time, inductor, mode_options, trace_artifact
 from attncompile.lift import Program, lift_graph
-from attncompile.passes import parse_passes
+from attncompile.passes import PassCall, parse_passes
 
 log = logging.getLogger("attncompile")
 
@@ -48,10 +57,60 @@ def attncompile(
     Raises:
         ValueError: for an unknown option or an option's wrong value.
     """
-    chosen = read_options(options)
-    calls = parse_passes(chosen.passes)
-    rewritten = _rewritten(graph_module, example_inputs, chosen, calls)
-    return _compile_rest(rewritten, example_inputs, chosen, mode)
+    return _compiled(graph_module, example_inputs, read_options(options), mode)[0]
+
+
+class Backend:
+    """The back end with its options, for one compiled model, which knows which graphs are its own.
+
+    Attributes:
+        options: of the back end.
+        numbers: of the compilations that it has made.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.numbers: set[int] = set()
+
+    def __call__(self, graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one Dynamo graph."""
+        compiled, compilations = _compiled(graph_module, example_inputs, self.options, None)
+        self.numbers |= {compilation.number for compilation in compilations}
+        return compiled
+
+    def belongs_to(self, compiled: Callable[..., Any]) -> None:
+        """Say whose graphs these are."""
+        _BACKENDS[compiled] = self
+
+    @staticmethod
+    def of(compiled: Callable[..., Any]) -> Backend | None:
+        """The back end of a compiled model or function, or ``None`` where it has none of its own."""
+        try:
+            return _BACKENDS.get(compiled)
+        except TypeError:  # cannot be referred to weakly, or hashed
+            return None
+
+
+_BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
+
+
+def _compiled(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
+    rewriting = _Rewriting(options, parse_passes(options.passes))
+    rewritten = rewriting.of(module, example_inputs)
+    compiled = _compile_rest(rewritten, example_inputs, options, mode)
+    if options.verify == "full" and rewritten is not module:
+        reason = rewriting.why_not_compared()
+        if reason is None:
+            compiled = ComparedOnce(compiled, module, _warn)
+        else:
+            log.info("attncompile: the graph is not compared with the original: %s", reason)
+    for compilation in rewriting.compilations:
+        compiled = held_by(compiled, compilation)
+    if options.explain is not None:
+        options.explain.write_text(f"{Explanation(alive())}\n", encoding="utf-8")
+    return compiled, tuple(rewriting.compilations)
 
 
 def _compile_rest(
@@ -59,48 +118,121 @@ def _compile_rest(
 ) -> Callable[..., Any]:
     if options.rest == "eager":
         return ahead_of_time(module, example_inputs) if checkpointed_bodies(module) else module.forward
-    return inductor(module, example_inputs, mode_options(mode))
+    settings = mode_options(mode or options.mode) or {}
+    if options.cudagraphs:
+        settings = {**settings, "triton.cudagraphs": True}
+    return inductor(module, example_inputs, settings or None)
 
 
-def _rewritten(
-    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, calls: Any
-) -> torch.fx.GraphModule:
-    """The graph with its attention rewritten, or the graph itself where that cannot be done."""
-    device = _device(example_inputs)
-    if device is not None and device not in SUPPORTED:
-        _warn(f"device {device!r} is not supported ({', '.join(SUPPORTED)} are); the model runs as it was")
-        return module
-    bodies = checkpointed_bodies(module)
-    if bodies:
-        if attends(module):
-            _warn("attention outside the checkpointed blocks runs as it was; that inside them is rewritten")
-        made = {body.name: _rewritten(body.graph_module, body.inputs, options, calls) for body in bodies}
-        return with_bodies(module, made)
-    try:
+class _Rewriting:
+    """Rewrites one graph, with the bodies of its checkpointed blocks, and remembers what it did."""
+
+    def __init__(self, options: Options, calls: tuple[PassCall, ...]) -> None:
+        self.options, self.calls = options, calls
+        self.compilations: list[Compilation] = []
+        self.reasons: list[str] = []
+
+    def why_not_compared(self) -> str | None:
+        """Why the result need not agree with the graph as it was, or ``None``."""
+        return self.reasons[0] if self.reasons else None
+
+    def of(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+        """The graph with its attention rewritten, or the graph itself where that cannot be done."""
+        device = _device(example_inputs)
+        if device is not None and device not in SUPPORTED:
+            _warn(f"device {device!r} is not supported ({', '.join(SUPPORTED)} are); the model runs as it was")
+            return module
+        bodies = checkpointed_bodies(module)
+        if bodies:
+            if attends(module):
+                _warn("attention outside the checkpointed blocks runs as it was; that inside them is rewritten")
+            made = {body.name: self.of(body.graph_module, body.inputs) for body in bodies}
+            self.reasons.append("its blocks are checkpointed")
+            return with_bodies(module, made)
+        try:
+            return self._of(module, example_inputs, device or "cpu")
+        except CaptureError as error:
+            _warn(f"{error}")
+            return module
+        except Exception as error:  # a defect of ours must not take the user's model down
+            log.debug("attncompile failed", exc_info=True)
+            _warn(
+                f"attention was not rewritten because of an internal error ({type(error).__name__}: {error}); the "
+                "model runs as it was. Please report this"
+            )
+            return module
+
+    def _of(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], device: str) -> torch.fx.GraphModule:
+        begun = time.perf_counter()
         captured = capture_dynamo(module, example_inputs)
         program = lift_graph(aten_graph(captured), "the compiled graph", captured.notes, blocks=False)
         if not program.sites:
             log.info("attncompile: no attention in this graph of %d nodes", len(module.graph.nodes))
             return module
-        kind = device or "cpu"
-        decisions = decide(
-            program, calls, lambda spec: choose_lowering(spec, kind), allow_untrained=options.allow_untrained
+        decisions, said = self._decisions(program, device)
+        said = (*_complaints(decisions), *said)
+        for text in said:
+            _warn(text)
+        rewritten = module
+        if any(decision.lowering for decision in decisions):
+            rewritten = rewrite(captured.graph_module, program, decisions)
+        lossy = [d.site.name for d in decisions if d.lowering and d.passes and d.passes.lossy]
+        random = why_not_compared(captured.graph_module)
+        self.reasons += [f"a lossy pass changes {name}" for name in lossy[:1]] + ([random] if random else [])
+        seconds = time.perf_counter() - begun
+        self.compilations.append(note(program, decisions, device, said, _parameters(captured), seconds))
+        self._tell(decisions)
+        return rewritten
+
+    def _decisions(self, program: Program, device: str) -> tuple[tuple[Decision, ...], tuple[str, ...]]:
+        options, said = self.options, []
+        planned = {}
+        if options.plan is not None:
+            names = [site.name for site in program.sites]
+            planned = planned_sites(options.plan, names)
+            if not planned:
+                known = ", ".join(entry.site for entry in options.plan.sites[:3])
+                said.append(f"the plan names none of the sites {', '.join(names[:3])}, …; it names {known}, …")
+
+        def decided(part: Program, calls: tuple[PassCall, ...], by_site: Mapping[str, Any]) -> tuple[Decision, ...]:
+            return decide(
+                part,
+                calls,
+                lambda spec: choose_lowering(spec, device),
+                planned=by_site,
+                allow_untrained=options.allow_untrained,
+            )
+
+        def exactly(decision: Decision) -> Decision:
+            asked = planned.get(decision.site.name, self.calls)
+            calls = tuple(call for call in asked if not isinstance(call, str) and call.rewrite.contract == "exact")
+            return decided(dataclasses.replace(program, sites=(decision.site,)), calls, {})[0]
+
+        decisions, told = verified(
+            decided(program, self.calls, planned),
+            device,
+            checks=options.verify != "off",
+            budget=options.budget,
+            exact=exactly,
         )
-        _report(program, decisions, options)
-        if not any(decision.lowering for decision in decisions):
-            return module
-        return rewrite(captured.graph_module, program, decisions)
-    except CaptureError as error:
-        _warn(f"{error}")
-        return module
-    except Exception as error:  # a defect of ours must not take the user's model down
-        log.debug("attncompile failed", exc_info=True)
-        _warn(
-            f"attention was not rewritten because of an internal error ({type(error).__name__}: {error}); the model "
-            "runs as "
-            "it was. Please report this"
-        )
-        return module
+        return decisions, (*said, *told)
+
+    def _tell(self, decisions: Sequence[Decision]) -> None:
+        """A line for each site to the log, and to the terminal where that was asked for."""
+        lines = [f"{d.site.name}: {d.lowering.operator if d.lowering else 'original'} ({d.reason})" for d in decisions]
+        for line in lines:
+            log.info("attncompile: %s", line)
+            if self.options.verbose:
+                print(f"attncompile: {line}")
+        trace_artifact("attncompile_sites", lines)
+
+
+def _parameters(captured: Captured) -> dict[str, tuple[Any, ...]]:
+    """Shapes of the module parameters among the inputs, by dotted name."""
+    nodes = {node.name: node for node in captured.graph_module.graph.nodes if node.op == "placeholder"}
+    values = {entry.name: nodes[entry.placeholder].meta.get("val") for entry in captured.inputs
+              if entry.role == "parameter"}  # fmt: skip
+    return {name: tuple(value.shape) for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _device(inputs: Sequence[Any]) -> str | None:
@@ -108,27 +240,20 @@ def _device(inputs: Sequence[Any]) -> str | None:
     return "cuda" if "cuda" in kinds else next(iter(sorted(kinds)), None)
 
 
-def _report(program: Program, decisions: Sequence[Decision], options: Options) -> None:
+def _complaints(decisions: Sequence[Decision]) -> list[str]:
+    """What the user is warned of: sites that stay as they were, and a pass that does not apply."""
+    said = []
     kept = [d for d in decisions if d.lowering is None]
     if kept:
-        names = ", ".join(d.site.name for d in kept[:3]) + (
-            f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        said.append(
+            f"{len(kept)} of {len(decisions)} attention sites keep their original computation: "
+            f"{named([d.site.name for d in kept])} ({kept[0].reason})"
         )
-        _warn(
-            f"{len(kept)} of {len(decisions)} attention sites keep their original computation: {names} "
-            f"({kept[0].reason})"
-        )
-    for decision in decisions:
-        if decision.passes and decision.passes.refused:
-            name, reason = decision.passes.refused[0]
-            _warn(f"pass {name} does not apply to {decision.site.name}: {reason}")
-            break
-    for decision in decisions:
-        operator = decision.lowering.operator if decision.lowering else "original"
-        line = f"{decision.site.name}: {operator} ({decision.reason})"
-        log.info("attncompile: %s", line)
-        if options.verbose:
-            print(f"attncompile: {line}")
+    refused = [(d.site.name, *d.passes.refused[0]) for d in decisions if d.passes and d.passes.refused]
+    if refused:
+        site, name, reason = refused[0]
+        said.append(f"pass {name} does not apply to {site}: {reason}")
+    return said
 
 
 def _warn(message: str) -> None:
@@ -136,6 +261,7 @@ def _warn(message: str) -> None:
 
 
 __all__ = [
+    "Backend",
     "Decision",
     "FallbackWarning",
     "Options",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from attncompile.frontends.torch_internals import modes
+from attncompile.passes import parse_passes
+from attncompile.plan.schema import Plan, load_plan
 
 
 class Options(BaseModel):
@@ -14,16 +19,54 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rest: Literal["inductor", "eager"] = Field(
-        "inductor", description="what compiles everything but attention"
+    passes: str = Field("fuse", description="passes to run on every site, such as 'fuse,sparsify.window(size=1024)'")
+    plan: Plan | None = Field(
+        None, description="passes for each site by its name: a plan, or the path of a plan.json; others get `passes`"
     )
-    passes: str = Field(
-        "fuse", description="passes to run on every site, such as 'fuse,sparsify.window(size=1024)'"
+    budget: float | None = Field(
+        None,
+        ge=0.0,
+        description="largest relative change of a site's output that lossy passes may bring; beyond it the site gets "
+        "its exact passes alone",
     )
-    allow_untrained: bool = Field(
-        False, description="allow passes that need training to keep the model's quality"
+    allow_untrained: bool = Field(False, description="allow passes that need training to keep the model's quality")
+    rest: Literal["inductor", "eager"] = Field("inductor", description="what compiles everything but attention")
+    mode: str | None = Field(None, description="mode of Inductor for the rest, such as 'max-autotune'")
+    cudagraphs: bool = Field(False, description="have Inductor record the compiled graph as a CUDA graph")
+    verify: Literal["off", "sites", "full"] = Field(
+        "off",
+        description="'sites' runs what computes each site on random inputs against its definition in float64; 'full' "
+        "also compares the first call of each compiled graph with the graph as it was. What fails is put back",
     )
     verbose: bool = Field(False, description="print one line per site")
+    explain: Path | None = Field(
+        None, description="text file that holds what attncompile.explain() says, written after each compilation"
+    )
+
+    @field_validator("passes")
+    @classmethod
+    def _can_be_read(cls, value: str) -> str:
+        parse_passes(value)
+        return value
+
+    @model_validator(mode="after")
+    def _are_for_inductor(self) -> Options:
+        given = "mode" if self.mode is not None else "cudagraphs" if self.cudagraphs else ""
+        if given and self.rest != "inductor":
+            raise ValueError(f"{given} is for Inductor, but rest is {self.rest!r}")
+        return self
+
+    @field_validator("mode")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in modes():
+            raise ValueError(f"the modes are {', '.join(modes())}")
+        return value
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _is_loaded(cls, value: Any) -> Any:
+        return load_plan(Path(value)) if isinstance(value, str | Path) else value
 
 
 def read_options(given: Mapping[str, Any] | None) -> Options:
@@ -38,14 +81,13 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})"
-            )
+            raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})")
     try:
         return Options(**(given or {}))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(
-            f"option {name!r} of the attncompile back end: {first['msg']}, got {first['input']!r}"
-        ) from None
+        said = first["msg"].removeprefix("Value error, ")
+        if not name:  # options that do not go together
+            raise ValueError(f"options of the attncompile back end: {said}") from None
+        raise ValueError(f"option {name!r} of the attncompile back end: {said}, got {first['input']!r}") from None

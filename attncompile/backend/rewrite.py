@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
@@ -12,6 +12,7 @@ import torch
 from attncompile.backend.site_module import MaskModule, SiteModule
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import mask_inputs
+from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
 from attncompile.ir import Spec
@@ -46,15 +47,17 @@ def decide(
     calls: tuple[PassCall, ...],
     choose: Callable[[Spec], Lowering],
     *,
+    planned: Mapping[str, tuple[PassCall, ...] | str] | None = None,
     allow_untrained: bool = False,
     even_reference: bool = False,
 ) -> tuple[Decision, ...]:
     """Run the passes on every site and choose its lowering; equal Specs share both.
 
-    Where only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
+    Sites that ``planned`` names get the passes that it gives, or stay as they are for the reason that it gives. Where
+    only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
     caller wants even those sites replaced.
     """
-    known: dict[str, tuple[PassResult, Lowering]] = {}
+    known: dict[tuple[str, ...], tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
     for site in program.sites:
         if site.status != "lifted" or site.spec is None:
@@ -64,9 +67,13 @@ def decide(
         if early:
             made.append(Decision(site, None, None, early))
             continue
-        key = site.spec.fingerprint()
+        asked = (planned or {}).get(site.name, calls)
+        if isinstance(asked, str):
+            made.append(Decision(site, None, None, asked))
+            continue
+        key = (site.spec.fingerprint(), *map(str, asked))
         if key not in known:
-            result = run_passes(site.spec, calls, allow_untrained=allow_untrained)
+            result = run_passes(site.spec, asked, allow_untrained=allow_untrained)
             known[key] = (result, choose(result.spec))
         result, lowering = known[key]
         if lowering.operator == "reference" and not (result.lossy or even_reference):
@@ -184,16 +191,22 @@ def _unseen_memory(graph: torch.fx.Graph) -> list[torch.fx.Node]:
         sharing.setdefault(memory.place_of(node), []).append(node)
     unseen: set[torch.fx.Node] = set()
     for nodes in sharing.values():
-        own = all(node.op == "call_function" and not _draws(node) for node in nodes)
+        own = all(node.op == "call_function" and not draws(node) for node in nodes)
         if own and any(written_arguments(node) for node in nodes):
             inside = set(nodes)
             unseen |= inside if all(inside.issuperset(node.users) for node in nodes) else set()
     return [node for node in graph.nodes if node in unseen]
 
 
-def _draws(node: torch.fx.Node) -> bool:
+def draws(node: torch.fx.Node) -> bool:
     """Whether an operation draws random numbers: those that are drawn later depend on it."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    try:
+        given = arguments_of(node)
+    except Unstated:
+        return True
+    return given.get("dropout_p", 1.0) != 0.0 and given.get("train", True) is not False
 
 
-__all__ = ["Decision", "decide", "rewrite"]
+__all__ = ["Decision", "decide", "draws", "rewrite"]

@@ -13,6 +13,7 @@ import torch
 from attncompile.backend import attncompile
 from attncompile.backend.choose import choose_lowering
 from attncompile.backend.rewrite import Decision, decide, rewrite
+from attncompile.backend.verified import certificates
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.calibration import Call, text_call
 from attncompile.convert.change import Change, changes_in_torch
@@ -29,7 +30,7 @@ from attncompile.frontends.torch_internals import unflatten
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
-from attncompile.verify import Certificate, SiteCertificate, check_site, refused_site
+from attncompile.verify import Certificate
 
 PROGRAM = "program.pt2"
 """The rewritten graph, for a model that has no configuration to be rebuilt from."""
@@ -101,7 +102,7 @@ def _made(
     options.progress("finding attention")
     rewritten = _rewritten(opened, opened.name, requested, options.allow_untrained, target)
     options.progress("checking every site")
-    sites = _site_certificates(rewritten.decisions)
+    sites = certificates(rewritten.decisions)
     options.progress("comparing with the original")
     outcomes = tuple(_outcome(decision) for decision in rewritten.decisions)
     runs = _runs(opened, rewritten.captured, _graph_run(rewritten.result))
@@ -141,29 +142,6 @@ def _operators(outcomes: Sequence[Outcome]) -> str:
 def _outcome(decision: Decision) -> Outcome:
     operator = decision.lowering.operator if decision.lowering else "original"
     return Outcome(decision.site, decision.passes, operator, decision.reason)
-
-
-def _site_certificates(decisions: tuple[Decision, ...]) -> list[SiteCertificate]:
-    """One entry per site; equal Specs are run once."""
-    known: dict[str, SiteCertificate] = {}
-    made = []
-    for decision in decisions:
-        spec, lowering = decision.spec, decision.lowering
-        if spec is None or lowering is None:
-            made.append(refused_site(decision.site.name, decision.reason, decision.site.spec))
-            continue
-        key = spec.fingerprint()
-        if key not in known:
-            lossy = decision.passes is not None and decision.passes.lossy
-            known[key] = check_site(
-                decision.site.name,
-                spec,
-                lowering.run,
-                operator=lowering.operator,
-                original=decision.site.spec if lossy else None,
-            )
-        made.append(known[key].model_copy(update={"site": decision.site.name, "spec": str(spec)}))
-    return made
 
 
 class _Program(torch.nn.Module):
@@ -247,7 +225,7 @@ def verify_torch(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = F
         compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift)
     except DoesNotRunError as error:
         raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
-    return make_certificate(plan, _site_certificates(rewritten.decisions), compared.entries)
+    return make_certificate(plan, certificates(rewritten.decisions), compared.entries)
 
 
 def _load_program(file: Path) -> torch.nn.Module:

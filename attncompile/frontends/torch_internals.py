@@ -289,6 +289,22 @@ def inductor(
     return compiled
 
 
+def trace_artifact(name: str, lines: Sequence[str]) -> None:
+    """Add lines to the trace of the compilation that is going on (``TORCH_TRACE``), where tlparse shows them."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: "\n".join(lines)
+    )
+
+
+def modes() -> tuple[str, ...]:
+    """The modes of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    return tuple(list_mode_options())
+
+
 def mode_options(mode: str | None) -> dict[str, Any] | None:
     """Inductor's settings for a mode of torch.compile such as ``reduce-overhead``; None for the default mode."""
     if mode in (None, "default"):

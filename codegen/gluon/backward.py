@@ -41,6 +41,11 @@ from attncompile.kernels.hopper_backward import (
 )
 from attncompile.kernels.source import indented, signature
 
+CHOSEN = False
+"""Whether autograd runs this kernel. An earlier form of it was right on an H200 and faster than plain Triton's kernels;
+the present one has been compiled only. To be set once `tests/codegen/test_gluon_backward_gpu.py` has passed on a card
+and `benchmarks/backward.py` says that it is ahead."""
+
 NARROWEST = 65
 """Channels from which on the kernel is used. It would pad 64 to 128; a form of it for 64, with twice as many queries in
 a block, kept so many numbers outside of registers that it took three times as long as plain Triton's two kernels."""

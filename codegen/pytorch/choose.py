@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,14 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     Raises:
         RefusalError: when the operator asked for does not compute the Spec.
     """
+    plain = _lowered(spec, device, operator)
+    if plain.operator == "blockwise" and device == "cpu" and _worth_carrying(spec):
+        return dataclasses.replace(plain, run=functools.partial(_run_carried, operators.bind(spec), plain.run))
+    return plain
+
+
+def _lowered(spec: Spec, device: str, operator: str | None) -> Lowering:
+    """The lowering that computes a Spec by itself, never through ``attncompile::run``."""
     if operator is not None:
         problem = why_not(spec, device, operator)
         if problem is not None:
@@ -140,8 +149,6 @@ def lower(spec: Spec, device: str = "cpu", operator: str | None = None) -> Lower
     run: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] = functools.partial(
         _run, spec, tuple(steps), chosen in ("sdpa", "blockwise")
     )
-    if chosen == "blockwise" and device == "cpu" and _worth_carrying(spec):
-        run = functools.partial(_run_carried, operators.bind(spec), run)
     return Lowering("pytorch", chosen, reason, source, run)
 
 
@@ -247,7 +254,7 @@ def _run_carried(carried: operators.Bound, plain: Callable[..., Any], *tensors: 
 
 def _implementation(text: str) -> operators.Implementation:
     """What computes a Spec on the CPU behind ``attncompile::run``: its lowering, called with plain tensors."""
-    return lower(operators.parsed(text), "cpu").run
+    return _lowered(operators.parsed(text), "cpu", None).run
 
 
 operators.register("cpu", _implementation)

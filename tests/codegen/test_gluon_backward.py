@@ -252,20 +252,31 @@ def test_what_it_refuses_at_run_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype", "wanted", "refuses", "chosen"),
+    ("queries", "dtype", "wanted", "refuses", "chosen", "runs"),
     (
-        (80, torch.bfloat16, ("q", "k", "v"), False, ["hopper"]),
-        (80, torch.bfloat16, ("q", "k", "v"), True, ["hopper", "plain"]),
-        (80, torch.bfloat16, ("q", "v"), False, ["plain"]),
-        (63, torch.bfloat16, ("q", "k", "v"), False, ["plain"]),
-        (80, torch.float32, ("q", "k", "v"), False, ["plain"]),
+        (80, torch.bfloat16, ("q", "k", "v"), False, True, ["hopper"]),
+        (80, torch.bfloat16, ("q", "k", "v"), True, True, ["hopper", "plain"]),
+        (80, torch.bfloat16, ("q", "v"), False, True, ["plain"]),
+        (63, torch.bfloat16, ("q", "k", "v"), False, True, ["plain"]),
+        (80, torch.float32, ("q", "k", "v"), False, True, ["plain"]),
+        (80, torch.bfloat16, ("q", "k", "v"), False, False, ["plain"]),
     ),
 )
-def test_the_kernel_is_chosen_on_a_hopper_gpu(
-    queries: int, dtype: torch.dtype, wanted: tuple[str, ...], refuses: bool, chosen: list[str]
+def test_what_computes_gradients_on_a_hopper_gpu(
+    queries: int,
+    dtype: torch.dtype,
+    wanted: tuple[str, ...],
+    refuses: bool,
+    chosen: bool,
+    runs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    from attncompile.codegen.triton.lower import backward_implementation
+    from attncompile.codegen.gluon import backward
+    from attncompile.codegen.triton.lower import _hopper_backward, backward_implementation
+
+    monkeypatch.setattr(backward, "CHOSEN", chosen)
+    _hopper_backward.cache_clear()
 
     class Refused(ValueError):
         """What the module raises."""
@@ -289,7 +300,8 @@ def test_the_kernel_is_chosen_on_a_hopper_gpu(
     place = "attncompile.codegen.triton.lower"
     with mock.patch(f"{place}.on_hopper", lambda _: True), mock.patch(f"{place}.load_module", loaded):
         gradients(wanted, [out, torch.empty(0)], tensors, [out, lse])
-    assert found == chosen
+    _hopper_backward.cache_clear()
+    assert found == runs
 
 
 @pytest.mark.usefixtures("_cache")

@@ -1,0 +1,170 @@
+"""What was done in each compiled graph, kept as long as the graph is: the source of ``attncompile.explain``."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attncompile.backend.rewrite import Decision
+from attncompile.backend.site_module import SiteModule
+from attncompile.ir import Spec, parse_spec
+from attncompile.ir.types import concrete, solved_size
+from attncompile.lift import Program
+from attncompile.plan.cost import CostRow, cost_row
+
+
+@dataclass(frozen=True)
+class ExplainedSite:
+    """What became of one site of a compiled graph.
+
+    Attributes:
+        name: its path in the model.
+        status: ``lifted``, ``observed`` or ``refused``.
+        before: the Spec as it was lifted, as text; empty where none was.
+        after: the Spec that runs, as text; empty where the original stays.
+        applied: passes that were applied.
+        refused: passes that were asked for and do not apply, each with the reason.
+        operator: what computes it now; ``original`` where that stays.
+        reason: why.
+        source: line of the model's code.
+        sizes: of the Spec's symbols in the call that was compiled; empty where they are not known.
+    """
+
+    name: str
+    status: str
+    before: str
+    after: str
+    applied: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+    operator: str
+    reason: str
+    source: str
+    sizes: Mapping[str, int]
+
+    def cost(self) -> CostRow | None:
+        """Modelled work before and after, at the sizes of the call that was compiled; ``None`` where one is unknown."""
+        if not (self.before and self.after and self.sizes):
+            return None
+        return cost_row(parse_spec(self.before), parse_spec(self.after), self.sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class Compilation:
+    """One compiled graph.
+
+    Attributes:
+        number: counted in this process.
+        device: where it runs.
+        sites: every attention site found.
+        said: what the user was warned of.
+        parameters: shapes of the module parameters that the graph reads, by dotted name.
+        seconds: how long finding and rewriting the attention took.
+    """
+
+    number: int
+    device: str
+    sites: tuple[ExplainedSite, ...]
+    said: tuple[str, ...]
+    parameters: Mapping[str, tuple[Any, ...]]
+    seconds: float
+
+    def serves(self, module: torch.nn.Module) -> bool:
+        """Whether the graph reads parameters that the module has, by name and shape: such modules share a graph."""
+        own = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        return bool(self.parameters) and all(_found(own, name) == shape for name, shape in self.parameters.items())
+
+
+def _found(own: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...] | None:
+    """The shape of a parameter by its name, with or without what a compiled function calls the module."""
+    parts = name.split(".")
+    return next((own[rest] for n in range(len(parts)) if (rest := ".".join(parts[n:])) in own), None)
+
+
+_NUMBERS = itertools.count(1)
+_ALIVE: weakref.WeakSet[Compilation] = weakref.WeakSet()
+_LOCK = threading.Lock()
+
+
+def note(
+    program: Program,
+    decisions: Iterable[Decision],
+    device: str,
+    said: tuple[str, ...],
+    parameters: Mapping[str, tuple[Any, ...]],
+    seconds: float,
+) -> Compilation:
+    """A record of a compilation; whoever holds the compiled graph has to hold it too."""
+    sites = tuple(_explained(program, decision) for decision in decisions)
+    with _LOCK:
+        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds)
+        _ALIVE.add(made)
+    return made
+
+
+def alive() -> tuple[Compilation, ...]:
+    """The graphs that are compiled and not yet dropped, in the order of their compilation."""
+    with _LOCK:
+        return tuple(sorted(_ALIVE, key=lambda compilation: compilation.number))
+
+
+def held_by(compiled: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
+    """The compiled graph, which holds the record from now on."""
+    try:
+        compiled.attncompile_compilation = compilation  # type: ignore[attr-defined]
+        return compiled
+    except AttributeError:  # a method, say
+
+        def run(*args: Any) -> Any:
+            return compiled(*args)
+
+        return held_by(run, compilation)
+
+
+def _explained(program: Program, decision: Decision) -> ExplainedSite:
+    site, lowering = decision.site, decision.lowering
+    before, after = site.spec, decision.spec if lowering is not None else None
+    return ExplainedSite(
+        site.name,
+        site.status,
+        str(before) if before is not None else "",
+        str(after) if after is not None else "",
+        decision.passes.applied if decision.passes else (),
+        decision.passes.refused if decision.passes else (),
+        lowering.operator if lowering is not None else "original",
+        decision.reason,
+        site.source,
+        _sizes(program, decision),
+    )
+
+
+def _sizes(program: Program, decision: Decision) -> dict[str, int]:
+    """The Spec's symbolic sizes in the call that was compiled; none where the graph does not tell all of them."""
+    spec, region, lowering, hints = decision.spec, decision.site.region, decision.lowering, program.graph.size_hints
+    if spec is None or region is None or lowering is None:
+        return {}
+    given = [program.graph.infos[binding.value] for binding in region.inputs]
+    try:
+        shapes = [[concrete(size, hints) for size in info.shape] for info in given]
+        module = SiteModule(spec, region, lowering, given, (), False)
+        tensors = module.spec_tensors(tuple(torch.empty(shape, device="meta") for shape in shapes))
+    except (ValueError, RuntimeError):  # a size that only data decide
+        return {}
+    return symbolic_sizes(spec, tensors)
+
+
+def symbolic_sizes(spec: Spec, tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    """The symbols of a Spec's sizes, by the shapes of its inputs in their order."""
+    found: dict[str, int] = {}
+    for value, tensor in zip(spec.inputs, tensors, strict=True):
+        for size, extent in zip(value.type.sizes, tensor.shape, strict=True):
+            found |= solved_size(size, extent, found)
+    return found
+
+
+__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note"]

@@ -1,0 +1,88 @@
+"""What was done at each attention site of compiled graphs, and what each costs, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attncompile.backend.compilation import Compilation, ExplainedSite
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was done in each compiled graph; prints as text.
+
+    Attributes:
+        compilations: the graphs, in the order in which they were compiled.
+    """
+
+    compilations: tuple[Compilation, ...]
+
+    @property
+    def sites(self) -> tuple[ExplainedSite, ...]:
+        """The sites of all graphs."""
+        return tuple(site for compilation in self.compilations for site in compilation.sites)
+
+    def __str__(self) -> str:
+        if not self.compilations:
+            return "no compiled graph: call the model first, or it has been reset since"
+        return "\n\n".join("\n".join(_lines(compilation)) for compilation in self.compilations)
+
+
+def _lines(compilation: Compilation) -> list[str]:
+    count = len(compilation.sites)
+    lines = [
+        f"graph {compilation.number} on {compilation.device}: {count} attention site{'s' * (count != 1)}, "
+        f"found and rewritten in {compilation.seconds:.1f} s"
+    ]
+    for alike in _alike(compilation.sites):
+        lines += [f"  {line}" for line in _site_lines(alike)]
+    return [*lines, *(f"  warning: {text}" for text in compilation.said)]
+
+
+def _alike(sites: Iterable[ExplainedSite]) -> list[list[ExplainedSite]]:
+    """Sites that differ in their names alone, such as the layers of a model."""
+    found: dict[tuple[object, ...], list[ExplainedSite]] = {}
+    for site in sites:
+        texts = (_body(site.before), _body(site.after), site.applied, site.refused, site.operator, site.reason)
+        found.setdefault((site.status, *texts, *sorted(site.sizes.items())), []).append(site)
+    return list(found.values())
+
+
+def _body(spec: str) -> str:
+    """A Spec without its name."""
+    return spec.partition("   ")[2]
+
+
+def _site_lines(alike: list[ExplainedSite]) -> list[str]:
+    site = alike[0]
+    names = site.name if len(alike) == 1 else f"{site.name} and {len(alike) - 1} more like it"
+    lines = [f"{names}: {site.operator}", f"  why: {site.reason}"]
+    if site.source:
+        lines.append(f"  at: {site.source}")
+    lines += [f"  | {line}" for line in (site.after or site.before).splitlines()]
+    if site.after and site.after != site.before:
+        lines += ["  before the passes", *(f"  | {line}" for line in site.before.splitlines())]
+    lines += [f"  pass {call}" for call in site.applied]
+    lines += [f"  pass {call} does not apply: {reason}" for call, reason in site.refused]
+    cost = site.cost()
+    if cost is not None:
+        sizes = ", ".join(f"{name} {value}" for name, value in sorted(cost.sizes.items()))
+        lines.append(
+            f"  costs {_short(cost.after.flops)}FLOP and {_short(cost.after.bytes)}B at {sizes or 'its fixed sizes'}; "
+            f"{100 * cost.after.density:.3g} % of the map is visible"
+        )
+        if cost.after.flops != cost.before.flops:
+            lines.append(f"  before the passes {_short(cost.before.flops)}FLOP and {_short(cost.before.bytes)}B")
+    return lines
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+__all__ = ["Explanation"]

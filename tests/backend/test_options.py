@@ -1,0 +1,204 @@
+"""What each option of the back end does: plans, budgets, verification, explanations, Inductor's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attncompile
+from attncompile import backend
+from attncompile.backend import FallbackWarning, read_options
+from attncompile.codegen.lowering import Lowering
+from attncompile.ir import Spec
+from attncompile.plan.schema import Plan, SitePlan, save_plan
+from tests.backend.test_backend import small_llama, tokens
+
+WINDOW = "sparsify.window(size=4)"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calls(model: Callable[..., Any], *lengths: int) -> list[torch.Tensor]:
+    """Logits of left-padded calls, those of padding left out."""
+    found = []
+    with torch.no_grad():
+        for length in lengths or (11,):
+            call = tokens(2, length)
+            found.append(model(**call).logits[call["attention_mask"].bool()])
+    return found
+
+
+def entry(name: str, *applied: str, operator: str = "sdpa", reason: str = "") -> SitePlan:
+    return SitePlan(site=name, fingerprint="", before="", after="", operator=operator, reason=reason, applied=applied)
+
+
+def plan(*sites: SitePlan) -> Plan:
+    return Plan(schema=1, model="llama", target="torch", provider="cpu", sites=sites)
+
+
+def test_a_plan_gives_each_site_its_passes(tmp_path: Path) -> None:
+    asked = plan(
+        entry("model.layers.0.self_attn", "fuse", WINDOW),
+        entry("model.layers.1.self_attn", operator="original", reason="it was slower"),
+    )
+    save_plan(asked, tmp_path / "plan.json")
+    for given in (asked, tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        torch._dynamo.reset()
+        compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", plan=given)
+        with pytest.warns(FallbackWarning, match=r"model\.layers\.1\.self_attn \(the plan leaves it .* it was slower"):
+            calls(compiled)
+        first, second = attncompile.explain(compiled).sites
+        assert first.applied == ("fuse", WINDOW) and "j > i − 4" in first.after
+        assert (second.operator, second.after) == ("original", "")
+
+
+@pytest.mark.parametrize(("named", "fits"), [("layers.0.self_attn", True), ("decoder.model.layers.0.self_attn", True),
+                                             ("0.self_attention", False)])  # fmt: skip
+def test_a_plan_may_name_a_site_from_elsewhere(named: str, fits: bool) -> None:
+    compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", plan=plan(entry(named, WINDOW)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calls(compiled)
+    said = [str(warning.message) for warning in caught if "the plan names none of the sites" in str(warning.message)]
+    assert bool(said) == (not fits)
+    assert [WINDOW in site.applied for site in attncompile.explain(compiled).sites] == [fits, False]
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_budget_keeps_lossy_passes_out(verify: str) -> None:
+    passes = f"fuse,{WINDOW}"
+    model = small_llama()
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", passes=passes, budget=0.01, verify=verify)
+    with pytest.warns(FallbackWarning, match=r"self_attn, model.layers.1.self_attn: exact passes alone, since its out"):
+        torch.testing.assert_close(calls(compiled), calls(model))
+    assert [site.applied for site in attncompile.explain(compiled).sites] == [("fuse",)] * 2
+    wide = attncompile.compile(model, dynamic=True, rest="eager", passes=passes, budget=100.0, verify=verify)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        calls(wide)
+    assert [site.applied for site in attncompile.explain(wide).sites] == [("fuse", WINDOW)] * 2
+
+
+def spoilt(spec: Spec, device: str) -> Lowering:
+    """A lowering whose first row is wrong."""
+    right = ORIGINAL(spec, device)
+
+    def run(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        result: Any = right.run(*tensors, **options)
+        return torch.cat([1.5 * result[:, :, :1], result[:, :, 1:]], dim=2)
+
+    return dataclasses.replace(right, run=run)
+
+
+ORIGINAL = backend.choose_lowering
+
+
+@pytest.mark.parametrize("verify", ["sites", "full"])
+def test_canary_a_wrong_kernel_is_put_back_by_verification(verify: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "choose_lowering", spoilt)
+    model = small_llama()
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verify=verify)
+    with pytest.warns(FallbackWarning, match="2 of 2 .* keep their original .* is off by .*; please report this"):
+        torch.testing.assert_close(calls(compiled, 11, 17), calls(model, 11, 17))
+
+
+def test_canary_a_wrong_graph_is_put_back_at_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "choose_lowering", spoilt)
+    monkeypatch.setattr(backend, "verified", lambda decisions, *_, **__: (decisions, ()))
+    model = small_llama()
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verify="full")
+    with pytest.warns(FallbackWarning, match="the compiled graph runs as it was: result . is off by"):
+        torch.testing.assert_close(calls(compiled, 11, 17), calls(model, 11, 17))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_is_right_passes_every_verification(attention: str, dtype: torch.dtype) -> None:
+    model = small_llama(attention).to(dtype)
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verify="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        calls(compiled, 11, 17)
+    assert all(site.operator != "original" for site in attncompile.explain(compiled).sites)
+
+
+def test_a_cache_that_is_written_in_place_is_written_once_under_verification() -> None:
+    def step(cache: torch.Tensor, new: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        cache.index_add_(2, place, new)
+        return torch.nn.functional.scaled_dot_product_attention(new, cache, cache)
+
+    cache, new, place = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 1, 8), torch.tensor([4])
+    other = cache.clone()
+    compiled = attncompile.compile(step, rest="eager", verify="full")
+    torch.testing.assert_close(compiled(cache, new, place), step(other, new, place))
+    assert torch.equal(cache, other)
+
+
+def test_explain_tells_a_models_own_graphs() -> None:
+    first, second = (attncompile.compile(small_llama(), dynamic=True, rest="eager") for _ in range(2))
+    calls(first), calls(second)
+    one, other = attncompile.explain(first), attncompile.explain(second)
+    assert len(one.compilations) == len(other.compilations) == 1 and one.compilations != other.compilations
+    assert attncompile.explain().compilations == one.compilations + other.compilations
+    text = str(one)
+    for part in ("graph", "2 attention sites", "model.layers.0.self_attn and 1 more like it", "why: ", "kv_head h // 3",
+                 "pass fuse", "FLOP", "B 2, I 11"):  # fmt: skip
+        assert part in text, part
+    del one, other
+    torch._dynamo.reset()
+    gc.collect()
+    assert attncompile.explain(first).compilations == () and "no compiled graph" in str(attncompile.explain())
+
+
+def test_explain_finds_the_graphs_of_a_module_that_torch_compiled() -> None:
+    model, other = small_llama(), small_llama(hidden_act="gelu")
+    other.resize_token_embeddings(77)
+    compiled = torch.compile(model, backend="attncompile", dynamic=True, options={"rest": "eager"})
+    calls(compiled)
+    assert len(attncompile.explain(compiled).sites) == len(attncompile.explain(model).sites) == 2
+    assert attncompile.explain(other).sites == ()
+    with pytest.raises(ValueError, match="does not say which graphs are its own"):
+        attncompile.explain(torch.compile(torch.nn.functional.relu, backend="attncompile"))
+
+
+def test_an_explanation_is_written_to_a_file(tmp_path: Path) -> None:
+    compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", explain=tmp_path / "attention.txt")
+    calls(compiled)
+    assert "model.layers.0.self_attn" in (tmp_path / "attention.txt").read_text(encoding="utf-8")
+
+
+def test_torch_logs_has_a_line_for_each_site(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "attncompile"):
+        calls(attncompile.compile(small_llama(), dynamic=True, rest="eager"))
+    assert sum("model.layers." in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"plan": "nowhere/plan.json"}, "option 'plan' .*nowhere"),
+        ({"budget": -1.0}, "option 'budget' .*greater than or equal to 0"),
+        ({"verify": "site"}, "option 'verify' .*'sites'"),
+        ({"passes": "fus"}, r"option 'passes' .*unknown pass 'fus' \(did you mean 'fuse'\?\)"),
+        ({"mode": "fastest"}, "option 'mode' .*the modes are .*max-autotune"),
+        ({"rest": "eager", "cudagraphs": True}, "cudagraphs is for Inductor, but rest is 'eager'"),
+        ({"explan": "x"}, "unknown option 'explan'.*did you mean 'explain'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_options(given)
