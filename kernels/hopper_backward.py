@@ -27,7 +27,11 @@ from attncompile.kernels.hopper_backward_text import (
     CONSUMER,
     FULL,
     KERNEL,
+    NEXT,
+    PART,
     PRODUCER,
+    PRODUCTS,
+    REST,
     STEP,
     WEIGHTS,
 )
@@ -49,14 +53,37 @@ def exchanged(text: str) -> str:
     return re.sub(r"\w+", lambda found: _EXCHANGED.get(found[0], found[0]), text)
 
 
-GROUPS, QUERIES, KEYS = 2, 64, 128
-"""Warpgroups that compute, queries of a block, keys of a tile."""
-CHANNELS = 128
-"""Channels of a tile, padded."""
-STAGES = 2
-"""Query blocks in shared memory; a third gains nothing."""
+GROUPS, KEYS = 2, 128
+"""Warpgroups that compute, keys of a tile."""
 REGISTERS, LIMIT = 240, 168
 """Registers of a thread of a computing warpgroup (the copying warp keeps 24), and of any when the block starts."""
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """How the kernel divides its work.
+
+    Attributes:
+        queries: queries of a block.
+        channels: of query, key, value, padded.
+        stages: query blocks in shared memory, two at most: there are named barriers for so many.
+        order: what a warpgroup does before it waits for the other's differences: see ``REST`` in the text.
+    """
+
+    queries: int
+    channels: int
+    stages: int
+    order: str
+
+    @property
+    def parts(self) -> int:
+        """Products of 64 queries that a block is made of."""
+        return self.queries // 64
+
+    @property
+    def by_channels(self) -> bool:
+        """Whether a warpgroup computes the queries' gradients for some of the channels, or for some of the queries."""
+        return self.channels == 64 * GROUPS
 
 
 @dataclass(frozen=True)
@@ -64,6 +91,7 @@ class HopperBackward:
     """What a Spec decides about the kernel.
 
     Attributes:
+        tile: how the work is divided.
         scale: constant factor of the logits that ``score`` leaves out.
         score: the logit from the raw score, or ``None`` when it is the raw score.
         slope: derivative of ``score`` by the raw score, or ``None`` where it is constant.
@@ -78,6 +106,7 @@ class HopperBackward:
         lse_gradient: whether the log-sum-exp has a gradient.
     """
 
+    tile: BackwardTile
     scale: float
     score: DeviceFunction | None
     slope: DeviceFunction | None
@@ -104,28 +133,30 @@ class HopperBackward:
         """Definitions of the constants that the functions read."""
         rows = (
             ("GROUPS", f"{GROUPS}", "warpgroups that compute, 64 keys each"),
-            ("BLOCK_I", f"{QUERIES}", "queries of a block"),
+            ("BLOCK_I", f"{self.tile.queries}", "queries of a block"),
             ("BLOCK_J", f"{KEYS}", "keys of a tile"),
-            ("STAGES", f"{STAGES}", "query blocks in shared memory"),
-            ("CHANNELS", f"{CHANNELS}", f"of query and key: {self.channels}, of value: {self.features}; padded"),
+            ("STAGES", f"{self.tile.stages}", "query blocks in shared memory"),
+            ("CHANNELS", f"{self.tile.channels}", f"of query {self.channels}, of value {self.features}, padded"),
             ("SCALE", f"{self.scale * LOG2E!r}", "constant factor of the logits · log2(e)"),
             ("GAIN", f"{self.gain!r}", "constant factor of the gradients of query and key"),
             ("LOG2E", f"{LOG2E!r}", "log2(e)"),
             ("QUERY_FREE", "6", "named barriers: a stage's queries are done with"),
-            ("GRAD_FREE", "9", "a stage's gradients are done with"),
-            ("SHARED", "12", "a warpgroup's differences are in shared memory"),
+            ("GRAD_FREE", "8", "a stage's gradients are done with"),
+            ("SHARED", "10", "a warpgroup's differences are in shared memory; in turn, as one may be a step ahead"),
             ("DONE", "14", "no warpgroup reads the keys any more"),
             ("KEY_FREE", "15", "keys and values are done with"),
         )
         lines = [f"{name} = gl.constexpr({value})  # {said}" for name, value, said in rows]
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, 16])"
+        columns = 64 if self.tile.by_channels else self.tile.channels
         return "\n".join(
             [
                 *lines,
-                f"SCORES = gl.constexpr({layout.format(QUERIES)})",
-                f"GRADIENT = gl.constexpr({layout.format(CHANNELS)})",
+                f"SCORES = gl.constexpr({layout.format(64)})",
+                f"GRADIENT = gl.constexpr({layout.format(self.tile.channels)})",
+                f"QUERY_GRADIENT = gl.constexpr({layout.format(columns)})",
                 "WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, GRADIENT.value, 2))",
-                f"DIFFERENCES = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, {QUERIES}], gl.float16))",
+                "DIFFERENCES = gl.constexpr(gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16))",
             ]
         )
 
@@ -139,7 +170,25 @@ class HopperBackward:
         """A line with the markers of arguments replaced."""
         heads, queries, keys = self.lengths
         line = listed(line, {"CONTEXT": self.integers(), "KNOWN": known(self.runs, None)})
+        right = "key_tiles.index(part + again).reshape([64, CHANNELS])"
+        left, shape = f"difference_tiles.index({self._differences('part', 'GROUP')}).permute((1, 0))", "[64, CHANNELS]"
+        if self.tile.by_channels:
+            left = f"{right}.slice(64 * GROUP, 64, 1).permute((1, 0))"
+            right, shape = f"difference_tiles.index({self._differences('part', '0')})", "[64, 64]"
+        last = self.tile.parts - 1
         for marker, text in (
+            ("QUERY_LEFT", left),
+            ("QUERY_RIGHT", right),
+            ("QUERY_SUM", shape),
+            ("LAST_DIFFERENCES", f"differences_{last}"),
+            ("LAST_LEFT", f"left_{last}"),
+            ("LAST_QUERIES", self._rows("query_tile", last)),
+            ("NEXT_PART", self._rows("query_tiles.index(next_stage).reshape([BLOCK_I, CHANNELS])", 0)),
+            ("FIRST_PART", self._rows("query_tiles.index(stage).reshape([BLOCK_I, CHANNELS])", 0)),
+            ("DIFFERENCE_TILES", f"2 * GROUPS * {self.tile.parts}"),
+            ("ROWS", f"{2 * self.tile.parts}"),
+            ("PERMUTED", "(1, 4, 6, 0, 2, 5, 3)" if self.tile.by_channels else "(0, 2, 5, 3, 1, 4, 6)"),
+            ("COLUMNS", "BLOCK_I" if self.tile.by_channels else "CHANNELS"),
             ("ROW_BLOCKS", f"gl.cdiv({queries}, BLOCK_I)"),
             ("FIRST_HEAD", self.heads[0]),
             ("LAST_HEAD", self.heads[1]),
@@ -171,7 +220,53 @@ class HopperBackward:
         return text.replace("RISING", "(weights * slope).to(DTYPE)" if self.slope else "weights.to(DTYPE)")
 
     def _step(self) -> str:
-        return self._filled(STEP)
+        tile = self.tile
+        parts: list[str] = []
+        for number in range(tile.parts):
+            parts += self._part(number)
+        rest = {"next": self._lines(NEXT), "products": self._lines(PRODUCTS)}
+        return self._filled(STEP, parts=parts, rest=self._filled(REST[tile.order], **rest).splitlines())
+
+    def _part(self, number: int) -> list[str]:
+        """A step's lines for 64 queries."""
+        last = number == self.tile.parts - 1
+        following, after = [], []
+        waited = ["products", "value_sum"]
+        if not last:
+            text = NEXT.split("pred=more)\n")[1].replace("NEXT_PART", self._rows("query_tile", number + 1))
+            following = self._lines(text)
+            after = [
+                f"key_sum = warpgroup_mma("
+                f"differences_{number}, {self._rows('query_tile', number)}, key_sum, is_async=True)",
+                f"s, value_sum, key_sum, left_{number} = warpgroup_mma_wait("
+                f"2, deps=[next_products, value_sum, key_sum, left_{number}])",
+            ]
+            waited.append("next_products")
+        elif number:
+            waited += ["key_sum", f"left_{number - 1}", f"differences_{number - 1}"]
+        names = ", ".join(waited)
+        wait = [f"{names} = warpgroup_mma_wait({1 if last else 2}, deps=[{names}])"]
+        text = self._filled(PART, next_part=following, after=after, wait=wait)
+        for marker, value in (
+            ("GRAD_PART", self._rows("grad_tile", number)),
+            ("ROW + 1", f"stage * {2 * self.tile.parts} + {2 * number + 1}"),
+            ("ROW", f"stage * {2 * self.tile.parts} + {2 * number}"),
+            ("start + BEGIN", f"start + {64 * number}" if number else "start"),
+            ("PLACE", self._differences("GROUP", str(number))),
+            ("_NUMBER", f"_{number}"),
+        ):
+            text = text.replace(marker, value)
+        return text.splitlines()
+
+    def _rows(self, tile: str, number: int) -> str:
+        """Source of 64 queries of a block."""
+        return tile if self.tile.parts == 1 else f"{tile}.slice({64 * number}, 64, 0)"
+
+    def _differences(self, group: str, part: str) -> str:
+        """Source of the place of a warpgroup's differences for 64 queries."""
+        if self.tile.parts == 1:
+            return f"buffer * GROUPS + {group}"
+        return f"(buffer * GROUPS + {group}) * {self.tile.parts} + {part}"
 
     def _consumer(self) -> str:
         hidden = f"key_first + BLOCK_J > {self.lengths[2]}" if self.inside else "key_first < 0"

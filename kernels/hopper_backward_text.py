@@ -13,8 +13,8 @@ def weights_of(s, shift, start, own_first, b, h, CONTEXT, EDGE: gl.constexpr, DT
     ``far`` between the registers of one.
     """
     keys = own_first + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    columns = gl.expand_dims(gl.arange(0, BLOCK_I, layout=gl.SliceLayout(0, SCORES)), 0)
-    start = gl.multiple_of(start, BLOCK_I)
+    columns = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, SCORES)), 0)
+    start = gl.multiple_of(start, 64)
     near = start + (columns & 6)
     far = columns & ~6
     # <positions>
@@ -43,50 +43,92 @@ def step(
     # Always 0: with it the addresses of keys and values are computed again, where they would take registers all along.
     again = stage >> 4
     mbarrier.wait(grad_ready.index(stage), phase)
-    products = warpgroup_mma(
-        value_tiles.index(GROUP + again).reshape([64, CHANNELS]),
-        grad_tile.permute((1, 0)),
-        gl.zeros([64, BLOCK_I], gl.float32, SCORES),
-        use_acc=False,
-        is_async=True,
-    )
-    shift = row_tiles.index(2 * stage).reshape([BLOCK_I]).load(gl.SliceLayout(0, SCORES))
-    weights, rising = weights_of(s, shift, start, own_first, b, h, CONTEXT, EDGE, grad_tiles.dtype)
-    left = gl.convert_layout(weights, WEIGHTS, assert_trivial=True)
-    value_sums = warpgroup_mma(left, grad_tile, value_sum, is_async=True)
-    delta = row_tiles.index(2 * stage + 1).reshape([BLOCK_I]).load(gl.SliceLayout(0, SCORES))
-    products, value_sums = warpgroup_mma_wait(1, deps=[products, value_sums])
-    differences = (rising.to(gl.float32) * (products - gl.expand_dims(delta, 0))).to(query_tiles.dtype)
-    difference_tiles.index(buffer * GROUPS + GROUP).store(differences)
+    # <parts>
     fence_async_shared()
-    differences = gl.convert_layout(differences, WEIGHTS, assert_trivial=True)
-    meet(SHARED, GROUPS * 128)
-    query_sum = gl.zeros([64, BLOCK_I], gl.float32, SCORES)
-    for part in gl.static_range(GROUPS):
-        query_sum = warpgroup_mma(
-            key_tiles.index(part + again).reshape([64, CHANNELS]).slice(64 * GROUP, 64, 1).permute((1, 0)),
-            difference_tiles.index(buffer * GROUPS + part),
-            query_sum,
-            use_acc=part > 0,
-            is_async=True,
-        )
-    key_sums = warpgroup_mma(differences, query_tile, key_sum, is_async=True)
-    value_sum, left, query_sum = warpgroup_mma_wait(1, deps=[value_sums, left, query_sum])
+    signal(SHARED + buffer * GROUPS + GROUP, GROUPS * 128)
+    key_sum = warpgroup_mma(LAST_DIFFERENCES, LAST_QUERIES, key_sum, is_async=True)
+    value_sum, LAST_LEFT = warpgroup_mma_wait(1, deps=[value_sum, LAST_LEFT])
     signal(GRAD_FREE + stage, GROUPS * 128 + 32)
-    add_to(query_sums, (b * HEADS + h) * ROW_BLOCKS + start // BLOCK_I, query_sum, GROUP)
-    next_stage, next_phase = following(stage, phase)
-    mbarrier.wait(query_ready.index(next_stage), next_phase, pred=more)
-    next_products = warpgroup_mma(
-        key_tiles.index(GROUP + again).reshape([64, CHANNELS]),
-        query_tiles.index(next_stage).reshape([BLOCK_I, CHANNELS]).permute((1, 0)),
-        gl.zeros([64, BLOCK_I], gl.float32, SCORES),
-        use_acc=False,
-        is_async=True,
-    )
-    key_sum, s, differences = warpgroup_mma_wait(0, deps=[key_sums, next_products, differences])
-    signal(QUERY_FREE + stage, GROUPS * 128 + 32)
+    # <rest>
+    block = (b * HEADS + h) * ROW_BLOCKS + start // BLOCK_I
+    add_to(query_sums, block, query_sum, GROUP)
     return s, key_sum, value_sum, next_stage, next_phase, buffer ^ 1
 '''
+
+PART = """
+grad_part = GRAD_PART
+products = warpgroup_mma(
+    value_tiles.index(GROUP + again).reshape([64, CHANNELS]),
+    grad_part.permute((1, 0)),
+    gl.zeros([64, 64], gl.float32, SCORES),
+    use_acc=False,
+    is_async=True,
+)
+# <next_part>
+shift = row_tiles.index(ROW).reshape([64]).load(gl.SliceLayout(0, SCORES))
+weights, rising = weights_of(s, shift, start + BEGIN, own_first, b, h, CONTEXT, EDGE, grad_tiles.dtype)
+left_NUMBER = gl.convert_layout(weights, WEIGHTS, assert_trivial=True)
+value_sum = warpgroup_mma(left_NUMBER, grad_part, value_sum, is_async=True)
+delta = row_tiles.index(ROW + 1).reshape([64]).load(gl.SliceLayout(0, SCORES))
+# <wait>
+differences = (rising.to(gl.float32) * (products - gl.expand_dims(delta, 0))).to(query_tiles.dtype)
+difference_tiles.index(PLACE).store(differences)
+differences_NUMBER = gl.convert_layout(differences, WEIGHTS, assert_trivial=True)
+# <after>
+"""
+
+PRODUCTS = """
+query_sum = gl.zeros(QUERY_SUM, gl.float32, QUERY_GRADIENT)
+for part in gl.static_range(GROUPS):
+    query_sum = warpgroup_mma(
+        QUERY_LEFT,
+        QUERY_RIGHT,
+        query_sum,
+        use_acc=part > 0,
+        is_async=True,
+    )
+"""
+
+NEXT = """
+next_stage, next_phase = following(stage, phase)
+mbarrier.wait(query_ready.index(next_stage), next_phase, pred=more)
+next_products = warpgroup_mma(
+    key_tiles.index(GROUP + again).reshape([64, CHANNELS]),
+    NEXT_PART.permute((1, 0)),
+    gl.zeros([64, 64], gl.float32, SCORES),
+    use_acc=False,
+    is_async=True,
+)
+"""
+
+REST = {
+    "ahead": """
+# <next>
+meet(SHARED + buffer * GROUPS + (GROUP + 1) % GROUPS, GROUPS * 128)
+# <products>
+key_sum, s, LAST_DIFFERENCES = warpgroup_mma_wait(GROUPS, deps=[key_sum, next_products, LAST_DIFFERENCES])
+signal(QUERY_FREE + stage, GROUPS * 128 + 32)
+query_sum = warpgroup_mma_wait(0, deps=[query_sum])
+""",
+    "middle": """
+meet(SHARED + buffer * GROUPS + (GROUP + 1) % GROUPS, GROUPS * 128)
+# <products>
+key_sum, LAST_DIFFERENCES = warpgroup_mma_wait(GROUPS, deps=[key_sum, LAST_DIFFERENCES])
+signal(QUERY_FREE + stage, GROUPS * 128 + 32)
+# <next>
+query_sum = warpgroup_mma_wait(1, deps=[query_sum])
+s = warpgroup_mma_wait(0, deps=[next_products])
+""",
+    "behind": """
+# <next>
+key_sum, LAST_DIFFERENCES = warpgroup_mma_wait(1, deps=[key_sum, LAST_DIFFERENCES])
+signal(QUERY_FREE + stage, GROUPS * 128 + 32)
+meet(SHARED + buffer * GROUPS + (GROUP + 1) % GROUPS, GROUPS * 128)
+# <products>
+s = warpgroup_mma_wait(GROUPS, deps=[next_products])
+query_sum = warpgroup_mma_wait(0, deps=[query_sum])
+""",
+}
 
 CONSUMER = '''
 @gluon.jit
@@ -111,8 +153,8 @@ def consumer(
         mbarrier.wait(query_ready.index(stage), phase)
         products = warpgroup_mma(
             key_tiles.index(GROUP).reshape([64, CHANNELS]),
-            query_tiles.index(stage).reshape([BLOCK_I, CHANNELS]).permute((1, 0)),
-            gl.zeros([64, BLOCK_I], gl.float32, SCORES),
+            FIRST_PART.permute((1, 0)),
+            gl.zeros([64, 64], gl.float32, SCORES),
             use_acc=False,
             is_async=True,
         )
@@ -180,14 +222,16 @@ def producer(
             blocks, KNOWN = query_blocks(key_first, b, h, CONTEXT)
             for number in range(0, blocks):
                 start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)
-                row = ((b * HEADS + h) * ROW_BLOCKS + start // BLOCK_I) * 2
+                row = ((b * HEADS + h) * ROW_BLOCKS + start // BLOCK_I) * ROWS
                 fill(query, [b, h, start, 0], query_ready, query_tiles, stage, QUERY_FREE, filled)
                 if filled >= STAGES:
                     meet(GRAD_FREE + stage, GROUPS * 128 + 32)
-                mbarrier.expect(grad_ready.index(stage), grad_out.block_type.nbytes + 2 * row_values.block_type.nbytes)
+                copied: gl.constexpr = grad_out.block_type.nbytes + ROWS * row_values.block_type.nbytes
+                mbarrier.expect(grad_ready.index(stage), copied)
                 copy_in(grad_out, [b, h, start, 0], grad_ready.index(stage), grad_tiles.index(stage))
-                copy_in(row_values, [row, 0], grad_ready.index(stage), row_tiles.index(2 * stage))
-                copy_in(row_values, [row + 1, 0], grad_ready.index(stage), row_tiles.index(2 * stage + 1))
+                for each in gl.static_range(ROWS):
+                    place = row_tiles.index(stage * ROWS + each)
+                    copy_in(row_values, [row + each, 0], grad_ready.index(stage), place)
                 stage, phase = following(stage, phase)
                 filled += 1
         tile = next_tile
@@ -200,10 +244,10 @@ def attend_backward_kernel(DESCRIPTORS, query_sums, work, work_width, SIZES):
     """One thread block for each row of the work list."""
     query_tiles = gl.allocate_shared_memory(query.dtype, [STAGES, 1, 1, BLOCK_I, CHANNELS], query.layout)
     grad_tiles = gl.allocate_shared_memory(grad_out.dtype, [STAGES, 1, 1, BLOCK_I, CHANNELS], grad_out.layout)
-    row_tiles = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_I], row_values.layout)
+    row_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS, 1, 64], row_values.layout)
     key_tiles = gl.allocate_shared_memory(key.dtype, [GROUPS, 1, 1, 64, CHANNELS], key.layout)
     value_tiles = gl.allocate_shared_memory(value.dtype, [GROUPS, 1, 1, 64, CHANNELS], value.layout)
-    difference_tiles = gl.allocate_shared_memory(query.dtype, [2 * GROUPS, 64, BLOCK_I], DIFFERENCES)
+    difference_tiles = gl.allocate_shared_memory(query.dtype, [DIFFERENCE_TILES, 64, 64], DIFFERENCES)
     query_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     grad_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -253,9 +297,10 @@ def prepare(
     delta -= tl.load(grad_lse + lead * queries + rows, mask=inside, other=0.0)  # if lse
     shift = tl.load(lse + lead * queries + rows, mask=inside, other=float("-inf")) * LOG2E
     empty = shift == float("-inf")
-    row_values += (lead * blocks + program) * (2 * BLOCK_I) + tl.arange(0, BLOCK_I)
+    places = tl.arange(0, BLOCK_I)
+    row_values += (lead * blocks + program) * (2 * BLOCK_I) + places // 64 * 128 + places % 64
     tl.store(row_values, tl.where(empty, float("inf"), shift))
-    tl.store(row_values + BLOCK_I, tl.where(empty, 0.0, delta))
+    tl.store(row_values + 64, tl.where(empty, 0.0, delta))
     query_sums += (lead * blocks + program) * (BLOCK_I * CHANNELS)
     tl.store(query_sums + tl.arange(0, BLOCK_I * CHANNELS), tl.zeros([BLOCK_I * CHANNELS], tl.float32))
 '''
@@ -272,9 +317,9 @@ def finish(
     b = lead // heads
     h = lead % heads
     sums = tl.load(query_sums + (lead * blocks + program) * (BLOCK_I * CHANNELS) + tl.arange(0, BLOCK_I * CHANNELS))
-    # Of the transposed product: warpgroup, eight columns, warp, row, pair of columns, half of the rows, column of it.
-    sums = tl.reshape(sums, [GROUPS, BLOCK_I // 8, 4, 8, 4, 2, 2])
-    sums = tl.permute(sums, (1, 4, 6, 0, 2, 5, 3))
+    # Registers: which warpgroup, eight columns, warp, row, pair of columns, half of the rows, column of the pair.
+    sums = tl.reshape(sums, [GROUPS, COLUMNS // 8, 4, 8, 4, 2, 2])
+    sums = tl.permute(sums, PERMUTED)
     sums = tl.reshape(sums, [BLOCK_I, CHANNELS]) * GAIN
     rows = program * BLOCK_I + tl.arange(0, BLOCK_I)
     channels = tl.arange(0, CHANNELS)

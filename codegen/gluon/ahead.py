@@ -9,7 +9,7 @@ from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, compile_kernel, described
 from attncompile.codegen.triton.cache import load_module
 from attncompile.ir.types import DTYPES
-from attncompile.kernels.hopper_backward import CHANNELS, LIMIT, QUERIES
+from attncompile.kernels.hopper_backward import LIMIT
 
 HOPPER = next(target for target in TARGETS if target.arch == 90)
 
@@ -88,14 +88,14 @@ def compile_gradients_ahead(module: HopperGradients, dtype: str) -> Compiled:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     loaded, skeleton = load_module(module), module.skeleton
-    function = loaded.attend_backward_kernel
+    function, tile = loaded.attend_backward_kernel, skeleton.tile
     signature: dict[str, str] = {}
     for name in skeleton.descriptors():
-        rows = QUERIES if name in ("query", "grad_out") else 64
-        layout, shape = loaded.tile_layout(rows, CHANNELS), f"1, 1, {rows}, {CHANNELS}"
+        rows = tile.queries if name in ("query", "grad_out") else 64
+        layout, shape = loaded.tile_layout(rows, tile.channels), f"1, 1, {rows}, {tile.channels}"
         element = ELEMENTS[dtype]
         if name == "row_values":
-            layout, shape, element = loaded.row_layout(), f"1, {QUERIES}", "fp32"
+            layout, shape, element = loaded.row_layout(), "1, 64", "fp32"
         signature[name] = f"tensordesc<{element}[{shape}],{layout!r}>"
     signature |= {"query_sums": "*fp32", "work": "*i64", "work_width": "i32"}
     signature |= dict.fromkeys(skeleton.integers(), "i32")

@@ -31,11 +31,10 @@ from attncompile.ir.derivative import derivative, real_loads
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, loads, substitute
 from attncompile.kernels.hopper import IMPORTS
 from attncompile.kernels.hopper_backward import (
-    CHANNELS,
     KEYS,
     LIMIT,
-    QUERIES,
     RESERVED,
+    BackwardTile,
     HopperBackward,
     exchanged,
 )
@@ -46,10 +45,11 @@ CHOSEN = False
 the present one has been compiled only. To be set once `tests/codegen/test_gluon_backward_gpu.py` has passed on a card
 and `benchmarks/backward.py` says that it is ahead."""
 
-NARROWEST = 65
-"""Channels from which on the kernel is used. It would pad 64 to 128; a form of it for 64, with twice as many queries in
-a block, kept so many numbers outside of registers that it took three times as long as plain Triton's two kernels."""
+TILES = (BackwardTile(128, 64, 2, "ahead"), BackwardTile(64, 128, 2, "ahead"))
+"""By channels, the fewest first."""
 
+PART = 64
+"""Queries of a product."""
 
 MOST_EFFORT = 8
 """Instructions of score and slope for each pair: a softcap takes 6. All but a few registers hold sums."""
@@ -96,11 +96,8 @@ def why_not_backward(spec: Spec, wanted: Collection[str] | None = None) -> str |
         channels = constant(found.sizes[3])
         if channels % GRANULE:
             return f"{name} has {channels} channels; TMA copies rows of multiples of {GRANULE}"
-        if channels > CHANNELS:
-            return f"{name} has {channels} channels; gradients of keys and values fit into registers up to {CHANNELS}"
-    widest = max(constant(found.sizes[3]) for found in (parts.query, parts.value))
-    if widest < NARROWEST:
-        return f"{widest} channels are few; plain Triton's kernels take as long or less below {NARROWEST}"
+        if channels > (most := TILES[-1].channels):
+            return f"{name} has {channels} channels; gradients of keys and values fit into registers up to {most}"
     if _heads(parts, "", "") is None:
         return f"heads read the keys of {attend.kv_head}; the Hopper kernel walks over h // n or h mod n"
     seen = visits(simplify(_exchanged(parts.mask)), parts.key.sizes[2], parts.query.sizes[2])
@@ -114,14 +111,16 @@ def _why_not_expressions(parts: Dense) -> str | None:
     for expr in (parts.score, parts.mask):
         for load in loads(expr):
             return f"{load} is read by plain Triton's kernels; the Hopper kernel was measured without such tensors"
-    taken = sum(effort(_exchanged(expr), QUERIES) for expr in (parts.score, slope))
-    taken = max(taken, effort(_exchanged(parts.mask), QUERIES))
+    taken = sum(effort(_exchanged(expr), PART) for expr in (parts.score, slope))
+    taken = max(taken, effort(_exchanged(parts.mask), PART))
     if taken > MOST_EFFORT:
         return f"score and slope take about {taken} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
     return None
 
 
-def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> HopperGradients:
+def generate_backward(
+    spec: Spec, wanted: Collection[str] | None = None, tile: BackwardTile | None = None
+) -> HopperGradients:
     """The Gluon module with the gradients of a Spec.
 
     Its function ``attend_backward`` is that of :func:`attncompile.codegen.triton.backward.generate_backward`; it raises
@@ -130,6 +129,7 @@ def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> Hopp
     Args:
         spec: one attention.
         wanted: names of the inputs whose gradients are wanted; all real ones when ``None``.
+        tile: how the work is divided, if not as usual.
 
     Raises:
         ValueError: when there is no such kernel for the Spec; says why.
@@ -150,7 +150,7 @@ def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> Hopp
         binding.length("I", parts.query.sizes[2]),
         binding.length("J", parts.key.sizes[2]),
     )
-    skeleton = _skeleton(spec, parts, binding, lengths)
+    skeleton = _skeleton(spec, parts, binding, lengths, tile or _tile(parts))
     text = skeleton.source()
     found = visits(_exchanged(parts.mask), parts.key.sizes[2], parts.query.sizes[2])
     count = exchanged(key_count(found, binding, skeleton.lengths[1], skeleton.integers()))
@@ -176,6 +176,11 @@ _WORDS = frozenset(
 """Identifiers of the launcher."""
 
 
+def _tile(parts: Dense) -> BackwardTile:
+    widest = max(constant(found.sizes[3]) for found in (parts.query, parts.value))
+    return next(tile for tile in TILES if widest <= tile.channels)
+
+
 def _exchanged(expr: Expr) -> Expr:
     """The expression with the roles of query and key exchanged."""
     return substitute(expr, {Index("i"): Index("j"), Index("j"): Index("i")})
@@ -183,7 +188,7 @@ def _exchanged(expr: Expr) -> Expr:
 
 def folded(expr: Expr) -> Expr:
     """The expression with the queries of a block split, which are the columns of its products."""
-    return _exchanged(fold_columns(simplify(_exchanged(expr)), keys=QUERIES))
+    return _exchanged(fold_columns(simplify(_exchanged(expr)), keys=PART))
 
 
 def _heads(parts: Dense, heads: str, groups: str) -> tuple[tuple[str, str, str], str | None] | None:
@@ -204,7 +209,7 @@ def _heads(parts: Dense, heads: str, groups: str) -> tuple[tuple[str, str, str],
 
 
 def _skeleton(
-    spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length]
+    spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length], tile: BackwardTile
 ) -> HopperBackward:
     batch, heads, queries = parts.query.sizes[:3]
     keys = parts.key.sizes[2]
@@ -225,6 +230,7 @@ def _skeleton(
     assert ranges is not None  # why_not_backward has seen to it
     parameters = [name for function in (score, rising, visible) if function for name in function.parameters]
     return HopperBackward(
+        tile=tile,
         scale=parts.scale,
         score=score,
         slope=rising,
@@ -276,7 +282,7 @@ def row_layout():
 
 def row_descriptor(tensor):
     """What the copying unit needs to know of the row values."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, BLOCK_I.value], row_layout())
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 64], row_layout())
 
 
 def readable(tensor):
@@ -382,8 +388,9 @@ def _body(
         *(f"{name} = {name}.contiguous()" for name in given),
         f"blocks = triton.cdiv({queries}, BLOCK_I.value)",
         *(f"{result} = torch.empty_like({binding.tensors[name]})" for name, result in made.items()),
-        f"row_values = torch.empty(({batch} * {heads} * blocks * 2, BLOCK_I.value), dtype=torch.float32, {device})",
-        "room = row_values.shape[0] // 2 * BLOCK_I.value * CHANNELS.value",
+        f"rows = {batch} * {heads} * blocks * BLOCK_I.value // 32",
+        f"row_values = torch.empty((rows, 64), dtype=torch.float32, {device})",
+        "room = row_values.numel() // 2 * CHANNELS.value",
         f"query_sums = torch.empty(room, dtype=torch.float32, {device})",
         *signature("work = work_list", [f"{query}.device", batch, groups, keys, *sizes], "", inside=4).splitlines(),
         f"with torch.cuda.device_of({query}):",

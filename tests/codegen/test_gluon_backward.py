@@ -71,7 +71,6 @@ _REFUSED = "x   attend  q,k,v[B,4,I,{channels}]  bfloat16\n  score  {score}\n  m
     ("said", "changed"),
     (
         ("those of softmax, not of sigmoid", {"norm": "sigmoid"}),
-        ("64 channels are few", {"channels": 64}),
         ("multiples of 8", {"channels": 100}),
         ("fit into registers up to 128", {"channels": 256}),
         ("no limits in closed form", {"mask": "j ≤ i and (j > i − 70 or j < 4)"}),
@@ -118,9 +117,10 @@ def test_gradients_come_together_and_tensors_are_not_read() -> None:
 def test_every_visible_query_is_visited_once(row: Case) -> None:
     """The loop limits, run as Python: blocks cover what is visible, each once; those without a mask see all of it."""
     spec = row.spec
-    source = generate_backward(spec).source
+    module = generate_backward(spec)
+    source, width = module.source, module.skeleton.tile.queries
     functions = re.findall(r"@gluon\.jit\n(def (?:query_blocks|block_start)\(.*?)\n\n\n", source, re.DOTALL)
-    numbers: dict[str, Any] = {"BLOCK_I": 64, "BLOCK_J": 128, "gl": _Integers}
+    numbers: dict[str, Any] = {"BLOCK_I": width, "BLOCK_J": 128, "gl": _Integers}
     for function in functions:
         exec(function, numbers)
     for _, queries, keys in (*SIZES, (1, 500, 200), (1, 300, 900)):
@@ -132,17 +132,17 @@ def test_every_visible_query_is_visited_once(row: Case) -> None:
             blocks, *known = numbers["query_blocks"](key_first, 0, 3, *arguments)
             edges = min(max(known[0], 1), blocks) if "shown = visible" in source else 0
             edges = blocks if key_first + 128 > keys else edges
-            last = (-(-queries // 64) - 1) * 64
+            last = (-(-queries // width) - 1) * width
             starts = [min(numbers["block_start"](number, *known), last) for number in range(blocks)]
-            assert all(start % 64 == 0 and start >= 0 for start in starts)
+            assert all(start % width == 0 and start >= 0 for start in starts)
             assert len(set(starts)) == len(starts)
             seen = torch.zeros(queries, dtype=torch.bool)
             for start in starts:
-                seen[start : start + 64] = True
+                seen[start : start + width] = True
             tile = shown[:, key_first : key_first + 128]
             assert bool(seen[tile.any(1)].all())
             for start in starts[edges:]:
-                assert bool(tile[start : start + 64].all())
+                assert bool(tile[start : start + width].all())
 
 
 class _Integers:
@@ -194,7 +194,8 @@ def test_split_columns_keep_the_values(row: Case) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_what_the_host_passes(row: Case) -> None:
     """Each kernel gets an argument for each parameter, of the kind and the size that it reads."""
-    module = load_module(generate_backward(row.spec))
+    generated = generate_backward(row.spec)
+    module, tile = load_module(generated), generated.skeleton.tile
     sizes = {"B": 2, "I": 70, "J": 140}
     case = dataclasses.replace(row, sizes=sizes)
     dtype = torch.float16 if "float16" in row.text.split() else torch.bfloat16
@@ -218,12 +219,13 @@ def test_what_the_host_passes(row: Case) -> None:
         results = module.attend_backward(*before, out, lse, *given.values())
     assert [result.shape for result in results] == [tensor.shape for tensor in given.values()]
     assert list(calls) == ["prepare", "attend_backward_kernel", "finish"]
-    kernel, blocks = calls["attend_backward_kernel"], -(-70 // 64)
+    kernel, blocks = calls["attend_backward_kernel"], -(-70 // tile.queries)
     for name, tensor in (("query", query), ("key", given["k"]), ("value", value), ("grad_out", out)):
-        assert kernel[name].base is tensor and kernel[name].block_shape[2] == (64)
+        rows = tile.queries if name in ("query", "grad_out") else 64
+        assert kernel[name].base is tensor and kernel[name].block_shape == [1, 1, rows, tile.channels]
     assert [kernel["grad_key"].base is results[1], kernel["grad_value"].base is results[2]] == [True, True]
-    assert kernel["row_values"].base.numel() == 2 * 2 * query.shape[1] * blocks * 64
-    assert kernel["query_sums"].numel() == 2 * query.shape[1] * blocks * 64 * 128
+    assert kernel["row_values"].base.numel() == 2 * 2 * query.shape[1] * blocks * tile.queries
+    assert kernel["query_sums"].numel() == 2 * query.shape[1] * blocks * tile.queries * tile.channels
     assert calls["prepare"]["grid"] == calls["finish"]["grid"] == (2 * query.shape[1] * blocks,)
     listed = kernel["work"][kernel["work"] >= 0]
     groups = given["k"].shape[1]
@@ -305,7 +307,7 @@ def test_what_computes_gradients_on_a_hopper_gpu(
 
 
 @pytest.mark.usefixtures("_cache")
-@pytest.mark.parametrize("name", ("full", "window", "softcap"))
+@pytest.mark.parametrize("name", ("full", "window", "softcap", "causal-64"))
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="TRITON_INTERPRET replaces the compiler"
 )

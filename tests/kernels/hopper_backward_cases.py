@@ -46,6 +46,10 @@ ROWS = (
     _row("values-of-their-own", "j ≤ i", channels=128, features=72),
     _row("heads-in-turn", "j ≤ i", groups=4, kv_head="h % 2"),
     _row("log-sum-exp", "j ≤ i", lse=True),
+    _row("full-64", channels=64, groups=4),
+    _row("causal-64", "j ≤ i", channels=64, groups=2),
+    _row("window-56", "j ≤ i and j > i − 100", channels=56, features=64, dtype="float16"),
+    _row("softcap-64", "j ≤ i + J − I", "30.0·tanh(0.003·s)", channels=64),
 )
 SIZES = ((1, 1, 1), (1, 7, 13), (2, 64, 64), (1, 129, 128), (1, 130, 257), (1, 333, 300), (2, 700, 777))
 """Batch rows, queries, keys."""

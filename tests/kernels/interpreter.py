@@ -93,15 +93,16 @@ def around_hopper_backward(name: str) -> list[bool]:
 
     module = load_module(generate_backward(next(row for row in ROWS if row.name == name).spec))
     skeleton = generate_backward(next(row for row in ROWS if row.name == name).spec).skeleton
-    batch, heads, queries, blocks = 2, 3, 70, 2
+    width, channels = skeleton.tile.queries, skeleton.tile.channels
+    batch, heads, queries, blocks = 2, 3, width + 6, 2
     shape = (batch, heads, queries)
     out, grad_out = (torch.randn(*shape, skeleton.features) for _ in range(2))
     lse, grad_lse = torch.randn(shape), torch.randn(shape)
     lse[0, 1, 5] = -math.inf
     given = [lse, grad_lse] if skeleton.lse_gradient else [lse]
-    row_values = torch.full((batch, heads, blocks, 2, 64), math.nan)
-    sums = torch.full((batch, heads, blocks, 64 * 128), math.nan)
-    sizes = {"CHANNELS": 128, "BLOCK_I": 64}
+    row_values = torch.full((batch, heads, blocks, width // 64, 2, 64), math.nan)
+    sums = torch.full((batch, heads, blocks, width * channels), math.nan)
+    sizes = {"CHANNELS": channels, "BLOCK_I": width}
     grid = (batch * heads * blocks,)
     strides = (*out.stride(), *grad_out.stride())
     module.prepare[grid](
@@ -112,20 +113,22 @@ def around_hopper_backward(name: str) -> list[bool]:
     wanted = torch.stack(
         [torch.where(seen, lse.double() / math.log(2), math.inf), torch.where(seen, delta, 0.0)], -2
     )
-    room = torch.tensor([math.inf, 0.0], dtype=torch.float64)[:, None].expand(batch, heads, 2, blocks * 64).clone()
+    room = torch.tensor([math.inf, 0.0], dtype=torch.float64)[:, None].expand(batch, heads, 2, blocks * width).clone()
     room[..., :queries] = wanted
-    found = row_values.transpose(2, 3).reshape(room.shape).double()
+    found = row_values.movedim(4, 2).reshape(room.shape).double()
     slack = math.sqrt(skeleton.features) * torch.finfo(torch.float32).eps * (1.0 + room.nan_to_num(0, 0, 0).abs().max())
     right = bool(((found == room) | ((found - room).abs() <= slack)).all())
     cleared = bool((sums == 0.0).all())
-    best = torch.randn(batch, heads, blocks * 64, 128)
+    best = torch.randn(batch, heads, blocks * width, channels)
     # accumulators of wgmma m64nNk16, PTX ISA: a warp has 16 rows, a thread two of them and pairs of columns
     part, thread, register = torch.meshgrid(*map(torch.arange, (2, 128, 32)), indexing="ij")
     lane = thread % 32
     channel = part * 64 + thread // 32 * 16 + lane // 4 + register // 2 % 2 * 8
     query = register // 4 * 8 + lane % 4 * 2 + register % 2
+    if not skeleton.tile.by_channels:  # the product is not transposed
+        channel, query = query, channel
     place = part * 4096 + register // 4 * 512 + thread * 4 + register % 4
-    tiles = best.reshape(batch, heads, blocks, 64, 128)
+    tiles = best.reshape(batch, heads, blocks, width, channels)
     sums[..., place] = tiles[..., query, channel]
     gradient = torch.full((*shape, skeleton.channels), math.nan)
     module.finish[grid](

@@ -7,7 +7,7 @@ import pytest
 from tests.kernels.interpreter import Interpreter
 
 
-@pytest.mark.parametrize("name", ("values-of-their-own", "log-sum-exp", "narrower"))
+@pytest.mark.parametrize("name", ("values-of-their-own", "log-sum-exp", "narrower", "window-56"))
 def test_row_values_and_sums_in_the_order_of_registers(name: str, interpreter: Interpreter) -> None:
     answer = interpreter.ask(hopper_backward=name)
     assert "failure" not in answer, answer["failure"]
