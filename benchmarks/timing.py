@@ -21,11 +21,14 @@ class Timed:
         repeats: how many calls that is.
         timed: ``graph`` when they are replayed as a CUDA graph, which times kernels; ``calls`` when Python makes them
             one after the other, which times the host too wherever that is slower than the device.
+        kept: what the runs need and do not hold: a graph keeps neither the tensors that it reads nor the library
+            objects whose kernels it calls.
     """
 
     run: Run
     repeats: int
     timed: Literal["graph", "calls"]
+    kept: Run | None = None
 
     def milliseconds(self, rounds: int = 1) -> float:
         """Time of one call, by events around so many runs."""
@@ -74,7 +77,7 @@ def graphed(run: Run, repeats: int) -> Timed:
         graph.replay()
         return found
 
-    return Timed(replay, repeats, "graph")
+    return Timed(replay, repeats, "graph", kept=run)
 
 
 def interleaved(running: Mapping[str, Timed], rounds: int, runs: int = 1) -> dict[str, list[float]]:

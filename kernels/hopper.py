@@ -20,7 +20,7 @@ from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import known, listed_blocks, visited_blocks
-from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PRODUCER, STEP, STORED
+from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PAIRS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
 
 IMPORTS = """\
@@ -57,7 +57,7 @@ RING = (
     "rescaled",
 )
 """Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
-NARROW_VALUES = ("narrowed", "kept", "power_exponent", "inverse_power")
+NARROW_VALUES = ("packed", "four_weights", "kept", "power_exponent", "inverse_power")
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
 
@@ -76,8 +76,9 @@ class HopperTile:
         limit: registers of a thread when the block starts.
         staged: whether results leave through shared memory and TMA; otherwise each thread stores its own.
         early: whether a step waits for its keys itself, instead of the step before.
-        held: whether weights stay in float32 until they are multiplied: more registers, but what one step hands to the
-            next are whole registers then, and nothing takes them apart.
+        ahead: whether the products of the next key block run under the softmax of this one too, which takes the
+            registers of two blocks' scores; only for values of 8 bits.
+        loaded: whether queries of 8 bits are multiplied from registers.
     """
 
     groups: int
@@ -89,7 +90,8 @@ class HopperTile:
     limit: int
     staged: bool
     early: bool = False
-    held: bool = False
+    ahead: bool = False
+    loaded: bool = False
 
     @property
     def queries(self) -> int:
@@ -219,6 +221,7 @@ class HopperForward:
         layout = "gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {0}, {1}])"
         lines += [
             f"SCORES = gl.constexpr({layout.format(tile.keys, products)})",
+            *(["OWN_ROWS = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 4))"] if self.tile.loaded else []),
             f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
             f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
         ]
@@ -237,12 +240,15 @@ class HopperForward:
             "two buffers": self.tile.buffers == 2,
             "one buffer": self.tile.buffers == 1,
             "early": self.tile.early,
-            "late": not self.tile.early,
+            "late": not self.tile.early and not self.tile.ahead,
+            "ahead": self.tile.ahead,
+            "behind": not self.tile.ahead,
+            "loaded": self.tile.loaded,
+            "placed": self.narrow is not None and not self.tile.loaded,
             "narrow": self.narrow is not None,
             "wide": self.narrow is None,
-            "held": self.tile.held,
-            "unheld": not self.tile.held,
             "narrow values": self.turned_values,
+            "narrow values behind": self.turned_values and not self.tile.ahead,
             "wide values": not self.turned_values,
         }
         return filled(template, options, self._named, parts)
@@ -255,11 +261,14 @@ class HopperForward:
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
+        ahead = self.tile.ahead
+        line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
+        line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
         lists = {
             "CONTEXT": self.context(),
             "KNOWN": known(self.runs, self.marks),
             "LAUNCHED": launched,
-            "QUERY_OPERAND": ["query_tiles", "query_slot"] if scales else ["query_tile"],
+            "QUERY_OPERAND": ["query_tiles", "query_slot"] if scales and not self.tile.loaded else ["query_tile"],
             "SCALES": ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else [],
         }
         line = listed(line, lists)
@@ -280,7 +289,8 @@ class HopperForward:
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
         operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
-        line = re.sub(r"OPERAND\((\w+)\)", r"narrowed(\1)" if self.turned_values else operand, line)
+        line = re.sub(r"CARRIED\((\w+)\)", r"packed(\1)" if self.turned_values else operand, line)
+        line = re.sub(r"OPERAND\((\w+)\)", r"four_weights(\1)", line)
         line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
 
@@ -351,7 +361,7 @@ class HopperForward:
             "gl.store(lse + lse_row + rows, row_lse, mask=rows < QUERIES)",
         ]
         stored = [] if self.tile.staged else STORED.strip("\n").splitlines()
-        full = FULL.strip("\n").splitlines() if self.runs.full or self.marks else []
+        full = (PAIRS if self.tile.ahead else FULL).strip("\n").splitlines() if self.runs.full or self.marks else []
         if self.marks:
             full = [
                 line.replace("full_start + (number - edges) * BLOCK_J", "block_start(number, KNOWN)") for line in full
@@ -396,6 +406,7 @@ class HopperForward:
                 *(hopper_function(name) for name in RING),
                 *([hopper_function("query_factors")] if self.narrow else []),
                 *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
+                *([hopper_function("settled")] if self.tile.ahead else []),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),
@@ -412,7 +423,7 @@ class HopperForward:
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, STORED, PRODUCER, KERNEL, WORDS)),
+        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL, WORDS)),
     )
 )
 """Identifiers that the skeleton uses itself."""

@@ -77,14 +77,46 @@ def own_sums(p):
 
 
 @gluon.jit
-def narrowed(p):
-    """Weights as e4m3 operands of a product with turned values, whose keys are in the order of this renaming.
+def packed(p):
+    """Weights as e4m3, four in a word: of each 16 keys, word t holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t.
 
-    A thread holds columns 8n + 2t + i of an accumulator, and of an operand four neighbours: no data moves.
+    A thread of an accumulator holds just these, so that no data moves. A step hands words to the next: bytes would be
+    taken apart and put together again, and float32 numbers would take four times the registers.
     """
+    QUERIES: gl.constexpr = p.shape[0]
     KEYS: gl.constexpr = p.shape[1]
-    named = gl.permute(gl.reshape(p, [p.shape[0], KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-    return gl.convert_layout(gl.reshape(named, p.shape).to(gl.float8e4nv), WEIGHTS, assert_trivial=True)
+    named = gl.permute(gl.reshape(p, [QUERIES, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    even, odd = gl.split(named)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    text: gl.constexpr = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    four = [first, second, third, fourth]
+    return gl.inline_asm_elementwise(text, "=r,f,f,f,f", four, dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def four_weights(words):
+    """Packed weights as operands of a product with turned values: the order of a thread's keys is the same."""
+    pairs = gl.join(words, words)
+    copies = gl.reshape(gl.join(pairs, pairs), [words.shape[0], 4 * words.shape[1] * words.shape[2]])
+    text: gl.constexpr = "mov.b32 $0, $1;"
+    copies = gl.convert_layout(copies, WEIGHTS, assert_trivial=True)
+    codes = gl.inline_asm_elementwise(text, "=r,r,r,r,r", [copies], dtype=gl.int8, is_pure=True, pack=4)
+    return codes.to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def settled(total):
+    """The same, by a shuffle from each lane to itself.
+
+    It keeps what leads to the sums in front of the wait that follows: ptxas 12.8 moves exponentials that no product
+    of this step feeds behind it, where nothing runs under them.
+    """
+    text: gl.constexpr = "{ .reg .b32 lane; mov.u32 lane, %laneid; shfl.sync.idx.b32 $0, $1, lane, 31, -1; }"
+    return gl.inline_asm_elementwise(text, "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -32,35 +32,39 @@ STEP = '''
 @gluon.jit
 def step(
     QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
-    stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT,
+    stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT AND_SCORES,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
     """One key block: its products with the queries, then its softmax while the block before meets its values.
 
     ``stage`` holds the values of the block before, ``more`` says whether another block
-    follows.
+    follows. AHEAD
     """
     # <block_scales>
-    # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if narrow
-    # in one loop from the loop before, even where that one did not run.  # if narrow
-    query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if narrow
-    weights = OPERAND(weights)  # if held
+    # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if placed
+    # in one loop from the loop before, even where that one did not run.  # if placed
+    query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if placed
+    weights = OPERAND(weights)  # if narrow values
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
     meet(TURN + GROUP, 256)  # if turns
+    signal(KEY_FREE + next_stage, GROUPS * 128 + 32)  # if ahead
+    later_stage, later_phase = following(next_stage, next_phase)  # if ahead
+    mbarrier.wait(value_ready.index(stage), phase)  # if ahead
     products = warpgroup_mma(
         query_tile,
-        key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),
+        key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),  # if behind
+        key_tiles.index(later_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),  # if ahead
         gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),
         use_acc=False,
         is_async=True,
     )
-    mbarrier.wait(value_ready.index(stage), phase)
+    mbarrier.wait(value_ready.index(stage), phase)  # if behind
     values = value_tiles.index(stage).reshape([BLOCK_J, FEATURES])  # if wide values
     values = value_tiles.index(stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
     sums = warpgroup_mma(weights, values, accumulator, is_async=True)
     signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
-    s, sums = warpgroup_mma_wait(1, deps=[products, sums])
-    signal(KEY_FREE + next_stage, GROUPS * 128 + 32)
+    s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if behind
+    signal(KEY_FREE + next_stage, GROUPS * 128 + 32)  # if behind
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     # <highest>
@@ -71,17 +75,20 @@ def step(
     in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if wide values
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
-    later_stage, later_phase = following(next_stage, next_phase)
+    total = settled(total)  # if ahead
+    last_stage, last_phase = following(later_stage, later_phase)  # if ahead
+    mbarrier.wait(key_ready.index(last_stage), last_phase, pred=more)  # if ahead
+    later_stage, later_phase = following(next_stage, next_phase)  # if behind
     # This wait also keeps the next one from being scheduled before the exponentials.  # if late
     mbarrier.wait(key_ready.index(later_stage), later_phase, pred=more)  # if late
     accumulator, weights = warpgroup_mma_wait(0, deps=[sums, weights])  # if wide values
-    accumulator = warpgroup_mma_wait(0, deps=[sums])  # if narrow values
+    accumulator = warpgroup_mma_wait(0, deps=[sums])  # if narrow values behind
+    accumulator, s = warpgroup_mma_wait(0, deps=[sums, products])  # if ahead
     kept(weights)  # if narrow values
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
     accumulator = rescaled(accumulator, factor)
-    weights = OPERAND(p)  # if unheld
-    weights = p  # if held
-    return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase
+    weights = CARRIED(p)
+    return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase AND_SCORES
 '''
 
 CONSUMER = '''
@@ -117,9 +124,19 @@ def consumer(
         first_row = row_first + 64 * GROUP
         blocks, KNOWN = key_blocks(row_first, b, h, CONTEXT)
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
-        query_slot = buffer * GROUPS + GROUP  # if narrow
+        query_slot = buffer * GROUPS + GROUP  # if placed
+        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]).load(OWN_ROWS)  # if loaded
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
         start = block_start(0, KNOWN)  # if narrow
+        next_stage, next_phase = following(stage, phase)  # if ahead
+        mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if ahead
+        products = warpgroup_mma(  # if ahead
+            query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]),  # if ahead
+            key_tiles.index(next_stage).reshape([BLOCK_J, CHANNELS]).permute((1, 0)),  # if ahead
+            gl.zeros([64, BLOCK_J], PRODUCTS, SCORES),  # if ahead
+            use_acc=False,  # if ahead
+            is_async=True,  # if ahead
+        )  # if ahead
         # <tile_scales>
         s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide
         s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
@@ -127,16 +144,18 @@ def consumer(
         # <first_exponentials>
         total = own_sums(p)  # if wide values
         total = own_sums(p) * value_inverse  # if narrow values
-        weights = OPERAND(p)  # if unheld
-        weights = p  # if held
+        weights = CARRIED(p)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
-        next_stage, next_phase = following(stage, phase)
+        later_stage, later_phase = following(next_stage, next_phase)  # if ahead
+        mbarrier.wait(key_ready.index(later_stage), later_phase, pred=blocks > 2)  # if ahead
+        s = warpgroup_mma_wait(0, deps=[products])  # if ahead
+        next_stage, next_phase = following(stage, phase)  # if behind
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
         for number in range(1, edges):
-            weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
+            weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
                 QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
-                stage, phase, next_stage, next_phase, number + 1 < blocks,
-                block_start(number, KNOWN), first_row, b, h, SCALES, CONTEXT, GROUP, True,
+                stage, phase, next_stage, next_phase, number + FURTHER < blocks,
+                block_start(number, KNOWN), first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, True,
             )
         # <full>
         mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)
@@ -147,7 +166,7 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
-        weights = OPERAND(weights)  # if held
+        weights = OPERAND(weights)  # if narrow values
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
         values = value_tiles.index(last_stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
@@ -190,10 +209,35 @@ def consumer(
 
 FULL = """
 for number in range(gl.maximum(edges, 1), blocks):
-    weights, accumulator, peak, total, stage, phase, next_stage, next_phase = step(
+    weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
-        stage, phase, next_stage, next_phase, number + 1 < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT, GROUP, False,
+        stage, phase, next_stage, next_phase, number + FURTHER < blocks,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+    )
+"""
+
+PAIRS = """
+# Two blocks at a time: scores of one and products of the next change places without a move.
+rest = gl.maximum(edges, 1)
+for pair in range((blocks - rest) // 2):
+    number = rest + 2 * pair
+    weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
+        QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        stage, phase, next_stage, next_phase, number + FURTHER < blocks,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+    )
+    number += 1
+    weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
+        QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        stage, phase, next_stage, next_phase, number + FURTHER < blocks,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+    )
+if (blocks - rest) % 2 == 1:
+    number = blocks - 1
+    weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
+        QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
+        stage, phase, next_stage, next_phase, number + FURTHER < blocks,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
     )
 """
 

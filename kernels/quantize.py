@@ -10,7 +10,7 @@ DEVICE_FUNCTIONS = ("to_e4m3", "power_scale", "power_inverse")
 """Functions of :mod:`attncompile.kernels.device` that they call."""
 
 BLOCKS = '''\
-@triton.jit
+@triton.jit(do_not_specialize=["H", "I"])
 def quantize_blocks(
     tensor, mean, codes, scale, stride_b, stride_h, stride_i, stride_d, code_stride, H, I,
     BLOCK: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, D: tl.constexpr, SMOOTH: tl.constexpr,
@@ -62,7 +62,7 @@ def quantize(tensor, dtype, block, smooth):
 """For queries and keys: the kernel and its launcher as text."""
 
 VALUES = '''\
-@triton.jit
+@triton.jit(do_not_specialize=["G", "J"])
 def quantize_value_blocks(
     tensor, codes, scale, stride_b, stride_g, stride_j, stride_e, G, J, length,
     BLOCK: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr, E: tl.constexpr, SHUFFLED: tl.constexpr,

@@ -70,6 +70,7 @@ def test_public_names_are_there_and_counted() -> None:
         "__version__",
         "compile",
         "convert",
+        "explain",
         "lift",
         "load",
         "parse_spec",

@@ -154,6 +154,8 @@ class _Rewriting:
         except CaptureError as error:
             _warn(f"{error}")
             return module
+        except FallbackWarning:  # made an error by the user's filters
+            raise
         except Exception as error:  # a defect of ours must not take the user's model down
             log.debug("attncompile failed", exc_info=True)
             _warn(

@@ -176,6 +176,7 @@ SAMPLE_ARGUMENT = {
     "reshape_as": 1,
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), 0),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), 0),
+    **dict.fromkeys(("copy_", "fill_", "zero_"), 0),  # written over as a whole
 }
 """Position of the argument of which an operation only reads the shape or the dtype."""
 

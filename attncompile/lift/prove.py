@@ -319,8 +319,15 @@ def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, i
     """Values of the symbolic sizes to run on: small ones first, then such as may fit together where those do not.
 
     The sizes of the example surely do. Sizes that only data decide have no example; two at most are searched, because
-    the graph asks that they multiply to some other size, for instance.
+    the graph asks that they multiply to some other size, for instance. A number that no shape shows, such as the width
+    of a window, is what it was in the example.
     """
+    for values in _shown_sizes(graph, spec, region):
+        yield {**graph.size_hints, **values}
+
+
+def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, int]]:
+    """Values of the sizes that shapes show."""
     exprs = _all_sizes(graph, spec, region)
     names = sorted({node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)})
     small = [_size_values(graph, exprs, instance) for instance in (INSTANCES if names else INSTANCES[:1])]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from attncompile.kernels.hopper import HopperTile
 
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory of a thread block on compute capability 9.0."""
 _BARRIERS = 1024
+
+E4M3 = "float8_e4m3"
+Codes = tuple[str | None, str | None]
+"""What queries and keys, and what values are rounded to; ``None``: not at all."""
 
 SHORT = 4096
 """Fewer queries than this count as short."""
@@ -29,23 +31,28 @@ _NARROW_ROWS: tuple[tuple[int, bool, HopperTile], ...] = (
     (256, False, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
     (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
 )
-"""Where queries and keys are codes of 8 bits; with values of 8 bits too, weights are held.
+"""Where queries and keys are codes of 8 bits."""
+_E4M3_ROWS = (
+    (64, True, HopperTile(3, 128, 3, 2, True, 160, 128, True, early=True)),
+    (64, False, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
+    (128, True, HopperTile(2, 128, 3, 2, False, 240, 168, True, ahead=True)),
+    (128, False, HopperTile(2, 128, 3, 2, False, 240, 168, True, loaded=True)),
+    *_NARROW_ROWS[1:],
+)
+"""Where all is e4m3. Four weights are a word: three warpgroups have registers enough for 64 channels, and two of them
+for the scores of two blocks of 128. Ahead of integer products, which have to be converted, that was slower. Measured on
+an H200 (``benchmarks/quantized_tiles.py``)."""
 
-Not measured yet. Chosen by registers and instructions: held, no bytes of a step's weights are taken apart and put
-together again (96 PRMT instead of 616 at 128 channels); with values of 16 bits that would take more registers than
-there are.
-"""
 
-
-def shared_bytes(tile: HopperTile, channels: int, features: int, bytes_of: tuple[int, int] = (2, 2)) -> int:
+def shared_bytes(tile: HopperTile, channels: int, features: int, codes: Codes = (None, None)) -> int:
     """Bytes of shared memory of a thread block; channels are padded.
 
     Args:
         tile: how the work is divided.
         channels, features: of key and value, padded.
-        bytes_of: an element of queries and keys, and of values; results have 16 bits.
+        codes: what queries and keys, and what values are rounded to; results have 16 bits.
     """
-    products, values = bytes_of
+    products, values = (1 if code else 2 for code in codes)
     query = tile.buffers * tile.queries * channels * products
     ring = tile.stages * tile.keys * (channels * products + features * values)
     out = 2 * tile.queries * features if tile.staged else 0
@@ -59,7 +66,7 @@ def hopper_tile(
     light: bool,
     short: bool = False,
     keys: int | None = None,
-    bytes_of: tuple[int, int] = (2, 2),
+    codes: Codes = (None, None),
 ) -> HopperTile:
     """The first row that fits.
 
@@ -69,15 +76,16 @@ def hopper_tile(
         short: whether there are few queries, under a mask that leaves some of a tile's keys out: a tile of 192 queries
             then wastes more of its work than one of 128.
         keys: of a block, where that is given: a mask may be one number for so many.
-        bytes_of: an element of queries and keys, and of values.
+        codes: what queries and keys, and what values are rounded to.
 
     Raises:
         ValueError: when there is none.
     """
-    for largest, needs_light, tile in _NARROW_ROWS if bytes_of[0] == 1 else _ROWS:
-        shared = shared_bytes(tile, channels, features, bytes_of)
+    rows = _ROWS if codes[0] is None else _E4M3_ROWS if codes == (E4M3, E4M3) else _NARROW_ROWS
+    for largest, needs_light, tile in rows:
+        shared = shared_bytes(tile, channels, features, codes)
         fits = max(channels, features) <= largest and shared <= SHARED_MEMORY
         fits = fits and keys in (None, tile.keys)
         if fits and ((light and not short) or not needs_light):
-            return dataclasses.replace(tile, held=bytes_of == (1, 1))
+            return tile
     raise ValueError(f"no tile for {channels} key and {features} value channels")

@@ -11,7 +11,7 @@ import torch
 from attncompile.codegen.gluon import generate as generate_gluon
 from attncompile.codegen.gluon import slower
 from attncompile.codegen.gluon import why_not_spec as why_not_gluon
-from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.gluon.tiles import E4M3, SHARED_MEMORY, Codes, hopper_tile, shared_bytes
 from attncompile.codegen.onnx.choose import choose
 from attncompile.codegen.onnx.emit import alone
 from attncompile.codegen.pytorch import lower as lower_pytorch
@@ -108,18 +108,25 @@ def test_what_the_hopper_kernel_does_not_take(spec: Spec, form: str, said: str) 
     assert said in (why_not_gluon(rounded(spec, form)) or "")
 
 
-@pytest.mark.parametrize("bytes_of", ((1, 1), (1, 2)))
+@pytest.mark.parametrize("codes", ((E4M3, E4M3), ("int8", E4M3), ("int8", None), (E4M3, None)))
 @pytest.mark.parametrize("features", (16, 64, 128, 256))
 @pytest.mark.parametrize("channels", (16, 64, 128, 256))
-def test_tiles_of_codes_fit(channels: int, features: int, bytes_of: tuple[int, int]) -> None:
-    tile = hopper_tile(channels, features, light=True, bytes_of=bytes_of)
-    assert shared_bytes(tile, channels, features, bytes_of) <= SHARED_MEMORY
-    assert tile.stages <= 3 and tile.held == (bytes_of == (1, 1))
+def test_tiles_of_codes_fit(channels: int, features: int, codes: Codes) -> None:
+    for light in (True, False):
+        tile = hopper_tile(channels, features, light=light, codes=codes)
+        assert shared_bytes(tile, channels, features, codes) <= SHARED_MEMORY
+        assert tile.stages <= 3  # as many named barriers are there
+        assert not tile.ahead or codes == (E4M3, E4M3)
 
 
-def test_the_hopper_kernel_waits_for_a_gpu() -> None:
-    assert "no GPU" in (slower(rounded(attention(64), "quantize.fp8")) or "")
-    assert slower(attention(64)) is None
+@pytest.mark.parametrize("form", ("quantize.fp8", "quantize.int8(values=true)"))
+def test_values_of_8_bits_are_for_the_hopper_kernel(form: str) -> None:
+    assert slower(rounded(attention(64), form)) is None
+
+
+@pytest.mark.parametrize("form", ("quantize.fp8(values=false)", "quantize.int8"))
+def test_values_of_16_bits_are_not_yet(form: str) -> None:
+    assert "has not been timed" in (slower(rounded(attention(64), form)) or "")
 
 
 # masks that leave a loop without rounds, score functions, sinks with the log-sum-exp, padded channels
@@ -167,6 +174,15 @@ def test_plain_kernels_compile(form: str, tmp_path: Path, monkeypatch: pytest.Mo
     target = next(target for target in TARGETS if target.arch == 89)
     for kernel in compile_ahead(module, target, "float16"):
         assert kernel.texts["cubin"] and kernel.spills in (0, None)
+
+
+def test_one_position_has_no_kernel_of_its_own() -> None:
+    """For a single value ptxas 12.8 died of the loads that were then known to be idle."""
+    from attncompile.codegen.triton.cache import load_module
+
+    module = load_module(generate(rounded(attention(64), "quantize.fp8")))
+    for kernel, length in ((module.quantize_blocks, "I"), (module.quantize_value_blocks, "J")):
+        assert length in [each.name for each in kernel.params if each.do_not_specialize]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,77 @@
+"""Whether the warps of the Hopper kernel wait for one another, and for what they read: without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attncompile.codegen.gluon import generate
+from attncompile.codegen.gluon.generate import HopperModule
+from attncompile.ir import Spec, parse_spec
+from attncompile.passes import parse_passes, run_passes
+from tests.codegen import hopper_on_cpu
+from tests.codegen.hopper_on_cpu import run_on_cpu
+from tests.kernels.comparison import measured
+
+MASKS = ("true", "j ≤ i", "j ≤ i and j > i − 300", "j ≤ i + 400")
+FORMS = (
+    *((form, 32, mask) for form in ("", "quantize.int8(values=true)", "quantize.int8") for mask in MASKS[:3:2]),
+    *(("quantize.fp8", channels, mask) for channels in (32, 128) for mask in MASKS),
+)
+
+
+def _spec(form: str, mask: str, channels: int) -> Spec:
+    spec = parse_spec(
+        f"x   attend  q[B,2,I,{channels}]  k,v[B,1,J,{channels}]  bfloat16\n  score  0.125·s\n  mask   {mask}\n"
+        "  kv_head h // 2\n  norm   softmax (float32)"
+    )
+    return run_passes(spec, parse_passes(form)).spec if form else spec
+
+
+def _passes(spec: Spec, module: HopperModule, queries: int, keys: int) -> bool:
+    """Whether the result is right. Where weights are rounded as the Spec says, no other rounding is allowed for."""
+    generator = torch.Generator().manual_seed(queries)
+    tensors = {}
+    for value in spec.inputs:
+        heads, length = (2, queries) if value.name == "q" else (1, keys)
+        channels = module.skeleton.channels
+        tensors[value.name] = torch.randn(1, heads, length, channels, generator=generator).to(torch.bfloat16)
+    found = run_on_cpu(module, list(tensors.values()))
+    if module.skeleton.turned_values:
+        wide = {name: tensor.float() for name, tensor in tensors.items()}
+        return all(outcome.passed for outcome in measured(spec, wide, found, torch.float32))
+    return all(outcome.passed for outcome in measured(spec, tensors, found, torch.bfloat16))
+
+
+@pytest.mark.parametrize("form, channels, mask", FORMS)
+def test_every_query_meets_its_keys(form: str, channels: int, mask: str) -> None:
+    """Tiles of one key block to ten, some of them without a key."""
+    spec = _spec(form, mask, channels)
+    module = generate(spec, queries=16384)
+    for queries, keys in ((1, 1), (130, 257), (500, 1200)):
+        assert _passes(spec, module, queries, keys), (queries, keys)
+
+
+WAITS = (
+    "mbarrier.wait(key_ready.index(last_stage), last_phase, pred=more)",
+    "mbarrier.wait(value_ready.index(stage), phase)",
+    "signal(KEY_FREE + next_stage, GROUPS * 128 + 32)",
+    "signal(VALUE_FREE + stage, GROUPS * 128 + 32)",
+)
+
+
+@pytest.mark.parametrize("line", WAITS)
+def test_a_missing_line_shows(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This way of testing finds what it is for."""
+    monkeypatch.setattr(hopper_on_cpu, "PATIENCE", 2.0)
+    spec = _spec("quantize.fp8", "j ≤ i", 128)
+    module = generate(spec, queries=16384)
+    assert line in module.source
+    broken = dataclasses.replace(module, source=module.source.replace(f"{line}\n", "pass\n"))
+    try:
+        right = _passes(spec, broken, 500, 1200)
+    except AssertionError:
+        right = False
+    assert not right
