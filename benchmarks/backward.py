@@ -3,13 +3,14 @@
     python -m benchmarks.backward benchmarks/results/backward_h200.json [--rows causal] [--rounds 7] [--sweep]
 
 Only the backward pass is timed: the result and its log-sum-exp are there, as after a forward pass. Peers: cuDNN and
-FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled; ``ours`` are the generated kernels, ``operator``
-is what autograd runs for the operator that models call. Every round calls each of them so often that the GPU is
-busy for some 20 ms, longer than the host needs to call them; medians of the rounds are reported. (Replaying captured
-graphs of backward passes ended in illegal accesses as soon as a second one was captured, with PyTorch's own operators
-alone just the same.) Work is counted as 2.5 times that of the forward pass over visible pairs
-(five products instead of two), for all alike, however many products a kernel computes again. Gradients are compared
-with those of cuDNN, or of FlexAttention where that has no such variant. ``--sweep`` tries other tiles of our kernels.
+FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled; ``ours`` are plain Triton's generated kernels,
+``hopper`` is the Gluon one where there is one, ``operator`` is what autograd runs for the operator that models call.
+Every round calls each of them so often that the GPU is busy for some 20 ms, longer than the host needs to call them;
+medians of the rounds are reported. (Replaying captured graphs of backward passes ended in illegal accesses as soon as
+a second one was captured, with PyTorch's own operators alone just the same.) Work is counted as 2.5 times that of the
+forward pass over visible pairs (five products instead of two), for all alike, however many products a kernel computes
+again. Gradients are compared with those of cuDNN, or of FlexAttention where that has no such variant. ``--sweep``
+tries other tiles of our kernels.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from attncompile.codegen import gluon
 from attncompile.codegen.triton import generate, load, lower
 from attncompile.codegen.triton.backward import generate_backward
 from attncompile.codegen.triton.cache import load_module
@@ -82,12 +84,25 @@ def by_autograd(make: Callable[[Work, list[torch.Tensor]], Run]) -> Callable[...
 
 
 def ours(work: Work, tensors: list[torch.Tensor], given: torch.Tensor) -> Callable[[], Any]:
-    """Our generated kernels."""
-    spec = work.spec()
-    names = [value.name for value in spec.inputs]
-    wanted = names[: len(differentiated(work, tensors))]
-    out, lse = load(generate(with_log_sum_exp(spec)))(*tensors)
-    module = module_of(work, tuple(wanted))
+    """Our generated kernels in plain Triton."""
+    return generated(work, tensors, given, module_of(work, wanted_of(work, tensors)))
+
+
+def hopper(work: Work, tensors: list[torch.Tensor], given: torch.Tensor) -> Callable[[], Any]:
+    """Our generated kernel for Hopper GPUs."""
+    return generated(work, tensors, given, load_module(gluon.generate_backward(work.spec(), wanted_of(work, tensors))))
+
+
+def wanted_of(work: Work, tensors: list[torch.Tensor]) -> tuple[str, ...]:
+    """Names of the inputs whose gradients are wanted."""
+    return tuple(value.name for value in work.spec().inputs[: len(differentiated(work, tensors))])
+
+
+def generated(
+    work: Work, tensors: list[torch.Tensor], given: torch.Tensor, module: ModuleType
+) -> Callable[[], Any]:
+    """The gradients that a generated module computes, its forward pass done."""
+    out, lse = load(generate(with_log_sum_exp(work.spec())))(*tensors)
     return lambda: [g for g in module.attend_backward(given, out, lse, *tensors) if g is not None]
 
 
@@ -110,6 +125,7 @@ def through_operator(work: Work, tensors: list[torch.Tensor]) -> Run:
 
 MAKERS: dict[str, Callable[..., Callable[[], Any]]] = {
     "ours": ours,
+    "hopper": hopper,
     "operator": by_autograd(through_operator),
     "cudnn": by_autograd(sdpa(SDPBackend.CUDNN_ATTENTION)),
     "flash2": by_autograd(sdpa(SDPBackend.FLASH_ATTENTION)),
@@ -130,7 +146,7 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {**asdict(work), "visible": work.visible(), "results": {}}
     running: dict[str, Timed] = {}
     found: dict[str, list[torch.Tensor]] = {}
-    for name in ("ours", "operator", *work.peers):
+    for name in ("ours", "hopper", "operator", *work.peers):
         try:
             run = MAKERS[name](work, tensors, given)
             found[name] = [gradient.clone() for gradient in run()]
@@ -192,7 +208,9 @@ def warm_up(works: tuple[Work, ...], tiles: bool, processes: int) -> None:
     jobs: list[tuple[Work, str, str, Tile | None]] = []
     for work in works:
         jobs += [
-            (work, name, "", None) for name in ("ours", "operator", "flex") if name != "flex" or name in work.peers
+            (work, name, "", None)
+            for name in ("ours", "hopper", "operator", "flex")
+            if name != "flex" or name in work.peers
         ]
         if tiles:
             for (channels, table), options in SWEEP.items():

@@ -18,7 +18,7 @@ from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOper
 from attncompile.kernels.hopper_boxes import Boxes
 from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_digits import KeyDigits
-from attncompile.kernels.hopper_lines import device_source, hopper_function, tidy
+from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
 from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import COUNTED, LISTS, known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PAIRS, PRODUCER, STEP, STORED
@@ -268,16 +268,7 @@ class HopperForward:
             "no digits behind": self.digits is None and not self.tile.ahead,
             "staged apart": self.tile.staged and self.digits is None,
         }
-        lines: list[str] = []
-        for line in template.strip("\n").splitlines():
-            marker = re.fullmatch(r"( *)# <(\w+)>", line)
-            if marker:
-                lines += [marker[1] + each for each in parts[marker[2]]]
-                continue
-            line, _, condition = line.partition("  # if ")
-            if not condition or options[condition]:
-                lines.append(self._named(line))
-        return tidy(lines)
+        return filled(template, options, self._named, parts)
 
     def _named(self, line: str) -> str:
         """A line with the markers of arguments replaced."""
@@ -295,17 +286,16 @@ class HopperForward:
         ahead = self.tile.ahead
         line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
         line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
-        for marker, names in (
-            ("CONTEXT", self.context()),
-            ("KNOWN", known(self.runs, self.marks)),
-            ("COUNTED", COUNTED),
-            ("TILE", ("row_first", "b", "h", *(COUNTED if self.marks else ()))),
-            ("LAUNCHED", launched),
-            ("QUERY_OPERAND", own),
-            ("SCALES", ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else []),
-        ):
-            text = ", ".join(names)
-            line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+        lists = {
+            "CONTEXT": self.context(),
+            "KNOWN": known(self.runs, self.marks),
+            "COUNTED": COUNTED,
+            "TILE": ("row_first", "b", "h", *(COUNTED if self.marks else ())),
+            "LAUNCHED": launched,
+            "QUERY_OPERAND": own,
+            "SCALES": ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else [],
+        }
+        line = listed(line, lists)
         if self.turned_values:
             line = re.sub(r"VALUE_PLACE\((.*?), (\w+)\)", r"[\1, 0, \2]", line)
             line = line.replace("VALUE_BOX", "1, 1, FEATURES, BLOCK_J")
@@ -455,10 +445,9 @@ class HopperForward:
         )
 
 
+TEMPLATES = (LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL)
+
 RESERVED = frozenset(
-    re.findall(
-        r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((IMPORTS, device_source(), LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL, WORDS, *LISTS)),
-    )
+    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, *LISTS)))
 )
 """Identifiers that the skeleton uses itself."""

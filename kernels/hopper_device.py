@@ -176,6 +176,40 @@ def rescaled(accumulator, factor):
     return gl.inline_asm_elementwise(text, operands, arguments, dtype=gl.float32, is_pure=True, pack=COUNT)
 
 
+@gluon.constexpr_function
+def add_text(count):
+    """PTX: add ``count`` numbers of each thread to memory, in fours, those of neighbouring threads side by side."""
+    first = count // 4  # results stand before operands
+    return " ".join(
+        f"red.relaxed.gpu.global.add.v4.f32 [${first + count}+{512 * n}], {{${first + n}, ${first + n + 1}, "
+        f"${first + n + 2}, ${first + n + 3}}};"
+        for n in range(0, count, 4)
+    )
+
+
+@gluon.constexpr_function
+def add_operands(count):
+    """Constraints of :func:`add_text`: results that nobody reads, the numbers, where the first four belong."""
+    return ",".join(["=r"] * (count // 4) + ["f"] * count + ["l"] * count)
+
+
+@gluon.jit
+def add_to(sums, block, values, GROUP: gl.constexpr):
+    """Add a warpgroup's numbers to its part of a block of sums, in the order of its registers."""
+    LAYOUT: gl.constexpr = values.type.layout
+    COUNT: gl.constexpr = values.shape[0] * values.shape[1] // 128
+    text: gl.constexpr = add_text(COUNT)
+    operands: gl.constexpr = add_operands(COUNT)
+    rows = gl.expand_dims(gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT)), 1)
+    columns = gl.expand_dims(gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT)), 0)
+    # The same for all numbers of a thread: its own. Where PTX asks for %tid in a loop, ptxas keeps descriptors of
+    # products out of uniform registers, in hundreds of others.
+    thread = (rows >> 4) * 32 + (rows & 7) * 4 + ((columns & 7) >> 1)
+    place = sums + (block.to(gl.int64) * GROUPS + GROUP) * (128 * COUNT)
+    places = place.to(gl.int64) + thread.to(gl.int64) * 16
+    gl.inline_asm_elementwise(text, operands, [values, places], dtype=gl.int8, is_pure=False, pack=COUNT)
+
+
 @gluon.jit
 def tanh(x):
     """Hyperbolic tangent by the special-function unit: relative error at most 2^-11."""

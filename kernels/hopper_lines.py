@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
 
 from attncompile.kernels.source import WIDTH, file_text, function_text, signature, wrap
 
@@ -19,6 +20,37 @@ def hopper_function(name: str) -> str:
         ValueError: when there is no such function.
     """
     return function_text("hopper_device.py", name)
+
+
+def filled(
+    template: str, options: Mapping[str, bool], named: Callable[[str], str], parts: Mapping[str, list[str]]
+) -> str:
+    """A template with its markers replaced, in lines that fit; see :mod:`attncompile.kernels.hopper_text`.
+
+    Args:
+        template: the text.
+        options: which of the lines that depend on an option stand.
+        named: replaces the markers of arguments in a line.
+        parts: lines that stand for ``# <name>``.
+    """
+    lines: list[str] = []
+    for line in template.strip("\n").splitlines():
+        marker = re.fullmatch(r"( *)# <(\w+)>", line)
+        if marker:
+            lines += [marker[1] + each for each in parts[marker[2]]]
+            continue
+        line, _, condition = line.partition("  # if ")
+        if not condition or options[condition]:
+            lines.append(named(line))
+    return tidy(lines)
+
+
+def listed(line: str, lists: Mapping[str, Iterable[str]]) -> str:
+    """A line with the markers of lists of arguments replaced; one of an empty list goes with its comma."""
+    for marker, names in lists.items():
+        text = ", ".join(names)
+        line = line.replace(marker, text) if text else line.replace(f"{marker}, ", "").replace(f", {marker}", "")
+    return line
 
 
 def tidy(lines: list[str]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from attncompile.codegen.gluon.backward import HopperGradients
 from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.codegen.triton.ahead import ELEMENTS, TARGETS, Compiled, compile_kernel, described
 from attncompile.codegen.triton.cache import load_module
 from attncompile.ir.types import DTYPES
+from attncompile.kernels.hopper_backward import LIMIT
 
 HOPPER = next(target for target in TARGETS if target.arch == 90)
 
@@ -72,6 +74,39 @@ def compile_ahead(module: HopperModule, dtype: str) -> tuple[Compiled, ...]:
     moving = (compile_kernel(getattr(loaded, each.name), each, HOPPER, dtype) for each in module.moving)
     small = _small(loaded, module, signature, constants, aligned) if skeleton.marks else []
     return (*moving, *small, own)
+
+
+def compile_gradients_ahead(module: HopperGradients, dtype: str) -> Compiled:
+    """Compile the kernel of a module with gradients for Hopper, without those that go before and after.
+
+    Args:
+        module: the generated module.
+        dtype: element type of query, key and value: ``float16`` or ``bfloat16``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    loaded, skeleton = load_module(module), module.skeleton
+    function, tile = loaded.attend_backward_kernel, skeleton.tile
+    signature: dict[str, str] = {}
+    for name in skeleton.descriptors():
+        rows = tile.queries if name in ("query", "grad_out") else 64
+        layout, shape = loaded.tile_layout(rows, tile.channels), f"1, 1, {rows}, {tile.channels}"
+        element = ELEMENTS[dtype]
+        if name == "row_values":
+            layout, shape, element = loaded.row_layout(), "1, 64", "fp32"
+        signature[name] = f"tensordesc<{element}[{shape}],{layout!r}>"
+    signature |= {"query_sums": "*fp32", "work": "*i64", "work_width": "i32"}
+    signature |= dict.fromkeys(skeleton.integers(), "i32")
+    ordered = {name: signature[name] for name in function.arg_names}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("query_sums", "work")}
+    built = triton.compile(
+        GluonASTSource(function, ordered, constexprs={}, attrs=attributes),
+        target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp),
+        options={"num_warps": 4, "maxnreg": LIMIT},
+    )
+    return described("attend_backward_kernel", HOPPER, built, ordered, {})
 
 
 def _small(

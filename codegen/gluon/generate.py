@@ -113,6 +113,7 @@ def generate(
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
     lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
+    counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
     rounding = rounding_texts(parts)
     sections = (
         _documentation(spec, inputs, kernel_text),
@@ -120,13 +121,13 @@ def generate(
         if skeleton.marks or rounding
         else IMPORTS,
         skeleton.constants() + "\n" + CHECKS,
-        *_device_functions(kernel_text),
+        *gluon_functions(kernel_text),
         *device_functions_of(*rounding, names=ROUNDING_FUNCTIONS),
         *rounding,
         kernel_text,
         host(parts),
         *([boxes.host()] if boxes else []),
-        *(lists if skeleton.marks else [WORK_LIST, key_count(found, binding, skeleton)]),
+        *(lists if skeleton.marks else [WORK_LIST, counted]),
         launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton, moved)),
     )
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
@@ -237,7 +238,7 @@ def _light(parts: Dense) -> bool:
     return parts.score == SCORE and not reads and len(operators) <= LIGHT
 
 
-def _device_functions(text: str) -> list[str]:
+def gluon_functions(text: str) -> list[str]:
     """Functions that expressions call, in Gluon."""
     found = []
     for source in device_functions_of(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
@@ -141,8 +142,15 @@ LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
 
 
-def key_count(found: Visits, binding: Binding, skeleton: HopperForward) -> str:
-    """The functions that tell the host how many keys a tile visits."""
+def key_count(found: Visits, binding: Binding, keys: str, sizes: Iterable[str]) -> str:
+    """The functions that tell the host how many keys a tile visits.
+
+    Args:
+        found: which it visits.
+        binding: identifiers.
+        keys: identifier of their number.
+        sizes: that the limits of the key loops may read.
+    """
     ranges = [found.main] if found.first is None else [found.first, found.main]
     nodes = [node for limits in ranges for e in (limits.start, limits.stop) for node in walk(e)]
     unknown = any(isinstance(node, Load) or node == Index("b") for node in nodes)
@@ -157,7 +165,7 @@ def key_count(found: Visits, binding: Binding, skeleton: HopperForward) -> str:
         return printed.value
 
     if unknown:
-        body = [f"return {skeleton.lengths[2]}  # the tensors that decide lie on the device"]
+        body = [f"return {keys}  # the tensors that decide lie on the device"]
     else:
         lines.append(f"start, stop = {text(found.main.start)}, {text(found.main.stop)}")
         counted = "max(stop - start, 0)"
@@ -171,16 +179,11 @@ def key_count(found: Visits, binding: Binding, skeleton: HopperForward) -> str:
             f"BY_HEAD = {by_head}  # whether heads differ in the keys that they visit",
             "",
             "",
-            signature("def key_count", ["row_first", "row_last", "h", *_list_sizes(skeleton)], ":"),
+            signature("def key_count", ["row_first", "row_last", "h", *sizes], ":"),
             '    """About how many keys a tile visits: decides the order of the work."""',
             *(f"    {line}" for line in body),
         ]
     )
-
-
-def _list_sizes(skeleton: HopperForward) -> list[str]:
-    """Sizes that the limits of the key loops may read."""
-    return list(skeleton.integers())
 
 
 def launch_lines(

@@ -26,7 +26,7 @@ _LONG = {"exp": 4, "log": 4, "log2": 4, "pow": 8, "sigmoid": 8, "erf": 30, "sin"
 """Operators that take more than about two instructions."""
 
 
-def _effort(expr: Expr, keys: int) -> int:
+def effort(expr: Expr, keys: int) -> int:
     """Roughly how many instructions an expression takes for each pair, each shared part counted once."""
     varying = {COLUMN, FAR, SCORE}
     found = (node for node in walk(fold_columns(expr, keys=keys)) if isinstance(node, Apply))
@@ -82,9 +82,9 @@ def why_not_spec(spec: Spec) -> str | None:
                 f"{name} has a scale for {rounded[name].block} positions; the Hopper kernel takes multiples of "
                 f"the {tile.keys} keys of a tile"
             )
-    effort = max(_effort(expr, tile.keys) for expr in (parts.score, parts.mask))
-    if effort > MOST_EFFORT:
-        return f"score and mask take about {effort} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
+    taken = max(effort(expr, tile.keys) for expr in (parts.score, parts.mask))
+    if taken > MOST_EFFORT:
+        return f"score and mask take about {taken} instructions for each pair; the Hopper kernel is for {MOST_EFFORT}"
     return None
 
 

@@ -2,11 +2,12 @@
 
 On a Hopper GPU a kernel in Gluon comes first (:mod:`attncompile.codegen.gluon`); plain Triton computes what that one
 does not take: Specs outside its reach, float32, few queries, tensors that TMA cannot read where they lie. Dense and
-causal maps that are faster in PyTorch's own operator are computed by that one.
+causal maps that are faster in PyTorch's own operator are computed by that one. Gradients are chosen in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -214,6 +215,21 @@ def _generated_backward(text: str, wanted: tuple[str, ...]) -> GeneratedModule:
     return generate_backward(operators.parsed(text), wanted)
 
 
+@functools.lru_cache(maxsize=512)
+def _hopper_backward(text: str, wanted: tuple[str, ...]) -> GeneratedModule | str:
+    """The Gluon module with the gradients of a Spec, or why there is none."""
+    import triton
+
+    # here, because that package is made from this one's parts
+    from attncompile.codegen import gluon
+
+    spec = operators.parsed(text)
+    if not gluon.backward.CHOSEN:
+        return "the Hopper kernel's backward pass has not run on a card in its present form"
+    reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_backward(spec, wanted)
+    return reason or gluon.generate_backward(spec, wanted)
+
+
 class _Gradients:
     """A Spec's backward kernels; which gradients there are and are wanted decides what is generated."""
 
@@ -251,9 +267,16 @@ class _Gradients:
         if attend.out not in given:
             given[attend.out] = torch.zeros_like(made[attend.out])
         by_lse = attend.lse in given
-        module = load_module(_generated_backward(self._texts[by_lse], wanted))
         before = [given[attend.out], *([given[attend.lse]] if by_lse else [])]
         before += [made[attend.out], made[attend.lse]] if softmax else []
+        query = inputs[[value.name for value in self._spec.inputs].index(attend.query)]
+        if on_hopper(query.device) and query.element_size() == 2 and query.shape[2] >= FEWEST_QUERIES:
+            found = _hopper_backward(self._texts[by_lse], wanted)
+            if not isinstance(found, str):
+                module = load_module(found)
+                with contextlib.suppress(module.Refused):
+                    return module.attend_backward(*before, *inputs)
+        module = load_module(_generated_backward(self._texts[by_lse], wanted))
         return module.attend_backward(*before, *inputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import os
 from pathlib import Path
@@ -24,8 +23,8 @@ from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Load
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import bind_sizes
-from attncompile.kernels.source import WIDTH
 from tests.cases import BY_NAME, Case
+from tests.codegen.readable import check_text
 from tests.codegen.sass import instructions, unset_descriptors
 from tests.ir.rounding import operations, within_rounding
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
@@ -40,18 +39,7 @@ def test_module_text(case: Case) -> None:
     module = generate(spec)
     assert module == generate(dataclasses.replace(spec, name="another.place"))
     assert module.name.isidentifier()
-    tree = ast.parse(module.source)
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} <= {"functools", "heapq", "torch", "triton"}
-    documentation = ast.get_docstring(tree) or ""
-    for line in str(dataclasses.replace(spec, name="attention")).splitlines():
-        assert line.strip() in documentation
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert len(defined) == len(set(defined)) and defined[-1] == "attend"
-    code = module.source.partition('"""\n\nimport')[2].splitlines()
-    assert max(map(len, code)) <= WIDTH
-    assert not any(marker in module.source for marker in ("CONTEXT", "KNOWN", "LAUNCHED", "# <", "# if "))
+    check_text(module.source, spec, "attend", "LAUNCHED")
 
 
 @pytest.mark.parametrize(

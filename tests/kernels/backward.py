@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ import torch
 from attncompile.codegen.triton import generate, load
 from attncompile.codegen.triton.backward import generate_backward
 from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.ir import Spec
 from attncompile.kernels.operators import with_log_sum_exp
 from tests.cases import Case
@@ -60,7 +61,13 @@ def reference_gradients(spec: Spec, tensors: Tensors, given: list[torch.Tensor],
 
 
 def compare_backward(
-    case: Case, dtype: torch.dtype, device: str = "cpu", tiles: tuple[int, int, int, int] | None = None
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    tiles: tuple[int, int, int, int] | None = None,
+    *,
+    make: Callable[[Spec], GeneratedModule] = generate_backward,
+    place: Callable[[Spec, Tensors], list[torch.Tensor]] = poisoned_inputs,
 ) -> list[Outcome]:
     """Run forward and backward kernels on a row's inputs, with poison around them, and measure each gradient.
 
@@ -69,14 +76,16 @@ def compare_backward(
         dtype: of the real inputs.
         device: where to run.
         tiles: blocks, warps and stages instead of the usual ones.
+        make: the module with the gradients of a Spec.
+        place: lays the inputs out in memory.
     """
     spec = case.spec
     tensors = {name: tensor.to(device) for name, tensor in case.tensors(0, dtype).items()}
     training = with_log_sum_exp(spec)
-    backward = load_module(generate_backward(spec))
+    backward = load_module(make(spec))
     tables = [table for name, table in vars(backward).items() if name.startswith("TILES_")]
     usual = [dict(table) for table in tables]
-    inputs = poisoned_inputs(spec, tensors)
+    inputs = place(spec, tensors)
     generator = torch.Generator().manual_seed(1)
     with poisoned_results():
         made = _tuple(load(generate(training))(*inputs))

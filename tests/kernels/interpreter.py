@@ -42,6 +42,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from tests.kernels.decode_cases import stored_inputs
     from tests.kernels.narrow import ZeroCase
 
+    if request.get("hopper_backward"):
+        return {"passed": around_hopper_backward(request["hopper_backward"])}
     if request.get("boxes"):
         return {"outcomes": moved(request["case"], tuple(request["boxes"]), getattr(torch, request["dtype"]))}
     case = BY_NAME[request["case"]]
@@ -72,6 +74,68 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 changes.enter_context(mock.patch.object(module, name, value))
         outcomes = compare(case, module.attend, dtype, place=place)
     return {"outcomes": [[o.output, o.error, o.limit, o.passed] for o in outcomes]}
+
+
+def around_hopper_backward(name: str) -> list[bool]:
+    """Run the kernels before and after the backward kernel for Hopper GPUs.
+
+    Returns:
+        Whether the row values are right, whether the sums begin with zeros, and whether sums in the order of a
+        warpgroup's registers become the gradient.
+    """
+    import math
+
+    import torch
+
+    from attncompile.codegen.gluon import generate_backward
+    from attncompile.codegen.triton.cache import load_module
+    from tests.kernels.hopper_backward_cases import ROWS
+
+    module = load_module(generate_backward(next(row for row in ROWS if row.name == name).spec))
+    skeleton = generate_backward(next(row for row in ROWS if row.name == name).spec).skeleton
+    width, channels = skeleton.tile.queries, skeleton.tile.channels
+    batch, heads, queries, blocks = 2, 3, width + 6, 2
+    shape = (batch, heads, queries)
+    out, grad_out = (torch.randn(*shape, skeleton.features) for _ in range(2))
+    lse, grad_lse = torch.randn(shape), torch.randn(shape)
+    lse[0, 1, 5] = -math.inf
+    given = [lse, grad_lse] if skeleton.lse_gradient else [lse]
+    row_values = torch.full((batch, heads, blocks, width // 64, 2, 64), math.nan)
+    sums = torch.full((batch, heads, blocks, width * channels), math.nan)
+    sizes = {"CHANNELS": channels, "BLOCK_I": width}
+    grid = (batch * heads * blocks,)
+    strides = (*out.stride(), *grad_out.stride())
+    module.prepare[grid](
+        out, grad_out, *given, row_values, sums, heads, queries, blocks, *strides, EXTENT=skeleton.features, **sizes
+    )
+    delta = (out.double() * grad_out.double()).sum(-1) - (grad_lse.double() if skeleton.lse_gradient else 0.0)
+    seen = lse > -math.inf
+    wanted = torch.stack(
+        [torch.where(seen, lse.double() / math.log(2), math.inf), torch.where(seen, delta, 0.0)], -2
+    )
+    room = torch.tensor([math.inf, 0.0], dtype=torch.float64)[:, None].expand(batch, heads, 2, blocks * width).clone()
+    room[..., :queries] = wanted
+    found = row_values.movedim(4, 2).reshape(room.shape).double()
+    slack = math.sqrt(skeleton.features) * torch.finfo(torch.float32).eps * (1.0 + room.nan_to_num(0, 0, 0).abs().max())
+    right = bool(((found == room) | ((found - room).abs() <= slack)).all())
+    cleared = bool((sums == 0.0).all())
+    best = torch.randn(batch, heads, blocks * width, channels)
+    # accumulators of wgmma m64nNk16, PTX ISA: a warp has 16 rows, a thread two of them and pairs of columns
+    part, thread, register = torch.meshgrid(*map(torch.arange, (2, 128, 32)), indexing="ij")
+    lane = thread % 32
+    channel = part * 64 + thread // 32 * 16 + lane // 4 + register // 2 % 2 * 8
+    query = register // 4 * 8 + lane % 4 * 2 + register % 2
+    if not skeleton.tile.by_channels:  # the product is not transposed
+        channel, query = query, channel
+    place = part * 4096 + register // 4 * 512 + thread * 4 + register % 4
+    tiles = best.reshape(batch, heads, blocks, width, channels)
+    sums[..., place] = tiles[..., query, channel]
+    gradient = torch.full((*shape, skeleton.channels), math.nan)
+    module.finish[grid](
+        sums, gradient, heads, queries, blocks, *gradient.stride()[:3], EXTENT=skeleton.channels, **sizes
+    )
+    scaled = best[:, :, :queries, : skeleton.channels] * skeleton.gain
+    return [right, cleared, bool(torch.allclose(gradient, scaled, rtol=torch.finfo(torch.float32).eps, atol=0.0))]
 
 
 def moved(name: str, places: tuple[int, int], dtype: Any) -> list[Any]:
