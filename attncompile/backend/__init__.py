@@ -29,7 +29,7 @@ from attncompile.backend.verified import named, verified
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_dynamo
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.torch_internals import ahead_of_time, inductor, mode_options, trace_artifact
+from attncompile.frontends.torch_internals import ahead_of_time, inductor, keep_identity, mode_options, trace_artifact
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes
 
@@ -99,6 +99,8 @@ def _compiled(
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
     rewriting = _Rewriting(options, parse_passes(options.passes))
     rewritten = rewriting.of(module, example_inputs)
+    if rewritten is not module:
+        keep_identity(module, rewritten)
     compiled = _compile_rest(rewritten, example_inputs, options, mode)
     if options.verify == "full" and rewritten is not module:
         reason = rewriting.why_not_compared()

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
 from torch._dynamo.exc import UserError
+from torch._dynamo.source import ConstantSource
 from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
@@ -268,6 +269,25 @@ def copy_input_identity(original: torch.fx.Node, copy: torch.fx.Node) -> None:
         copy._dynamo_source = original._dynamo_source
     for key, value in original.meta.items():
         copy.meta.setdefault(key, value)
+
+
+def keep_identity(original: torch.fx.GraphModule, replacement: torch.fx.GraphModule) -> None:
+    """Make ``replacement``, with the same inputs, stand for Dynamo's graph ``original`` where that is compiled.
+
+    Ahead-of-time autograd learns from a Dynamo graph which inputs keep their memory, so that CUDA graphs neither copy
+    weights and caches nor refuse to write to them, and where each input came from, for guards on inputs that are the
+    same tensor. It takes all that from attributes which a copy of a graph does not have.
+    """
+    placeholders = (module.graph.find_nodes(op="placeholder") for module in (original, replacement))
+    for before, after in zip(*placeholders, strict=True):
+        copy_input_identity(before, after)
+    known = getattr(original, "_param_name_to_source", None)
+    if known is None:  # not made by Dynamo
+        return
+    own = (*replacement.named_parameters(remove_duplicate=False), *replacement.named_buffers(remove_duplicate=False))
+    constants = {name: ConstantSource(f"attncompile.{name}") for name, _ in own}
+    replacement._param_name_to_source = {**constants, **known}  # type: ignore[assignment]
+    replacement.meta.update({key: value for key, value in original.meta.items() if key not in replacement.meta})
 
 
 def recording_of(graph_module: torch.fx.GraphModule) -> AbstractContextManager[Any]:

@@ -40,11 +40,6 @@ from attncompile.kernels.hopper_backward import (
 )
 from attncompile.kernels.source import indented, signature
 
-CHOSEN = False
-"""Whether autograd runs this kernel. An earlier form of it was right on an H200 and faster than plain Triton's kernels;
-the present one has been compiled only. To be set once `tests/codegen/test_gluon_backward_gpu.py` has passed on a card
-and `benchmarks/backward.py` says that it is ahead."""
-
 TILES = (BackwardTile(128, 64, 2, "ahead"), BackwardTile(64, 128, 2, "ahead"))
 """By channels, the fewest first."""
 

@@ -224,8 +224,6 @@ def _hopper_backward(text: str, wanted: tuple[str, ...]) -> GeneratedModule | st
     from attncompile.codegen import gluon
 
     spec = operators.parsed(text)
-    if not gluon.backward.CHOSEN:
-        return "the Hopper kernel's backward pass has not run on a card in its present form"
     reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_backward(spec, wanted)
     return reason or gluon.generate_backward(spec, wanted)
 

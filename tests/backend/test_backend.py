@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from attncompile import compile as compile_model
 from attncompile import explain
@@ -288,3 +288,39 @@ def test_a_window_changes_what_is_computed() -> None:
 def test_wrong_options_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_options(given)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_inputs_keep_their_identity(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it CUDA graphs copy all weights in each call, and refuse to write to a static cache."""
+    from torch._functorch import aot_autograd
+
+    found: list[list[int]] = []
+    collect = aot_autograd.run_functionalized_fw_and_collect_metadata
+
+    def seen(*args: Any, **given: Any) -> Any:
+        found.append(sorted(given["static_input_indices"]))
+        return collect(*args, **given)
+
+    monkeypatch.setattr(aot_autograd, "run_functionalized_fw_and_collect_metadata", seen)
+
+    def compiled_by(backend: Any) -> list[int]:
+        found.clear()
+        torch._dynamo.reset()
+        model = small_llama()
+        call: dict[str, Any] = {"input_ids": torch.full((1, 1), 3)}
+        if checkpointed:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            call["use_cache"] = False
+        else:
+            call["past_key_values"] = cache = StaticCache(model.config, max_cache_len=16)
+            heads = model.config.num_key_value_heads
+            cache.early_initialization(1, heads, model.config.head_dim, torch.float32, torch.device("cpu"))
+        with torch.set_grad_enabled(checkpointed):
+            torch.compile(lambda: model(**call).logits, backend=backend, dynamic=False)()
+        assert len(found) == 1
+        return found[0]
+
+    theirs = compiled_by("aot_eager")
+    ours = compiled_by(lambda *given: attncompile(*given, options={"rest": "inductor"}))
+    assert len(theirs) > 8 and ours == theirs

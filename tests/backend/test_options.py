@@ -148,6 +148,8 @@ def test_a_cache_that_is_written_in_place_is_written_once_under_verification() -
 
 
 def test_explain_tells_a_models_own_graphs() -> None:
+    torch._dynamo.reset()  # of other tests, graphs may be left
+    gc.collect()
     first, second = (attncompile.compile(small_llama(), dynamic=True, rest="eager") for _ in range(2))
     calls(first), calls(second)
     one, other = attncompile.explain(first), attncompile.explain(second)

@@ -243,14 +243,13 @@ def test_what_it_refuses_at_run_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype", "wanted", "refuses", "chosen", "runs"),
+    ("queries", "dtype", "wanted", "refuses", "runs"),
     (
-        (80, torch.bfloat16, ("q", "k", "v"), False, True, ["hopper"]),
-        (80, torch.bfloat16, ("q", "k", "v"), True, True, ["hopper", "plain"]),
-        (80, torch.bfloat16, ("q", "v"), False, True, ["plain"]),
-        (63, torch.bfloat16, ("q", "k", "v"), False, True, ["plain"]),
-        (80, torch.float32, ("q", "k", "v"), False, True, ["plain"]),
-        (80, torch.bfloat16, ("q", "k", "v"), False, False, ["plain"]),
+        (80, torch.bfloat16, ("q", "k", "v"), False, ["hopper"]),
+        (80, torch.bfloat16, ("q", "k", "v"), True, ["hopper", "plain"]),
+        (80, torch.bfloat16, ("q", "v"), False, ["plain"]),
+        (63, torch.bfloat16, ("q", "k", "v"), False, ["plain"]),
+        (80, torch.float32, ("q", "k", "v"), False, ["plain"]),
     ),
 )
 def test_what_computes_gradients_on_a_hopper_gpu(
@@ -258,15 +257,11 @@ def test_what_computes_gradients_on_a_hopper_gpu(
     dtype: torch.dtype,
     wanted: tuple[str, ...],
     refuses: bool,
-    chosen: bool,
     runs: list[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton.experimental.gluon")
-    from attncompile.codegen.gluon import backward
     from attncompile.codegen.triton.lower import _hopper_backward, backward_implementation
 
-    monkeypatch.setattr(backward, "CHOSEN", chosen)
     _hopper_backward.cache_clear()
 
     class Refused(ValueError):
