@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from attncompile.ir import Attend, Expr, Operation, Spec, TensorType, simplify
 from attncompile.ir.affine import affine
@@ -54,12 +54,7 @@ def _canonical(operation: Operation, types: Mapping[str, TensorType]) -> Operati
 
 
 def _simplified(operation: Kept, sizes: Mapping[str, Expr]) -> Kept:
-    changed: dict[str, Any] = {}
-    for attribute in dataclasses.fields(operation):
-        value = getattr(operation, attribute.name)
-        if isinstance(value, Expr):
-            changed[attribute.name] = simplify(value, sizes)
-    return dataclasses.replace(operation, **changed)
+    return operation.with_expressions(lambda expr: simplify(expr, sizes))
 
 
 def _fold_masks(attend: Attend, sizes: Mapping[str, Expr]) -> Attend:

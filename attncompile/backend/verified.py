@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from attncompile.backend.rewrite import Decision
 from attncompile.ir import Spec
 from attncompile.ir.sample import example_sizes
-from attncompile.ir.types import DTYPES, concrete
+from attncompile.ir.types import DTYPES
 from attncompile.verify import SiteCertificate, check_site, refused_site
 from attncompile.verify.sites import DRAWS
 
@@ -121,17 +120,10 @@ def _certificate(
     key = decision.spec.fingerprint()
     if key not in seen:
         sizes = example_sizes(decision.spec, DRAWS[-1].length)
-        small = _map_elements(decision.spec, sizes) <= LARGEST
+        attend = decision.spec.attend()
+        small = attend is None or attend.map_elements(decision.spec.types(), sizes) <= LARGEST
         seen[key] = certificates([decision], device, None)[0] if small else None
     return seen[key]
-
-
-def _map_elements(spec: Spec, sizes: Mapping[str, int]) -> int:
-    attend, types = spec.attend(), spec.types()
-    if attend is None:
-        return 0
-    rows = math.prod(concrete(size, sizes) for size in types[attend.query].sizes[:3])
-    return rows * concrete(types[attend.key].sizes[2], sizes)
 
 
 def named(names: Sequence[str]) -> str:

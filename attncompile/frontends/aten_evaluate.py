@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -22,12 +23,21 @@ from attncompile.ir.types import concrete
 
 @dataclass(frozen=True)
 class AtenEvaluator:
-    """Runs native nodes on the CPU in float64."""
+    """Runs native nodes on the CPU in float64.
+
+    Attributes:
+        module: the graph.
+        inputs: its inputs and constants.
+        versions: of values whose memory is written to.
+        equal: sizes that are the same.
+        number: what becomes of the whole numbers that the nodes hold; ``None`` leaves them.
+    """
 
     module: torch.fx.GraphModule
     inputs: Mapping[str, GraphInput]
     versions: Versions
     equal: Mapping[Expr, Expr]
+    number: Callable[[int], int] | None = None
 
     def __call__(
         self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
@@ -54,7 +64,7 @@ class AtenEvaluator:
                 given = self.inputs.get(name)
                 if given is None or given.value is None:
                     raise ValueError(f"the region reads {given.name if given else name!r}, which the Spec does not")
-                known[name] = _wide(given.value)
+                known[name] = self._shortened(_wide(given.value))
                 continue
             needed.add(name)
             sample = _sample(node)
@@ -80,6 +90,10 @@ class AtenEvaluator:
                         known.pop(read, None)
         return {name: known[name] for name in wanted}
 
+    def resized(self, number: Callable[[int], int]) -> AtenEvaluator:
+        """The same nodes, with every whole number that they hold replaced; constants keep the first of their places."""
+        return dataclasses.replace(self, number=number)
+
     def _steps(self, node: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node | Change, tuple[str, ...]]]:
         """What a node makes, in order: the name of each value, what makes it, and what that reads."""
         yield self.versions.made(node.name), node, tuple(self.versions.reads[node.name].values())
@@ -96,8 +110,36 @@ class AtenEvaluator:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given)
         # not torch's own tree_map: a function in it that calls itself keeps tensors until garbage is collected
         args, kwargs = torch.fx.node.map_aggregate((args, kwargs), _widened_argument)
+        args, kwargs = self._resized_arguments(node, args, kwargs)
         assert callable(node.target)
         return torch.fx.node.map_aggregate(node.target(*args, **kwargs), _widened)
+
+    def _resized_arguments(self, node: torch.fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a node with their whole numbers replaced.
+
+        The new shape of a view has to hold as many elements as there are. Where a number of channels is also a length,
+        it would not: then numbers stay as they are, the last ones first, until it does.
+        """
+        number = self.number
+        if number is None:
+            return args, kwargs
+        if getattr(node.target, "_opname", "") in VIEWS and len(args) == 2 and isinstance(args[1], list | tuple):
+            given, sizes = args
+            ways = itertools.product(*({number(size): None, size: None} for size in sizes))
+            return (given, next((list(way) for way in ways if _holds(way, given.numel())), list(sizes))), kwargs
+
+        def replaced(argument: Any) -> Any:
+            return number(argument) if type(argument) is int else argument
+
+        args, kwargs = torch.fx.node.map_aggregate((args, kwargs), replaced)
+        return args, kwargs
+
+    def _shortened(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A constant at other sizes: the first places of each axis."""
+        for axis, size in enumerate(tensor.shape):
+            wanted = size if self.number is None else self.number(size)
+            tensor = tensor.narrow(axis, 0, wanted) if wanted < size else tensor
+        return tensor
 
     def _writes_nothing(self, change: Change, nodes: Mapping[str, torch.fx.Node]) -> bool:
         """Whether what a write puts down has no elements, whatever the sizes: the channels of a part that is off."""
@@ -149,6 +191,7 @@ class AtenEvaluator:
                 return shown if storage_of(argument) == storage else self._like(argument, sizes)
 
             args, kwargs = torch.fx.node.map_arg((call.args, dict(call.kwargs)), given)
+            args, kwargs = self._resized_arguments(call, args, kwargs)
             made = call.target(*args, **kwargs)
             places = made if call is node else made[node.args[1]]
             if places.untyped_storage().data_ptr() != shown.untyped_storage().data_ptr():
@@ -166,7 +209,18 @@ class AtenEvaluator:
         return _wide(torch.zeros([self._number(size, sizes) for size in value.shape], dtype=value.dtype))
 
     def _number(self, value: Any, sizes: Mapping[str, int]) -> Any:
-        return concrete(unified(size_expr(value), self.equal), sizes) if isinstance(value, torch.SymInt) else value
+        if isinstance(value, torch.SymInt):
+            return concrete(unified(size_expr(value), self.equal), sizes)
+        return value if self.number is None or type(value) is not int else self.number(value)
+
+
+VIEWS = ("view", "reshape", "_unsafe_view")
+
+
+def _holds(shape: Sequence[int], elements: int) -> bool:
+    """Whether a shape, of which one size may be -1, has so many elements."""
+    known = math.prod(size for size in shape if size != -1)
+    return known == elements if -1 not in shape else bool(known) and elements % known == 0
 
 
 SAMPLE_ARGUMENT = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -341,7 +341,22 @@ def _sorted(extents: Mapping[str, Expr]) -> Extents:
 
 
 Precision = Callable[[Sequence[str], Sequence[str]], torch.dtype]
-Evaluator = Callable[[Sequence[str], Mapping[str, torch.Tensor], Mapping[str, int]], dict[str, torch.Tensor]]
+
+
+class Evaluator(Protocol):
+    """Runs native nodes."""
+
+    def __call__(
+        self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        """The wanted native values; see :class:`Graph`."""
+
+    def resized(self, number: Callable[[int], int]) -> Evaluator:
+        """The same nodes with every whole number that they hold replaced: shapes, ends of slices, constants' axes.
+
+        Raises:
+            ValueError: where that cannot be done.
+        """
 
 
 @dataclass(frozen=True)

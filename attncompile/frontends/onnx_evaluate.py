@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,14 @@ class OnnxEvaluator:
         native = any(node.domain not in _STANDARD for node in part.nodes)
         found = part.run_native(self.model, feeds) if native else part.run_reference(self.model, feeds)
         return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
+
+    def resized(self, number: Callable[[int], int]) -> OnnxEvaluator:
+        """Not to be had.
+
+        Raises:
+            ValueError: always: sizes that a file fixes are spread over its constants.
+        """
+        raise ValueError("the sizes that an ONNX file fixes cannot be replaced")
 
     def precision(self, wanted: Sequence[str], feeds: Sequence[str]) -> torch.dtype:
         """The dtype in which the wanted values would be computed: float64, or the lowest that the model

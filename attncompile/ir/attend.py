@@ -152,6 +152,15 @@ class Attend(Operation):
     out: str = result("out")
     lse: str = result("")
 
+    def map_elements(self, types: Types, sizes: Mapping[str, int]) -> int:
+        """Number of scores: every query of every head with every key.
+
+        Raises:
+            ValueError: when a symbolic size has no value in ``sizes``.
+        """
+        rows = math.prod(concrete(size, sizes) for size in types[self.query].sizes[:3])
+        return rows * concrete(types[self.key].sizes[2], sizes)
+
     def infer(self, types: Types) -> dict[str, TensorType]:
         query, key, value = attention_types(types, "attend", self.query, self.key, self.value)
         self.check_captured(types, frozenset("bhijswt"))

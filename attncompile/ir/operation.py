@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -60,6 +60,12 @@ class Operation(ABC):
         """The index expressions among its attributes."""
         values = [getattr(self, f.name) for f in dataclasses.fields(self)]
         return tuple(value for value in values if isinstance(value, Expr))
+
+    def with_expressions(self, change: Callable[[Expr], Expr]) -> Self:
+        """The operation with every index expression among its attributes changed."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Expr)}
+        return dataclasses.replace(self, **changed)
 
     def captured(self) -> tuple[Load, ...]:
         """Loads of tensors in its expressions."""

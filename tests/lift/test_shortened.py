@@ -1,0 +1,114 @@
+"""Proofs of graphs that fix long lengths, at short ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attncompile.frontends.aten import aten_graph
+from attncompile.frontends.capture import capture_export
+from attncompile.lift import Site, lift_graph
+from attncompile.lift.shortened import Shortening
+
+LENGTH, HEADS, CHANNELS = 4096, 8, 4
+
+
+class Function(nn.Module):
+    """Attention under a mask or a bias, or in another shape."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.logits = logits
+        self.register_buffer("triangle", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
+        self.register_buffer("table", torch.randn(HEADS, 2 * LENGTH - 1))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = query * CHANNELS**-0.5
+        return torch.softmax(self.logits(self, query @ key.transpose(-1, -2)), dim=-1) @ value
+
+
+def causal(self: Function, scores: Tensor) -> Tensor:
+    rows, columns = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+    return scores.masked_fill(columns > rows, float("-inf"))
+
+
+def stored(self: Function, scores: Tensor) -> Tensor:
+    return scores.masked_fill(~self.triangle[: scores.shape[-2], : scores.shape[-1]], float("-inf"))
+
+
+def window(self: Function, scores: Tensor) -> Tensor:
+    apart = torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1])
+    return scores.masked_fill((apart < 0) | (apart >= LENGTH // 4), torch.finfo(scores.dtype).min)
+
+
+def slopes(self: Function, scores: Tensor) -> Tensor:
+    distance = torch.arange(scores.shape[-1]) - torch.arange(scores.shape[-2])[:, None]
+    return causal(self, scores + distance * 2.0 ** -torch.arange(1, HEADS + 1)[:, None, None])
+
+
+def relative(self: Function, scores: Tensor) -> Tensor:
+    apart = torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1]) + LENGTH - 1
+    return scores + self.table[:, apart]
+
+
+def site_of(module: nn.Module, *inputs: Tensor) -> Site:
+    (site,) = lift_graph(aten_graph(capture_export(module, inputs))).sites
+    return site
+
+
+def operands(queries: int = LENGTH, keys: int = LENGTH, heads: int = HEADS) -> list[Tensor]:
+    return [torch.zeros(1, heads, length, CHANNELS) for length in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize("logits", [causal, stored, window, slopes, relative], ids=lambda each: each.__name__)
+def test_a_map_too_large_to_compare_is_proven_short(logits: Callable[[Tensor], Tensor]) -> None:
+    site = site_of(Function(logits), *operands())
+    assert site.status == "lifted", site.refusal
+    assert site.proof is not None and site.proof.cases == ("4096 as 13", "4096 as 24")
+
+
+@pytest.mark.parametrize("queries", [4089, 1, 1024])
+def test_queries_and_keys_of_different_lengths(queries: int) -> None:
+    """A few keys of a cache more than queries, one query, a fourth."""
+    heads = 8 if queries > 1 else 1024
+    site = site_of(Function(lambda self, scores: scores), *operands(queries, heads=heads))
+    assert site.status == "lifted", site.refusal
+    assert site.proof is not None and all("4096 as" in case for case in site.proof.cases)
+
+
+def test_a_length_that_is_the_number_of_channels_too() -> None:
+    """2048 tokens of 2048 channels, 8 heads: one of the two numbers becomes short."""
+
+    class Projected(nn.Module):
+        def forward(self, hidden: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (x.view(1, 2048, 8, 256).transpose(1, 2) for x in (hidden, key, value))
+            weights = torch.softmax(query @ key.transpose(-1, -2) / 16, dim=-1)
+            return (weights @ value).transpose(1, 2).reshape(1, 2048, 2048)
+
+    site = site_of(Projected(), *(torch.zeros(1, 2048, 2048) for _ in range(3)))
+    assert site.status == "lifted", site.refusal
+    assert site.proof is not None and site.proof.cases == ("2048 as 13", "2048 as 24")
+
+
+def test_what_cannot_be_shortened_is_run_as_it_is() -> None:
+    """Blocks of 512: no short length is made of them."""
+
+    class Blocked(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query = query.view(1, 2, 8, 512, CHANNELS).flatten(2, 3)
+            return torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+
+    site = site_of(Blocked(), *operands(heads=2))
+    assert site.status == "lifted", site.refusal
+    assert site.proof is not None and site.proof.cases == ("fixed sizes",)
+
+
+def test_numbers_made_of_lengths() -> None:
+    shorter = Shortening({1000: 10, 4096: 24})
+    expected = {64: 64, 700: 700, 999: 9, 1000: 10, 1003: 13, 2000: 20, 4095: 23, 4097: 25, 8191: 47, 8192: 48}
+    assert {number: shorter(number) for number in expected} == expected
+    assert shorter(4096 * 64) == 24 * 64
+    assert shorter(4096 * 1000) == 240 and shorter(2**63 - 1) == 2**63 - 1
