@@ -97,6 +97,7 @@ FLEX = Contender("flex", "flex_attention", "none")
 STATIC = Contender("inductor static", "sdpa", "inductor", dynamic=False)
 DYNAMIC = Contender("inductor", "sdpa", "inductor")
 EAGER_STATIC = Contender("inductor static (eager)", "eager", "inductor", dynamic=False)
+EAGER_DYNAMIC = Contender("inductor (eager)", "eager", "inductor")
 OURS = Contender("attncompile", "sdpa", "attncompile")
 OURS_EAGER = Contender("attncompile (eager)", "eager", "attncompile")
 
@@ -104,10 +105,11 @@ WORKS: tuple[Work, ...] = (
     Work("llama-prefill", "llama", "prefill", (2048, 8192, 32768),
          (EAGER, SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS, OURS_EAGER)),
     Work("llama-eager", "llama", "prefill", (8192, 131072), (EAGER, EAGER_STATIC, OURS_EAGER)),
-    Work("gemma2-prefill", "gemma2", "prefill", (8192, 32768), (EAGER, FLEX, EAGER_STATIC, OURS_EAGER)),
-    Work("bloom-prefill", "bloom", "prefill", (8192, 32768), (EAGER, EAGER_STATIC, OURS_EAGER)),
+    Work("gemma2-prefill", "gemma2", "prefill", (8192, 32768),
+         (EAGER, FLEX, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
+    Work("bloom-prefill", "bloom", "prefill", (8192, 32768), (EAGER, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
     Work("llama-decode", "llama", "decode", (1, 32), (SDPA, STATIC, OURS)),
-    Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, OURS)),
+    Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS)),
     Work("smollm2-prefill", "smollm2", "prefill", (2048,), (SDPA, STATIC, DYNAMIC, OURS), device="cpu"),
     Work("minilm-encode", "minilm", "prefill", (128,), (SDPA, STATIC, DYNAMIC, OURS), batch=32, device="cpu"),
 )  # fmt: skip

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import math
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -322,10 +323,12 @@ def line(row: dict[str, Any]) -> str:
 def _warm(task: tuple[Blocks | Window, str]) -> None:
     """Fill Triton's and Inductor's caches with what one competitor runs at a row."""
     work, name = task
+    begun = time.perf_counter()
     try:
         makers = block_makers(work, work.visible()) if isinstance(work, Blocks) else window_makers(work)
         makers[name]()()
         torch.cuda.synchronize()
+        print(f"compiled {work.name}, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
     except Exception as error:
         print(f"{work.name}, {name}: {error}"[:1000], flush=True)
 
