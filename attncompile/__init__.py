@@ -30,6 +30,7 @@ __all__ = [
     "Site",
     "Spec",
     "__version__",
+    "attention",
     "compile",
     "convert",
     "explain",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from attncompile.frontends.errors import CaptureError, InputError
     from attncompile.ir import Refusal, RefusalError, Spec, parse_spec
     from attncompile.lift.program import Program, Site
+    from attncompile.statement import attention
 
 _HOMES = {
     "CaptureError": "attncompile.frontends.errors",
@@ -55,6 +57,7 @@ _HOMES = {
     "RefusalError": "attncompile.ir",
     "Site": "attncompile.lift.program",
     "Spec": "attncompile.ir",
+    "attention": "attncompile.statement",
     "compile": "attncompile.api",
     "explain": "attncompile.api",
     "load": "attncompile.api",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from attncompile.backend.choose import SUPPORTED, choose_lowering
-from attncompile.codegen.lowering import Lowering
-from attncompile.frontends.torch_internals import fix_value, outside_tracing
+from attncompile.backend.choose import SUPPORTED
+from attncompile.backend.stated import computed, lowered
+from attncompile.frontends.torch_internals import fix_value
 from attncompile.hf.mask import StatedMask, added
 from attncompile.hf.models import NUMBERS, handling, reads_beyond
 from attncompile.hf.sites import Seen, note, note_class, say_kept
@@ -30,10 +30,7 @@ from attncompile.hf.specify import (
     Tensor,
     specify,
 )
-from attncompile.ir import Spec
 from attncompile.ir.types import NAMES
-from attncompile.kernels import operators
-from attncompile.passes import parse_passes, run_passes
 
 log = logging.getLogger("attncompile")
 
@@ -116,7 +113,9 @@ def attention_forward(
         given.append(_one_number(attention_mask.offsets[1], query.device))
     if not traced:
         note(module, Seen(site, program, query.device.type, why_read))
-    return _computed(program, query, key, value, *given).transpose(1, 2).contiguous(), None
+    made = computed(program, query, key, value, *given)
+    assert isinstance(made, torch.Tensor)  # of a Spec with one output
+    return made.transpose(1, 2).contiguous(), None
 
 
 # --- what can not be stated -------------------------------------------------------------------------------------------
@@ -344,25 +343,4 @@ def _remembered(facts: Facts, device: str) -> str:
     return _BEHIND.join((text, ",".join(value.name for value in spec.inputs[3:])))
 
 
-@functools.lru_cache(maxsize=1024)
-def lowered(text: str, device: str) -> tuple[Spec, Lowering]:
-    """The Spec that runs for a text, and what computes it: as the back end of ``torch.compile`` decides.
-
-    Args:
-        text: a printed Spec; device: a device type.
-    """
-    with outside_tracing():
-        spec = run_passes(operators.parsed(text), parse_passes("fuse")).spec
-        return spec, choose_lowering(spec, device)
-
-
-@torch.compiler.allow_in_graph
-def _computed(text: str, query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-    """The output ``[b,h,i,e]`` of a Spec. Dynamo does not look inside; what traces below it does."""
-    lowering = lowered(text, query.device.type)[1]
-    made = lowering.run(query, *rest)
-    assert isinstance(made, torch.Tensor)  # of a Spec with one output
-    return made
-
-
-__all__ = ["attention_forward", "lowered"]
+__all__ = ["attention_forward"]

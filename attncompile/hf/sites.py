@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from attncompile.backend import FallbackWarning
+from attncompile.backend.stated import lowered
 from attncompile.ir import parse_spec
 from attncompile.ir.spec import Spec
 
@@ -127,8 +128,6 @@ def explain(model: torch.nn.Module) -> Explanation:
 
 
 def _report(name: str, seen: Seen, compiled: bool) -> SiteReport:
-    from attncompile.hf.attention import lowered  # which notes sites itself
-
     if not seen.text:
         return SiteReport(name, None, "original", seen.reason, compiled)
     lowering = lowered(seen.text, seen.device)[1]

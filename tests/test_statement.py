@@ -1,0 +1,143 @@
+"""Attention from its statement."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attncompile
+
+PACKED = """
+packed   attend  q[1,8,I,16]  k,v[1,2,I,16]  float32
+  score   0.25·s
+  mask    document[i] = document[j] and j ≤ i
+  kv_head h // 4
+  norm    softmax (float32), empty rows zero
+  given   document[I]:int32
+"""
+
+VARIANTS = {
+    "packed": PACKED,
+    "alibi": "x   attend  q,k,v[B,8,I,16]  float32\n  score  0.25·s + slope[h]·(j − i)\n  mask   j ≤ i\n"
+    "  norm   softmax (float32)\n  given  slope[8]:float32",
+    "softcap": "x   attend  q[B,4,I,16]  k[B,4,J,16]  v[B,4,J,24]  float32\n  score  20.0·tanh(0.0125·s)\n"
+    "  norm   softmax (float32)",
+    "sigmoid": "x   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s − 3.0\n  mask   j ≤ i\n  norm   sigmoid (float32)",
+    "window": "x   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s\n  mask   j ≤ i and j > i − 9\n"
+    "  norm   softmax (float32)",
+}
+
+
+def cumulative(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def documents(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    numbers = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32)
+    return torch.repeat_interleave(numbers, cu_seqlens.diff())
+
+
+def inputs_of(spec: attncompile.Spec, **sizes: int) -> dict[str, torch.Tensor]:
+    from attncompile.ir.sample import random_tensors
+
+    return random_tensors(spec, {"B": 2, "I": 37, "J": 41, **sizes})
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_values_and_gradients_are_those_of_the_definition(name: str) -> None:
+    attend = attncompile.attention(VARIANTS[name])
+    tensors = inputs_of(attend.stated)
+    if "document" in tensors:
+        tensors["document"] = documents(cumulative([5, 1, 20, 11]))
+    names = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
+    for key in names:
+        tensors[key].requires_grad_()
+    found, expected = attend(**tensors), attend.reference(**tensors)
+    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    given = torch.randn_like(found)
+    leaves = [tensors[key] for key in names]
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, given),
+        torch.autograd.grad(expected, leaves, given.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_are_attention_of_each_alone() -> None:
+    lengths = [3, 30, 1, 14]
+    tensors = inputs_of(attncompile.parse_spec(PACKED), I=sum(lengths))
+    cu_seqlens = cumulative(lengths)
+    found = attncompile.attention(PACKED)(tensors["q"], tensors["k"], tensors["v"], document=documents(cu_seqlens))
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        query, key, value = (tensors[name][:, :, start:stop] for name in "qkv")
+        alone = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(found[:, :, start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_a_part_of_a_compiled_model() -> None:
+    attend = attncompile.attention(PACKED)
+
+    def block(hidden: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        query = hidden.unflatten(-1, (8, 16)).transpose(1, 2)
+        return attend(query, query[:, :2], query[:, 2:4], document=document).transpose(1, 2).flatten(2) * 2.0
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (20, 33):
+        hidden, document = torch.randn(1, length, 128), documents(cumulative([length - 7, 7]))
+        torch.testing.assert_close(compiled(hidden, document), block(hidden, document))
+
+
+def test_passes_are_run_or_refused() -> None:
+    attend = attncompile.attention(VARIANTS["window"], passes="sparsify.window(size=4)")
+    assert "i − 4" in str(attend) and "i − 4" not in str(attend.stated)
+    with pytest.raises(ValueError, match="pass regroup\\.boxes does not apply to packed: "):
+        attncompile.attention(PACKED, passes="regroup.boxes")
+    assert attend.lowering("cpu").reason
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"document": None}, "packed takes q, k, v, document; document is missing"),
+    ({"documents": torch.zeros(9)}, "'documents' is none of them"),
+    ({"document": torch.zeros(9)}, "document of packed is float32, but is stated as int32"),
+    ({"document": torch.zeros(8, dtype=torch.int32)}, "axis .* of document is 8, but I is 9"),
+    ({"k": torch.zeros(1, 4, 9, 16)}, "axis g of k is 4, but should be 2"),
+    ({"k": 3}, "k of packed is int 3, not a tensor"),
+    ({"q": torch.zeros(1, 8, 9, 16, device="meta")}, "k is on cpu, q on meta"),
+])  # fmt: skip
+def test_wrong_inputs_are_named(changed: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {name: torch.zeros(1, 8 if name == "q" else 2, 9, 16) for name in "qkv"}
+    given["document"] = torch.zeros(9, dtype=torch.int32)
+    given = {name: tensor for name, tensor in {**given, **changed}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        attncompile.attention(PACKED)(**given)
+
+
+def test_wrong_statements_are_named() -> None:
+    with pytest.raises(ValueError, match="mask"):
+        attncompile.attention(PACKED.replace("j ≤ i", "j ≤ "))
+    with pytest.raises(ValueError, match="takes q, k, v, document; 5 tensors were given"):
+        attncompile.attention(PACKED)(*[torch.zeros(1)] * 5)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_attention.py"), run_name="__main__")
+    assert "tokens 701 to 1500" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_on_a_card(name: str) -> None:
+    attend = attncompile.attention(VARIANTS[name].replace("float32\n  score", "float16\n  score"))
+    tensors = inputs_of(attend.stated, I=300, J=333)
+    if "document" in tensors:
+        tensors["document"] = documents(cumulative([100, 1, 150, 49]))
+    tensors = {key: tensor.cuda() for key, tensor in tensors.items()}
+    found, expected = attend(**tensors), attend.reference(**tensors)
+    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
