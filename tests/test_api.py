@@ -68,6 +68,7 @@ def test_public_names_are_there_and_counted() -> None:
         "Site",
         "Spec",
         "__version__",
+        "attention",
         "compile",
         "convert",
         "explain",

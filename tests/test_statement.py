@@ -26,7 +26,8 @@ VARIANTS = {
     "  norm   softmax (float32)\n  given  slope[8]:float32",
     "softcap": "x   attend  q[B,4,I,16]  k[B,4,J,16]  v[B,4,J,24]  float32\n  score  20.0·tanh(0.0125·s)\n"
     "  norm   softmax (float32)",
-    "sigmoid": "x   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s − 3.0\n  mask   j ≤ i\n  norm   sigmoid (float32)",
+    "sigmoid": "x   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s − 3.0\n  mask   j ≤ i\n"
+    "  norm   sigmoid (float32)",
     "window": "x   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s\n  mask   j ≤ i and j > i − 9\n"
     "  norm   softmax (float32)",
 }
