@@ -112,7 +112,16 @@ class AtenEvaluator:
         args, kwargs = torch.fx.node.map_aggregate((args, kwargs), _widened_argument)
         args, kwargs = self._resized_arguments(node, args, kwargs)
         assert callable(node.target)
-        return torch.fx.node.map_aggregate(node.target(*args, **kwargs), _widened)
+        return torch.fx.node.map_aggregate(self._sliced(node, node.target(*args, **kwargs)), _widened)
+
+    def _sliced(self, node: torch.fx.Node, result: Any) -> Any:
+        """What a slice gives at other sizes: where it begins at a number that stays, it ends sooner."""
+        if self.number is None or getattr(node.target, "_opname", "") != "slice":
+            return result
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, int) and self.number(size) < result.shape[axis]:
+                result = result.narrow(axis, 0, self.number(size))
+        return result
 
     def _resized_arguments(self, node: torch.fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a node with their whole numbers replaced.

@@ -24,6 +24,7 @@ class Function(nn.Module):
         self.logits = logits
         self.register_buffer("triangle", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())
         self.register_buffer("table", torch.randn(HEADS, 2 * LENGTH - 1))
+        self.register_buffer("positions", torch.randn(HEADS, 5000))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = query * CHANNELS**-0.5
@@ -54,6 +55,16 @@ def relative(self: Function, scores: Tensor) -> Tensor:
     return scores + self.table[:, apart]
 
 
+def tail(self: Function, scores: Tensor) -> Tensor:
+    """The last places of a longer table, as in MPT: what begins at 4095 ends sooner."""
+    return scores + self.table[:, None, scores.shape[-1] - 1 :]
+
+
+def stretch(self: Function, scores: Tensor) -> Tensor:
+    """Some places of a table whose length has nothing to do with that of the sequence."""
+    return scores + self.positions[:, None, 300 : scores.shape[-1] + 300]
+
+
 def site_of(module: nn.Module, *inputs: Tensor) -> Site:
     (site,) = lift_graph(aten_graph(capture_export(module, inputs))).sites
     return site
@@ -63,7 +74,10 @@ def operands(queries: int = LENGTH, keys: int = LENGTH, heads: int = HEADS) -> l
     return [torch.zeros(1, heads, length, CHANNELS) for length in (queries, keys, keys)]
 
 
-@pytest.mark.parametrize("logits", [causal, stored, window, slopes, relative], ids=lambda each: each.__name__)
+LOGITS = (causal, stored, window, slopes, relative, tail, stretch)
+
+
+@pytest.mark.parametrize("logits", LOGITS, ids=lambda each: each.__name__)
 def test_a_map_too_large_to_compare_is_proven_short(logits: Callable[[Tensor], Tensor]) -> None:
     site = site_of(Function(logits), *operands())
     assert site.status == "lifted", site.refusal
