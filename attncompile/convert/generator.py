@@ -82,14 +82,14 @@ def _configuration(model: CachedModel, file: str) -> dict[str, Any]:
 
 def _sampling(model: CachedModel) -> dict[str, Any]:
     """How the checkpoint wants its tokens drawn, where it says so."""
-    given = getattr(model.model.decoder, "generation_config", None)
+    given = getattr(model.model.inner, "generation_config", None)
     found = {name: getattr(given, name, None) for name in SAMPLING}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _token(model: CachedModel, name: str) -> int | list[int] | None:
     """A token's number: of the generation configuration, which knows more ends of a text, else of the model's."""
-    found = getattr(getattr(model.model.decoder, "generation_config", None), name, None)
+    found = getattr(getattr(model.model.inner, "generation_config", None), name, None)
     found = getattr(model.config, name, None) if found is None else found
     return found if isinstance(found, int | list) else None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,31 @@ Past = Sequence[dict[str, torch.Tensor]]
 """``key`` and ``value`` of each layer, ``[B, G, P, D]``."""
 
 
-class CachedDecoder(torch.nn.Module):
-    """A decoder of transformers as a function of tensors alone.
+class TensorFunction(torch.nn.Module):
+    """A model of transformers, or a part of it, as a function of tensors alone.
 
     Attributes:
-        decoder: the model.
+        inner: the model.
+    """
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Choose one of the model's own implementations of attention."""
+        self.inner.set_attn_implementation(name)  # type: ignore[operator]
+
+
+class CachedDecoder(TensorFunction):
+    """A decoder of transformers with its cache.
+
+    Attributes:
         positions: whether it takes ``position_ids``.
     """
 
-    def __init__(self, decoder: torch.nn.Module, *, positions: bool) -> None:
-        super().__init__()
-        self.decoder = decoder
+    def __init__(self, inner: torch.nn.Module, *, positions: bool) -> None:
+        super().__init__(inner)
         self.positions = positions
 
     def forward(
@@ -63,31 +78,32 @@ class CachedDecoder(torch.nn.Module):
         for layer in past_key_values:
             for tensor in layer.values():  # an export learns from this what would otherwise be sizes of their own
                 torch._check(tensor.shape[2] == past)
-        cache = DynamicCache()
-        cache.layers.extend(_layer(layer["key"], layer["value"]) for layer in past_key_values)
+        cache = filled_cache(past_key_values)
         given = {"position_ids": position_ids} if self.positions else {}
-        result = self.decoder(
+        result = self.inner(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
         )
         found = {"logits": result.logits}
-        for number, (keys, values) in enumerate(_kept(cache)):
+        for number, (keys, values) in enumerate(kept(cache)):
             found[f"{PRESENT}{number}.key"], found[f"{PRESENT}{number}.value"] = keys, values
         return found
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Choose one of the model's own implementations of attention."""
-        self.decoder.set_attn_implementation(name)  # type: ignore[operator]
+
+def filled_cache(layers: Past) -> DynamicCache:
+    """A cache that holds these keys and values, without a copy."""
+    cache = DynamicCache()
+    cache.layers.extend(_layer(layer["key"], layer["value"]) for layer in layers)
+    return cache
 
 
 def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
-    """A layer of a cache that holds these keys and values, without a copy."""
     layer = DynamicLayer()
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.keys, layer.values, layer.is_initialized = keys, values, True
     return layer
 
 
-def _kept(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def kept(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the layers that keep those of every position, and nothing else."""
     return [
         (layer.keys, layer.values)
@@ -96,18 +112,48 @@ def _kept(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
+Widths = tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+"""Heads and channels of the keys and of the values of each layer."""
+
+
+def widths_of(cache: DynamicCache, positions: int) -> Widths:
+    """The widths of a cache in which every layer keeps keys and values of so many positions, and nothing else.
+
+    Raises:
+        LookupError: when a layer keeps something else, saying so.
+    """
+    pairs = [pair for pair in kept(cache) if all(side.dim() == 4 and side.shape[2] == positions for side in pair)]
+    if not pairs or len(pairs) < len(cache.layers):
+        raise LookupError(f"of its {len(cache.layers)} layers {len(pairs)} keep keys and values of every position")
+    return tuple(((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])) for keys, values in pairs)
+
+
+def empty_past(widths: Widths, batch: int, dtype: torch.dtype) -> Past:
+    """A cache of no positions."""
+    return [
+        {
+            side: torch.zeros(batch, heads, 0, channels, dtype=dtype)
+            for side, (heads, channels) in zip(("key", "value"), layer, strict=True)
+        }
+        for layer in widths
+    ]
+
+
 @dataclass(frozen=True)
-class CachedModel(OpenedModel):
-    """An opened decoder with its cache as arguments and results; ``model`` is a :class:`CachedDecoder`.
+class Generating(OpenedModel, ABC):
+    """An opened model as the function that a generation calls: new tokens behind what is cached.
+
+    ``model`` is a :class:`TensorFunction`.
 
     Attributes:
         opened: the model as it was opened.
-        widths: heads and channels of the keys and of the values of each layer.
+        widths: of what grows with every call.
     """
 
     opened: OpenedModel | None = None
-    widths: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+    widths: Widths = ()
 
+    @abstractmethod
     def example(
         self,
         batch: int = 2,
@@ -120,9 +166,42 @@ class CachedModel(OpenedModel):
 
         Raises InputError as :meth:`OpenedModel.example` does.
         """
+
+    @abstractmethod
+    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The call for tokens ``[B, N]`` when nothing is cached yet."""
+
+    @property
+    def scope(self) -> str:
+        """Path of the model of transformers in the one that is exported; names are told without it."""
+        return "inner."
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cache: that of the model's parameters."""
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+
+
+@dataclass(frozen=True)
+class CachedModel(Generating):
+    """An opened decoder with its cache as arguments and results; ``model`` is a :class:`CachedDecoder`."""
+
+    def example(
+        self,
+        batch: int = 2,
+        length: int = 37,
+        *,
+        padding: Padding | None = None,
+        past: int = EXAMPLE_PAST,
+    ) -> Arguments:
+        """Arguments of one call, as :class:`Generating` says."""
         assert self.opened is not None
         kwargs = self.opened.example(batch, past + length, padding=padding)[1]
         return (), self.arguments(kwargs["input_ids"], kwargs["attention_mask"], past)
+
+    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The call for tokens without padding when nothing is cached yet."""
+        return self.arguments(ids)
 
     def arguments(self, ids: torch.Tensor, mask: torch.Tensor | None = None, past: int = 0) -> dict[str, Any]:
         """The call for tokens ``[B, P + N]`` of which the first ``past`` are cached.
@@ -132,7 +211,7 @@ class CachedModel(OpenedModel):
             past: how many of them come before the call.
         """
         mask = torch.ones_like(ids) if mask is None else mask
-        cached = self._nothing(ids.shape[0])
+        cached = empty_past(self.widths, ids.shape[0], self.dtype)
         if past:
             with torch.no_grad():
                 results = self.model(**self._call(ids[:, :past], mask[:, :past], cached))
@@ -142,17 +221,6 @@ class CachedModel(OpenedModel):
             ]
         return self._call(ids[:, past:], mask, cached)
 
-    def _nothing(self, batch: int) -> Past:
-        """An empty cache."""
-        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
-        return [
-            {
-                side: torch.zeros(batch, heads, 0, channels, dtype=dtype)
-                for side, (heads, channels) in zip(("key", "value"), layer, strict=True)
-            }
-            for layer in self.widths
-        ]
-
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, past: Past) -> dict[str, Any]:
         # contiguous: an export looks at strides too, and would take a part of a longer row for a case of its own
         call: dict[str, Any] = {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
@@ -161,11 +229,6 @@ class CachedModel(OpenedModel):
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
             call["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :].contiguous()
         return call | {"past_key_values": past}
-
-    @property
-    def scope(self) -> str:
-        """Path of the model of transformers in the one that is exported; names are told without it."""
-        return "decoder."
 
     def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
         """Names of the axes that vary, for each tensor of a call in order."""
@@ -185,21 +248,18 @@ def with_cache(opened: OpenedModel) -> CachedModel:
     model = opened.model
     reason = _no_decoder(opened)
     if reason is not None:
-        raise InputError(f"it has no cache to convert with: {reason}", opened.name, _ADVICE)
+        raise InputError(f"it has no cache to convert with: {reason}", opened.name, ADVICE)
     (_, kwargs), cache = opened.example(2, 7), DynamicCache()
     with torch.no_grad():
         try:
             model(**{**kwargs, "past_key_values": cache, "use_cache": True})
         except Exception as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"it does not run with a cache ({said})", opened.name, _ADVICE) from error
-    kept = [pair for pair in _kept(cache) if all(side.dim() == 4 and side.shape[2] == 7 for side in pair)]
-    if not kept or len(kept) < len(cache.layers):
-        reason = f"of its {len(cache.layers)} layers {len(kept)} keep keys and values of every position"
-        raise InputError(reason, opened.name, _ADVICE)
-    widths = tuple(
-        ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])) for keys, values in kept
-    )
+            raise InputError(f"it does not run with a cache ({said})", opened.name, ADVICE) from error
+    try:
+        widths = widths_of(cache, 7)
+    except LookupError as error:
+        raise InputError(error.args[0], opened.name, ADVICE) from error
     positions = "position_ids" in inspect.signature(model.forward).parameters
     made = CachedModel(
         "torch",
@@ -215,39 +275,68 @@ def with_cache(opened: OpenedModel) -> CachedModel:
     return made
 
 
-_ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
+ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
+"""What helps where a model has no cache to convert with."""
 
 
-def _no_decoder(opened: OpenedModel) -> str | None:
-    """Why a model is no decoder-only language model of transformers."""
+def why_no_cache(opened: OpenedModel, arguments: Set[str]) -> str | None:
+    """Why a model is none of transformers that generates and takes these arguments of its forward."""
     model = opened.model
     if opened.kind != "torch" or opened.given is not None or not isinstance(model, transformers.PreTrainedModel):
         return "only a Hugging Face checkpoint says how its cache is passed"
     if not model.can_generate():
         return f"{type(model).__name__} does not generate"
-    if getattr(model.config, "is_encoder_decoder", False) or model.main_input_name != "input_ids":
-        return f"{type(model).__name__} does not generate from tokens alone"
-    missing = {"past_key_values", "attention_mask"} - set(inspect.signature(model.forward).parameters)
+    missing = arguments - set(inspect.signature(model.forward).parameters)
     return f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}" if missing else None
 
 
-def _require_steps(cached: CachedModel) -> None:
-    """Raises InputError unless a step behind cached tokens gives what the whole sequence gives at once.
+def _no_decoder(opened: OpenedModel) -> str | None:
+    """Why a model is no decoder-only language model of transformers."""
+    reason = why_no_cache(opened, frozenset())
+    if reason is None and opened.model.main_input_name != "input_ids":
+        return f"{type(opened.model).__name__} does not generate from tokens alone"
+    return reason or why_no_cache(opened, {"past_key_values", "attention_mask"})
 
-    Judged by half of the digits of the model's dtype: rounding stays far below that, and a cache that is not read does
-    not.
-    """
+
+def _require_steps(cached: CachedModel) -> None:
+    """Raises InputError unless a step behind cached tokens gives what the whole sequence gives at once."""
     assert cached.opened is not None
     # no padding: some models give NaN for queries that see no key
     ids = cached.opened.example(2, 9, padding="none")[1]["input_ids"]
     with torch.no_grad():
         at_once = cached.model(**cached.arguments(ids))["logits"][:, -1]
         stepped = cached.model(**cached.arguments(ids, past=8))["logits"][:, -1]
+    require_equal_steps(at_once, stepped, cached.name)
+
+
+def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str) -> None:
+    """Raises InputError unless a step's logits are those of the whole sequence.
+
+    Judged by half of the digits of the model's dtype: rounding stays far below that, and a cache that is not read does
+    not.
+    """
     allowed = math.sqrt(torch.finfo(at_once.dtype).eps) * float(at_once.abs().max())
     apart = float((at_once - stepped).abs().max())
     if not apart <= allowed:
         reason = f"a step behind its cache gives other logits than the whole sequence does (by {apart:.2g})"
-        raise InputError(reason, cached.name, _ADVICE)
+        raise InputError(reason, name, ADVICE)
 
 
-__all__ = ["PRESENT", "CachedDecoder", "CachedModel", "with_cache"]
+__all__ = [
+    "ADVICE",
+    "EXAMPLE_PAST",
+    "PRESENT",
+    "CachedDecoder",
+    "CachedModel",
+    "Generating",
+    "Past",
+    "TensorFunction",
+    "Widths",
+    "empty_past",
+    "filled_cache",
+    "kept",
+    "require_equal_steps",
+    "why_no_cache",
+    "widths_of",
+    "with_cache",
+]

@@ -1,0 +1,314 @@
+"""An encoder-decoder as the two functions that generation calls: the encoder once, the decoder for every step.
+
+- ``hidden, cross = encoder(inputs)``: the encoder's states, and what the decoder's cross-attention makes of them, keys
+  and values of every layer. They are the same for every step, so they are computed here.
+- ``logits, present = decoder(input_ids, encoder_attention_mask, past, cross)``: ``N`` new tokens behind ``P`` cached
+  ones, for a prompt (``P = 0``) and for every step after it.
+
+Both are the model's own code: the first lets the decoder fill its cache from the states and keeps the half that depends
+on nothing else; the second gives the decoder a filled cache. The names are those of Optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from attncompile.frontends.cached import (
+    ADVICE,
+    EXAMPLE_PAST,
+    PRESENT,
+    Generating,
+    TensorFunction,
+    Widths,
+    empty_past,
+    filled_cache,
+    kept,
+    require_equal_steps,
+    why_no_cache,
+    widths_of,
+)
+from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import InputError
+from attncompile.frontends.example_inputs import Arguments, Padding
+
+SIDES = ("key", "value")
+OF_DECODER = ("decoder_input_ids", "use_cache")
+"""Arguments of a whole model that its encoder does not take."""
+
+BothPasts = Sequence[Mapping[str, Mapping[str, torch.Tensor]]]
+"""For each layer ``decoder`` (self-attention, ``[B, G, P, D]``) and ``encoder`` (cross-attention, ``[B, G, S, D]``), of
+both ``key`` and ``value``."""
+
+
+class Encoding(TensorFunction):
+    """The encoder, with the keys and values of the decoder's cross-attention."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Hidden states ``[B, S, C]``, and keys and values ``[B, G, S, D]`` of every layer of the decoder, by name.
+
+        Args:
+            input_ids, input_features, input_values, pixel_values: what the encoder reads, one of them; attention_mask:
+                0 for padding, for a model whose encoder takes one.
+        """
+        named = {
+            "input_ids": input_ids,
+            "input_features": input_features,
+            "input_values": input_values,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+        }
+        inputs = {name: tensor for name, tensor in named.items() if tensor is not None}
+        encoded = self.inner.get_encoder()(**inputs, return_dict=True)  # type: ignore[operator]
+        hidden = encoded.last_hidden_state
+        # the decoder fills the cache in a call of one token; what else it computes is not asked for
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        tokens = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)
+        mask = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
+        self.inner(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True, **mask)
+        found = {"last_hidden_state": hidden}
+        for number, pair in enumerate(kept(cache.cross_attention_cache)):
+            found |= {f"{PRESENT}{number}.encoder.{side}": tensor for side, tensor in zip(SIDES, pair, strict=True)}
+        return found
+
+
+class Decoding(TensorFunction):
+    """The decoder behind both caches.
+
+    Attributes:
+        outputs: the type in which the model passes its encoder's results.
+        channels: of the encoder's hidden states.
+    """
+
+    def __init__(self, inner: torch.nn.Module, outputs: type[ModelOutput], channels: int) -> None:
+        super().__init__(inner)
+        self.outputs = outputs
+        self.channels = channels
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: BothPasts,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Logits ``[B, N, vocabulary]`` and what self-attention has cached afterwards, by name.
+
+        Args:
+            input_ids: ``[B, N]`` int64.
+            past_key_values: what is cached; encoder_attention_mask: ``[B, S]`` int64, 0 for padding, for a model whose
+                encoder takes one.
+        """
+        first = past_key_values[0]
+        past, source = (first[name]["key"].shape[2] for name in ("decoder", "encoder"))
+        for layer in past_key_values:
+            for name, size in (("decoder", past), ("encoder", source)):
+                for tensor in layer[name].values():  # an export would otherwise take them for sizes of their own
+                    torch._check(tensor.shape[2] == size)
+        cache = EncoderDecoderCache(
+            *(filled_cache([dict(layer[name]) for layer in past_key_values]) for name in ("decoder", "encoder"))
+        )
+        # nobody reads the states any more, but models look at their shape
+        states = first["encoder"]["key"].new_zeros(input_ids.shape[0], source, self.channels)
+        mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
+        result = self.inner(
+            encoder_outputs=self.outputs(last_hidden_state=states),  # type: ignore[call-arg]
+            decoder_input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **mask,
+        )
+        found = {"logits": result.logits}
+        for number, pair in enumerate(kept(cache.self_attention_cache)):
+            found |= {f"{PRESENT}{number}.decoder.{side}": tensor for side, tensor in zip(SIDES, pair, strict=True)}
+        return found
+
+
+@dataclass(frozen=True)
+class EncoderModel(OpenedModel):
+    """The encoder of an opened model; ``model`` is an :class:`Encoding`.
+
+    Attributes:
+        opened: the model as it was opened.
+    """
+
+    opened: OpenedModel | None = None
+
+    @property
+    def scope(self) -> str:
+        """Path of the model of transformers in the one that is exported; names are told without it."""
+        return "inner."
+
+    @property
+    def part(self) -> str:
+        """What this is of the model that was opened."""
+        return "encoder"
+
+    def example(self, batch: int = 2, length: int = 37, *, padding: Padding | None = None) -> Arguments:
+        """What the encoder takes of the whole model's arguments."""
+        assert self.opened is not None
+        return (), of_encoder(self.opened.example(batch, length, padding=padding)[1])
+
+
+@dataclass(frozen=True)
+class DecoderModel(Generating):
+    """The decoder of an opened model with both caches; ``model`` is a :class:`Decoding`.
+
+    Attributes:
+        encoder: what makes the cross-attention's keys and values.
+        cross: their widths.
+        source: how many positions the encoder always gives; ``None`` where that follows from its input.
+    """
+
+    encoder: EncoderModel | None = None
+    cross: Widths = ()
+    source: int | None = None
+
+    @property
+    def part(self) -> str:
+        """What this is of the model that was opened."""
+        return "decoder"
+
+    def example(
+        self,
+        batch: int = 2,
+        length: int = 37,
+        *,
+        padding: Padding | None = None,
+        past: int = EXAMPLE_PAST,
+    ) -> Arguments:
+        """Arguments of one call, as :class:`Generating` says, behind an encoded input of about half the length."""
+        assert self.opened is not None
+        ids = self.opened.example(batch, past + length)[1]["decoder_input_ids"]
+        return (), self.behind(ids, self._encoder_inputs(batch, 4 + (past + length) // 2, padding), past)
+
+    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The call for tokens behind the encoded input of an example, when nothing else is cached yet."""
+        return self.behind(ids, self._encoder_inputs(ids.shape[0], 4 + ids.shape[1] // 2, None))
+
+    def behind(self, ids: torch.Tensor, inputs: Mapping[str, torch.Tensor], past: int = 0) -> dict[str, Any]:
+        """The call for tokens ``[B, P + N]``, of which the first ``past`` are cached, behind an encoder's input."""
+        assert self.encoder is not None
+        with torch.no_grad():
+            cross = self.encoder.model(**inputs)
+            layers = range(len(self.cross))
+            own = empty_past(self.widths, ids.shape[0], self.dtype)
+            if past:
+                results = self.model(**_call(ids[:, :past], inputs, own, cross))
+                own = [{side: results[f"{PRESENT}{number}.decoder.{side}"] for side in SIDES} for number in layers]
+        return _call(ids[:, past:], inputs, own, cross)
+
+    def _encoder_inputs(self, batch: int, length: int, padding: Padding | None) -> Mapping[str, torch.Tensor]:
+        assert self.encoder is not None
+        return self.encoder.example(batch, length, padding=padding)[1]
+
+    def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
+        """Names of the axes that vary, for each tensor of a call in order."""
+        varies = {} if self.source is not None else {2: "encoder_length"}
+        masks = [{0: "batch", 1: "encoder_length"}] if "encoder_attention_mask" in kwargs else []
+        layer = [{0: "batch", 2: "past"}] * 2 + [{0: "batch", **varies}] * 2
+        return ({0: "batch", 1: "length"}, *masks, *(layer * len(self.widths)))
+
+
+def _call(
+    ids: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    own: Sequence[Mapping[str, torch.Tensor]],
+    cross: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:
+    mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
+    past = [
+        {"decoder": dict(layer), "encoder": {side: cross[f"{PRESENT}{number}.encoder.{side}"] for side in SIDES}}
+        for number, layer in enumerate(own)
+    ]
+    # contiguous: an export looks at strides too, and would take a part of a longer row for a case of its own
+    return {"input_ids": ids.contiguous(), **mask, "past_key_values": past}
+
+
+def of_encoder(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder takes of the arguments of its whole model."""
+    return {name: value for name, value in kwargs.items() if name not in OF_DECODER}
+
+
+def encodes_and_decodes(opened: OpenedModel) -> bool:
+    """Whether a model is an encoder-decoder of transformers."""
+    return bool(getattr(getattr(opened.model, "config", None), "is_encoder_decoder", False))
+
+
+def with_cross_cache(opened: OpenedModel) -> tuple[EncoderModel, DecoderModel]:
+    """Encoder and decoder of a model that generates, with its caches as arguments and results.
+
+    Raises:
+        InputError: when it does not generate, or its layers keep something else than the keys and values of every
+            position.
+    """
+    reason = why_no_cache(opened, {"past_key_values", "encoder_outputs", "decoder_input_ids"})
+    if reason is not None:
+        raise InputError(f"it has no cache to convert with: {reason}", opened.name, ADVICE)
+    base = ("torch", opened.name, opened.path)
+    encoder = EncoderModel(
+        *base, Encoding(opened.model).eval(), config=opened.config, notes=opened.notes, opened=opened
+    )
+    kwargs = opened.example(2, 7)[1]
+    inputs, longer = of_encoder(kwargs), encoder.example(2, 11)[1]
+    mask = {name: value for name, value in inputs.items() if name == "attention_mask"}
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.no_grad():
+        try:
+            encoded = opened.model.get_encoder()(**inputs, return_dict=True)
+            opened.model(
+                encoder_outputs=encoded,
+                decoder_input_ids=kwargs["decoder_input_ids"],
+                past_key_values=cache,
+                use_cache=True,
+                **mask,
+            )
+            sources = [encoder.model(**some)["last_hidden_state"].shape[1] for some in (inputs, longer)]
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"it does not run with a cache ({said})", opened.name, ADVICE) from error
+    try:
+        widths = widths_of(cache.self_attention_cache, 7)
+        cross = widths_of(cache.cross_attention_cache, sources[0])
+    except LookupError as error:
+        raise InputError(error.args[0], opened.name, ADVICE) from error
+    if len(widths) != len(cross):
+        reason = f"{len(widths)} of its layers attend to themselves and {len(cross)} to the encoder"
+        raise InputError(reason, opened.name, ADVICE)
+    decoder = DecoderModel(
+        *base,
+        Decoding(opened.model, type(encoded), encoded.last_hidden_state.shape[-1]).eval(),
+        config=opened.config,
+        opened=opened,
+        widths=widths,
+        encoder=encoder,
+        cross=cross,
+        source=sources[0] if sources[0] == sources[1] else None,
+    )
+    with torch.no_grad():
+        at_once = opened.model(**kwargs).logits[:, -1]
+        stepped = decoder.model(**decoder.behind(kwargs["decoder_input_ids"], inputs, 6))["logits"][:, -1]
+    require_equal_steps(at_once, stepped, opened.name)
+    return encoder, decoder
+
+
+__all__ = [
+    "DecoderModel",
+    "Decoding",
+    "EncoderModel",
+    "Encoding",
+    "encodes_and_decodes",
+    "of_encoder",
+    "with_cross_cache",
+]
