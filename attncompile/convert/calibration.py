@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from attncompile.frontends.cached import PRESENT, CachedModel
+from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
+from attncompile.frontends.example_inputs import positions_of
 
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
@@ -86,7 +87,7 @@ def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
     Raises:
         InputError: when no inputs can be derived for the model.
     """
-    if isinstance(opened, CachedModel):
+    if isinstance(opened, Generating):
         return tuple(_cached_calls(opened, seed_shift))
     made: list[Call] = []
     for batch, length in SHAPES:
@@ -100,9 +101,9 @@ def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
     return tuple(made)
 
 
-def _cached_calls(opened: CachedModel, shift: int) -> Iterator[Call]:
+def _cached_calls(opened: Generating, shift: int) -> Iterator[Call]:
     """Calls of a model with a cache: as many as fit into its positions, the longest shortened to them."""
-    positions = getattr(opened.config, "max_position_embeddings", None) or math.inf
+    positions = positions_of(opened.config) or math.inf
     for batch, past, length in CACHED_SHAPES:
         prompt, more = (length + shift, 0) if not past else (length, past + shift)
         if prompt + more > positions:
@@ -127,11 +128,11 @@ def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
         return None
     if not isinstance(kwargs.get("input_ids"), torch.Tensor):
         return None
-    positions = getattr(opened.config, "max_position_embeddings", length) or length
+    positions = positions_of(opened.config) or length
     ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
     ids = torch.tensor([ids])
-    if isinstance(opened, CachedModel):
-        return Call((), opened.arguments(ids), f"{ids.shape[1]} tokens of text")
+    if isinstance(opened, Generating):
+        return Call((), opened.of_tokens(ids), f"{ids.shape[1]} tokens of text")
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
         if name in kwargs:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,7 +80,7 @@ class Compared:
         return None
 
 
-def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0) -> Compared:
+def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0, part: str = "") -> Compared:
     """Run all forms on fresh calls, and after lossy passes on running text too.
 
     Args:
@@ -88,6 +88,7 @@ def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0
         runs: what to run.
         lossy: whether the result may compute something else; then nothing is judged.
         shift: added to the lengths of the calls, so that a verification sees others than the conversion.
+        part: what is run, where it is not the whole model; for the entries.
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
@@ -97,6 +98,7 @@ def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0
     ran = 0
     with torch.no_grad():
         for call in calls(opened, shift):
+            call = replace(call, what=f"{part}: {call.what}") if part else call
             converted = _converted(runs, call, notes)
             if converted is not None:
                 ran += 1

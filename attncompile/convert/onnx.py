@@ -1,59 +1,45 @@
-"""A model as an ONNX file with rewritten attention: exported, lifted, lowered, loaded, compared."""
+"""A model as ONNX files with rewritten attention: one, or encoder and decoder of a model with both caches."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import onnx_ir
-import onnxruntime
 
 from attncompile.codegen.onnx.capabilities import Provider
-from attncompile.codegen.onnx.quantize import quantize_projections
 from attncompile.convert.artifact import Conversion
-from attncompile.convert.calibration import Call, calls, text_call
-from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
-from attncompile.convert.comparison import (
-    DoesNotRunError,
-    Run,
-    Runs,
-    compare_runs,
-    in_float64,
-    outputs_of,
-)
+from attncompile.convert.comparison import Compared, DoesNotRunError, compare_runs, in_float64
 from attncompile.convert.evidence import make_certificate
 from attncompile.convert.export import export_onnx
-from attncompile.convert.frame import (
-    Made,
-    Options,
-    conversion,
-    disagreement,
-    lossy_rewrites,
-    plan_is_lossy,
-    require_sites,
-)
+from attncompile.convert.frame import Made, Options, conversion, disagreement, plan_is_lossy, require_sites
 from attncompile.convert.generator import write_generator
-from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
-from attncompile.convert.onnx_sites import site_certificates, verified_sites
-from attncompile.convert.runtime import run, save, session
+from attncompile.convert.in_steps import compare_in_steps
+from attncompile.convert.onnx_part import (
+    MODEL,
+    Part,
+    finish_part,
+    kept_export,
+    make_part,
+    quantizes_projections,
+    runs_of,
+)
+from attncompile.convert.onnx_sites import verified_sites
+from attncompile.convert.runtime import save, session
 from attncompile.convert.source import read_source, reopen
-from attncompile.convert.timing import latency_measurement, size_measurement, slower
-from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
-from attncompile.frontends.cached import CachedModel, with_cache
+from attncompile.convert.timing import slower
+from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.encoder_decoder import encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
-from attncompile.report import Measurement
 from attncompile.verify import Certificate
 
-MODEL = "model.onnx"
-BEFORE = "before.onnx"
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
 COPIED = (
     "config.json",
@@ -74,7 +60,7 @@ COPIED = (
 
 
 def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
-    """Write a folder with ``model.onnx``, its plan and its evidence.
+    """Write a folder with ``model.onnx``, or ``encoder.onnx`` and ``decoder.onnx``, its plan and its evidence.
 
     The result is loaded and compared with the original before it is written. When it does not agree, the plain
     decomposition is tried, and the report says so.
@@ -93,196 +79,101 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
-    provider, before = options.provider, folder / BEFORE
-    opened, source, notes = _source(opened, options)
-    save(source, before)
-    unrewritten = session(before, provider)
-    exact = in_float64(opened.model) if opened.kind == "torch" else None
-    tried: list[str] = []
-    for preference in dict.fromkeys((options.prefer, "decomposed")):
-        options.progress("finding attention")
-        rewritten = rewrite_onnx(
-            onnx_ir.load(before), opened.name, requested, provider, preference, options.allow_untrained, notes
-        )
-        require_sites(rewritten.program, target)
-        options.progress("writing the model")
-        quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
-        options.progress("comparing with the original")
-        lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
-        try:
-            compared = compare_runs(opened, _runs(opened, unrewritten, exact, folder / MODEL, provider), lossy=lossy)
-            problem = compared.problem()
-        except DoesNotRunError as error:
-            problem = str(error)
-        if problem is None:
-            break
-        tried.append(f"with prefer={preference} the result did not agree and was dropped: {problem}")
-    else:
-        raise disagreement(str(problem), target)
-    options.progress("checking every site")
-    sites = site_certificates(rewritten, provider)
-    options.progress("measuring")
-    changes, told = _changes(opened, rewritten, folder, provider, quantised)
-    measured, unchanged = _measurements(opened, not (rewritten.changed or quantised), folder, provider)
-    if opened.kind == "torch":
-        save_unrewritten(onnx_ir.load(before), opened, folder / UNREWRITTEN)
-    for leftover in folder.glob(f"{BEFORE}*"):
-        leftover.unlink()
+    parts, notes = _exported(opened, folder, options)
+    done = [make_part(part, target, requested, folder, options, notes[part.file]) for part in parts]
+    program = join_programs(opened.name, [made.rewritten.program for made in done], ())
+    require_sites(program, target)
+    compared = [made.compared for made in done]
+    if len(parts) > 1:
+        options.progress("comparing generation with the original")
+        lossy = any(made.lossy for made in done)
+        compared.append(_compared_in_steps(opened, parts, folder, options.provider, lossy=lossy))
+        problem = compared[-1].problem()
+        if problem is not None:
+            raise disagreement(problem, target)
+    for part in parts:
+        finish_part(part, folder)
     _copy_companions(opened, folder)
-    if isinstance(opened, CachedModel):
-        told += write_generator(opened, MODEL, folder)
-    if quantised:
-        told.insert(
-            0,
-            f"{quantised} projections multiply in INT8 (ONNX Runtime's dynamic quantiser); attention products stay "
-            "in float",
-        )
+    caching = [part.opened for part in parts if isinstance(part.opened, Generating)]
+    told = [note for one in caching for note in write_generator(one, [part.file for part in parts], folder)]
+    measured = [row for made in done for row in made.measurements]
     return Made(
-        rewritten.program,
-        rewritten.outcomes,
-        tuple(sites),
-        compared,
-        changes,
+        program,
+        tuple(outcome for made in done for outcome in made.rewritten.outcomes),
+        tuple(site for made in done for site in made.sites),
+        Compared(
+            tuple(entry for one in compared for entry in one.entries),
+            tuple(dict.fromkeys(note for one in compared for note in one.notes)),
+        ),
+        {name: change for made in done for name, change in made.changes.items()},
         tuple(measured),
-        (*rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
-        cache=isinstance(opened, CachedModel),
+        (*(note for made in done for note in made.notes), *told, *slower(measured)),
+        cache=bool(caching),
     )
 
 
 _WITHOUT = "converted without a cache"
 
 
-def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
-    """The model with its cache as inputs and outputs where that is wanted; with a note where it has none.
+def _parts(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """What is made of a model, and a note where it has no cache.
 
     Raises:
         InputError: when a cache is insisted on.
     """
-    if wanted is False:
-        return opened
+    whole = (Part(MODEL, opened),)
+    if wanted is False or (opened.kind == "onnx" and not wanted):
+        return whole, ()
     try:
-        return with_cache(opened)
+        if encodes_and_decodes(opened):
+            encoder, decoder = with_cross_cache(opened)
+            return (Part(ENCODER, encoder), Part(DECODER, decoder)), ()
+        return (Part(MODEL, with_cache(opened)),), ()
     except InputError as error:
         if wanted:
             raise
-        generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
-        told = (f"{_WITHOUT}: {error.what}",) if generates else ()
-        return replace(opened, notes=(*opened.notes, *told))
+        generates = getattr(opened.model, "can_generate", lambda: False)()
+        return whole, (f"{_WITHOUT}: {error.what}",) if generates else ()
 
 
-def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir.Model, tuple[str, ...]]:
-    """The model as it is converted, with its cache or without, the ONNX model to start from, and notes."""
-    if opened.kind == "onnx" and not options.cache:
-        return opened, onnx_ir.load(opened.path), opened.notes
-    given, opened = opened, _with_cache(opened, options.cache)
-    options.progress("exporting to ONNX")
+def _exported(
+    opened: OpenedModel, folder: Path, options: Options
+) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
+    """What the model is made into, with the export of each part written to the folder, and notes by file."""
+    parts, told = _parts(opened, options.cache)
     try:
-        model, notes = export_onnx(opened)
+        return parts, _save_exports(parts, folder, options, told)
     except CaptureError as error:
-        if opened is given or options.cache or not isinstance(opened, CachedModel):
+        if options.cache or not any(isinstance(part.opened, Generating) for part in parts):
             raise
-        opened = replace(given, notes=(*given.notes, f"{_WITHOUT}: {error.reason}"))
-        model, notes = export_onnx(opened)
-    return opened, model, (*opened.notes, *notes)
+        whole = (Part(MODEL, opened),)
+        return whole, _save_exports(whole, folder, options, (f"{_WITHOUT}: {error.reason}",))
 
 
-def _quantizes_projections(requested: Sequence[PassCall]) -> bool:
-    return any(
-        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested
-    )
+def _save_exports(
+    parts: tuple[Part, ...], folder: Path, options: Options, told: tuple[str, ...]
+) -> Mapping[str, tuple[str, ...]]:
+    """Write the export of each part; what there is to say about it, by file."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        if part.opened.kind == "onnx":
+            model, notes = onnx_ir.load(part.opened.path), ()
+        else:
+            options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
+            model, notes = export_onnx(part.opened)
+        save(model, folder / part.before)
+        found[part.file] = (*part.opened.notes, *told, *notes)
+    return found
 
 
-def _write_model(model: onnx_ir.Model, folder: Path, *, quantize: bool) -> int:
-    """Write the result; returns how many projections were quantised."""
-    for stale in folder.glob(f"{MODEL}*"):
-        stale.unlink()
-    if not quantize:
-        save(model, folder / MODEL)
-        return 0
-    save(model, folder / "float.onnx")
-    count = quantize_projections(folder / "float.onnx", folder / MODEL)
-    for stale in folder.glob("float.onnx*"):
-        stale.unlink()
-    return count
-
-
-def _runs(
-    opened: OpenedModel, unrewritten: onnxruntime.InferenceSession, exact: Run | None, file: Path, provider: str
-) -> Runs:
-    """All that is compared: the original, the export and the result."""
-    converted = session(file, provider)
-    if opened.kind == "onnx":
-        plain = partial(run, unrewritten)
-        return Runs(plain, partial(run, converted), plain)
-    return Runs(
-        lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
-        partial(run, converted),
-        partial(run, unrewritten),
-        exact,
-        "ONNX Runtime",
-    )
-
-
-def _changes(
-    opened: OpenedModel, rewritten: Rewritten, folder: Path, provider: str, quantised: int
-) -> tuple[dict[str, Change], list[str]]:
-    """How far lossy passes moved each site on running text, and what there is to say about it."""
-    rewrites = lossy_rewrites(rewritten.outcomes)
-    if not rewrites and not quantised:
-        return {}, []
-    text = text_call(opened)
-    if text is None:
-        return {}, ["the model takes no text, so the change of each site is measured on random inputs only"]
-    found: dict[str, Change] = {}
-    if quantised:
-        outputs = {
-            site.name: site.region.outputs[0].value
-            for site in rewritten.program.sites
-            if site.status == "lifted" and site.region is not None
-        }
-        found |= _quantised_changes(outputs, folder, text, provider)
-    found |= changes_in_onnx(onnx_ir.load(folder / BEFORE), text, provider, rewrites)
-    missing = len({one.site.name for one in rewrites} - set(found))
-    told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
-    return found, told if missing else []
-
-
-def _quantised_changes(outputs: Mapping[str, str], folder: Path, text: Call, provider: str) -> dict[str, Change]:
-    """The change of each site's output, by name, when the projections of the unrewritten model are quantised.
-
-    The rewritten model has other values between its nodes, so the same quantiser is run on the model before.
-
-    Args:
-        outputs: native result of each site.
-        folder: with the unrewritten model; text: what both run on; provider: where.
-    """
-    before = onnx_ir.load(folder / BEFORE)
-    name_values(before)
-    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
-        plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
-        save(before, plain)
-        quantize_projections(plain, quantised)
-        natives = observed(before, text, provider, outputs.values())
-        results = observed(onnx_ir.load(quantised), text, provider, outputs.values())
-    inputs = f"{text.what}, with the projections before it quantised too"
-    return {
-        site: difference([results[name]], [natives[name]], inputs)
-        for site, name in outputs.items()
-        if name in natives and name in results
-    }
-
-
-def _measurements(
-    opened: OpenedModel, unchanged: bool, folder: Path, provider: str
-) -> tuple[list[Measurement], list[str]]:
-    """Size and latency before and after, and a sentence where nothing was changed."""
-    found = [size_measurement(folder / BEFORE, folder / MODEL)]
-    if unchanged:
-        return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    before, after = session(folder / BEFORE, provider), session(folder / MODEL, provider)
-    what = "torch's own export" if opened.kind == "torch" else "the given file"
-    found += [latency_measurement(before, after, call, what) for call in calls(opened)[-1:]]
-    return found, []
+def _compared_in_steps(
+    opened: OpenedModel, parts: tuple[Part, ...], folder: Path, provider: str, *, lossy: bool
+) -> Compared:
+    """Encoder and decoder behind each other, in steps, against the original without a cache."""
+    before = [session(folder / part.before, provider) for part in parts]
+    after = [session(folder / part.file, provider) for part in parts]
+    decoder = parts[-1].opened
+    return compare_in_steps(opened, decoder, before, after, in_float64(opened.model), lossy=lossy)
 
 
 def _copy_companions(opened: OpenedModel, folder: Path) -> None:
@@ -303,26 +194,23 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
     """
     opened = reopen(folder, allow_pickle=allow_pickle)
-    opened = _with_cache(opened, read_source(folder).cache)
-    lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
-    exact = in_float64(opened.model) if opened.kind == "torch" else None
-    with _unrewritten(folder, opened) as file:
-        runs = _runs(opened, session(file, plan.provider), exact, folder / MODEL, plan.provider)
+    parts, _ = _parts(opened, read_source(folder).cache)
+    lossy = quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
+    entries = []
+    with ExitStack() as kept:
+        before = [session(kept.enter_context(kept_export(part, folder)), plan.provider) for part in parts]
+        after = [session(folder / part.file, plan.provider) for part in parts]
         try:
-            compared = compare_runs(opened, runs, lossy=lossy, shift=shift)
+            for part, unrewritten in zip(parts, before, strict=True):
+                exact = in_float64(part.opened.model) if part.opened.kind == "torch" else None
+                runs = runs_of(part.opened, unrewritten, exact, folder / part.file, plan.provider)
+                entries += compare_runs(part.opened, runs, lossy=lossy, shift=shift, part=part.name).entries
+            if len(parts) > 1:
+                exact = in_float64(opened.model)
+                decoder = parts[-1].opened
+                found = compare_in_steps(opened, decoder, before, after, exact, lossy=lossy, shift=shift)
+                entries += found.entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
     provider: Provider = "cuda" if plan.provider == "cuda" else "cpu"
-    return make_certificate(plan, verified_sites(plan, provider), compared.entries)
-
-
-@contextmanager
-def _unrewritten(folder: Path, opened: OpenedModel) -> Iterator[Path]:
-    """The model before any site was replaced, as a file for as long as the block runs."""
-    if opened.kind == "onnx":
-        yield opened.path
-        return
-    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
-        file = Path(scratch) / BEFORE
-        save(load_unrewritten(folder / UNREWRITTEN, opened), file)
-        yield file
+    return make_certificate(plan, verified_sites(plan, provider), entries)

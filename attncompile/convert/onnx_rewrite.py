@@ -56,6 +56,7 @@ def rewrite_onnx(
     prefer: Prefer,
     allow_untrained: bool,
     notes: tuple[str, ...],
+    longest: int | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -66,6 +67,7 @@ def rewrite_onnx(
         provider: where it will run; prefer: how operators are chosen.
         allow_untrained: allow passes that ruin a model that was not trained for them.
         notes: of the export, to keep with the program.
+        longest: how many positions the model has at most, where it says so.
     """
     raised = raise_opset(model)
     program = lift_graph(onnx_graph(model), name, notes)
@@ -91,7 +93,7 @@ def rewrite_onnx(
             place = values[site.region.outputs[0].value].producer()
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
-            choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside)
+            choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest)
             native = called.get(place, (place.domain, place.op_type))
             stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
             if stays is not None:

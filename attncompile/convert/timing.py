@@ -24,21 +24,30 @@ SECONDS = 30.0
 """Time after which the medians are taken as they are."""
 
 
-def size_measurement(before: Path, after: Path) -> Measurement:
-    """Size of both models with the files of their weights, in megabytes."""
+def size_measurement(before: Path, after: Path, which: str = "") -> Measurement:
+    """Size of both models with the files of their weights, in megabytes; ``which`` says of what, behind a space."""
     sizes = [sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6 for path in (before, after)]
-    return Measurement(name="size", before=sizes[0], after=sizes[1], unit="MB", note="weights included")
+    return Measurement(name=f"size{which}", before=sizes[0], after=sizes[1], unit="MB", note="weights included")
 
 
 def latency_measurement(
-    before: onnxruntime.InferenceSession, after: onnxruntime.InferenceSession, call: Call, what: str
+    before: onnxruntime.InferenceSession,
+    after: onnxruntime.InferenceSession,
+    call: Call,
+    what: str,
+    which: str = "",
 ) -> Measurement:
-    """Latency of both sessions on a call, in milliseconds; ``what`` says what ``before`` is."""
+    """Latency of both sessions on a call, in milliseconds.
+
+    Args:
+        before, after: what to run; what: what ``before`` is, in words.
+        call: on what; which: of what model, behind a space.
+    """
     runs = [_runner(loaded, call) for loaded in (before, after)]
     medians, rounds, settled = interleaved_medians(runs)
     note = f"medians of {rounds} interleaved runs" + ("" if settled else ", not settled: the machine is busy")
     return Measurement(
-        name=f"latency, {call.what}",
+        name=f"latency{which}, {call.what}",
         before=1e3 * medians[0],
         after=1e3 * medians[1],
         unit="ms",

@@ -24,6 +24,7 @@ from attncompile.frontends.cached import (
     EXAMPLE_PAST,
     PRESENT,
     Generating,
+    Past,
     TensorFunction,
     Widths,
     empty_past,
@@ -150,11 +151,6 @@ class EncoderModel(OpenedModel):
         """Path of the model of transformers in the one that is exported; names are told without it."""
         return "inner."
 
-    @property
-    def part(self) -> str:
-        """What this is of the model that was opened."""
-        return "encoder"
-
     def example(self, batch: int = 2, length: int = 37, *, padding: Padding | None = None) -> Arguments:
         """What the encoder takes of the whole model's arguments."""
         assert self.opened is not None
@@ -174,11 +170,6 @@ class DecoderModel(Generating):
     encoder: EncoderModel | None = None
     cross: Widths = ()
     source: int | None = None
-
-    @property
-    def part(self) -> str:
-        """What this is of the model that was opened."""
-        return "decoder"
 
     def example(
         self,
@@ -202,12 +193,10 @@ class DecoderModel(Generating):
         assert self.encoder is not None
         with torch.no_grad():
             cross = self.encoder.model(**inputs)
-            layers = range(len(self.cross))
             own = empty_past(self.widths, ids.shape[0], self.dtype)
             if past:
-                results = self.model(**_call(ids[:, :past], inputs, own, cross))
-                own = [{side: results[f"{PRESENT}{number}.decoder.{side}"] for side in SIDES} for number in layers]
-        return _call(ids[:, past:], inputs, own, cross)
+                own = grown(self.model(**decoder_call(ids[:, :past], inputs, own, cross)), len(self.widths))
+        return decoder_call(ids[:, past:], inputs, own, cross)
 
     def _encoder_inputs(self, batch: int, length: int, padding: Padding | None) -> Mapping[str, torch.Tensor]:
         assert self.encoder is not None
@@ -221,12 +210,18 @@ class DecoderModel(Generating):
         return ({0: "batch", 1: "length"}, *masks, *(layer * len(self.widths)))
 
 
-def _call(
+def decoder_call(
     ids: torch.Tensor,
     inputs: Mapping[str, torch.Tensor],
-    own: Sequence[Mapping[str, torch.Tensor]],
+    own: Past,
     cross: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
+    """The call of the decoder for tokens ``[B, N]``.
+
+    Args:
+        ids: int64; inputs: of the encoder; own: what self-attention has cached.
+        cross: the encoder's results, by name.
+    """
     mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
     past = [
         {"decoder": dict(layer), "encoder": {side: cross[f"{PRESENT}{number}.encoder.{side}"] for side in SIDES}}
@@ -234,6 +229,11 @@ def _call(
     ]
     # contiguous: an export looks at strides too, and would take a part of a longer row for a case of its own
     return {"input_ids": ids.contiguous(), **mask, "past_key_values": past}
+
+
+def grown(results: Mapping[str, torch.Tensor], layers: int) -> Past:
+    """What self-attention has cached after a call of the decoder with these results."""
+    return [{side: results[f"{PRESENT}{number}.decoder.{side}"] for side in SIDES} for number in range(layers)]
 
 
 def of_encoder(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,7 +308,9 @@ __all__ = [
     "Decoding",
     "EncoderModel",
     "Encoding",
+    "decoder_call",
     "encodes_and_decodes",
+    "grown",
     "of_encoder",
     "with_cross_cache",
 ]

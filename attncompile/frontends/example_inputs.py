@@ -53,10 +53,10 @@ def model_arguments(
     """
     if config is None:
         raise LookupError(f"{type(model).__name__} has no configuration")
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = _text_config(config)
     encodes_and_decodes = bool(getattr(config, "is_encoder_decoder", False))
     main = getattr(model, "main_input_name", "input_ids")
-    _check_length(config, text, encodes_and_decodes, length)
+    _check_length(config, length)
     if padding is None:
         generates = bool(model.can_generate()) if hasattr(model, "can_generate") else False
         padding = "left" if generates and not encodes_and_decodes else "right"
@@ -229,15 +229,36 @@ def _positions_stride(model: Any) -> int:
     return math.prod(module.stride[0] for module in model.modules() if isinstance(module, torch.nn.Conv1d))
 
 
-def _check_length(config: Any, text: Any, encodes_and_decodes: bool, length: int) -> None:
-    name = "max_target_positions" if encodes_and_decodes else "max_position_embeddings"
-    limit = getattr(text, name, None)
-    if isinstance(limit, int) and 0 < limit < length:
+def _check_length(config: Any, length: int) -> None:
+    known = _positions(config)
+    if known is not None and known[1] < length:
+        name, limit = known
         raise InputError(
             f"length {length} is more than the {limit} positions ({name}) of the model",
             type(config).__name__,
             f"use at most {limit}",
         )
+
+
+def positions_of(config: Any) -> int | None:
+    """How many positions a model has at most, that of its decoder where it has one; ``None`` where it does not say."""
+    known = _positions(config)
+    return known[1] if known is not None else None
+
+
+def _positions(config: Any) -> tuple[str, int] | None:
+    """The number of positions, and what the configuration calls it."""
+    text = _text_config(config)
+    names = ["max_position_embeddings"]
+    if getattr(config, "is_encoder_decoder", False):
+        names = ["max_target_positions", "max_decoder_position_embeddings", *names]
+    numbers = ((name, getattr(text, name, None)) for name in names)
+    return next(((name, number) for name, number in numbers if isinstance(number, int) and number > 0), None)
+
+
+def _text_config(config: Any) -> Any:
+    """The configuration of a model's language part."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 # --- ONNX ---------------------------------------------------------------------------------------------------

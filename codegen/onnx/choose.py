@@ -145,6 +145,7 @@ def choose(
     opset: int = 23,
     *,
     switch: bool = True,
+    longest: int | None = None,
 ) -> Choice:
     """The operator for the Spec's Attend or Scan.
 
@@ -156,6 +157,7 @@ def choose(
         opset: the model's standard opset.
         switch: whether two operators may be switched by length at run time; a site in a branch is in such a
             switch already.
+        longest: how many positions the model has at most, where it says so.
 
     Raises:
         RefusalError: for a Spec without an Attend or Scan.
@@ -178,7 +180,7 @@ def choose(
     if not fused:
         return Choice(plain, "no fused operator computes this exactly: " + refused[0][1], refused)
     if mask_class(spec) == CACHED:
-        return _behind_a_cache(spec, plain, fused, provider, prefer, refused)
+        return _behind_a_cache(spec, plain, fused, provider, prefer, refused, longest)
     lengths = _fixed_lengths(spec) or tuple(sorted(lengths))
     speeds = {row.operator: _mean_speed(spec, row.operator, provider, lengths) for row in fused}
     known = [row for row in fused if speeds[row.operator] is not None]
@@ -203,6 +205,7 @@ def _behind_a_cache(
     provider: Provider,
     prefer: Prefer,
     refused: tuple[tuple[str, str], ...],
+    longest: int | None,
 ) -> Choice:
     """The operator that takes a cache for the prompts that are long enough for it, the decomposition for all else.
 
@@ -219,8 +222,9 @@ def _behind_a_cache(
     if least is None:
         return Choice(plain, f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens", refused)
     queries = simplify(spec.types()[attend.query].sizes[2]) if (attend := spec.attend()) is not None else None
-    if isinstance(queries, Const) and queries.value < least:
-        told = f"{taking.operator} was measured to be faster from {least} queries on, here are {int(queries.value)}"
+    most = int(queries.value) if isinstance(queries, Const) else longest
+    if most is not None and most < least:
+        told = f"{taking.operator} was measured to be faster from {least} queries on, here are at most {most}"
         return Choice(plain, told, refused)
     told = _compared(taking, speeds[PROMPTS[-1]], "faster", provider, PROMPTS[-1:])
     return Choice(from_queries(least), f"{told}, and slower below {least}, as in each step of generation", refused)
@@ -231,14 +235,14 @@ PROMPTS = tuple(range(128, 2049, 64))
 
 
 def _fixed_lengths(spec: Spec) -> tuple[int, ...]:
-    """The length of the Spec's map when it is a number (the larger one, of queries and keys)."""
+    """The length of the Spec's map when it is a number: the larger one, of queries and keys; or that of the keys, as
+    those of an encoder that always gives as many positions.
+    """
     attend = spec.attend()
     if attend is None:
         return ()
-    types = spec.types()
-    sizes = [fixed(types[side].sizes[2]) for side in (attend.query, attend.key)]
-    numbers = [size for size in sizes if size is not None]
-    return (max(numbers),) if len(numbers) == len(sizes) else ()
+    queries, keys = (fixed(spec.types()[side].sizes[2]) for side in (attend.query, attend.key))
+    return (max(keys, queries or 0),) if keys is not None else ()
 
 
 def expected_speed(
