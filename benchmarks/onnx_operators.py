@@ -5,7 +5,8 @@
 Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread;
 what counts is the processor time of the calling thread, which other programs on the machine do not lengthen
 much. A row is the median of the decomposition over the median of the operator. Operands are flat ``[B, S,
-H*D]``, as projections give them; a prompt with a cache, which is empty, has heads ``[B, H, S, D]``.
+H*D]``, as projections give them; a cache has heads ``[B, H, S, D]`` and is measured in a prompt, where it is empty, and
+in a step, of one query behind so many keys.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attncompile.codegen.onnx.capabilities import rows_for
-from attncompile.codegen.onnx.choose import CACHED, mask_class
+from attncompile.codegen.onnx.choose import CACHED, STEP, mask_class
 from attncompile.codegen.onnx.emit import alone
 from attncompile.codegen.onnx.reading import group_size
 from attncompile.ir import Spec, parse_spec
@@ -40,6 +42,7 @@ MASKS = (
 )
 LENGTHS = (64, 128, 384, 1024, 2048)
 
+PAST = "past_"
 CACHES = (
     ("past_{side}[B,12,P,32]  {side}[B,12,I,32]", "q[B,12,I,32]", ""),
     ("past_{side}[B,3,P,64]  {side}[B,3,I,64]", "q[B,9,I,64]", "    kv_head h // 3\n"),
@@ -47,7 +50,7 @@ CACHES = (
 """Past and new keys or values, and queries."""
 
 PROMPTS = (128, 512, 768, 1024, 2048)
-"""Lengths at which a cache is measured: a prompt, behind which nothing is cached."""
+"""Lengths at which a cache is measured, of a prompt and of what is cached before a step."""
 
 
 @dataclass(frozen=True)
@@ -86,34 +89,35 @@ def cached(keys: str, queries: str, heads: str) -> Spec:
     )
 
 
-def session(spec: Spec, operator: str, *, flat: bool) -> onnxruntime.InferenceSession:
-    """One operator for the Spec, alone in a model, on flat operands or on heads."""
+def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
+    """One operator for the Spec, alone in a model."""
     row = next(row for row in rows_for(spec) if row.operator == operator)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    proto = ir.to_proto(alone(spec, row, flat=flat))
+    model = alone(spec, row, flat=True)
+    RemoveUnusedNodesPass()(model)  # as a conversion does: a past that an operator joins itself is joined once
+    proto = ir.to_proto(model)
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 
-def measure(spec: Spec, length: int) -> list[Row]:
-    """Every capable operator at one length."""
+def measure(spec: Spec, length: int, *, step: bool = False) -> list[Row]:
+    """Every capable operator at one length, of the prompt or of what is cached before a step."""
     rng = np.random.default_rng(0)
     feed = {}
-    heads_apart = mask_class(spec) == CACHED
-    lengths = {"B": 1, "I": length, "P": 0}
+    lengths = {"B": 1, "I": 1, "P": length} if step else {"B": 1, "I": length, "P": 0}
     for value in spec.inputs:
         sizes = [getattr(size, "value", lengths.get(str(size), length)) for size in value.type.sizes]
         if value.name == "attention_mask":
-            feed[value.name] = np.ones((1, length), dtype=np.int64)
+            feed[value.name] = np.ones((1, lengths["I"] + lengths["P"]), dtype=np.int64)
         else:
             heads, rows, channels = sizes[1:]
-            shape = (1, heads, rows, channels) if heads_apart else (1, rows, heads * channels)
+            shape = (1, heads, rows, channels) if value.name.startswith(PAST) else (1, rows, heads * channels)
             feed[value.name] = rng.standard_normal(shape).astype(np.float32)
     names = [row.operator for row in rows_for(spec) if row.why_not(spec) is None]
-    sessions = {name: session(spec, name, flat=not heads_apart) for name in names}
+    sessions = {name: session(spec, name) for name in names}
     for running in sessions.values():
         for _ in range(WARM_UP):
             running.run(None, feed)
@@ -128,7 +132,7 @@ def measure(spec: Spec, length: int) -> list[Row]:
     attend = spec.attend()
     grouped = attend is not None and group_size(attend, spec.types()) != 1
     return [
-        Row(mask_class(spec), grouped, length, name, plain / statistics.median(times[name]))
+        Row(STEP if step else mask_class(spec), grouped, length, name, plain / statistics.median(times[name]))
         for name in names
         if name != "decomposition"
     ]
@@ -155,8 +159,12 @@ def main(target: Path) -> None:
         "\t".join(head),
     ]
     for spec in specs():
-        for length in PROMPTS if mask_class(spec) == CACHED else LENGTHS:
-            for row in measure(spec, length):
+        behind = mask_class(spec) == CACHED
+        cases = [(length, step) for step in (False, True) for length in PROMPTS] if behind else [
+            (length, False) for length in LENGTHS
+        ]
+        for length, step in cases:
+            for row in measure(spec, length, step=step):
                 cells = (*fixed, row.mask, "yes" if row.grouped else "no", row.length, row.operator)
                 lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))
                 print(lines[-1], flush=True)

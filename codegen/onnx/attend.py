@@ -10,7 +10,7 @@ float, and otherwise the plain softmax; ``MultiHeadAttention`` always gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -392,26 +392,59 @@ def attention(attend: Attend, place: Place) -> Made:
 
 def multi_head_attention(attend: Attend, place: Place) -> Made:
     """``com.microsoft.MultiHeadAttention``; without a mask its CPU kernel never stores the attention map."""
-    writer, build = writer_of(attend, place), place.build
-    wanted = single_groups if _given_in_heads(attend, place) else flat_groups
+    writer = writer_of(attend, place)
+    wanted = single_groups if _given_in_heads(attend, place) and equal_channels(attend, place) else flat_groups
     query = arranged(writer, place, attend.query, flat_groups)
     parts = [query, *(arranged(writer, place, name, wanted) for name in (attend.key, attend.value))]
-    score, mask, low = scaled(attend), simplify(attend.mask), additive_fill(attend)
-    assert score is not None and low is not None
+    return multi_head(attend, place, writer, parts)[0]
+
+
+def multi_head(
+    attend: Attend,
+    place: Place,
+    writer: Writer,
+    parts: Sequence[ir.Value],
+    past: Sequence[ir.Value] = (),
+    *,
+    causal: bool = False,
+) -> tuple[Made, ir.Node]:
+    """The nodes of ``MultiHeadAttention``, and the operator's own.
+
+    Args:
+        attend: what to compute; place: where to write it; writer: for its expressions.
+        parts: query, and keys and values of the call, as the operator takes them.
+        past: keys and values before them, ``[B, H, P, D]``; all of them are then further results.
+        causal: whether the operator hides by itself what lies behind a query, and that is the whole mask.
+    """
+    build, score, low = place.build, scaled(attend), additive_fill(attend)
+    assert score is not None and low is not None  # the capability row has looked
+    mask = TRUE if causal else simplify(attend.mask)
     zeroed = attend.norm.empty == "zero" and math.isinf(low)
     patched = mask != TRUE and zeroed and not never_empty(attend, place.types)
     extra = additive_mask(writer, mask, MASKED if patched else low, score.bias, square=True)
-    out = build(
+    found = build(
         "MultiHeadAttention",
         *parts,
-        *((None, None, extra) if extra is not None else ()),
+        *(None, None, extra, *past),
         domain=MICROSOFT,
+        outputs=3 if past else 1,
         num_heads=head_count(place, attend.query),
         scale=score.scale,
+        unidirectional=1 if causal else None,
+        # what is added to a hidden score; every query sees at least itself
+        mask_filter_value=max(low, MASKED) if causal else None,
     )
+    out = found[0] if isinstance(found, tuple) else found
+    node = out.producer()
     if patched:
         out = build("Mul", out, _rows(writer, mask, seen=True))
-    return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
+    assert node is not None  # it was just made
+    return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query), node
+
+
+def equal_channels(attend: Attend, place: Place) -> bool:
+    """Whether keys and values have as many channels: ``MultiHeadAttention`` takes others flat and without a past only."""
+    return place.types[attend.key].sizes[3] == place.types[attend.value].sizes[3]
 
 
 def _given_in_heads(attend: Attend, place: Place) -> bool:
@@ -518,9 +551,11 @@ __all__ = [
     "attention",
     "boolean_mask",
     "decomposition",
+    "equal_channels",
     "extent",
     "group_query_attention",
     "head_count",
+    "multi_head",
     "multi_head_attention",
     "result",
     "sink_of_heads",

@@ -1,6 +1,12 @@
-"""``com.microsoft.GroupQueryAttention`` over a cache: past keys and values go in, all of them come out.
+"""Operators over a cache: past keys and values go in, all of them come out.
 
-The operator's kernel takes new keys ``[B, I, G·D]`` beside past ones ``[B, G, P, D]``, is causal with the last query at
+``com.microsoft.MultiHeadAttention`` is the simple one. It takes new keys ``[B, I, H·D]`` beside past ones ``[B, H, P,
+D]``, gives the concatenation as further results, is causal with the last query at the last key where it is told so, and
+takes any other mask as a bias: for all numbers of rows, queries and cached keys (ONNX Runtime 1.31).
+
+``com.microsoft.GroupQueryAttention`` has heads that share keys.
+
+Its kernel takes new keys ``[B, I, G·D]`` beside past ones ``[B, G, P, D]``, is causal with the last query at
 the last key, and gives the concatenation as further results (``seqlens_k`` is the number of keys less one). What it
 cannot do was tried on ONNX Runtime's CPU (1.31, 1.32): keys that are hidden for another reason than causality take a
 bias over the whole map, and several rows of several queries behind a past are refused. It is also slow where few
@@ -23,8 +29,11 @@ from attncompile.codegen.onnx.attend import (
     additive_mask,
     arranged,
     decomposition,
+    equal_channels,
     extent,
     head_count,
+    multi_head,
+    multi_head_attention,
     result,
     sink_of_heads,
     writer_of,
@@ -32,7 +41,7 @@ from attncompile.codegen.onnx.attend import (
 from attncompile.codegen.onnx.deferred import deferred, known_behind
 from attncompile.codegen.onnx.expressions import Writer
 from attncompile.codegen.onnx.layouts import Operand, arrange, flat_groups, single_groups
-from attncompile.codegen.onnx.reading import CausalMask, group_query_form
+from attncompile.codegen.onnx.reading import CausalMask, group_query_form, scaled
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder, dimensions, producer
 from attncompile.ir.attend import Attend
 from attncompile.ir.expr import TRUE, Expr
@@ -41,7 +50,7 @@ from attncompile.ir.rows import extents
 from attncompile.ir.simplify import simplify
 
 CONCATENATED = "attncompile.concatenated"
-"""In the ``meta`` of an ``If`` node: the values of the graph that its second and third result are equal to."""
+"""In the ``meta`` of a node: the values of the graph that its second and third result are equal to."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +119,38 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
     return result(place, attend.out, out, flat_groups(axes), attend.query)
 
 
+def cached_multi_head(attend: Attend, causal: CausalMask, place: Place) -> Made:
+    """``MultiHeadAttention`` on past and new keys; on all of them, where the graph does not have them apart.
+
+    Args:
+        attend: what to compute; causal: its mask, split; place: where to write it.
+    """
+    sides = (attend.key, attend.value)
+    joins = [_concatenated(attend, name, place) for name in sides]
+    split = [join for join in joins if join is not None]
+    if len(split) < len(joins) or not equal_channels(attend, place):
+        return multi_head_attention(attend, place)
+    writer, score = writer_of(attend, place), scaled(attend)
+    assert score is not None  # the capability row has looked
+    count = extents(attend, place.types)["i"]
+    new = [_flat(writer, place, name, parts.new, count) for name, parts in zip(sides, split, strict=True)]
+    alone = causal.window is None and simplify(causal.rest) == TRUE and score.bias is None
+    query = arranged(writer, place, attend.query, flat_groups)
+    past = [parts.past for parts in split]
+    made, node = multi_head(attend, place, writer, [query, *new], past, causal=alone)
+    node.meta[CONCATENATED] = tuple(parts.whole for parts in split)
+    for value, parts in zip(node.outputs[1:], split, strict=True):
+        value.dtype = NUMPY_TYPES[place.types[attend.key].dtype]
+        value.shape = parts.whole.shape if parts.whole is not None else None
+    return made
+
+
 def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     """What was cached and what is new: as the graph has them, or cut where as many are new as there are queries."""
-    build, operand = place.build, place.operands[name]
-    axes = tuple(axis.name for axis in place.types[name].axes)
-    node = producer(operand.value, "Concat")
-    if node is not None and operand.groups == single_groups(axes) and len(node.inputs) == 2:
-        past, new = node.inputs
-        queries = place.operands[attend.query]
-        if past is not None and new is not None and node.attributes.get_int("axis", 0) in (2, -2):
-            rows, position = dimensions(new), place.types[attend.query].axes[2].name
-            asked = _dimension(queries, position)
-            if rows is not None and rows[2] is not None and rows[2] == asked:
-                return Cached(past, new, operand.value)
+    found = _concatenated(attend, name, place)
+    if found is not None:
+        return found
+    build = place.build
     whole = arranged(writer, place, name, single_groups)
     count, keys = writer.size(writer.extents["i"]), writer.size(writer.extents["j"])
     first = build("Max", build("Sub", keys, count), build.constant([0]))
@@ -131,6 +159,21 @@ def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     for part in (parts.past, parts.new):
         part.dtype = NUMPY_TYPES[place.types[name].dtype]
     return parts
+
+
+def _concatenated(attend: Attend, name: str, place: Place) -> Cached | None:
+    """Keys or values that the graph concatenates of cached ones and as many new ones as there are queries."""
+    operand = place.operands[name]
+    axes = tuple(axis.name for axis in place.types[name].axes)
+    node = producer(operand.value, "Concat")
+    if node is None or operand.groups != single_groups(axes) or len(node.inputs) != 2:
+        return None
+    past, new = node.inputs
+    if past is None or new is None or node.attributes.get_int("axis", 0) not in (2, -2):
+        return None
+    rows, position = dimensions(new), place.types[attend.query].axes[2].name
+    asked = _dimension(place.operands[attend.query], position)
+    return Cached(past, new, operand.value) if rows is not None and rows[2] is not None and rows[2] == asked else None
 
 
 def _dimension(operand: Operand, axis: str) -> int | str | None:
@@ -253,4 +296,4 @@ def hand_over(model: ir.Model) -> int:
     return done
 
 
-__all__ = ["cached_group_query", "hand_over"]
+__all__ = ["cached_group_query", "cached_multi_head", "hand_over"]

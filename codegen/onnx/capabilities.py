@@ -20,7 +20,7 @@ from attncompile.codegen.onnx.attend import (
     group_query_attention,
     multi_head_attention,
 )
-from attncompile.codegen.onnx.cached import cached_group_query
+from attncompile.codegen.onnx.cached import cached_group_query, cached_multi_head
 from attncompile.codegen.onnx.expressions import reads_score
 from attncompile.codegen.onnx.reading import (
     CausalMask,
@@ -213,6 +213,13 @@ def _over_a_cache(attend: Attend, causal: CausalMask, provider: Provider) -> str
     return None
 
 
+def _build_multi_head(attend: Attend, place: Place) -> Made:
+    causal = causal_mask(attend, place.types)
+    if causal is not None and causal.cached:
+        return cached_multi_head(attend, causal, place)
+    return multi_head_attention(attend, place)
+
+
 def _build_group_query(attend: Attend, place: Place) -> Made:
     causal = causal_mask(attend, place.types)
     if causal is not None and causal.cached:
@@ -280,7 +287,7 @@ ATTEND_ROWS: tuple[Capability, ...] = (
         opset=17,
         onnxruntime=CHECKED_WITH,
         objection=_multi_head,
-        build=multi_head_attention,
+        build=_build_multi_head,
     ),
     Capability(
         operator="GroupQueryAttention",

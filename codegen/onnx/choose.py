@@ -31,6 +31,9 @@ LENGTHS = (128, 512, 2048)
 CACHED = "cached"
 """Column of the table for causal masks over more keys than queries, measured on prompts with an empty cache."""
 
+STEP = "step"
+"""Column for the same masks in a step of generation: one query behind so many keys."""
+
 WORTH_BRANCHING = 1.03
 """How much faster two operators switched at run time must be than the better one alone."""
 
@@ -41,7 +44,7 @@ class Measurement:
 
     Attributes:
         provider, device, onnxruntime, date: where, with what and when it was measured.
-        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, ``causal+tensor``, or ``cached``.
+        mask: ``none``, ``tensor`` (any mask or bias), ``causal``, ``causal+tensor``, ``cached`` or ``step``.
         grouped: whether query heads share KV heads.
         length: queries and keys.
         operator: ONNX name.
@@ -115,13 +118,15 @@ def mask_class(spec: Spec) -> str:
     return "none" if simplify(attend.mask) == TRUE and not biased else "tensor"
 
 
-def measured_speed(spec: Spec, operator: str, provider: Provider, length: int) -> float | None:
+def measured_speed(
+    spec: Spec, operator: str, provider: Provider, length: int, kind: str | None = None
+) -> float | None:
     """Speed relative to the decomposition, interpolated over the logarithm of the length.
 
-    ``None`` where nothing of the kind was measured.
+    ``None`` where nothing of the kind was measured. The kind is the column of the table, the Spec's own unless given.
     """
     attend = spec.attend()
-    kind = mask_class(spec)
+    kind = mask_class(spec) if kind is None else kind
     grouped = attend is not None and group_size(attend, spec.types()) != 1
     rows = [r for r in measurements() if (r.provider, r.mask, r.operator) == (provider, kind, operator)]
     rows = [r for r in rows if r.grouped == grouped] or rows
@@ -207,27 +212,52 @@ def _behind_a_cache(
     refused: tuple[tuple[str, str], ...],
     longest: int | None,
 ) -> Choice:
-    """The operator that takes a cache for the prompts that are long enough for it, the decomposition for all else.
+    """The operator that takes a cache for the prompts that are long enough for it, beside what serves all other calls.
 
-    A step of generation is one query behind many keys; there no operator was measured to be faster.
+    A step of generation is one query behind many keys; there no operator was measured to be faster that heads share.
     """
     taking = next((row for row in fused if row.operator == "GroupQueryAttention"), None)
     if prefer == "fused":
         told = "a fused operator was asked for; steps behind a cache are slower in it"
         return Choice(taking or fused[0], told, refused)
     if taking is None:
-        return Choice(plain, "no operator that takes a cache computes this exactly: " + refused[0][1], refused)
+        told = "no operator that takes a cache computes this exactly: " + refused[0][1]
+        return _for_every_call(spec, plain, fused, provider, refused, longest, told)
     speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}
     least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
     if least is None:
-        return Choice(plain, f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens", refused)
+        told = f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens"
+        return _for_every_call(spec, plain, fused, provider, refused, longest, told)
     queries = simplify(spec.types()[attend.query].sizes[2]) if (attend := spec.attend()) is not None else None
     most = int(queries.value) if isinstance(queries, Const) else longest
     if most is not None and most < least:
         told = f"{taking.operator} was measured to be faster from {least} queries on, here are at most {most}"
-        return Choice(plain, told, refused)
+        return _for_every_call(spec, plain, fused, provider, refused, longest, told)
     told = _compared(taking, speeds[PROMPTS[-1]], "faster", provider, PROMPTS[-1:])
     return Choice(from_queries(least), f"{told}, and slower below {least}, as in each step of generation", refused)
+
+
+def _for_every_call(
+    spec: Spec,
+    plain: Capability,
+    fused: Sequence[Capability],
+    provider: Provider,
+    refused: tuple[tuple[str, str], ...],
+    longest: int | None,
+    otherwise: str,
+) -> Choice:
+    """``MultiHeadAttention`` where it is exact and was measured to be faster in prompts and steps alike, counted alike.
+
+    Args:
+        otherwise: why the decomposition is taken where it is not.
+    """
+    row = next((row for row in fused if row.operator == "MultiHeadAttention"), None)
+    lengths = sorted({min(length, longest or length) for length in LENGTHS})
+    speed = _mean_speed(spec, row.operator, provider, lengths, (CACHED, STEP)) if row is not None else None
+    if row is None or speed is None or speed <= 1.0:
+        return Choice(plain, otherwise, refused)
+    told = _compared(row, speed, "faster", provider, lengths)
+    return Choice(row, f"{told}, in prompts and in steps behind a cache", refused)
 
 
 PROMPTS = tuple(range(128, 2049, 64))
@@ -300,9 +330,11 @@ def _too_old(row: Capability, opset: int) -> str | None:
     return None if opset >= row.opset else f"{row.operator} needs opset {row.opset}, the model has {opset}"
 
 
-def _mean_speed(spec: Spec, operator: str, provider: Provider, lengths: Sequence[int]) -> float | None:
-    """Geometric mean over the lengths."""
-    speeds = [measured_speed(spec, operator, provider, length) for length in lengths]
+def _mean_speed(
+    spec: Spec, operator: str, provider: Provider, lengths: Sequence[int], kinds: Sequence[str | None] = (None,)
+) -> float | None:
+    """Geometric mean over the lengths, and over columns of the table."""
+    speeds = [measured_speed(spec, operator, provider, length, kind) for length in lengths for kind in kinds]
     known = [speed for speed in speeds if speed is not None]
     return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(speeds) else None
 

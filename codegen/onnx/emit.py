@@ -17,6 +17,7 @@ from attncompile.codegen.onnx.steps import STEPS
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.attend import Attend
 from attncompile.ir.expr import Expr
+from attncompile.ir.ops import Cache
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.scan import Scan
 from attncompile.ir.spec import Spec
@@ -72,7 +73,7 @@ def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool
         spec: what to compute.
         row: the operator for the Attend or Scan; provider: for which it was chosen.
         flat: whether operands and outputs with heads are ``[B, I, H·D]``, as projections make and take them, rather
-            than ``[B, H, I, D]``.
+            than ``[B, H, I, D]``; what is cached always has heads.
 
     Raises:
         RefusalError: as :func:`emit`.
@@ -84,8 +85,11 @@ def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool
         return flat_groups(axes) if flat and heads and len(axes) == 4 else single_groups(axes)
 
     operands: dict[str, Operand] = {}
+    apart = {value.name for value in spec.captured()} | {
+        operation.past for operation in spec.operations if isinstance(operation, Cache)
+    }
     for value in spec.inputs:
-        layout = groups(value.type, heads=value not in spec.captured())
+        layout = groups(value.type, heads=value.name not in apart)
         tensor = ir.TensorType(NUMPY_TYPES[value.type.dtype])
         known = ir.Value(name=value.name, type=tensor, shape=ir.Shape(_stated(value.type, layout)))
         graph.inputs.append(known)

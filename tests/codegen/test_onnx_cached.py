@@ -1,4 +1,4 @@
-"""GroupQueryAttention behind a cache: prompts, steps and all between, against the Spec, and which operator ran."""
+"""Operators behind a cache: prompts, steps and all between, against the Spec, and which operator ran."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from attncompile.ir import Spec, parse_spec
 from tests.codegen.test_onnx_operators import TOLERANCE
 
 ROW = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
+MANY = next(row for row in ATTEND_ROWS if row.operator == "MultiHeadAttention")
 
 PADDED = "  given  attention_mask[B,I+P]:int64\n"
 FORMS = {
@@ -47,6 +48,11 @@ def behind_a_cache(form: str) -> Spec:
         f"site\n{caches}  attend  q[B,6,I,16]  all_k  all_v  float32\n    score  {score}\n    mask   {mask}\n"
         f"    fill   −3.4028234663852886e+38\n{sink}    kv_head h // 3\n    norm   softmax (float32)\n{given}"
     )
+
+
+def ungrouped(spec: Spec) -> Spec:
+    """The same with a KV head for each query head."""
+    return parse_spec(str(spec).replace("[B,2,", "[B,6,").replace("    kv_head h // 3\n", ""))
 
 
 def whole_keys() -> Spec:
@@ -99,6 +105,16 @@ def test_every_call_equals_the_spec(form: str, padded: bool) -> None:
     assert ROW.why_not(spec) is None
     for sizes in SIZES:
         assert_agrees(spec, ROW, inputs(spec, sizes, padded=padded))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("softcap", "sinks")])
+def test_every_call_with_a_kv_head_for_each_query_head(form: str) -> None:
+    spec = ungrouped(behind_a_cache(form))
+    assert MANY.why_not(spec) is None
+    (node,) = (node for node in nodes(alone(spec, MANY).graph) if node.op_type == "MultiHeadAttention")
+    assert ("unidirectional" in node.attributes) == (form == "causal")
+    for sizes in SIZES:
+        assert_agrees(spec, MANY, inputs(spec, sizes, padded=form == "padding"))
 
 
 @pytest.mark.parametrize("sizes", [{"B": 1, "I": 4, "J": 9}, {"B": 2, "I": 1, "J": 9}, {"B": 1, "I": 9, "J": 4}])
@@ -170,8 +186,10 @@ def test_a_mask_is_made_once_and_only_where_it_is_read() -> None:
     assert [node.op_type for node in first.attributes["then_branch"].as_graph()] == ["Identity"] * len(first.outputs)
 
 
-def test_results_of_the_operator_replace_the_concatenation() -> None:
-    model = alone(behind_a_cache("causal"), ROW)
+@pytest.mark.parametrize("row", [ROW, MANY], ids=lambda row: row.operator)
+def test_results_of_the_operator_replace_the_concatenation(row: Capability) -> None:
+    spec = behind_a_cache("causal")
+    model = alone(ungrouped(spec) if row is MANY else spec, row)
     (switch,) = [node for node in nodes(model.graph) if CONCATENATED in node.meta]
     keys, values = switch.meta[CONCATENATED]
     keys.name = "present.key"

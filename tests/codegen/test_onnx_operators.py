@@ -10,6 +10,7 @@ import torch
 
 from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, SCAN_ROWS, Capability, rows_for
 from attncompile.codegen.onnx.emit import alone
+from attncompile.ir.ops import Cache
 from attncompile.ir.spec import Spec
 from tests.cases import BY_NAME, CASES, Case
 
@@ -30,9 +31,11 @@ def run(spec: Spec, row: Capability, tensors: dict[str, torch.Tensor], *, flat: 
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    captured = {value.name for value in spec.captured()}
+    apart = {value.name for value in spec.captured()} | {
+        operation.past for operation in spec.operations if isinstance(operation, Cache)
+    }
     feed = {
-        name: (laid_flat(tensor) if flat and tensor.dim() == 4 and name not in captured else tensor).numpy()
+        name: (laid_flat(tensor) if flat and tensor.dim() == 4 and name not in apart else tensor).numpy()
         for name, tensor in tensors.items()
     }
     wanted = {value.name for value in session.get_inputs()}
