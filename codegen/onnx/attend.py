@@ -443,7 +443,7 @@ def multi_head(
 
 
 def equal_channels(attend: Attend, place: Place) -> bool:
-    """Whether keys and values have as many channels: ``MultiHeadAttention`` takes others flat and without a past only."""
+    """Whether keys and values have as many channels: ``MultiHeadAttention`` takes others flat, and no past."""
     return place.types[attend.key].sizes[3] == place.types[attend.value].sizes[3]
 
 
