@@ -210,8 +210,8 @@ def convert(
         passes: what to do at each site, such as ``"fuse,sparsify.window(size=1024,sinks=4)"``.
         allow_untrained: allow passes that ruin a model that was not trained for them.
         cache: for ONNX Runtime, whether a language model becomes one for prompts and steps of generation, with its
-            cache as inputs and outputs and the configuration of onnxruntime-genai beside it; None does so where it
-            can, and False converts its forward pass.
+            cache as inputs and outputs and the configuration of onnxruntime-genai beside it, and an encoder-decoder
+            two, with both caches; None does so where it can, and False converts its forward pass.
         attn_implementation: which of its own implementations a Hugging Face folder is loaded with; None lets
             the target choose.
         allow_pickle: read weights that only exist as pickle (as plain tensors).
@@ -359,7 +359,7 @@ def load(
         raise InputError(
             "this conversion is for ONNX Runtime",
             folder,
-            "open its model.onnx with onnxruntime.InferenceSession",
+            "open its .onnx files with onnxruntime.InferenceSession",
         )
     if plan.target == "pt2":
         from attncompile.convert.pt2 import load_pt2

@@ -166,8 +166,8 @@ def convert(
         bool | None,
         typer.Option(
             "--cache/--no-cache",
-            help="onnx: a language model with its cache as inputs and outputs, or its forward pass; "
-            "with its cache where it can be, unless said",
+            help="onnx: a language model, or encoder and decoder, with the cache as inputs and outputs, or the "
+            "forward pass; with its cache where it can be, unless said",
             show_default=False,
         ),
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,12 +32,12 @@ from attncompile.convert.source import read_source, reopen
 from attncompile.convert.timing import slower
 from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
-from attncompile.frontends.encoder_decoder import encodes_and_decodes, with_cross_cache
+from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
-from attncompile.verify import Certificate
+from attncompile.verify import Certificate, EndToEnd
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
@@ -83,11 +83,15 @@ def _made(
     done = [make_part(part, target, requested, folder, options, notes[part.file]) for part in parts]
     program = join_programs(opened.name, [made.rewritten.program for made in done], ())
     require_sites(program, target)
-    compared = [made.compared for made in done]
-    if len(parts) > 1:
+    compared, decoder = [made.compared for made in done], _decoder(parts)
+    if decoder is not None:
         options.progress("comparing generation with the original")
+        before, after = (
+            [session(folder / file, options.provider) for file in files]
+            for files in ([part.before for part in parts], [part.file for part in parts])
+        )
         lossy = any(made.lossy for made in done)
-        compared.append(_compared_in_steps(opened, parts, folder, options.provider, lossy=lossy))
+        compared.append(compare_in_steps(opened, decoder, before, after, in_float64(opened.model), lossy=lossy))
         problem = compared[-1].problem()
         if problem is not None:
             raise disagreement(problem, target)
@@ -157,23 +161,19 @@ def _save_exports(
     found: dict[str, tuple[str, ...]] = {}
     for part in parts:
         if part.opened.kind == "onnx":
-            model, notes = onnx_ir.load(part.opened.path), ()
-        else:
-            options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
-            model, notes = export_onnx(part.opened)
+            save(onnx_ir.load(part.opened.path), folder / part.before)
+            found[part.file] = (*part.opened.notes, *told)
+            continue
+        options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
+        model, notes = export_onnx(part.opened)
         save(model, folder / part.before)
         found[part.file] = (*part.opened.notes, *told, *notes)
     return found
 
 
-def _compared_in_steps(
-    opened: OpenedModel, parts: tuple[Part, ...], folder: Path, provider: str, *, lossy: bool
-) -> Compared:
-    """Encoder and decoder behind each other, in steps, against the original without a cache."""
-    before = [session(folder / part.before, provider) for part in parts]
-    after = [session(folder / part.file, provider) for part in parts]
-    decoder = parts[-1].opened
-    return compare_in_steps(opened, decoder, before, after, in_float64(opened.model), lossy=lossy)
+def _decoder(parts: Sequence[Part]) -> DecoderModel | None:
+    """The decoder of an encoder-decoder that was taken apart."""
+    return next((part.opened for part in parts if isinstance(part.opened, DecoderModel)), None)
 
 
 def _copy_companions(opened: OpenedModel, folder: Path) -> None:
@@ -196,7 +196,7 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
     opened = reopen(folder, allow_pickle=allow_pickle)
     parts, _ = _parts(opened, read_source(folder).cache)
     lossy = quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
-    entries = []
+    entries: list[EndToEnd] = []
     with ExitStack() as kept:
         before = [session(kept.enter_context(kept_export(part, folder)), plan.provider) for part in parts]
         after = [session(folder / part.file, plan.provider) for part in parts]
@@ -205,9 +205,9 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
                 exact = in_float64(part.opened.model) if part.opened.kind == "torch" else None
                 runs = runs_of(part.opened, unrewritten, exact, folder / part.file, plan.provider)
                 entries += compare_runs(part.opened, runs, lossy=lossy, shift=shift, part=part.name).entries
-            if len(parts) > 1:
+            decoder = _decoder(parts)
+            if decoder is not None:
                 exact = in_float64(opened.model)
-                decoder = parts[-1].opened
                 found = compare_in_steps(opened, decoder, before, after, exact, lossy=lossy, shift=shift)
                 entries += found.entries
         except DoesNotRunError as error:

@@ -124,7 +124,7 @@ class Decoding(TensorFunction):
         states = first["encoder"]["key"].new_zeros(input_ids.shape[0], source, self.channels)
         mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
         result = self.inner(
-            encoder_outputs=self.outputs(last_hidden_state=states),  # type: ignore[call-arg]
+            encoder_outputs=self.outputs(last_hidden_state=states),
             decoder_input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,
@@ -256,9 +256,14 @@ def with_cross_cache(opened: OpenedModel) -> tuple[EncoderModel, DecoderModel]:
     reason = why_no_cache(opened, {"past_key_values", "encoder_outputs", "decoder_input_ids"})
     if reason is not None:
         raise InputError(f"it has no cache to convert with: {reason}", opened.name, ADVICE)
-    base = ("torch", opened.name, opened.path)
     encoder = EncoderModel(
-        *base, Encoding(opened.model).eval(), config=opened.config, notes=opened.notes, opened=opened
+        "torch",
+        opened.name,
+        opened.path,
+        Encoding(opened.model).eval(),
+        config=opened.config,
+        notes=opened.notes,
+        opened=opened,
     )
     kwargs = opened.example(2, 7)[1]
     inputs, longer = of_encoder(kwargs), encoder.example(2, 11)[1]
@@ -287,7 +292,9 @@ def with_cross_cache(opened: OpenedModel) -> tuple[EncoderModel, DecoderModel]:
         reason = f"{len(widths)} of its layers attend to themselves and {len(cross)} to the encoder"
         raise InputError(reason, opened.name, ADVICE)
     decoder = DecoderModel(
-        *base,
+        "torch",
+        opened.name,
+        opened.path,
         Decoding(opened.model, type(encoded), encoded.last_hidden_state.shape[-1]).eval(),
         config=opened.config,
         opened=opened,
