@@ -1,22 +1,24 @@
 """Prompts and steps of generation in onnxruntime-genai: our model beside others of the same checkpoint.
 
-    python benchmarks/onnx_generation.py OUT.json ours=FOLDER builder=FOLDER plain=FOLDER
+    python benchmarks/onnx_generation.py OUT.json [--sound FILE.wav] ours=FOLDER builder=FOLDER plain=FOLDER
 
 A folder holds a model and its ``genai_config.json``: ``attncompile convert`` writes one,
-``python -m onnxruntime_genai.models.builder -m CHECKPOINT -o FOLDER -p fp32 -e cpu`` another. The models take turns,
-round after round, each with one thread; what counts is the processor time of the process, which other programs on the
-machine do not lengthen much. Prompts are the fastest of the rounds, steps the median. Greedy tokens are compared too.
-Needs onnxruntime-genai alone.
+``python -m onnxruntime_genai.models.builder -m CHECKPOINT -o FOLDER -p fp32 -e cpu`` another, and
+``python -m benchmarks.onnx_plain`` the export that a conversion was made from. The models take turns, round after
+round, each with one thread; what counts is the processor time of the process, which other programs on the machine do
+not lengthen much. Prompts are the fastest of the rounds, steps the median. Greedy tokens are compared too. With a sound
+the models are such as Whisper, and the prompt is the encoder and two tokens behind it. Needs onnxruntime-genai alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,60 +35,94 @@ def single_threaded(og: Any, folder: Path, scratch: Path) -> Any:
         if file.name != "genai_config.json":
             (scratch / file.name).symlink_to(file.resolve())
     settings = json.loads((folder / "genai_config.json").read_text())
-    settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = 1
+    for part in ("encoder", "decoder"):
+        if part in settings["model"]:
+            settings["model"][part].setdefault("session_options", {})["intra_op_num_threads"] = 1
     (scratch / "genai_config.json").write_text(json.dumps(settings))
     return og.Model(str(scratch))
 
 
-def generated(og: Any, model: Any, ids: np.ndarray) -> tuple[float, list[float], list[int]]:
-    """Seconds of the prompt, seconds of each step, and the tokens."""
+def generated(og: Any, model: Any, give: Callable[[Any], None], length: int) -> tuple[float, list[float], list[int]]:
+    """Seconds of the prompt, seconds of each step, and the tokens.
+
+    Args:
+        og: onnxruntime-genai; model: in it.
+        give: gives a generator what it generates from; length: tokens of that.
+    """
     settings = og.GeneratorParams(model)
-    settings.set_search_options(max_length=len(ids) + STEPS + 2, do_sample=False)
+    settings.set_search_options(max_length=length + STEPS + 2, do_sample=False)
     generator = og.Generator(model, settings)
     start = time.process_time()
-    generator.append_tokens(ids)
+    give(generator)
     generator.generate_next_token()
     prompt, steps = time.process_time() - start, []
     while len(steps) < STEPS and not generator.is_done():
         start = time.process_time()
         generator.generate_next_token()
         steps.append(time.process_time() - start)
-    return prompt, steps, [int(token) for token in generator.get_sequence(0)[len(ids) :]]
+    return prompt, steps, [int(token) for token in generator.get_sequence(0)[length:]]
 
 
-def measure(og: Any, models: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """One length with every model in turn."""
-    ids = (np.arange(length) * 7919 % 40_000 + 100).astype(np.int32)
+def in_turns(
+    og: Any, models: Mapping[str, Any], gives: Mapping[str, Callable[[Any], None]], length: int, rounds: int
+) -> dict[str, Any]:
+    """Every model in turn, each from what is given to it."""
     prompts: dict[str, list[float]] = {name: [] for name in models}
     steps: dict[str, list[float]] = {name: [] for name in models}
     tokens: dict[str, list[int]] = {}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name in sorted(models, reverse=bool(number % 2)):
-            prompt, found, tokens[name] = generated(og, models[name], ids)
+            prompt, found, tokens[name] = generated(og, models[name], gives[name], length)
             prompts[name].append(prompt)
             steps[name] += found
     return {
-        "prompt": length,
         "prompt_ms": {name: round(1e3 * min(times), 1) for name, times in prompts.items()},
-        "step_ms": {name: round(1e3 * statistics.median(times), 1) for name, times in steps.items()},
+        "step_ms": {name: round(1e3 * statistics.median(times), 2) for name, times in steps.items()},
         "same_tokens": len({tuple(found) for found in tokens.values()}) == 1,
     }
 
 
-def main(out: Path, folders: Mapping[str, Path]) -> None:
-    """Measure every length and write the results."""
+def measure(og: Any, models: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A prompt of one length."""
+    ids = (np.arange(length) * 7919 % 40_000 + 100).astype(np.int32)
+    gives = dict.fromkeys(models, lambda generator: generator.append_tokens(ids))
+    return {"prompt": length, **in_turns(og, models, gives, length, ROUNDS)}
+
+
+SPOKEN = "<|startoftranscript|><|notimestamps|>"
+"""How a transcription begins: two tokens."""
+
+
+def measure_sound(og: Any, models: Mapping[str, Any], sound: Path) -> dict[str, Any]:
+    """A sound: features are made before the clock starts."""
+
+    def giver(model: Any) -> Callable[[Any], None]:
+        inputs = model.create_multimodal_processor()([SPOKEN], audios=og.Audios.open(str(sound)))
+        return lambda generator: generator.set_inputs(inputs)
+
+    gives = {name: giver(model) for name, model in models.items()}
+    return {"sound": sound.name, **in_turns(og, models, gives, 2, 3 * ROUNDS)}
+
+
+def main(out: Path, folders: Mapping[str, Path], sound: Path | None) -> None:
+    """Measure every length, or the sound, and write the results."""
     import onnxruntime_genai as og
 
     with tempfile.TemporaryDirectory() as scratch:
         models = {name: single_threaded(og, folder, Path(scratch) / name) for name, folder in folders.items()}
         rows = []
-        for length in LENGTHS:
-            rows.append(measure(og, models, length))
+        for length in LENGTHS if sound is None else (0,):
+            rows.append(measure(og, models, length) if sound is None else measure_sound(og, models, sound))
             print(rows[-1], flush=True)
-    out.write_text(json.dumps({"onnxruntime-genai": og.__version__, "threads": 1, "rows": rows}, indent=2) + "\n")
+    record = {"onnxruntime-genai": og.__version__, "threads": 1, "load_average": list(os.getloadavg()), "rows": rows}
+    out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit("usage: python benchmarks/onnx_generation.py OUT.json NAME=FOLDER …")
-    main(Path(sys.argv[1]), {name: Path(folder) for name, _, folder in (word.partition("=") for word in sys.argv[2:])})
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="where the results go")
+    parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="models that take turns")
+    parser.add_argument("--sound", type=Path, metavar="FILE.wav", help="what models such as Whisper listen to")
+    chosen = parser.parse_args()
+    named = {name: Path(folder) for name, _, folder in (word.partition("=") for word in chosen.folders)}
+    main(chosen.out, named, chosen.sound)

@@ -119,7 +119,7 @@ def _made(
 _WITHOUT = "converted without a cache"
 
 
-def _parts(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def parts_of(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """What is made of a model, and a note where it has no cache.
 
     Raises:
@@ -144,7 +144,7 @@ def _exported(
     opened: OpenedModel, folder: Path, options: Options
 ) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
     """What the model is made into, with the export of each part written to the folder, and notes by file."""
-    parts, told = _parts(opened, options.cache)
+    parts, told = parts_of(opened, options.cache)
     try:
         return parts, _save_exports(parts, folder, options, told)
     except CaptureError as error:
@@ -194,7 +194,7 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
     """
     opened = reopen(folder, allow_pickle=allow_pickle)
-    parts, _ = _parts(opened, read_source(folder).cache)
+    parts, _ = parts_of(opened, read_source(folder).cache)
     lossy = quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
     entries: list[EndToEnd] = []
     with ExitStack() as kept:
