@@ -47,14 +47,25 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "blenderbot": TEXT,
     "mt5": RELATIVE,
     "bigbird_pegasus": TEXT | {"attention_type": "original_full"},
+    "moonshine": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "encoder_num_hidden_layers": 1,
+        "decoder_num_hidden_layers": 2,
+        "encoder_num_attention_heads": 4,
+        "decoder_num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
 }
+LISTENING = ("whisper", "moonshine")
 
 
 def small(kind: str) -> transformers.PreTrainedModel:
     """A model of the kind; its logits are spread, so that greedy tokens differ from step to step."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **SMALL[kind])
-    family = transformers.AutoModelForSpeechSeq2Seq if kind == "whisper" else transformers.AutoModelForSeq2SeqLM
+    family = transformers.AutoModelForSpeechSeq2Seq if kind in LISTENING else transformers.AutoModelForSeq2SeqLM
     model = family.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,6 +80,8 @@ def encoder_inputs(kind: str, batch: int, length: int) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(length)
     if kind == "whisper":
         return {"input_features": torch.randn(batch, 8, 60, generator=generator)}
+    if kind == "moonshine":
+        return {"input_values": torch.randn(batch, 400 * length, generator=generator)}
     ids, mask = torch.randint(3, VOCABULARY, (batch, length), generator=generator), torch.ones(batch, length).long()
     if batch > 1:
         mask[-1, -(length // 3) :] = 0

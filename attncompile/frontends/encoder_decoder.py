@@ -156,6 +156,11 @@ class EncoderModel(OpenedModel):
         assert self.opened is not None
         return (), of_encoder(self.opened.example(batch, length, padding=padding)[1])
 
+    def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
+        """Names of the axes that vary, for each tensor of a call in order; samples of sound may be any number."""
+        found = zip(kwargs, super().axes(args, kwargs), strict=True)
+        return tuple({0: "batch", 1: "samples"} if name == "input_values" else axes for name, axes in found)
+
 
 @dataclass(frozen=True)
 class DecoderModel(Generating):
