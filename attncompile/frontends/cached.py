@@ -153,7 +153,6 @@ class Generating(OpenedModel, ABC):
     opened: OpenedModel | None = None
     widths: Widths = ()
 
-    @abstractmethod
     def example(
         self,
         batch: int = 2,
@@ -166,6 +165,11 @@ class Generating(OpenedModel, ABC):
 
         Raises InputError as :meth:`OpenedModel.example` does.
         """
+        return (), self.example_call(batch, length, padding, past)
+
+    @abstractmethod
+    def example_call(self, batch: int, length: int, padding: Padding | None, past: int) -> dict[str, Any]:
+        """What :meth:`example` gives."""
 
     @abstractmethod
     def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
@@ -186,18 +190,11 @@ class Generating(OpenedModel, ABC):
 class CachedModel(Generating):
     """An opened decoder with its cache as arguments and results; ``model`` is a :class:`CachedDecoder`."""
 
-    def example(
-        self,
-        batch: int = 2,
-        length: int = 37,
-        *,
-        padding: Padding | None = None,
-        past: int = EXAMPLE_PAST,
-    ) -> Arguments:
-        """Arguments of one call, as :class:`Generating` says."""
+    def example_call(self, batch: int, length: int, padding: Padding | None, past: int) -> dict[str, Any]:
+        """Tokens of an example, the first of them cached."""
         assert self.opened is not None
         kwargs = self.opened.example(batch, past + length, padding=padding)[1]
-        return (), self.arguments(kwargs["input_ids"], kwargs["attention_mask"], past)
+        return self.arguments(kwargs["input_ids"], kwargs["attention_mask"], past)
 
     def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
         """The call for tokens without padding when nothing is cached yet."""

@@ -21,7 +21,6 @@ from transformers.utils import ModelOutput
 
 from attncompile.frontends.cached import (
     ADVICE,
-    EXAMPLE_PAST,
     PRESENT,
     Generating,
     Past,
@@ -176,18 +175,11 @@ class DecoderModel(Generating):
     cross: Widths = ()
     source: int | None = None
 
-    def example(
-        self,
-        batch: int = 2,
-        length: int = 37,
-        *,
-        padding: Padding | None = None,
-        past: int = EXAMPLE_PAST,
-    ) -> Arguments:
-        """Arguments of one call, as :class:`Generating` says, behind an encoded input of about half the length."""
+    def example_call(self, batch: int, length: int, padding: Padding | None, past: int) -> dict[str, Any]:
+        """Tokens of an example behind an encoded input of about half the length."""
         assert self.opened is not None
         ids = self.opened.example(batch, past + length)[1]["decoder_input_ids"]
-        return (), self.behind(ids, self._encoder_inputs(batch, 4 + (past + length) // 2, padding), past)
+        return self.behind(ids, self._encoder_inputs(batch, 4 + (past + length) // 2, padding), past)
 
     def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
         """The call for tokens behind the encoded input of an example, when nothing else is cached yet."""

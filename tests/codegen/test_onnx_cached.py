@@ -165,6 +165,16 @@ def test_the_choice_is_measured_and_can_be_named() -> None:
     assert choose(spec, prefer="decomposed").row.operator == "decomposition"
 
 
+def test_few_positions_are_not_worth_a_switch() -> None:
+    grouped, single = behind_a_cache("padding"), ungrouped(behind_a_cache("padding"))
+    assert "here are at most 448" in choose(grouped, longest=448).reason
+    assert choose(grouped, longest=448).row.operator == "decomposition"
+    chosen = choose(single, longest=448)
+    assert chosen.row.operator == "MultiHeadAttention" and "at 128 and 448 tokens" in chosen.reason
+    assert choose(single).row.operator.startswith("GroupQueryAttention from ")
+    assert row_named(single, chosen.row.operator).operator == "MultiHeadAttention"
+
+
 def test_a_row_for_caches_wants_a_cache() -> None:
     square = parse_spec(
         "site   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s\n  mask   j ≤ i\n  norm   softmax (float32)"
