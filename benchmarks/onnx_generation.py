@@ -27,8 +27,8 @@ import numpy as np
 LENGTHS = (64, 512, 2048)
 ROUNDS, STEPS = 3, 12
 LOADS = 8
-"""How often models that listen are loaded anew, in another order: where their weights come to lie in memory moves steps of
-some milliseconds by 5 to 10 %."""
+"""How often models that listen are loaded anew, in another order: where their weights come to lie in memory moves steps
+of some milliseconds by 5 to 10 %."""
 
 
 def single_threaded(og: Any, folder: Path, scratch: Path) -> Any:
