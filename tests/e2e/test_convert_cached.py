@@ -138,9 +138,10 @@ def test_tokens_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prefer", ["fused", "fastest"])
 @pytest.mark.parametrize("name", MORE)
-def test_tokens_of_more_models(name: str, tmp_path: Path) -> None:
-    assert_generates_alike(MORE[name], tmp_path, "fused")
+def test_tokens_of_more_models(name: str, prefer: str, tmp_path: Path) -> None:
+    assert_generates_alike(MORE[name], tmp_path, prefer)
 
 
 @pytest.fixture(scope="module")
