@@ -50,6 +50,14 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
 ]
 
+Provider = Annotated[
+    str,
+    typer.Option(
+        metavar="PROVIDER",
+        help="where it will run: cpu, cuda, or an execution provider of ONNX Runtime such as CPUExecutionProvider",
+    ),
+]
+
 _ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with")
 Attention = Annotated[Literal["sdpa", "eager"], _ATTENTION]
 Passes = Annotated[
@@ -155,7 +163,7 @@ def convert(
         Literal["onnx", "torch", "pt2"],
         typer.Option(help="ONNX Runtime, a folder for attncompile.load, or a package compiled by AOTInductor"),
     ] = "onnx",
-    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="where it will run")] = "cpu",
+    provider: Provider = "cpu",
     prefer: Annotated[
         Literal["fastest", "fused", "decomposed"],
         typer.Option(help="take fused operators where they win, always, or never"),
@@ -170,6 +178,21 @@ def convert(
             "with its cache where it can be, unless said",
             show_default=False,
         ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="onnx: fp32, fp16, bf16, int8, int8-static, int8-weights, int4 or fp8, with options such as "
+            '"int4(block=64)"; the model\'s own unless given',
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="largest relative change of an output by lossy passes or a precision; else refused"),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="onnx: running text to calibrate a precision with and judge it by")
     ] = None,
     attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
@@ -189,6 +212,9 @@ def convert(
             passes=passes,
             allow_untrained=allow_untrained,
             cache=cache,
+            precision=precision,
+            budget=budget,
+            text=text,
             attn_implementation=attn,
             allow_pickle=allow_pickle,
             overwrite=overwrite,

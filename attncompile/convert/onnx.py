@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import onnx_ir
 import onnxruntime
+import torch
 
-from attncompile.codegen.onnx.capabilities import Provider
-from attncompile.codegen.onnx.quantize import quantize_projections
 from attncompile.convert.artifact import Conversion
-from attncompile.convert.calibration import Call, calls, text_call
-from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
+from attncompile.convert.calibration import calls, text_call
+from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import (
+    Compared,
     DoesNotRunError,
     Run,
     Runs,
@@ -40,8 +41,12 @@ from attncompile.convert.frame import (
 from attncompile.convert.generator import write_generator
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_sites import site_certificates, verified_sites
+from attncompile.convert.precision import Precision, parse_precision, require_possible
+from attncompile.convert.providers import kernels_of
+from attncompile.convert.quality import over_budget
+from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_changes, texts_of
 from attncompile.convert.runtime import run, save, session
-from attncompile.convert.source import read_source, reopen
+from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import latency_measurement, size_measurement, slower
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
 from attncompile.frontends.cached import CachedModel, with_cache
@@ -84,6 +89,8 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
         ValueError: for passes that cannot be read.
     """
 
+    _precision(options, parse_passes(options.passes))  # what is misspelt is said before anything is opened
+
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
 
@@ -94,24 +101,39 @@ def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
     provider, before = options.provider, folder / BEFORE
+    precision = _precision(options, requested)
+    if precision is not None:
+        require_possible(precision, provider, target)
+        opened = _in_float32(opened)
+    rounds = precision is not None and precision.kind.budget is not None
     opened, source, notes = _source(opened, options)
+    texts = texts_of(opened, options.text) if rounds or options.text is not None else None
     save(source, before)
     unrewritten = session(before, provider)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
+    budget = options.budget if options.budget is not None or precision is None else precision.kind.budget
+
+    def loaded(file: Path) -> Runs:
+        return _runs(opened, unrewritten, exact, file, provider)
+
     tried: list[str] = []
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress("finding attention")
         rewritten = rewrite_onnx(
-            onnx_ir.load(before), opened.name, requested, provider, preference, options.allow_untrained, notes
+            onnx_ir.load(before), opened.name, requested, kernels_of(provider), preference, options.allow_untrained,
+            notes,
         )
         require_sites(rewritten.program, target)
         options.progress("writing the model")
-        quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
+        save(rewritten.model, folder / MODEL)
         options.progress("comparing with the original")
-        lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
+        lossy = any(outcome.lossy for outcome in rewritten.outcomes)
+        judged = None if rounds else budget
         try:
-            compared = compare_runs(opened, _runs(opened, unrewritten, exact, folder / MODEL, provider), lossy=lossy)
-            problem = compared.problem()
+            compared = compare_runs(
+                opened, loaded(folder / MODEL), lossy=lossy, budget=judged, texts=texts.judged if texts else None
+            )
+            problem = None if over_budget(compared.entries) else compared.problem()
         except DoesNotRunError as error:
             problem = str(error)
         if problem is None:
@@ -120,10 +142,16 @@ def _made(
     else:
         raise disagreement(str(problem), target)
     options.progress("checking every site")
-    sites = site_certificates(rewritten, provider)
+    sites = site_certificates(rewritten, kernels_of(provider), provider)
+    changes, told = _changes(opened, rewritten, folder, provider)
+    kept: tuple[str, ...] = ()
+    if precision is not None and texts is not None and budget is not None and rounds:
+        options.progress(f"rounding to {precision}")
+        rounded = _round(opened, rewritten, folder, precision, budget, texts, loaded, provider)
+        told, kept, changes = [*rounded.notes, _agreed(compared), *told], rounded.kept, {**changes, **rounded.changes}
+        compared = compare_runs(opened, loaded(folder / MODEL), lossy=True, budget=budget, texts=texts.judged)
     options.progress("measuring")
-    changes, told = _changes(opened, rewritten, folder, provider, quantised)
-    measured, unchanged = _measurements(opened, not (rewritten.changed or quantised), folder, provider)
+    measured, unchanged = _measurements(opened, not (rewritten.changed or rounds), folder, provider)
     if opened.kind == "torch":
         save_unrewritten(onnx_ir.load(before), opened, folder / UNREWRITTEN)
     for leftover in folder.glob(f"{BEFORE}*"):
@@ -131,12 +159,6 @@ def _made(
     _copy_companions(opened, folder)
     if isinstance(opened, CachedModel):
         told += write_generator(opened, MODEL, folder)
-    if quantised:
-        told.insert(
-            0,
-            f"{quantised} projections multiply in INT8 (ONNX Runtime's dynamic quantiser); attention products stay "
-            "in float",
-        )
     return Made(
         rewritten.program,
         rewritten.outcomes,
@@ -146,7 +168,73 @@ def _made(
         tuple(measured),
         (*rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
         cache=isinstance(opened, CachedModel),
+        precision=str(precision) if precision is not None else "",
+        budget=budget if lossy or rounds else None,
+        kept=kept,
     )
+
+
+def _precision(options: Options, requested: Sequence[PassCall]) -> Precision | None:
+    """What was asked for, by ``--precision`` or by a pass that rounds projections on this target.
+
+    Raises:
+        ValueError: for an unknown precision, or for both.
+    """
+    by_pass = any(
+        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested
+    )
+    if options.precision is None:
+        return parse_precision("int8") if by_pass else None
+    if by_pass:
+        raise ValueError(
+            f"the pass quantize.int8 rounds the projections already, and --precision {options.precision} was given; "
+            "leave one of them out"
+        )
+    return parse_precision(options.precision)
+
+
+def _in_float32(opened: OpenedModel) -> OpenedModel:
+    """The model with its weights in float32; as it is where they are, and for an ONNX file."""
+    if opened.kind != "torch" or all(
+        not parameter.is_floating_point() or parameter.dtype is torch.float32 for parameter in opened.model.parameters()
+    ):
+        return opened
+    return replace(opened, model=copy.deepcopy(opened.model).float())
+
+
+@dataclass(frozen=True)
+class _Rounded(Rounded):
+    """With the change of each site by name."""
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+
+def _round(
+    opened: OpenedModel,
+    rewritten: Rewritten,
+    folder: Path,
+    precision: Precision,
+    budget: float,
+    texts: Texts,
+    loaded: Callable[[Path], Runs],
+    provider: str,
+) -> _Rounded:
+    """Put the model in the folder in another precision."""
+    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+        plain = Path(scratch) / MODEL
+        for file in folder.glob(f"{MODEL}*"):
+            shutil.move(file, Path(scratch) / file.name)
+        made = round_model(opened, plain, folder / MODEL, precision, budget, texts, loaded, provider)
+        text = (texts.judged or calls(opened))[0]
+        models = onnx_ir.load(plain), onnx_ir.load(folder / MODEL)
+        changes = rounding_changes(rewritten.program, *models, text, provider)
+    return _Rounded(made.kept, made.notes, changes)
+
+
+def _agreed(compared: Compared) -> str:
+    """What the comparison of the float32 model found, for the reader of a rounded one."""
+    apart = [entry.after for entry in compared.entries if entry.before is None and entry.metric.startswith("largest")]
+    return f"before rounding, the rewritten model differed from the original by at most {max(apart, default=0.0):.2g}"
 
 
 _WITHOUT = "converted without a cache"
@@ -186,26 +274,6 @@ def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir
     return opened, model, (*opened.notes, *notes)
 
 
-def _quantizes_projections(requested: Sequence[PassCall]) -> bool:
-    return any(
-        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested
-    )
-
-
-def _write_model(model: onnx_ir.Model, folder: Path, *, quantize: bool) -> int:
-    """Write the result; returns how many projections were quantised."""
-    for stale in folder.glob(f"{MODEL}*"):
-        stale.unlink()
-    if not quantize:
-        save(model, folder / MODEL)
-        return 0
-    save(model, folder / "float.onnx")
-    count = quantize_projections(folder / "float.onnx", folder / MODEL)
-    for stale in folder.glob("float.onnx*"):
-        stale.unlink()
-    return count
-
-
 def _runs(
     opened: OpenedModel, unrewritten: onnxruntime.InferenceSession, exact: Run | None, file: Path, provider: str
 ) -> Runs:
@@ -224,52 +292,19 @@ def _runs(
 
 
 def _changes(
-    opened: OpenedModel, rewritten: Rewritten, folder: Path, provider: str, quantised: int
+    opened: OpenedModel, rewritten: Rewritten, folder: Path, provider: str
 ) -> tuple[dict[str, Change], list[str]]:
     """How far lossy passes moved each site on running text, and what there is to say about it."""
     rewrites = lossy_rewrites(rewritten.outcomes)
-    if not rewrites and not quantised:
+    if not rewrites:
         return {}, []
     text = text_call(opened)
     if text is None:
         return {}, ["the model takes no text, so the change of each site is measured on random inputs only"]
-    found: dict[str, Change] = {}
-    if quantised:
-        outputs = {
-            site.name: site.region.outputs[0].value
-            for site in rewritten.program.sites
-            if site.status == "lifted" and site.region is not None
-        }
-        found |= _quantised_changes(outputs, folder, text, provider)
-    found |= changes_in_onnx(onnx_ir.load(folder / BEFORE), text, provider, rewrites)
+    found = changes_in_onnx(onnx_ir.load(folder / BEFORE), text, provider, rewrites)
     missing = len({one.site.name for one in rewrites} - set(found))
     told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
     return found, told if missing else []
-
-
-def _quantised_changes(outputs: Mapping[str, str], folder: Path, text: Call, provider: str) -> dict[str, Change]:
-    """The change of each site's output, by name, when the projections of the unrewritten model are quantised.
-
-    The rewritten model has other values between its nodes, so the same quantiser is run on the model before.
-
-    Args:
-        outputs: native result of each site.
-        folder: with the unrewritten model; text: what both run on; provider: where.
-    """
-    before = onnx_ir.load(folder / BEFORE)
-    name_values(before)
-    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
-        plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
-        save(before, plain)
-        quantize_projections(plain, quantised)
-        natives = observed(before, text, provider, outputs.values())
-        results = observed(onnx_ir.load(quantised), text, provider, outputs.values())
-    inputs = f"{text.what}, with the projections before it quantised too"
-    return {
-        site: difference([results[name]], [natives[name]], inputs)
-        for site, name in outputs.items()
-        if name in natives and name in results
-    }
 
 
 def _measurements(
@@ -296,24 +331,39 @@ def _copy_companions(opened: OpenedModel, folder: Path) -> None:
                 shutil.copy(path, folder / path.name)
 
 
-def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = False) -> Certificate:
+def verify_onnx(
+    folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = False, provider: str | None = None
+) -> Certificate:
     """The certificate of a folder, computed again on other inputs than the conversion saw.
+
+    Args:
+        folder: what :func:`convert_onnx` wrote; plan: its plan.
+        shift: added to the lengths of inputs.
+        allow_pickle: the user's permission to read a pickle.
+        provider: where to run it; where it was converted for unless given.
 
     Raises:
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
+        ValueError: when the plan names a precision that is not known.
     """
+    source, provider = read_source(folder), provider or plan.provider
     opened = reopen(folder, allow_pickle=allow_pickle)
-    opened = _with_cache(opened, read_source(folder).cache)
-    lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
+    precision = parse_precision(plan.precision) if plan.precision else None
+    if precision is not None:
+        opened = _in_float32(opened)
+    opened = _with_cache(opened, source.cache)
+    rounds = precision is not None and precision.kind.budget is not None
+    text = source_text(source)
+    texts = texts_of(opened, text).judged if rounds or text is not None else None
     exact = in_float64(opened.model) if opened.kind == "torch" else None
     with _unrewritten(folder, opened) as file:
-        runs = _runs(opened, session(file, plan.provider), exact, folder / MODEL, plan.provider)
+        runs = _runs(opened, session(file, provider), exact, folder / MODEL, provider)
         try:
-            compared = compare_runs(opened, runs, lossy=lossy, shift=shift)
+            lossy = rounds or plan_is_lossy(plan)
+            compared = compare_runs(opened, runs, lossy=lossy, shift=shift, budget=plan.budget, texts=texts)
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
-    provider: Provider = "cuda" if plan.provider == "cuda" else "cpu"
-    return make_certificate(plan, verified_sites(plan, provider), compared.entries)
+    return make_certificate(plan, verified_sites(plan, kernels_of(provider), provider), compared.entries)
 
 
 @contextmanager

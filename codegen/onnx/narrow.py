@@ -2,8 +2,8 @@
 
 What stays in float32:
 
-- values that come from integers and no weight matrix (positions, angles of rotary maps, masks): position 4097 is no number
-  of float16;
+- values that come from integers and no weight matrix (positions, angles of rotary maps, masks): position 4097 is no
+  number of float16;
 - reductions, powers, exponentials and softmax (:data:`WIDE`), and the scores in front of a softmax up to their product;
 - operators whose specification has no form for the narrow type, and the bodies of loops;
 - inputs and outputs, logits among them, but not the cache, which is kept narrow.
@@ -31,16 +31,15 @@ Narrow = Literal["float16", "bfloat16"]
 TYPES: Mapping[Narrow, ir.DataType] = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
 
-WIDE = frozenset(
-    "Softmax LogSoftmax ReduceSum ReduceMean ReduceSumSquare ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd "
-    "CumSum Pow Sqrt Reciprocal Exp Log Softplus Sin Cos Loop Scan SequenceMap".split()
-)
+_REDUCTIONS = ("Sum", "Mean", "SumSquare", "L1", "L2", "LogSum", "LogSumExp", "Prod")
+_FUNCTIONS = ("CumSum", "Pow", "Sqrt", "Reciprocal", "Exp", "Log", "Softplus", "Sin", "Cos")
+LOOPS = ("Loop", "Scan", "SequenceMap")
+SCORES = ("Softmax", "LogSoftmax")
+WIDE = frozenset({*SCORES, *_FUNCTIONS, *LOOPS, *(f"Reduce{name}" for name in _REDUCTIONS)})
 """Standard operators that stay in float32: long sums, and functions that leave the range of float16."""
 
-POINTWISE = frozenset("Add Sub Mul Div Where Max Min Clip Tanh Neg".split())
+POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip", "Tanh", "Neg"})
 """What may stand between a product and the softmax of its scores."""
-
-SCORES = frozenset({"Softmax", "LogSoftmax"})
 
 CACHE = ("past_key_values.", "present.")
 """How inputs and outputs begin that keep the narrow type."""
@@ -180,7 +179,7 @@ def _narrow_nodes(model: ir.Model, narrow: Narrow) -> set[ir.Node]:
     wide |= {
         inner
         for node in model.graph.all_nodes()
-        if node.op_type in ("Loop", "Scan", "SequenceMap") and node.domain == ""
+        if node.op_type in LOOPS and node.domain == ""
         for inner in _inside(node)
     }
     for node in [node for node in wide if node.op_type in SCORES and node.domain == ""]:
@@ -197,12 +196,16 @@ def _state_types(graph: ir.Graph, model: ir.Model) -> None:
         for place, output in enumerate(node.outputs):
             if output.dtype is not None:
                 continue
-            if bodies and place < len(bodies[0].outputs):
-                output.dtype = bodies[0].outputs[place].dtype
+            if bodies and node.op_type == "If":
+                inner = bodies[0].outputs[place].dtype
+                if inner is not None:
+                    output.dtype = inner
             elif node.op_type == "Cast" and node.domain == "":
                 output.dtype = ir.DataType(node.attributes.get_int("to", int(FLOAT)))
             else:
-                output.dtype = _result_type(node, place, model)
+                found = _result_type(node, place, model)
+                if found is not None:
+                    output.dtype = found
 
 
 def _result_type(node: ir.Node, place: int, model: ir.Model) -> ir.DataType | None:
@@ -261,8 +264,8 @@ def _from_weights(model: ir.Model) -> set[ir.Value]:
 
 def _is_matrix(value: ir.Value) -> bool:
     """A stored float tensor with more than one axis longer than 1: no list of frequencies or slopes."""
-    shape = value.const_value.shape if value.const_value is not None else ()
-    return value.dtype is FLOAT and sum(int(size) > 1 for size in shape) > 1
+    sizes = value.const_value.numpy().shape if value.const_value is not None else ()
+    return value.dtype is FLOAT and sum(size > 1 for size in sizes) > 1
 
 
 def _has_form(node: ir.Node, narrow: Narrow, model: ir.Model) -> bool:

@@ -3,8 +3,8 @@
 A projection is a ``MatMul`` whose second operand is a fixed weight. Three forms are made of it:
 
 - :func:`dynamic_int8`: INT8 weights, states rounded to UINT8 with one scale and zero point per call;
-- :func:`static_rounding`: the same with ranges that were calibrated, as ``QuantizeLinear``/``DequantizeLinear`` pairs, in
-  INT8 or in float8 e4m3;
+- :func:`static_rounding`: the same with ranges that were calibrated, as ``QuantizeLinear``/``DequantizeLinear`` pairs,
+  in INT8 or in float8 e4m3;
 - :func:`block_weights`: ``MatMulNBits``, weights of 4 or 8 bits with one scale per block, states stay what they are.
 
 All are lossy: compare before use.
@@ -101,9 +101,9 @@ def _store_transposed(model: ir.Model, node: ir.Node) -> None:
 
 def _split_gemm(model: ir.Model, node: ir.Node) -> None:
     weight, scales = constant(node.inputs[1]), [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-    if weight is None or scales != [1.0, 1.0] or node.attributes.get_int("transA", 0):
+    if weight is None or scales != [1.0, 1.0] or node.attributes.get_int("transA", False):
         return
-    if node.attributes.get_int("transB", 0):
+    if node.attributes.get_int("transB", False):
         weight = np.ascontiguousarray(weight.T)
     build = Builder(model.graph, node.name or "projection")
     made = build("MatMul", node.inputs[0], build.constant(weight, str(weight.dtype)))
@@ -198,7 +198,7 @@ def block_weights(
     _finish(source, target)
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
+class _Reader(CalibrationDataReader):
     """Inputs one after the other, as the quantiser asks for them."""
 
     def __init__(self, feeds: Iterable[Feed]) -> None:
@@ -214,7 +214,7 @@ def _beside(source: Path) -> bool:
 
 
 def _finish(source: Path, target: Path) -> None:
-    """Mend what quantisers leave: weights that several nodes share are there once, metadata and axes are the source's."""
+    """Mend what quantisers leave: weights that nodes share are there once, and nodes keep the source's metadata."""
     before, after = onnx.load(source, load_external_data=False), onnx.load(target, load_external_data=False)
     once = {tensor.name: tensor for tensor in after.graph.initializer}
     marks = {node.name: node.metadata_props for node in before.graph.node if node.name and node.metadata_props}
