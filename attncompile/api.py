@@ -130,6 +130,31 @@ def _lift_pieces(
     return join_programs(name, programs, (*notes, what, *told))
 
 
+def operators(
+    model: torch.nn.Module | str | Path, program: Program, provider: str, *, prefer: Preference = "fastest"
+) -> dict[str, tuple[str, str]]:
+    """The ONNX operator that each site would become on a provider, and why; nothing is written.
+
+    Args:
+        model: what was lifted; program: what :func:`lift` gave for it.
+        provider: as in :func:`convert`; prefer: likewise.
+
+    Returns:
+        Operator and reason by the name of the site; ``original`` for a site that would stay as it is.
+
+    Raises:
+        InputError: for a provider that is not known.
+    """
+    from attncompile.convert.onnx_rewrite import operators_of_file, operators_of_program
+    from attncompile.convert.providers import kernels_of
+
+    _check_choice("prefer", prefer)
+    kernels = kernels_of(provider)
+    if not isinstance(model, torch.nn.Module) and str(model).endswith(".onnx"):
+        return operators_of_file(Path(model).expanduser(), kernels, prefer)
+    return operators_of_program(program, kernels, prefer)
+
+
 def compile(
     model: torch.nn.Module | Callable[..., Any], *, dynamic: bool | None = None, **options: Any
 ) -> Callable[..., Any]:

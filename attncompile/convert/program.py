@@ -190,7 +190,8 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
     """
     for name, given in (("precision", options.precision), ("text", options.text)):
         if given is not None:
-            raise InputError(f"{name}={str(given)!r} is for ONNX models", str(target), "use --target onnx, or leave it out")
+            what = f"{name}={str(given)!r} is for ONNX models"
+            raise InputError(what, str(target), "use --target onnx, or leave it out")
     if options.prefer != "fastest":
         raise InputError(
             f"prefer={options.prefer!r} chooses among ONNX operators",

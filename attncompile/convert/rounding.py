@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def round_model(
             return done, measured_quality(opened, loaded(target), texts.judged)
 
         done, quality = attempt(())
+        said = _modules(plain)
         whole, kept = quality.worst(), tuple[str, ...]()
         if not whole <= budget:
             if not precision.kind.projections:
@@ -127,7 +129,7 @@ def round_model(
                 raise _beyond(precision, whole, budget, quality, opened, ", also with half of them in float32")
             kept = order[:found]
             done, quality = attempt(kept)
-    return Rounded(kept, tuple(_told(precision, done, kept, len(names), whole, budget, quality)))
+    return Rounded(kept, tuple(_told(precision, done, kept, len(names), whole, budget, quality, said)))
 
 
 def _fewest(counts: Sequence[int], holds: Callable[[int], bool]) -> int | None:
@@ -160,6 +162,7 @@ def _told(
     whole: float,
     budget: float,
     quality: Quality,
+    modules: Mapping[str, str],
 ) -> Iterator[str]:
     if not precision.kind.projections:
         yield f"{precision}: {precision.kind.summary} ({done} nodes)"
@@ -168,8 +171,20 @@ def _told(
     if kept:
         yield (
             f"{len(kept)} projections were left in float32, the most hurt ones, because rounding all changes an output "
-            f"by {whole:.2g}, over the budget of {budget:g}; now it is {quality.worst():.2g}: {', '.join(kept)}"
+            f"by {whole:.2g}, over the budget of {budget:g}; now it is {quality.worst():.2g}: "
+            + ", ".join(modules.get(name, name) for name in kept)
         )
+
+
+def _modules(file: Path) -> dict[str, str]:
+    """The path of the module that each projection was exported from, by node name, where the export says so."""
+    found = {}
+    for node in onnx_ir.load(file).graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        paths = [scope for scope in scopes[:-1] if scope]
+        if paths and node.name and node.op_type == "MatMul":
+            found[node.name] = paths[-1]
+    return found
 
 
 def _calibration(opened: OpenedModel, texts: Texts, loaded: onnxruntime.InferenceSession) -> Iterator[Feed]:
