@@ -417,7 +417,7 @@ def operator_lines(chosen: Mapping[str, tuple[str, str]], provider: str) -> Iter
     yield f"on {named_provider(provider)}"
     for (operator, reason), count in counts.items():
         sites = f"{count} site{'' if count == 1 else 's'}"
-        yield f"  {sites} {'kept as it was' if operator == 'original' else f'as {operator}'}: {reason}"
+        yield f"  {sites} would {'stay' if operator == 'original' else f'become {operator}'}: {reason}"
 
 
 def nothing_found(program: Program) -> str:

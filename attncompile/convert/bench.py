@@ -96,7 +96,7 @@ def bench_models(
     files = {str(model): _file(model) for model in models}
     if len(files) < len(models):
         raise InputError("a model is given twice", str(models[0]), "name each once")
-    (first, file), calls = next(iter(files.items())), []
+    first, calls = next(iter(files)), []
     read = {name: read_onnx_file(path) for name, path in files.items()}
     loaded = {}
     for name, path in files.items():
@@ -148,10 +148,12 @@ def _fed(name: str, loaded: onnxruntime.InferenceSession, call: Call, first: str
     if missing:
         raise InputError(f"it takes {missing[0]!r}, which {first} does not", name, "compare models of the same inputs")
     fed = feeds(loaded, Call((), {key: value for key, value in call.kwargs.items() if key in wanted}, call.what))
+    quiet = onnxruntime.RunOptions()
+    quiet.log_severity_level = 4
     try:
-        loaded.run(None, fed)
+        loaded.run(None, fed, quiet)
     except Exception as error:  # ONNX Runtime's own errors share no other base
-        said = str(error).splitlines()[0]
+        said = str(error).splitlines()[0][:200]
         raise InputError(f"it does not run at {call.what} ({said})", name, "give another --shape") from error
     return fed
 

@@ -93,7 +93,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
         Kind("bf16", "bfloat16, with the same exceptions", 0.05),
         Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_99, Int8Options, True),
-        Kind("int8-static", "the same with ranges that were calibrated", COSINE_99, StaticOptions, True, True),
+        Kind("int8-static", "projections: the same with ranges from calibration", COSINE_99, StaticOptions, True, True),
         Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_99, BlockOptions, True),
         Kind("int4", "projections: weights of 4 bits in blocks (MatMulNBits)", COSINE_95, Int4Options, True),
         Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_99, NoOptions, True, True),

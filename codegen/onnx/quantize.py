@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -214,18 +215,24 @@ def _beside(source: Path) -> bool:
 
 
 def _finish(source: Path, target: Path) -> None:
-    """Mend what quantisers leave: weights that nodes share are there once, and nodes keep the source's metadata."""
+    """Mend what quantisers leave: weights of several nodes are there once, nodes keep their metadata and are in order.
+
+    Their own order knows nothing of what the body of an ``If`` reads from outside.
+    """
     before, after = onnx.load(source, load_external_data=False), onnx.load(target, load_external_data=False)
     once = {tensor.name: tensor for tensor in after.graph.initializer}
+    if len(once) < len(after.graph.initializer):
+        kept = list(once.values())
+        del after.graph.initializer[:]
+        after.graph.initializer.extend(kept)
     marks = {node.name: node.metadata_props for node in before.graph.node if node.name and node.metadata_props}
-    missing = [node for node in after.graph.node if node.name in marks and not node.metadata_props]
-    if len(once) == len(after.graph.initializer) and not missing:
-        return
-    del after.graph.initializer[:]
-    after.graph.initializer.extend(once.values())
-    for node in missing:
-        node.metadata_props.extend(marks[node.name])
-    target.write_bytes(after.SerializeToString())
+    del before
+    for node in after.graph.node:
+        if node.name in marks and not node.metadata_props:
+            node.metadata_props.extend(marks[node.name])
+    model = ir.from_proto(after)
+    passes.TopologicalSortPass()(model)
+    target.write_bytes(ir.to_proto(model).SerializeToString())
 
 
 __all__ = [
