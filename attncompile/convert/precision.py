@@ -33,8 +33,8 @@ from attncompile.passes import Options
 from attncompile.passes.registry import nearest
 from attncompile.passes.text import make_options, read_calls
 
-COSINE_99, COSINE_95 = 0.14, 0.32
-"""Relative changes at which two vectors of one length have cosines of 0.99 and 0.95."""
+COSINE_995, COSINE_95 = 0.1, 0.32
+"""Relative changes at which two vectors of one length have cosines of 0.995 and 0.95."""
 
 
 class NoOptions(Options):
@@ -92,11 +92,11 @@ KINDS: Mapping[str, Kind] = {
         Kind("fp32", "float32 throughout", None),
         Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
         Kind("bf16", "bfloat16, with the same exceptions", 0.05),
-        Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_99, Int8Options, True),
-        Kind("int8-static", "projections: the same with ranges from calibration", COSINE_99, StaticOptions, True, True),
-        Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_99, BlockOptions, True),
+        Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
+        Kind("int8-static", "projections: the same with ranges from calibration", COSINE_995, StaticOptions, True, True),
+        Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
         Kind("int4", "projections: weights of 4 bits in blocks (MatMulNBits)", COSINE_95, Int4Options, True),
-        Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_99, NoOptions, True, True),
+        Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_995, NoOptions, True, True),
     )
 }
 

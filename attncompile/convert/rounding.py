@@ -27,7 +27,7 @@ from attncompile.lift import Program
 PIECE, PIECES = 256, 8
 """Tokens of a piece of text, and how many are read: the first half to take ranges from, the second to judge by."""
 
-SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+SHARES = (1 / 32, 2 / 32, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 """Shares of the projections that are left in float32, the most hurt first, until the budget holds."""
 
 Loaded = Callable[[Path], Runs]
