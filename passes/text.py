@@ -40,11 +40,11 @@ def parse_passes(text: str) -> tuple[PassCall, ...]:
             wrong type or out of range, or what cannot be read and where.
     """
     named = read_calls(text, "the passes")
-    return tuple(make_call(find_pass(name), arguments) for name, arguments in named)
+    return tuple(make_call(find_pass(name), read_arguments(name, given)) for name, given in named)
 
 
-def read_calls(text: str, what: str) -> list[tuple[str, dict[str, Any]]]:
-    """The names of a comma-separated list, each with its options; whether they are known is not looked at.
+def read_calls(text: str, what: str) -> list[tuple[str, str]]:
+    """The names of a comma-separated list, each with the text of its options.
 
     Args:
         text: such as ``"int4(block=64)"``; what: the list is of, for errors.
@@ -52,21 +52,26 @@ def read_calls(text: str, what: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: in one sentence: what cannot be read and where.
     """
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, str]] = []
     position = 0
     while text[position:].strip():
         match = _CALL.match(text, position)
         if match is None:
             raise ValueError(f"cannot read {what} {text!r} from column {position + 1} on: expected a "
                              "name, then options in parentheses such as (size=1024), then a comma or the end")
-        calls.append((match["name"], _arguments(match["name"], match["arguments"] or "")))
+        calls.append((match["name"], match["arguments"] or ""))
         position = match.end()
         if match["after"] and not text[position:].strip():
             raise ValueError(f"{what} {text!r} end with a comma")
     return calls
 
 
-def _arguments(name: str, text: str) -> dict[str, Any]:
+def read_arguments(name: str, text: str) -> dict[str, Any]:
+    """Options by name from their text; whether they are known is not looked at.
+
+    Raises:
+        ValueError: in one sentence, for what cannot be read.
+    """
     found: dict[str, Any] = {}
     for part in text.split(",") if text.strip() else ():
         match = _ARGUMENT.fullmatch(part)

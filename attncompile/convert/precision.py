@@ -31,7 +31,7 @@ from attncompile.convert.runtime import save
 from attncompile.frontends.errors import InputError
 from attncompile.passes import Options
 from attncompile.passes.registry import nearest
-from attncompile.passes.text import make_options, read_calls
+from attncompile.passes.text import make_options, read_arguments, read_calls
 
 COSINE_995, COSINE_95 = 0.1, 0.32
 """Relative changes at which two vectors of one length have cosines of 0.995 and 0.95."""
@@ -93,7 +93,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
         Kind("bf16", "bfloat16, with the same exceptions", 0.05),
         Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
-        Kind("int8-static", "projections: the same with ranges from calibration", COSINE_995, StaticOptions, True, True),
+        Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
         Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
         Kind("int4", "projections: weights of 4 bits in blocks (MatMulNBits)", COSINE_95, Int4Options, True),
         Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_995, NoOptions, True, True),
@@ -123,11 +123,11 @@ def parse_precision(text: str) -> Precision:
     calls = read_calls(text, "the precision")
     if len(calls) != 1:
         raise ValueError(f"give one precision, not {text!r}; there are {', '.join(KINDS)}")
-    (name, arguments), known = calls[0], list(KINDS)
+    (name, given), known = calls[0], list(KINDS)
     if name not in KINDS:
         raise ValueError(f"there is no precision {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     kind = KINDS[name]
-    return Precision(kind, make_options(name, kind.options, arguments))
+    return Precision(kind, make_options(name, kind.options, read_arguments(name, given)))
 
 
 def require_possible(precision: Precision, provider: str, where: object) -> None:

@@ -109,6 +109,7 @@ def _split_gemm(model: ir.Model, node: ir.Node) -> None:
     build = Builder(model.graph, node.name or "projection")
     made = build("MatMul", node.inputs[0], build.constant(weight, str(weight.dtype)))
     build.nodes[-1].name = node.name
+    build.nodes[-1].metadata_props.update(node.metadata_props)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         made = build("Add", made, node.inputs[2])
     build.insert_before(node)
