@@ -12,9 +12,10 @@ All are lossy: compare before use.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -28,7 +29,6 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from attncompile.codegen.onnx.values import Builder, constant, producer, redirect
 
@@ -184,9 +184,10 @@ def block_weights(
         source, target, names: as in :func:`dynamic_int8`.
         bits: of a weight; block: weights that share a scale; symmetric: without a zero point.
     """
+    quantiser_of = _block_quantiser()
     whole = onnx.load(source)
     left = [node.name for node in whole.graph.node if node.op_type == "MatMul" and node.name not in set(names)]
-    quantiser = MatMulNBitsQuantizer(
+    quantiser = quantiser_of(
         whole,
         bits=bits,
         block_size=block,
@@ -198,6 +199,18 @@ def block_weights(
     quantiser.process()
     quantiser.model.save_model_to_file(str(target), _beside(source))
     _finish(source, target)
+
+
+def _block_quantiser() -> Any:
+    """ONNX Runtime's quantiser of weights in blocks, whose module sets up everybody's logging when it is imported."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return MatMulNBitsQuantizer
 
 
 class _Reader(CalibrationDataReader):
