@@ -7,6 +7,7 @@ Face folder, an ``.onnx`` file, or ``file.py:function``, a function that returns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,13 +30,11 @@ if TYPE_CHECKING:
     from attncompile.convert.kernel_index import KernelFolder
 
 Target = Literal["onnx", "torch", "pt2"]
-Provider = Literal["cpu", "cuda"]
 Preference = Literal["fastest", "fused", "decomposed"]
 Rest = Literal["eager", "inductor"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "to": ("onnx", "torch", "pt2"),
-    "provider": ("cpu", "cuda"),
     "prefer": ("fastest", "fused", "decomposed"),
     "attn_implementation": ("sdpa", "eager"),
     "rest": ("eager", "inductor"),
@@ -131,6 +130,31 @@ def _lift_pieces(
     return join_programs(name, programs, (*notes, what, *told))
 
 
+def operators(
+    model: torch.nn.Module | str | Path, program: Program, provider: str, *, prefer: Preference = "fastest"
+) -> dict[str, tuple[str, str]]:
+    """The ONNX operator that each site would become on a provider, and why; nothing is written.
+
+    Args:
+        model: what was lifted; program: what :func:`lift` gave for it.
+        provider: as in :func:`convert`; prefer: likewise.
+
+    Returns:
+        Operator and reason by the name of the site; ``original`` for a site that would stay as it is.
+
+    Raises:
+        InputError: for a provider that is not known.
+    """
+    from attncompile.convert.onnx_rewrite import operators_of_file, operators_of_program
+    from attncompile.convert.providers import kernels_of
+
+    _check_choice("prefer", prefer)
+    kernels = kernels_of(provider)
+    if not isinstance(model, torch.nn.Module) and str(model).endswith(".onnx"):
+        return operators_of_file(Path(model).expanduser(), kernels, prefer)
+    return operators_of_program(program, kernels, prefer)
+
+
 def compile(
     model: torch.nn.Module | Callable[..., Any], *, dynamic: bool | None = None, **options: Any
 ) -> Callable[..., Any]:
@@ -187,11 +211,14 @@ def convert(
     out: str | Path,
     *,
     to: Target = "onnx",
-    provider: Provider = "cpu",
+    provider: str = "cpu",
     prefer: Preference = "fastest",
     passes: str = "fuse",
     allow_untrained: bool = False,
     cache: bool | None = None,
+    precision: str | None = None,
+    budget: float | None = None,
+    text: str | Path | None = None,
     attn_implementation: AttentionImplementation | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
@@ -204,7 +231,8 @@ def convert(
         out: the folder to write: all of it, or nothing when something goes wrong.
         to: ``onnx`` for ONNX Runtime, ``torch`` for a folder that :func:`load` opens, ``pt2`` for a package that
             AOTInductor has compiled for this machine's kind of CPU; :func:`load` opens it too.
-        provider: where it will run.
+        provider: where it will run: ``cpu``, ``cuda``, or for ONNX Runtime the name of any execution provider that
+            is installed, such as ``CPUExecutionProvider``.
         prefer: ``fastest`` takes a fused operator only where it wins on the provider; ``fused`` and
             ``decomposed`` take them always or never.
         passes: what to do at each site, such as ``"fuse,sparsify.window(size=1024,sinks=4)"``.
@@ -212,6 +240,12 @@ def convert(
         cache: for ONNX Runtime, whether a language model becomes one for prompts and steps of generation, with its
             cache as inputs and outputs and the configuration of onnxruntime-genai beside it, and an encoder-decoder
             two, with both caches; None does so where it can, and False converts its forward pass.
+        precision: for ONNX Runtime, element types of weights and states: ``fp32``, ``fp16``, ``bf16``, ``int8``,
+            ``int8-static``, ``int8-weights``, ``int4`` or ``fp8``, with options as passes have them; None keeps the
+            model's own.
+        budget: the largest relative change of an output, ``‖after − before‖ / ‖before‖`` on running text, that lossy
+            passes or a precision may bring; more is refused. None takes that of the precision, and judges nothing else.
+        text: a file of running text to calibrate and judge with, instead of documentation of the standard library.
         attn_implementation: which of its own implementations a Hugging Face folder is loaded with; None lets
             the target choose.
         allow_pickle: read weights that only exist as pickle (as plain tensors).
@@ -223,8 +257,10 @@ def convert(
         ValueError: for an unknown word or pass.
     """
     _check_choice("to", to)
-    _check_choice("provider", provider)
+    provider = _checked_provider(provider, to)
     _check_choice("prefer", prefer)
+    if budget is not None and not 0.0 <= budget < math.inf:
+        raise ValueError(f"the budget is {budget}; it is a relative change, such as 0.1, and at least 0")
     if attn_implementation is not None:
         _check_choice("attn_implementation", attn_implementation)
     from attncompile.convert.frame import Options
@@ -235,6 +271,9 @@ def convert(
         passes=passes,
         allow_untrained=allow_untrained,
         cache=cache,
+        precision=precision,
+        budget=budget,
+        text=Path(text) if text is not None else None,
         attn_implementation=attn_implementation,
         allow_pickle=allow_pickle,
         overwrite=overwrite,
@@ -251,6 +290,23 @@ def convert(
     from attncompile.convert.torch import convert_torch
 
     return convert_torch(target, Path(out), options)
+
+
+def _checked_provider(provider: str, to: str) -> str:
+    """The provider as plans name it.
+
+    Raises:
+        InputError: for one that ONNX Runtime does not have.
+        ValueError: for one that the target does not have.
+    """
+    if to == "onnx":
+        from attncompile.convert.providers import session_providers, short_provider
+
+        session_providers(provider)
+        return short_provider(provider)
+    if provider not in ("cpu", "cuda"):
+        raise ValueError(f"provider is {provider!r}; for the target {to} it may be cpu or cuda")
+    return provider
 
 
 def compile_kernels(
@@ -306,11 +362,14 @@ FRESH = 5
 """Added to the lengths of the inputs that a conversion was checked on, so that a verification sees others."""
 
 
-def verify(folder: str | Path, *, allow_pickle: bool = False, allow_code: bool = False) -> Certificate:
+def verify(
+    folder: str | Path, *, provider: str | None = None, allow_pickle: bool = False, allow_code: bool = False
+) -> Certificate:
     """Compute the certificate of a conversion again, on inputs that the conversion did not see.
 
     Args:
-        folder: what :func:`convert` wrote.
+        folder: what :func:`convert` wrote, or the ``model.onnx`` in it.
+        provider: of ONNX Runtime, to run it on; the one that it was converted for unless given.
         allow_pickle: read the original's weights where they only exist as pickle (as plain tensors).
         allow_code: run a package (``pt2``) that was not made by you on this machine.
 
@@ -328,7 +387,10 @@ def verify(folder: str | Path, *, allow_pickle: bool = False, allow_code: bool =
     if plan.target == "onnx":
         from attncompile.convert.onnx import verify_onnx
 
-        return verify_onnx(folder, plan, FRESH, allow_pickle=allow_pickle)
+        chosen = None if provider is None else _checked_provider(provider, "onnx")
+        return verify_onnx(folder, plan, FRESH, allow_pickle=allow_pickle, provider=chosen)
+    if provider is not None:
+        raise ValueError(f"--provider is for conversions to onnx, and this one is to {plan.target}; leave it out")
     if plan.target == "pt2":
         from attncompile.convert.pt2 import verify_pt2
 
@@ -372,6 +434,8 @@ def load(
 
 def _conversion(folder: str | Path) -> tuple[Path, Plan]:
     folder = Path(folder).expanduser()
+    if folder.name == "model.onnx" and folder.is_file():
+        folder = folder.parent
     if not (folder / "plan.json").is_file():
         raise InputError("no plan.json in it", folder, "give a folder that attncompile convert wrote")
     return folder, load_plan(folder / "plan.json")

@@ -1,4 +1,4 @@
-"""The command line: inspect, convert, kernels, verify, passes, demo.
+"""The command line: inspect, convert, kernels, verify, bench, passes, demo.
 
 Exit codes: 0 done; 1 a verification failed, or a kernel does not compile; 2 a wrong option or input; 3 no attention
 site was found; 70 a defect of ours; 130 interrupted. Whatever goes wrong is one sentence on stderr; ``--debug`` or
@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,6 +48,14 @@ Model = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="show where an error happened")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
+]
+
+Provider = Annotated[
+    str,
+    typer.Option(
+        metavar="PROVIDER",
+        help="where it will run: cpu, cuda, or an execution provider of ONNX Runtime such as CPUExecutionProvider",
+    ),
 ]
 
 _ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with")
@@ -122,22 +130,34 @@ def inspect(
         Path | None,
         typer.Option(metavar="FILE", help="an .npz of tensors that masks read, by name: densities are then exact"),
     ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(metavar="PROVIDER", help="also tell the ONNX operator that each site would become there"),
+    ] = None,
     allow_pickle: AllowPickle = False,
     debug: Debug = False,
 ) -> int:
     """Print every attention site of a model: what it computes, or why it was refused."""
-    from attncompile.api import lift
+    from attncompile.api import lift, operators
     from attncompile.lift.render import render_program
 
     if picture_to is not None and picture_to.suffix not in (".svg", ".png"):
         raise typer.BadParameter(f"--picture-to {picture_to}: a picture is .svg or .png")
     tensors = _read_values(values) if values is not None else None
+    if provider is not None:
+        from attncompile.convert.providers import session_providers
+
+        session_providers(provider)
     with _progress() as progress:
         program = lift(model, attn_implementation=attn, allow_pickle=allow_pickle, progress=progress)
+        chosen = operators(model, program, provider) if provider is not None else None
     if json is not None:
-        _write_file(json, json_text.dumps(program_data(program, seq, tensors), ensure_ascii=False, indent=2) + "\n")
+        data = program_data(program, seq, tensors, chosen)
+        _write_file(json, json_text.dumps(data, ensure_ascii=False, indent=2) + "\n")
     if json != "-":
         _show(render_program(program, seq, every=every, block=block, picture=picture, values=tensors))
+        if chosen is not None:
+            _show("\n".join(("", *operator_lines(chosen, str(provider)))))
     if picture_to is not None:
         for name, file in _write_pictures(program, picture_to, seq, tensors):
             print(f"{file}: {name}", file=sys.stderr)
@@ -155,7 +175,7 @@ def convert(
         Literal["onnx", "torch", "pt2"],
         typer.Option(help="ONNX Runtime, a folder for attncompile.load, or a package compiled by AOTInductor"),
     ] = "onnx",
-    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="where it will run")] = "cpu",
+    provider: Provider = "cpu",
     prefer: Annotated[
         Literal["fastest", "fused", "decomposed"],
         typer.Option(help="take fused operators where they win, always, or never"),
@@ -170,6 +190,21 @@ def convert(
             "forward pass; with its cache where it can be, unless said",
             show_default=False,
         ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="onnx: fp32, fp16, bf16, int8, int8-static, int8-weights, int4 or fp8, with options such as "
+            '"int4(block=64)"; the model\'s own unless given',
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="largest relative change of an output by lossy passes or a precision; else refused"),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="onnx: running text to calibrate and judge a precision with")
     ] = None,
     attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
@@ -189,6 +224,9 @@ def convert(
             passes=passes,
             allow_untrained=allow_untrained,
             cache=cache,
+            precision=precision,
+            budget=budget,
+            text=text,
             attn_implementation=attn,
             allow_pickle=allow_pickle,
             overwrite=overwrite,
@@ -238,7 +276,13 @@ def kernels(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote, or the model.onnx in it")
+    ],
+    provider: Annotated[
+        str | None,
+        typer.Option(metavar="PROVIDER", help="run it there, instead of where it was converted for (ONNX Runtime)"),
+    ] = None,
     allow_pickle: AllowPickle = False,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="run a package that was not made by you on this machine")
@@ -251,9 +295,41 @@ def verify(
 
     with _progress() as progress:
         progress("verifying")
-        certificate = api.verify(folder, allow_pickle=allow_pickle, allow_code=allow_code)
+        certificate = api.verify(folder, provider=provider, allow_pickle=allow_pickle, allow_code=allow_code)
     _show(certificate_text(certificate))
     return DONE if certificate.passed else FAILED
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL…", help=".onnx files, or folders that attncompile convert wrote")
+    ],
+    provider: Provider = "cpu",
+    shape: Annotated[
+        list[str], typer.Option(metavar="BATCHxTOKENS", help="a call to time; may be given again")
+    ] = ["1x128"],  # noqa: B006 - typer reads it
+    past: Annotated[int, typer.Option(min=0, help="cached positions in front of it, for models with a cache")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="threads of each model; ONNX Runtime's own choice unless given")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="time for a shape, unless medians settle before")] = 30.0,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write the numbers as JSON; - for standard output")
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Time ONNX models in turns on the same inputs; the first one is what the others are compared with."""
+    from attncompile.convert.bench import bench_models, bench_text, read_shapes
+
+    shapes = read_shapes(shape)
+    with _progress() as progress:
+        found = bench_models(models, provider, shapes, past=past, threads=threads, seconds=seconds, progress=progress)
+    if json is not None:
+        _write_file(json, found.model_dump_json(indent=2, by_alias=True) + "\n")
+    if json != "-":
+        _show(bench_text(found))
+    return DONE
 
 
 @app.command()
@@ -281,12 +357,22 @@ def passes(debug: Debug = False) -> int:
 # --- what is printed ----------------------------------------------------------------------------------------
 
 
-def program_data(program: Program, seq: int, values: Tensors | None = None) -> dict[str, Any]:
-    """What ``inspect --json`` writes: every site, Specs in the form that parses back."""
+def program_data(
+    program: Program,
+    seq: int,
+    values: Tensors | None = None,
+    chosen: Mapping[str, tuple[str, str]] | None = None,
+) -> dict[str, Any]:
+    """What ``inspect --json`` writes: every site, Specs in the form that parses back; ``chosen`` are operators."""
+    sites = [_site_data(site, seq, values) for site in program.sites]
+    if chosen is not None:
+        for site in sites:
+            operator, reason = chosen[site["name"]]
+            site |= {"operator": operator, "operator_reason": reason}
     return {
         "schema": 1,
         "model": program.model,
-        "sites": [_site_data(site, seq, values) for site in program.sites],
+        "sites": sites,
         "summary": {
             "sites": len(program.sites),
             "lifted": program.count("lifted"),
@@ -319,6 +405,19 @@ def _site_data(site: Site, seq: int, values: Tensors | None) -> dict[str, Any]:
         "line": site.refusal.source if site.refusal else None,
         "nearest": site.nearest or None,
     }
+
+
+def operator_lines(chosen: Mapping[str, tuple[str, str]], provider: str) -> Iterator[str]:
+    """The ONNX operators that sites would become, one line for all that get the same for the same reason."""
+    from attncompile.convert.providers import named_provider
+
+    counts: dict[tuple[str, str], int] = {}
+    for outcome in chosen.values():
+        counts[outcome] = counts.get(outcome, 0) + 1
+    yield f"on {named_provider(provider)}"
+    for (operator, reason), count in counts.items():
+        sites = f"{count} site{'' if count == 1 else 's'}"
+        yield f"  {sites} would {'stay' if operator == 'original' else f'become {operator}'}: {reason}"
 
 
 def nothing_found(program: Program) -> str:

@@ -1,12 +1,15 @@
 """Converted models in ONNX Runtime's CPU beside torch's own exports of the same models.
 
-    python -m benchmarks.onnx_cpu results.json [--models minilm smollm2 whisper] [--rounds N]
+    python -m benchmarks.onnx_cpu results.json [--models minilm smollm2 whisper] [--rounds N] [--precisions int8 int4]
 
 Peers are `torch.onnx.export(dynamo=True)` with eager and with sdpa attention; ours is `attncompile.convert`
 of the eager model with default options, which compares before it writes. Every round runs
 each of them once, in alternating order, and a ratio is median over median. Two readings are given: wall time
 with two threads that do not spin, and processor time of one thread, which other programs on the machine
 disturb less. Ratios above 1 mean that ours is faster.
+
+With `--precisions` the same is measured of conversions with `--precision`, each a case of its own beside the float32
+exports, `ours` being the rounded model. What rounding costs in quality is measured in the same run (`onnx_quality.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +36,10 @@ import transformers
 import attncompile
 from attncompile.convert.export import export_onnx
 from attncompile.frontends.checkpoint import open_model
+from attncompile.plan.schema import load_plan
 from benchmarks.checkpoints import checkpoint_folder
 from benchmarks.onnx_operators import WARM_UP, device
+from benchmarks.onnx_quality import QUALITY
 
 Implementation = Literal["eager", "sdpa"]
 Arguments = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -121,6 +126,10 @@ class Case:
         wall, work: median wall time with two threads, median processor time with one.
         wall_ratio, work_ratio: a peer's time over ours.
         operators: what `attncompile.convert` put at how many sites.
+        precision: of ours; empty for float32.
+        megabytes: sizes with weights.
+        quality: of ours against the eager export's answers, where a precision was asked for.
+        kept: projections that the precision's budget left in float32.
     """
 
     model: str
@@ -133,6 +142,10 @@ class Case:
     wall_ratio: dict[str, float]
     work_ratio: dict[str, float]
     operators: dict[str, int]
+    precision: str = ""
+    megabytes: dict[str, float] = field(default_factory=dict)
+    quality: dict[str, float] = field(default_factory=dict)
+    kept: int = 0
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -174,8 +187,8 @@ def _difference(one: Path, other: Path, feed: Feed) -> float:
     return float(np.abs(first - second).max())
 
 
-def measure(subject: Subject, folder: Path, rounds: int) -> list[Case]:
-    """Export the peers, convert ours, compare, and time every shape."""
+def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[str] = ()) -> list[Case]:
+    """Export the peers, convert ours, compare, and time every shape; then again for each precision."""
     paths: dict[str, Path] = {}
     kinds: tuple[Implementation, ...] = ("eager", "sdpa")
     for kind in kinds:
@@ -183,8 +196,23 @@ def measure(subject: Subject, folder: Path, rounds: int) -> list[Case]:
         opened.model.eval()
         paths[kind] = folder / f"{kind}.onnx"
         onnx_ir.save(export_onnx(opened)[0], paths[kind], external_data=f"{kind}.onnx.data")
-    conversion = attncompile.convert(subject.target("eager"), folder / "ours", to="onnx", cache=False)
-    paths["ours"] = folder / "ours" / "model.onnx"
+    cases = []
+    for precision in precisions or ("",):
+        cases += _measured(subject, paths, folder / f"ours-{precision}", rounds, precision)
+    return cases
+
+
+def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: int, precision: str) -> list[Case]:
+    """Every shape with ours in one precision."""
+    kinds = list(peers)
+    conversion = attncompile.convert(
+        subject.target("eager"), out, to="onnx", cache=False, precision=precision or None
+    )
+    paths = {**peers, "ours": out / "model.onnx"}
+    quality: dict[str, float] = {}
+    if precision and subject.name in QUALITY:
+        quality = dict(QUALITY[subject.name](_session(paths["eager"], THREADS), _session(paths["ours"], THREADS)))
+        print(f"{subject.name} {precision}: {quality}", flush=True)
     chosen = [site.operator for site in conversion.report.sites]
     operators = {operator: chosen.count(operator) for operator in dict.fromkeys(chosen)}
     cases = []
@@ -205,10 +233,19 @@ def measure(subject: Subject, folder: Path, rounds: int) -> list[Case]:
             wall_ratio={kind: round(wall[kind] / wall["ours"], 3) for kind in kinds},
             work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds},
             operators=operators,
+            precision=precision,
+            megabytes={name: round(_size(path), 1) for name, path in paths.items()},
+            quality=quality,
+            kept=len(load_plan(out / "plan.json").kept),
         )
-        print(f"{case.model} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
+        print(f"{case.model} {precision} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
         cases.append(case)
     return cases
+
+
+def _size(path: Path) -> float:
+    """Megabytes of a model and the file of its weights."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
 
 
 def main() -> None:
@@ -219,11 +256,12 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=40, help="rounds at 512 tokens or fewer; longer calls get fewer"
     )
+    parser.add_argument("--precisions", nargs="+", default=(), help="as attncompile convert --precision takes them")
     chosen = parser.parse_args()
     cases: list[Case] = []
     for name in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
-            cases += measure(SUBJECTS[name], Path(folder), chosen.rounds)
+            cases += measure(SUBJECTS[name], Path(folder), chosen.rounds, chosen.precisions)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime, onnx_ir)}
     record = {
         "device": device(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from attncompile.passes.frame import Pass, PassCall
+from attncompile.passes.frame import Options, Pass, PassCall
 from attncompile.passes.registry import find_pass, nearest
 
 _CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w.\-]*)\s*(?:\((?P<arguments>[^()]*)\))?\s*(?P<after>,|$)")
@@ -39,21 +39,39 @@ def parse_passes(text: str) -> tuple[PassCall, ...]:
         ValueError: in one sentence: an unknown pass or option (with the nearest known one), a value of the
             wrong type or out of range, or what cannot be read and where.
     """
-    calls: list[PassCall] = []
+    named = read_calls(text, "the passes")
+    return tuple(make_call(find_pass(name), read_arguments(name, given)) for name, given in named)
+
+
+def read_calls(text: str, what: str) -> list[tuple[str, str]]:
+    """The names of a comma-separated list, each with the text of its options.
+
+    Args:
+        text: such as ``"int4(block=64)"``; what: the list is of, for errors.
+
+    Raises:
+        ValueError: in one sentence: what cannot be read and where.
+    """
+    calls: list[tuple[str, str]] = []
     position = 0
     while text[position:].strip():
         match = _CALL.match(text, position)
         if match is None:
-            raise ValueError(f"cannot read the passes {text!r} from column {position + 1} on: expected a "
+            raise ValueError(f"cannot read {what} {text!r} from column {position + 1} on: expected a "
                              "name, then options in parentheses such as (size=1024), then a comma or the end")
-        calls.append(make_call(find_pass(match["name"]), _arguments(match["name"], match["arguments"] or "")))
+        calls.append((match["name"], match["arguments"] or ""))
         position = match.end()
         if match["after"] and not text[position:].strip():
-            raise ValueError(f"the passes {text!r} end with a comma")
-    return tuple(calls)
+            raise ValueError(f"{what} {text!r} end with a comma")
+    return calls
 
 
-def _arguments(name: str, text: str) -> dict[str, Any]:
+def read_arguments(name: str, text: str) -> dict[str, Any]:
+    """Options by name from their text; whether they are known is not looked at.
+
+    Raises:
+        ValueError: in one sentence, for what cannot be read.
+    """
     found: dict[str, Any] = {}
     for part in text.split(",") if text.strip() else ():
         match = _ARGUMENT.fullmatch(part)
@@ -83,19 +101,31 @@ def make_call(rewrite: Pass, arguments: dict[str, Any]) -> PassCall:
         ValueError: in one sentence, for the first option that is unknown, missing, of the wrong type or out
             of range.
     """
-    known = list(rewrite.options.model_fields)
+    return PassCall(rewrite, make_options(rewrite.name, rewrite.options, arguments))
+
+
+def make_options(name: str, kind: type[Options], arguments: dict[str, Any]) -> Options:
+    """Validated options from Python values.
+
+    Args:
+        name: of what they are for; kind: their class; arguments: by name.
+
+    Raises:
+        ValueError: in one sentence, for the first option that is unknown, missing, of the wrong type or out
+            of range.
+    """
+    known = list(kind.model_fields)
     for key in arguments:
         if key not in known:
             there_are = f"its options are {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"{rewrite.name} has no option {key!r}{nearest(key, known)}; {there_are}")
+            raise ValueError(f"{name} has no option {key!r}{nearest(key, known)}; {there_are}")
     try:
-        return PassCall(rewrite, rewrite.options.model_validate(arguments))
+        return kind.model_validate(arguments)
     except ValidationError as error:
         fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "missing":
-        raise ValueError(f"{rewrite.name} needs the option {key!r}: "
-                         f"{rewrite.options.model_fields[key].description}")
+        raise ValueError(f"{name} needs the option {key!r}: {kind.model_fields[key].description}")
     said, limit = _FAULTS.get(fault["type"], (fault["msg"], ""))
     what = said.format(fault.get("ctx", {}).get(limit, ""))
-    raise ValueError(f"{rewrite.name}: {key} {what}, got {fault['input']!r}")
+    raise ValueError(f"{name}: {key} {what}, got {fault['input']!r}")

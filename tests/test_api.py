@@ -139,7 +139,7 @@ def test_arguments_only_go_with_a_module(checkpoint: Path) -> None:
     ("word", "says"),
     [
         ({"to": "tensorrt"}, "to is 'tensorrt'; it may be onnx or torch"),
-        ({"provider": "tpu"}, "it may be cpu or cuda"),
+        ({"provider": "tpu"}, "has no provider 'tpu'"),
         ({"prefer": "best"}, "it may be fastest or fused or decomposed"),
         ({"attn_implementation": "flash"}, "it may be sdpa or eager"),
         ({"to": "torch", "passes": "fuse,sparsify.windo"}, "did you mean 'sparsify.window'"),

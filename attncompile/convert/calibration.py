@@ -120,17 +120,34 @@ def running_text() -> str:
 
 def text_call(opened: OpenedModel, length: int = 512) -> Call | None:
     """A call on running text, without padding; ``None`` for a model without tokenizer or token inputs."""
+    found = text_calls(opened, running_text(), length, 1)
+    return found[0] if found else None
+
+
+def text_calls(opened: OpenedModel, text: str, length: int, count: int) -> tuple[Call, ...]:
+    """Calls on pieces of a text that follow on each other, one row each and without padding.
+
+    Args:
+        opened: the model; none are made for one without tokenizer or token inputs.
+        text: what to read; length: tokens of a piece, fewer for a model with fewer positions.
+        count: of pieces at most; the last one may be shorter, but not shorter than two tokens.
+    """
     if opened.tokenizer is None:
-        return None
+        return ()
     try:
         args, kwargs = opened.example(1, 9)
     except InputError:
-        return None
+        return ()
     if not isinstance(kwargs.get("input_ids"), torch.Tensor):
-        return None
-    positions = positions_of(opened.config) or length
-    ids = opened.tokenizer(running_text(), truncation=False, verbose=False)["input_ids"][: min(length, positions)]
-    ids = torch.tensor([ids])
+        return ()
+    length = min(length, positions_of(opened.config) or length)
+    ids = torch.tensor([opened.tokenizer(text, truncation=False, verbose=False)["input_ids"]], dtype=torch.int64)
+    pieces = [piece for piece in ids.split(length, dim=1)[:count] if piece.shape[1] > 1]
+    return tuple(_reading(opened, args, kwargs, piece.contiguous()) for piece in pieces)
+
+
+def _reading(opened: OpenedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], ids: torch.Tensor) -> Call:
+    """The call that reads token ids ``[1, length]``."""
     if isinstance(opened, Generating):
         return Call((), opened.of_tokens(ids), f"{ids.shape[1]} tokens of text")
     kwargs = {**kwargs, "input_ids": ids}
@@ -155,28 +172,3 @@ def without_padding(output: torch.Tensor, kept: torch.Tensor | None) -> torch.Te
     if kept is None or output.dim() < 2 or output.shape[:2] != kept.shape:
         return output
     return output[kept]
-
-
-def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """``exp`` of the mean negative log-likelihood of each next token, from logits ``[1, length, vocabulary]``."""
-    losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:])
-    return math.exp(float(losses))
-
-
-def text_metrics(
-    call: Call, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, float, float | None]]:
-    """Name, value after and value before of what running text says about a change.
-
-    Perplexity for logits over tokens, and for every output the mean cosine similarity of its vectors.
-    """
-    for name, reference in before.items():
-        if name not in after or name.startswith(PRESENT):
-            continue
-        changed = after[name]
-        if name == "logits" and reference.dim() == 3:
-            ids = call.kwargs["input_ids"]
-            if reference.shape[1] == ids.shape[1] and reference.shape[2] > int(ids.max()):
-                yield "perplexity", perplexity(changed, ids), perplexity(reference, ids)
-        cosine = torch.nn.functional.cosine_similarity(reference.double(), changed.double(), dim=-1)
-        yield f"mean cosine similarity of {name}", float(cosine.mean()), None

@@ -14,7 +14,7 @@ import torch
 from attncompile.backend.site_module import to_spec_axes
 from attncompile.codegen.onnx.tidy import raise_opset
 from attncompile.convert.calibration import Call
-from attncompile.convert.runtime import feeds, save, session
+from attncompile.convert.runtime import feeds, results, save, session
 from attncompile.frontends.capture import Captured
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import Spec
@@ -139,9 +139,9 @@ def observed(model: onnx_ir.Model, call: Call, provider: str, names: Iterable[st
         save(model, file)
         loaded = session(file, provider)
         fed = feeds(loaded, call)
-        arrays = loaded.run(sorted(made), fed) if made else []
+        found = results(loaded, fed, list(made)) if made else {}
     return {
-        **{name: torch.from_numpy(array) for name, array in zip(sorted(made), arrays, strict=True)},
+        **found,
         **{name: torch.from_numpy(fed[name]) for name in wanted & set(fed)},
         **{name: torch.from_numpy(t.numpy().copy()) for name, t in constants.items() if t is not None},
     }

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attncompile.convert.calibration import Call, calls, named_outputs, text_call, text_metrics
+from attncompile.convert.calibration import Call, calls, named_outputs, text_call
+from attncompile.convert.quality import Quality
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.verify import EndToEnd, compare, measured
@@ -80,15 +81,26 @@ class Compared:
         return None
 
 
-def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0, part: str = "") -> Compared:
+def compare_runs(
+    opened: OpenedModel,
+    runs: Runs,
+    *,
+    lossy: bool,
+    shift: int = 0,
+    part: str = "",
+    budget: float | None = None,
+    texts: Sequence[Call] | None = None,
+) -> Compared:
     """Run all forms on fresh calls, and after lossy passes on running text too.
 
     Args:
         opened: the original, for making calls.
         runs: what to run.
-        lossy: whether the result may compute something else; then nothing is judged.
+        lossy: whether the result may compute something else; then its change is judged by the budget alone.
         shift: added to the lengths of the calls, so that a verification sees others than the conversion.
         part: what is run, where it is not the whole model; for the entries.
+        budget: the largest relative change of an output on running text (on the calls, where the model reads none).
+        texts: calls on text; one of 512 tokens unless given.
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
@@ -105,12 +117,27 @@ def compare_runs(opened: OpenedModel, runs: Runs, *, lossy: bool, shift: int = 0
                 entries += distances(call, runs, converted, judged=not lossy)
         if not ran:
             raise DoesNotRunError("; ".join(notes))
-        text = text_call(opened) if lossy else None
-        converted = _converted(runs, text, notes) if text is not None else None
-        if text is not None and converted is not None:
-            found = text_metrics(text, runs.original(text), converted)
-            entries += [measured(name, old, new, text.what, None) for name, new, old in found]
+        if lossy:
+            entries += measured_quality(opened, runs, texts).entries(budget)
     return Compared(tuple(entries), (*notes, *runtime_notes(entries, runs.runtime)))
+
+
+def measured_quality(opened: OpenedModel, runs: Runs, texts: Sequence[Call] | None = None) -> Quality:
+    """What the result changes on text; on the calls of a comparison where the model reads none.
+
+    Raises:
+        DoesNotRunError: when the result fails on a call, and what it was made from does not.
+    """
+    quality = Quality()
+    if texts is None:
+        given = text_call(opened)
+        texts = () if given is None else (given,)
+    with torch.no_grad():
+        for call in texts or calls(opened):
+            converted = _converted(runs, call, [])
+            if converted is not None:
+                quality.add(call, runs.original(call), converted)
+    return quality
 
 
 def _converted(runs: Runs, call: Call, notes: list[str]) -> Outputs | None:

@@ -11,6 +11,7 @@ from attncompile.convert.artifact import Conversion, NoSiteError, Progress, new_
 from attncompile.convert.change import Change, Rewrite
 from attncompile.convert.comparison import Compared
 from attncompile.convert.evidence import Outcome, make_certificate, make_plan, make_report
+from attncompile.convert.quality import over_budget
 from attncompile.convert.source import write_source
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
 from attncompile.frontends.errors import InputError
@@ -32,17 +33,25 @@ class Options:
         allow_untrained: allow passes that ruin a model that was not trained for them.
         cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
             ``None`` does so where it can.
+        precision: element types of the result, as :func:`attncompile.convert.precision.parse_precision` reads it;
+            ``None`` keeps the model's own.
+        budget: the largest relative change of an output that lossy passes and a precision may bring; ``None`` takes
+            that of the precision.
+        text: file of running text to calibrate and judge with.
         attn_implementation: how a Hugging Face folder is loaded; ``None`` lets the target choose.
         allow_pickle: read weights that only exist as pickle.
         overwrite: replace an earlier conversion.
         progress: told each stage as it begins.
     """
 
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: str = "cpu"
     prefer: Literal["fastest", "fused", "decomposed"] = "fastest"
     passes: str = "fuse"
     allow_untrained: bool = False
     cache: bool | None = None
+    precision: str | None = None
+    budget: float | None = None
+    text: Path | None = None
     attn_implementation: AttentionImplementation | None = None
     allow_pickle: bool = False
     overwrite: bool = False
@@ -62,6 +71,7 @@ class Made:
         notes: what the reader should know.
         files: hashes by name of the files that run, for the certificate.
         cache: whether its cache is among its inputs and outputs.
+        precision, budget, kept: how it was rounded, by what it is judged, and what was left in float32.
     """
 
     program: Program
@@ -73,6 +83,9 @@ class Made:
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     cache: bool = False
+    precision: str = ""
+    budget: float | None = None
+    kept: tuple[str, ...] = ()
 
 
 Make = Callable[[OpenedModel, tuple[PassCall, ...], Path], Made]
@@ -109,7 +122,13 @@ def conversion(
             opened.model.eval()
         made = make(opened, requested, folder)
         plan = make_plan(made.program, kind, options.provider, options.passes, options.allow_untrained, made.outcomes)
+        budget = made.budget if made.budget is not None else _budget(options, made)
+        plan = plan.model_copy(update={"precision": made.precision, "budget": budget, "kept": made.kept})
         certificate = make_certificate(plan, made.sites, made.compared.entries, made.files)
+        beyond = over_budget(certificate.end_to_end)
+        if beyond is not None:
+            advice = "nothing was written; allow more with --budget, or ask for less"
+            raise InputError(beyond, str(target), advice)
         if not certificate.passed:
             raise disagreement(certificate.failures()[0], target)
         notes = (*made.notes, *made.compared.notes)
@@ -117,8 +136,13 @@ def conversion(
         save_plan(plan, folder / "plan.json")
         save_certificate(certificate, folder / "certificate.json")
         write_report(report, folder)
-        write_source(target, opened, attention, options.allow_pickle, folder, cache=made.cache)
+        write_source(target, opened, attention, options.allow_pickle, folder, cache=made.cache, text=options.text)
     return Conversion(out, kind, report, certificate)
+
+
+def _budget(options: Options, made: Made) -> float | None:
+    """The budget that was set, where something lossy was done."""
+    return options.budget if any(outcome.lossy for outcome in made.outcomes) else None
 
 
 def disagreement(said: str, target: str | Path) -> InputError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir
+import torch
 
-from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.comparison import Compared, DoesNotRunError, compare_runs, in_float64
 from attncompile.convert.evidence import make_certificate
@@ -20,15 +22,18 @@ from attncompile.convert.in_steps import compare_in_steps
 from attncompile.convert.onnx_part import (
     MODEL,
     Part,
+    budget_of,
     finish_part,
     kept_export,
     make_part,
-    quantizes_projections,
     runs_of,
+    texts_for,
 )
 from attncompile.convert.onnx_sites import verified_sites
+from attncompile.convert.precision import Precision, parse_precision, require_possible
+from attncompile.convert.providers import kernels_of
 from attncompile.convert.runtime import save, session
-from attncompile.convert.source import read_source, reopen
+from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
 from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
@@ -70,6 +75,8 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
         ValueError: for passes that cannot be read.
     """
 
+    _precision(options, parse_passes(options.passes))  # what is misspelt is said before anything is opened
+
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
 
@@ -79,8 +86,12 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
+    precision = _precision(options, requested)
+    if precision is not None:
+        require_possible(precision, options.provider, target)
+        opened = _in_float32(opened)
     parts, notes = _exported(opened, folder, options)
-    done = [make_part(part, target, requested, folder, options, notes[part.file]) for part in parts]
+    done = [make_part(part, target, requested, folder, options, precision, notes[part.file]) for part in parts]
     program = join_programs(opened.name, [made.rewritten.program for made in done], ())
     require_sites(program, target)
     compared, decoder = [made.compared for made in done], _decoder(parts)
@@ -113,7 +124,38 @@ def _made(
         tuple(measured),
         (*(note for made in done for note in made.notes), *told, *slower(measured)),
         cache=bool(caching),
+        precision=str(precision) if precision is not None else "",
+        budget=budget_of(options, precision) if any(made.lossy for made in done) else None,
+        kept=tuple(name for made in done for name in made.kept),
     )
+
+
+def _precision(options: Options, requested: Sequence[PassCall]) -> Precision | None:
+    """What was asked for, by ``--precision`` or by a pass that rounds projections on this target.
+
+    Raises:
+        ValueError: for an unknown precision, or for both.
+    """
+    by_pass = any(
+        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested
+    )
+    if options.precision is None:
+        return parse_precision("int8") if by_pass else None
+    if by_pass:
+        raise ValueError(
+            f"the pass quantize.int8 rounds the projections already, and --precision {options.precision} was given; "
+            "leave one of them out"
+        )
+    return parse_precision(options.precision)
+
+
+def _in_float32(opened: OpenedModel) -> OpenedModel:
+    """The model with its weights in float32; as it is where they are, and for an ONNX file."""
+    if opened.kind != "torch" or all(
+        not parameter.is_floating_point() or parameter.dtype is torch.float32 for parameter in opened.model.parameters()
+    ):
+        return opened
+    return replace(opened, model=copy.deepcopy(opened.model).float())
 
 
 _WITHOUT = "converted without a cache"
@@ -187,30 +229,46 @@ def _copy_companions(opened: OpenedModel, folder: Path) -> None:
                 shutil.copy(path, folder / path.name)
 
 
-def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = False) -> Certificate:
+def verify_onnx(
+    folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = False, provider: str | None = None
+) -> Certificate:
     """The certificate of a folder, computed again on other inputs than the conversion saw.
+
+    Args:
+        folder: what :func:`convert_onnx` wrote; plan: its plan.
+        shift: added to the lengths of inputs.
+        allow_pickle: the user's permission to read a pickle.
+        provider: where to run it; where it was converted for unless given.
 
     Raises:
         InputError: when what was converted is no longer there or has changed, or the model cannot be loaded.
+        ValueError: when the plan names a precision that is not known.
     """
+    source, provider = read_source(folder), provider or plan.provider
     opened = reopen(folder, allow_pickle=allow_pickle)
-    parts, _ = parts_of(opened, read_source(folder).cache)
-    lossy = quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
+    precision = parse_precision(plan.precision) if plan.precision else None
+    if precision is not None:
+        opened = _in_float32(opened)
+    rounds, text = precision is not None and precision.kind.budget is not None, source_text(source)
+    parts, _ = parts_of(opened, source.cache)
+    lossy = rounds or plan_is_lossy(plan)
     entries: list[EndToEnd] = []
     with ExitStack() as kept:
-        before = [session(kept.enter_context(kept_export(part, folder)), plan.provider) for part in parts]
-        after = [session(folder / part.file, plan.provider) for part in parts]
+        before = [session(kept.enter_context(kept_export(part, folder)), provider) for part in parts]
+        after = [session(folder / part.file, provider) for part in parts]
         try:
             for part, unrewritten in zip(parts, before, strict=True):
-                exact = in_float64(part.opened.model) if part.opened.kind == "torch" else None
-                runs = runs_of(part.opened, unrewritten, exact, folder / part.file, plan.provider)
-                entries += compare_runs(part.opened, runs, lossy=lossy, shift=shift, part=part.name).entries
+                judged = texts_for(part, text).judged if rounds or text is not None else None
+                exact = in_float64(part.opened.model) if part.opened.kind == "torch" and not rounds else None
+                runs = runs_of(part.opened, unrewritten, exact, folder / part.file, provider)
+                found = compare_runs(
+                    part.opened, runs, lossy=lossy, shift=shift, part=part.name, budget=plan.budget, texts=judged
+                )
+                entries += found.entries
             decoder = _decoder(parts)
             if decoder is not None:
                 exact = in_float64(opened.model)
-                found = compare_in_steps(opened, decoder, before, after, exact, lossy=lossy, shift=shift)
-                entries += found.entries
+                entries += compare_in_steps(opened, decoder, before, after, exact, lossy=lossy, shift=shift).entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
-    provider: Provider = "cuda" if plan.provider == "cuda" else "cpu"
-    return make_certificate(plan, verified_sites(plan, provider), entries)
+    return make_certificate(plan, verified_sites(plan, kernels_of(provider), provider), entries)

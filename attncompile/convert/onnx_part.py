@@ -6,20 +6,19 @@ itself, on the results of the original for what it reads of the other.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import onnx_ir
 import onnxruntime
 
-from attncompile.codegen.onnx.capabilities import Provider
-from attncompile.codegen.onnx.quantize import quantize_projections
-from attncompile.convert.calibration import Call, calls, text_call
-from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
+from attncompile.convert.calibration import calls, running_text, text_call, text_calls
+from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import (
     Compared,
     DoesNotRunError,
@@ -32,6 +31,10 @@ from attncompile.convert.comparison import (
 from attncompile.convert.frame import Options, disagreement, lossy_rewrites
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_sites import site_certificates
+from attncompile.convert.precision import Precision
+from attncompile.convert.providers import kernels_of
+from attncompile.convert.quality import over_budget
+from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_changes, texts_of
 from attncompile.convert.runtime import run, save, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
@@ -79,26 +82,28 @@ class MadePart:
     Attributes:
         part: what it is.
         rewritten: its sites; sites: their certificates.
-        quantised: how many of its projections multiply in INT8.
         compared: the file against the original.
         changes: how far lossy passes moved each site, by name.
         measurements: sizes and latencies.
         notes: what the reader should know.
+        rounded: whether it is in a precision that changes what it computes.
+        kept: projections that such a precision left in float32.
     """
 
     part: Part
     rewritten: Rewritten
     sites: tuple[SiteCertificate, ...]
-    quantised: int
     compared: Compared
     changes: Mapping[str, Change]
     measurements: tuple[Measurement, ...]
     notes: tuple[str, ...]
+    rounded: bool
+    kept: tuple[str, ...]
 
     @property
     def lossy(self) -> bool:
         """Whether it may compute something else than before."""
-        return self.quantised > 0 or any(outcome.lossy for outcome in self.rewritten.outcomes)
+        return self.rounded or any(outcome.lossy for outcome in self.rewritten.outcomes)
 
 
 def make_part(
@@ -107,40 +112,56 @@ def make_part(
     requested: Sequence[PassCall],
     folder: Path,
     options: Options,
+    precision: Precision | None,
     notes: tuple[str, ...],
 ) -> MadePart:
     """Rewrite an export and write the result beside it, after comparing both with the original.
 
-    When the result does not agree, the plain decomposition is tried, and the notes say so.
+    When the result does not agree, the plain decomposition is tried, and the notes say so. A precision comes last.
 
     Args:
         part: what to make; its export lies in the folder.
         target: what is converted, for errors.
         requested: passes to run on every site.
         folder: where to write; options: how.
+        precision: of the result; ``None`` is the model's own.
         notes: of the export.
 
     Raises:
-        InputError: when no result agrees with the original.
+        InputError: when no result agrees with the original, or a budget does not hold.
     """
     opened, provider = part.opened, options.provider
     doing = f" of the {part.name}" if part.name else ""
+    rounds, budget = precision is not None and precision.kind.budget is not None, budget_of(options, precision)
+    texts = texts_for(part, options.text) if rounds or options.text is not None else None
     unrewritten = session(folder / part.before, provider)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
     longest = positions_of(opened.config) if opened.config is not None else None
+
+    def loaded(file: Path) -> Runs:
+        return runs_of(opened, unrewritten, exact, file, provider)
+
     tried: list[str] = []
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
-        source, untrained = onnx_ir.load(folder / part.before), options.allow_untrained
-        rewritten = rewrite_onnx(source, opened.name, requested, provider, preference, untrained, notes, longest)
+        source, kernels, untrained = onnx_ir.load(folder / part.before), kernels_of(provider), options.allow_untrained
+        rewritten = rewrite_onnx(source, opened.name, requested, kernels, preference, untrained, notes, longest)
         options.progress(f"writing the model{doing}")
-        quantised = _write_model(rewritten.model, folder / part.file, quantize=quantizes_projections(requested))
+        _remove(folder / part.file)
+        save(rewritten.model, folder / part.file)
         options.progress(f"comparing with the original{doing}")
-        lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
+        lossy = any(outcome.lossy for outcome in rewritten.outcomes)
+        judged = texts.judged if texts is not None else None
         try:
-            runs = runs_of(opened, unrewritten, exact, folder / part.file, provider)
-            compared = compare_runs(opened, runs, lossy=lossy, part=part.name)
-            problem = compared.problem()
+            compared = compare_runs(
+                opened,
+                loaded(folder / part.file),
+                lossy=lossy,
+                part=part.name,
+                budget=None if rounds else budget,
+                texts=judged,
+            )
+            problem = None if over_budget(compared.entries) else compared.problem()
         except DoesNotRunError as error:
             problem = str(error)
         if problem is None:
@@ -149,20 +170,38 @@ def make_part(
     else:
         raise disagreement(str(problem), target)
     options.progress(f"checking every site{doing}")
-    sites = site_certificates(rewritten, provider)
+    sites = site_certificates(rewritten, kernels_of(provider), provider)
+    changes, told = _changes(part, rewritten, folder, provider)
+    kept: tuple[str, ...] = ()
+    if rounds and precision is not None and texts is not None and budget is not None:
+        options.progress(f"rounding to {precision}{doing}")
+        rounded = _round(part, rewritten, folder, precision, budget, texts, loaded, provider)
+        told, kept, changes = [*rounded.notes, _agreed(compared), *told], rounded.kept, {**changes, **rounded.changes}
+        runs = replace(loaded(folder / part.file), exact=None)  # rounding is far above what float64 would show
+        compared = compare_runs(opened, runs, lossy=True, part=part.name, budget=budget, texts=texts.judged)
     options.progress(f"measuring{doing}")
-    changes, told = _changes(part, rewritten, folder, provider, quantised)
-    measured, unchanged = _measurements(part, not (rewritten.changed or quantised), folder, provider)
-    if quantised:
-        told.insert(
-            0,
-            f"{quantised} projections multiply in INT8 (ONNX Runtime's dynamic quantiser); attention products stay in "
-            "float",
-        )
+    measured, unchanged = _measurements(part, not (rewritten.changed or rounds), folder, provider)
     said = tuple(
         f"{part.name}: {note}" if part.name else note for note in (*rewritten.notes, *told, *tried, *unchanged)
     )
-    return MadePart(part, rewritten, tuple(sites), quantised, compared, changes, tuple(measured), said)
+    return MadePart(part, rewritten, tuple(sites), compared, changes, tuple(measured), said, rounds, kept)
+
+
+def texts_for(part: Part, file: Path | None) -> Texts:
+    """What a part is calibrated and judged with: the given text where it reads any.
+
+    Raises:
+        InputError: when the file cannot be read or is too short, or a whole model reads no text.
+    """
+    reads = bool(text_calls(part.opened, running_text(), 16, 1))
+    return texts_of(part.opened, file if reads or not part.name else None)
+
+
+def budget_of(options: Options, precision: Precision | None) -> float | None:
+    """The largest relative change of an output: what was asked for, or the precision's own."""
+    if options.budget is not None or precision is None:
+        return options.budget
+    return precision.kind.budget
 
 
 def finish_part(part: Part, folder: Path) -> None:
@@ -173,25 +212,45 @@ def finish_part(part: Part, folder: Path) -> None:
         leftover.unlink()
 
 
-def quantizes_projections(requested: Sequence[PassCall]) -> bool:
-    return any(
-        call.rewrite.name == "quantize.int8" and getattr(call.options, "projections", False) for call in requested
-    )
+def _remove(file: Path) -> None:
+    """Remove a model of an earlier try, with its weights."""
+    for stale in file.parent.glob(f"{file.name}*"):
+        stale.unlink()
 
 
-def _write_model(model: onnx_ir.Model, file: Path, *, quantize: bool) -> int:
-    """Write the result; returns how many projections were quantised."""
-    folder = file.parent
-    for stale in folder.glob(f"{file.name}*"):
-        stale.unlink()
-    if not quantize:
-        save(model, file)
-        return 0
-    save(model, folder / "float.onnx")
-    count = quantize_projections(folder / "float.onnx", file)
-    for stale in folder.glob("float.onnx*"):
-        stale.unlink()
-    return count
+@dataclass(frozen=True)
+class _Rounded(Rounded):
+    """With the change of each site by name."""
+
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+
+def _round(
+    part: Part,
+    rewritten: Rewritten,
+    folder: Path,
+    precision: Precision,
+    budget: float,
+    texts: Texts,
+    loaded: Callable[[Path], Runs],
+    provider: str,
+) -> _Rounded:
+    """Put the model in the folder in another precision."""
+    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+        plain = Path(scratch) / part.file
+        for file in folder.glob(f"{part.file}*"):
+            shutil.move(file, Path(scratch) / file.name)
+        made = round_model(part.opened, plain, folder / part.file, precision, budget, texts, loaded, provider)
+        text = (texts.judged or calls(part.opened))[0]
+        models = onnx_ir.load(plain), onnx_ir.load(folder / part.file)
+        changes = rounding_changes(rewritten.program, *models, text, provider)
+    return _Rounded(made.kept, made.notes, changes)
+
+
+def _agreed(compared: Compared) -> str:
+    """What the comparison of the float32 model found, for the reader of a rounded one."""
+    apart = [entry.after for entry in compared.entries if entry.before is None and entry.metric.startswith("largest")]
+    return f"before rounding, the rewritten model differed from the original by at most {max(apart, default=0.0):.2g}"
 
 
 def runs_of(
@@ -212,52 +271,19 @@ def runs_of(
 
 
 def _changes(
-    part: Part, rewritten: Rewritten, folder: Path, provider: Provider, quantised: int
+    part: Part, rewritten: Rewritten, folder: Path, provider: str
 ) -> tuple[dict[str, Change], list[str]]:
     """How far lossy passes moved each site on running text, and what there is to say about it."""
     rewrites = lossy_rewrites(rewritten.outcomes)
-    if not rewrites and not quantised:
+    if not rewrites:
         return {}, []
-    text, export = text_call(part.opened), folder / part.before
+    text = text_call(part.opened)
     if text is None:
         return {}, ["the model takes no text, so the change of each site is measured on random inputs only"]
-    found: dict[str, Change] = {}
-    if quantised:
-        outputs = {
-            site.name: site.region.outputs[0].value
-            for site in rewritten.program.sites
-            if site.status == "lifted" and site.region is not None
-        }
-        found |= _quantised_changes(outputs, export, text, provider)
-    found |= changes_in_onnx(onnx_ir.load(export), text, provider, rewrites)
+    found = changes_in_onnx(onnx_ir.load(folder / part.before), text, provider, rewrites)
     missing = len({one.site.name for one in rewrites} - set(found))
     told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
     return found, told if missing else []
-
-
-def _quantised_changes(outputs: Mapping[str, str], export: Path, text: Call, provider: str) -> dict[str, Change]:
-    """The change of each site's output, by name, when the projections of the unrewritten model are quantised.
-
-    The rewritten model has other values between its nodes, so the same quantiser is run on the model before.
-
-    Args:
-        outputs: native result of each site.
-        export: file of the unrewritten model; text: what both run on; provider: where.
-    """
-    before = onnx_ir.load(export)
-    name_values(before)
-    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
-        plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
-        save(before, plain)
-        quantize_projections(plain, quantised)
-        natives = observed(before, text, provider, outputs.values())
-        results = observed(onnx_ir.load(quantised), text, provider, outputs.values())
-    inputs = f"{text.what}, with the projections before it quantised too"
-    return {
-        site: difference([results[name]], [natives[name]], inputs)
-        for site, name in outputs.items()
-        if name in natives and name in results
-    }
 
 
 def _measurements(part: Part, unchanged: bool, folder: Path, provider: str) -> tuple[list[Measurement], list[str]]:
@@ -292,9 +318,10 @@ __all__ = [
     "MODEL",
     "MadePart",
     "Part",
+    "budget_of",
     "finish_part",
     "kept_export",
     "make_part",
-    "quantizes_projections",
     "runs_of",
+    "texts_for",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir
 
@@ -23,7 +24,7 @@ from attncompile.frontends.onnx_definitions import put_back, spelled_out
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import Const
 from attncompile.lift import Program, Region, Site, lift_graph
-from attncompile.passes import PassCall, PassResult, run_passes
+from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
@@ -124,6 +125,28 @@ def rewrite_onnx(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
         )
     return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
+
+
+def operators_of_file(file: Path, provider: Provider, prefer: Prefer) -> dict[str, tuple[str, str]]:
+    """Operator and reason for each site of an ``.onnx`` file, by name; ``original`` where a site stays as it is."""
+    made = rewrite_onnx(onnx_ir.load(file), file.stem, parse_passes("fuse"), provider, prefer, False, ())
+    return {outcome.site.name: (outcome.operator, outcome.reason) for outcome in made.outcomes}
+
+
+def operators_of_program(program: Program, provider: Provider, prefer: Prefer) -> dict[str, tuple[str, str]]:
+    """The same for a model that would be exported first: its Specs alone decide."""
+    found = {}
+    for site in program.sites:
+        if site.status != "lifted" or site.spec is None:
+            found[site.name] = ("original", str(site.refusal))
+            continue
+        try:
+            choice = choose(run_passes(site.spec, parse_passes("fuse")).spec, provider, prefer)
+        except RefusalError as error:
+            found[site.name] = ("original", str(error.refusal))
+            continue
+        found[site.name] = (choice.row.operator, choice.reason)
+    return found
 
 
 def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Provider, prefer: Prefer) -> str | None:

@@ -22,8 +22,12 @@ LONG = (Draw(760, "random", 5), Draw(33, "ones", 6, batch=1), Draw(760, "ones", 
 without padding, which some operators take behind a cache alone."""
 
 
-def site_certificates(rewritten: Rewritten, provider: Provider) -> list[SiteCertificate]:
-    """One entry per site, each distinct Spec run once as a model of its own."""
+def site_certificates(rewritten: Rewritten, kernels: Provider, provider: str) -> list[SiteCertificate]:
+    """One entry per site, each distinct Spec run once as a model of its own.
+
+    Args:
+        rewritten: the model; kernels: whose operators it was made with; provider: where it runs.
+    """
     known: dict[tuple[str, str], SiteCertificate] = {}
     made = []
     for outcome in rewritten.outcomes:
@@ -32,12 +36,12 @@ def site_certificates(rewritten: Rewritten, provider: Provider) -> list[SiteCert
             made.append(refused_site(name, outcome.reason, outcome.site.spec))
             continue
         original = outcome.site.spec if result.lossy else None
-        made.append(_checked(name, result.spec, rewritten.choices[name], provider, known, original))
+        made.append(_checked(name, result.spec, rewritten.choices[name], kernels, provider, known, original))
     return made
 
 
-def verified_sites(plan: Plan, provider: Provider) -> list[SiteCertificate]:
-    """The sites of a plan, run again.
+def verified_sites(plan: Plan, kernels: Provider, provider: str) -> list[SiteCertificate]:
+    """The sites of a plan, run again, as :func:`site_certificates` runs them.
 
     Raises:
         ValueError: when the plan names an operator that is not known.
@@ -52,7 +56,7 @@ def verified_sites(plan: Plan, provider: Provider) -> list[SiteCertificate]:
         spec = parse_spec(site.after)
         choice = Choice(row_named(spec, site.operator), site.reason, ())
         original = parse_spec(site.before) if site.before and is_lossy(site) else None
-        made.append(_checked(site.site, spec, choice, provider, known, original))
+        made.append(_checked(site.site, spec, choice, kernels, provider, known, original))
     return made
 
 
@@ -60,23 +64,26 @@ def _checked(
     name: str,
     spec: Spec,
     choice: Choice,
-    provider: Provider,
+    kernels: Provider,
+    provider: str,
     known: dict[tuple[str, str], SiteCertificate],
     original: Spec | None,
 ) -> SiteCertificate:
     """A site compared with its Spec, once for equal Specs and operators."""
     key = (spec.fingerprint(), choice.row.operator)
     if key not in known:
-        runner = _site_runner(spec, choice, provider)
+        runner = _site_runner(spec, choice, kernels, provider)
         known[key] = check_site(
             name, spec, runner, operator=choice.row.operator, original=original, draws=(*DRAWS, *LONG)
         )
     return known[key].model_copy(update={"site": name, "spec": str(spec)})
 
 
-def _site_runner(spec: Spec, choice: Choice, provider: Provider) -> Callable[..., tuple[torch.Tensor, ...]]:
+def _site_runner(
+    spec: Spec, choice: Choice, kernels: Provider, provider: str
+) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A site alone, as a model in ONNX Runtime."""
-    loaded = session(onnx_ir.to_proto(alone(spec, choice.row, provider)).SerializeToString(), provider)
+    loaded = session(onnx_ir.to_proto(alone(spec, choice.row, kernels)).SerializeToString(), provider)
     wanted = {entry.name for entry in loaded.get_inputs()}
 
     def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -186,8 +186,12 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
     """Refuse the options that only a conversion to ONNX has.
 
     Raises:
-        InputError: when an operator is preferred, or a cache asked for.
+        InputError: when an operator is preferred, or a cache, a precision or a text asked for.
     """
+    for name, given in (("precision", options.precision), ("text", options.text)):
+        if given is not None:
+            what = f"{name}={str(given)!r} is for ONNX models"
+            raise InputError(what, str(target), "use --target onnx, or leave it out")
     if options.prefer != "fastest":
         raise InputError(
             f"prefer={options.prefer!r} chooses among ONNX operators",

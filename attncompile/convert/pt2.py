@@ -119,7 +119,9 @@ def _made(
     outcomes = made.outcomes
     runs = runs_of(opened, made.captured, module_run(PackagedModel(record, package)))
     try:
-        compared = compare_runs(opened, runs, lossy=any(outcome.lossy for outcome in outcomes))
+        compared = compare_runs(
+            opened, runs, lossy=any(outcome.lossy for outcome in outcomes), budget=options.budget
+        )
     except DoesNotRunError as error:
         raise InputError(
             f"the package does not run: {error}", opened.name, "nothing was written; please report this model"
@@ -366,7 +368,7 @@ def verify_pt2(
     require_plan(plan, made.decisions, folder)
     runs = runs_of(opened, made.captured, module_run(package))
     try:
-        compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift)
+        compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift, budget=plan.budget)
     except DoesNotRunError as error:
         raise InputError(f"the package does not run: {error}", folder, "convert the model again") from error
     files = load_certificate(folder / "certificate.json").files

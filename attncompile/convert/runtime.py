@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,9 @@ import onnxruntime
 import torch
 
 from attncompile.convert.calibration import Call
+from attncompile.convert.providers import session_providers
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.torch_internals import flatten, leaf_paths
-
-PROVIDERS: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("CPUExecutionProvider",),
-    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
-}
-
 
 LARGEST_FILE = 1_900_000_000
 """Bytes of weights beyond which they go into a file beside the model: a protobuf holds two gigabytes."""
@@ -42,39 +37,75 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
     Raises:
         InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
     """
-    wanted = PROVIDERS[provider]
-    name = model if isinstance(model, Path) else "the model"
-    if wanted[0] not in onnxruntime.get_available_providers():
-        raise InputError(
-            f"{wanted[0]} is not among the providers of the installed ONNX Runtime",
-            name,
-            "install onnxruntime-gpu, or use --provider cpu",
-        )
+    names = session_providers(provider)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         given = str(model) if isinstance(model, Path) else model
-        return onnxruntime.InferenceSession(given, options, providers=list(wanted))
+        return onnxruntime.InferenceSession(given, options, providers=list(names))
     except Exception as error:
+        name = model if isinstance(model, Path) else "the model"
         raise InputError(
             f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
         ) from error
 
 
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+"""Float types of inputs that NumPy has too."""
+
+
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:
-    """The arguments of a call as an ONNX model takes them: by name where names agree, else by order."""
+    """The arguments of a call as an ONNX model takes them: by name where names agree, else by order.
+
+    Floats get the type that the model asks for; bfloat16, which NumPy does not have, stays float32 until
+    :func:`results` hands it over.
+    """
     kwargs = dict(call.kwargs)
     named = zip(leaf_paths(kwargs), flatten(kwargs)[0], strict=True)
     tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
     leaves = [leaf for leaf in flatten((call.args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    wanted = [entry.name for entry in loaded.get_inputs()]
-    by_name = all(name in tensors for name in wanted)
-    return {
-        name: (tensors[name] if by_name else leaf).detach().cpu().numpy()
-        for name, leaf in zip(wanted, leaves if not by_name else wanted, strict=False)
+    entries = {entry.name: entry.type for entry in loaded.get_inputs()}
+    by_name = all(name in tensors for name in entries)
+    given = {
+        name: (tensors[name] if by_name else leaf).detach().cpu()
+        for name, leaf in zip(entries, leaves if not by_name else entries, strict=False)
     }
+    return {name: _array(tensor, entries[name]) for name, tensor in given.items()}
+
+
+def _array(tensor: torch.Tensor, kind: str) -> np.ndarray:
+    if not tensor.is_floating_point():
+        return tensor.numpy()
+    array = tensor.float().numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+    return array.astype(_NUMPY[kind], copy=False) if kind in _NUMPY else array
+
+
+def results(
+    loaded: onnxruntime.InferenceSession, fed: Mapping[str, np.ndarray], names: Sequence[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors that a model gives for inputs, by name; all of its outputs unless some are named."""
+    wanted = [entry for entry in loaded.get_outputs() if names is None or entry.name in names]
+    if _BFLOAT16 not in {entry.type for entry in (*loaded.get_inputs(), *wanted)}:
+        arrays = loaded.run([entry.name for entry in wanted], dict(fed))
+        pairs = zip(wanted, arrays, strict=True)
+        return {entry.name: torch.from_numpy(array) for entry, array in pairs if isinstance(array, np.ndarray)}
+    kinds = {entry.name: entry.type for entry in loaded.get_inputs()}
+    values = {name: _value(array, kinds[name]) for name, array in fed.items()}
+    made = loaded.run_with_ort_values([entry.name for entry in wanted], values)
+    pairs = zip(wanted, made, strict=True)
+    return {entry.name: torch.from_dlpack(value._ortvalue.to_dlpack()) for entry, value in pairs}
+
+
+_BFLOAT16 = "tensor(bfloat16)"
+
+
+def _value(array: np.ndarray, kind: str) -> onnxruntime.OrtValue:
+    if kind != _BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16).numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(onnx_ir.DataType.BFLOAT16))
 
 
 def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Tensor]:
@@ -84,12 +115,7 @@ def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Ten
         RuntimeError: when ONNX Runtime does not run the call; its own errors share no other base.
     """
     try:
-        results = loaded.run(None, feeds(loaded, call))
+        found = results(loaded, feeds(loaded, call))
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
-    named = {
-        entry.name: torch.from_numpy(array)
-        for entry, array in zip(loaded.get_outputs(), results, strict=True)
-        if isinstance(array, np.ndarray)
-    }
-    return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}

@@ -29,6 +29,9 @@ class Source(Record):
         attn_implementation: which of its own implementations a Hugging Face folder was loaded with.
         allow_pickle: its weights were read from pickle, because the user allowed it; a verification asks again.
         cache: the conversion has its cache among its inputs and outputs.
+        text: file of running text that the result was judged by, with its whole path; empty for the one that every
+            machine has.
+        text_hash: of that file.
         weights: hash of the model's weights, or of the ``.onnx`` file.
     """
 
@@ -40,6 +43,8 @@ class Source(Record):
     attn_implementation: AttentionImplementation
     allow_pickle: bool = False
     cache: bool = False
+    text: str = ""
+    text_hash: str = ""
     weights: str
 
 
@@ -51,6 +56,7 @@ def write_source(
     folder: Path,
     *,
     cache: bool = False,
+    text: Path | None = None,
 ) -> None:
     """Write ``source.json``."""
     file, colon, function = str(target).rpartition(":")
@@ -63,6 +69,8 @@ def write_source(
         # only what was needed: a checkpoint with safetensors is opened without the permission
         allow_pickle=allow_pickle and opened.path.is_dir() and not any(opened.path.glob("*.safetensors")),
         cache=cache,
+        text=str(text.expanduser().resolve()) if text is not None else "",
+        text_hash=_digest(text.expanduser()) if text is not None else "",
         weights=weights_digest(opened),
     )
     write_record(source, folder / SOURCE)
@@ -74,6 +82,27 @@ def read_source(folder: Path) -> Source:
         return read_record(Source, folder / SOURCE, "record of what was converted")
     except ValueError as error:
         raise InputError(str(error), folder, "convert the model again") from error
+
+
+def source_text(source: Source) -> Path | None:
+    """The text that a result was judged by; ``None`` for the one that every machine has.
+
+    Raises:
+        InputError: when the file is no longer there, or has changed.
+    """
+    if not source.text:
+        return None
+    file = Path(source.text)
+    if not file.is_file() or _digest(file) != source.text_hash:
+        raise InputError(
+            "the text that the conversion was judged by is no longer there, or has changed", file, "convert again"
+        )
+    return file
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def reopen(folder: Path, *, allow_pickle: bool = False) -> OpenedModel:
@@ -142,4 +171,13 @@ def _external_files(model: Any, folder: Path) -> set[Path]:
     }
 
 
-__all__ = ["SOURCE", "Source", "read_source", "reopen", "require_weights", "weights_digest", "write_source"]
+__all__ = [
+    "SOURCE",
+    "Source",
+    "read_source",
+    "reopen",
+    "require_weights",
+    "source_text",
+    "weights_digest",
+    "write_source",
+]

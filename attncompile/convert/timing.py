@@ -63,7 +63,7 @@ def _runner(loaded: onnxruntime.InferenceSession, call: Call) -> Callable[[], ob
 def interleaved_medians(
     runs: Sequence[Callable[[], object]], seconds: float = SECONDS
 ) -> tuple[list[float], int, bool]:
-    """Median seconds of each function, taken in turns until the ratio of the first two medians settles.
+    """Median seconds of each function, in turns until the ratio of the first two medians settles (of one, its own).
 
     Returns:
         The medians, how often each was run, and whether the ratio settled within the time.
@@ -81,7 +81,7 @@ def interleaved_medians(
                 run()
                 record.append(time.perf_counter() - start)
         medians = [float(np.median(record)) for record in times]
-        ratio = medians[0] / medians[1]
+        ratio = medians[0] / medians[1] if len(medians) > 1 else medians[0]
         settled = abs(ratio - last) < SETTLED * ratio
         if settled or time.perf_counter() > end:
             return medians, len(times[0]), settled

@@ -75,7 +75,9 @@ def _made(
     outcomes = made.outcomes
     runs = runs_of(opened, made.captured, graph_run(made.result))
     try:
-        compared = compare_runs(opened, runs, lossy=any(outcome.lossy for outcome in outcomes))
+        compared = compare_runs(
+            opened, runs, lossy=any(outcome.lossy for outcome in outcomes), budget=options.budget
+        )
     except DoesNotRunError as error:
         raise InputError(
             f"the rewritten model does not run: {error}",
@@ -154,7 +156,7 @@ def verify_torch(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = F
     converted = module_run(_load_program(folder / PROGRAM)) if saved else graph_run(made.result)
     runs = runs_of(opened, made.captured, converted)
     try:
-        compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift)
+        compared = compare_runs(opened, runs, lossy=plan_is_lossy(plan), shift=shift, budget=plan.budget)
     except DoesNotRunError as error:
         raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
     return make_certificate(plan, certificates(made.decisions), compared.entries)

@@ -271,10 +271,17 @@ _FLOATS = {
 }
 
 
-def onnx_arguments(model: onnx.ModelProto, batch: int, length: int, padding: Padding) -> Arguments:
+EXAMPLE_PAST = 5
+"""Cached positions in made-up inputs of an ONNX model that takes a cache."""
+
+
+def onnx_arguments(
+    model: onnx.ModelProto, batch: int, length: int, padding: Padding, past: int = EXAMPLE_PAST
+) -> Arguments:
     """A tensor for each input of an ONNX model, by name.
 
-    A first axis without a fixed size is the batch, any other the sequence. An integer input that indexes a
+    A first axis without a fixed size is the batch, any other the sequence; one whose name says that it counts what is
+    cached has `past` positions, and one that counts both has them together. An integer input that indexes a
     table gets ids within it; one whose name ends in ``mask`` is a padding mask; others are zeros. Raises
     InputError for an input of a type that is not supported.
     """
@@ -286,7 +293,7 @@ def onnx_arguments(model: onnx.ModelProto, batch: int, length: int, padding: Pad
             continue
         kind = value.type.tensor_type
         shape = [
-            dim.dim_value if dim.HasField("dim_value") else (length if axis else batch)
+            dim.dim_value if dim.HasField("dim_value") else _axis_size(dim.dim_param, length, past) if axis else batch
             for axis, dim in enumerate(kind.shape.dim)
         ]
         if kind.elem_type in _FLOATS:
@@ -303,11 +310,19 @@ def onnx_arguments(model: onnx.ModelProto, batch: int, length: int, padding: Pad
     return (), inputs
 
 
+def _axis_size(name: str, length: int, past: int) -> int:
+    """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``."""
+    both = "total" in name or ("past" in name and "+" in name)
+    return past + length if both else past if "past" in name else length
+
+
 def _onnx_integers(
     model: onnx.ModelProto, name: str, shape: Sequence[int], request: _Request
 ) -> torch.Tensor:
     if name.endswith("mask") and list(shape) == [request.batch, request.length]:
         return _padding_mask(request)
+    if name == "position_ids" and len(shape) == 2:
+        return torch.arange(shape[1]).expand(*shape).contiguous()
     rows = _table_rows(model, name)
     if rows is None or rows <= 2:
         return (

@@ -52,7 +52,11 @@ class Density:
 
 
 def map_sizes(spec: Spec, sequence: int) -> dict[str, int]:
-    """A value for every size that a Spec leaves open: 1 for its batch, ``sequence`` for all others."""
+    """A value for every size that a Spec leaves open: 1 for its batch, ``sequence`` for all others.
+
+    Where an axis is a difference of sizes (all positions less the cached ones), that would leave nothing of it: one of
+    them is then half as long.
+    """
     exprs: list[Expr] = [size for value in spec.inputs for size in value.type.sizes]
     exprs += [expr for operation in spec.operations for expr in operation.expressions()]
     names = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)}
@@ -62,7 +66,10 @@ def map_sizes(spec: Spec, sequence: int) -> dict[str, int]:
         for axis in value.type.axes
         if axis.name == "b" and isinstance(axis.size, Size)
     }
-    return {name: 1 if name in batches else sequence for name in sorted(names)}
+    sizes = {name: 1 if name in batches else sequence for name in sorted(names)}
+    shorter = ({**sizes, name: max(1, sequence // 2)} for name in sizes if name not in batches)
+    extents = [size for kind in spec.types().values() for size in kind.sizes]
+    return next((one for one in (sizes, *shorter) if all(concrete(size, one) > 0 for size in extents)), sizes)
 
 
 Tensors = Mapping[str, torch.Tensor]

@@ -82,6 +82,9 @@ class Plan(BaseModel):
         provider: where it is to run, such as ``cpu`` or ``cuda``.
         passes: what was asked for, as :func:`attncompile.passes.parse_passes` reads it.
         allow_untrained: passes whose result needs training were allowed.
+        precision: element types of the result, as it was asked for; empty for the model's own.
+        budget: the largest relative change of an output that was allowed; ``null`` where none was set.
+        kept: projections that the precision left in float32, by node name.
         sites: one entry per site, sorted by name, so that two plans can be compared line by line.
     """
 
@@ -93,6 +96,9 @@ class Plan(BaseModel):
     provider: str
     passes: str = ""
     allow_untrained: bool = False
+    precision: str = ""
+    budget: float | None = None
+    kept: tuple[str, ...] = ()
     sites: tuple[SitePlan, ...]
 
     @field_validator("passes")

@@ -74,4 +74,6 @@ def tidy(model: ir.Model, provider: Provider = "cpu") -> Tidied:
     passes.TopologicalSortPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
+    for node in model.graph.all_nodes():  # that pass does not look into bodies
+        model.opset_imports.setdefault(node.domain, 1)
     return Tidied(normalisations, rotary, residuals, turns)

@@ -14,7 +14,6 @@ import pytest
 
 from attncompile.codegen.onnx.layouts import Operand, arrange, drop_double_turns, flat_groups, single_groups
 from attncompile.codegen.onnx.normalisation import fuse_root_mean_square
-from attncompile.codegen.onnx.quantize import projections, quantize_projections
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
 from attncompile.codegen.onnx.tidy import raise_opset, tidy
@@ -244,26 +243,3 @@ def test_output_keeps_its_name_and_shape() -> None:
     tidy(model)
     assert [value.name for value in model.graph.outputs] == ["out"]
     assert dimensions(model.graph.outputs[0]) == ("B", "S", WIDTH)
-
-
-def test_projections_are_quantised_and_products_are_not(tmp_path: Path) -> None:
-    def make(build: Builder, x: ir.Value) -> ir.Value:
-        query, key = (build("MatMul", x, weights(build, WIDTH, WIDTH)) for _ in range(2))
-        return build("MatMul", query, build("Transpose", key, perm=(0, 2, 1)))
-
-    model = model_of(make)
-    assert len(projections(model)) == 2
-    source, target = tmp_path / "float.onnx", tmp_path / "int8.onnx"
-    ir.save(model, source)
-    assert quantize_projections(source, target) == 2
-    made = operators(ir.load(target))
-    assert made.count("MatMulInteger") == 2 and made.count("MatMul") == 1
-    exact, rounded = run(model, state()), run(ir.load(target), state())
-    assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
-
-
-def test_nothing_to_quantise_is_said(tmp_path: Path) -> None:
-    source = tmp_path / "float.onnx"
-    ir.save(model_of(lambda build, x: build("Relu", x)), source)
-    with pytest.raises(ValueError, match="nothing to quantise"):
-        quantize_projections(source, tmp_path / "int8.onnx")

@@ -1,0 +1,232 @@
+"""``--precision``: element types of an ONNX model's weights and states, and how far each may move its outputs.
+
+A precision is made of the float32 model after its attention was rewritten and compared, so whatever differs afterwards
+is due to rounding alone. ``int4(symmetric=false)`` is read as a pass is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir
+from pydantic import Field
+
+from attncompile.codegen.onnx.narrow import Narrow, narrowed, without_kernels
+from attncompile.codegen.onnx.quantize import (
+    Calibration,
+    Feed,
+    block_weights,
+    dynamic_int8,
+    plain_projections,
+    static_rounding,
+)
+from attncompile.convert.providers import named_provider, session_providers
+from attncompile.convert.runtime import save
+from attncompile.frontends.errors import InputError
+from attncompile.passes import Options
+from attncompile.passes.registry import nearest
+from attncompile.passes.text import make_options, read_arguments, read_calls
+
+COSINE_995, COSINE_95 = 0.1, 0.32
+"""Relative changes at which two vectors of one length have cosines of 0.995 and 0.95."""
+
+
+class NoOptions(Options):
+    """A precision without options."""
+
+
+class Int8Options(Options):
+    """Options of ``int8``."""
+
+    per_channel: bool = Field(True, description="one scale for each output channel of a weight")
+
+
+class StaticOptions(Int8Options):
+    """Options of ``int8-static``."""
+
+    calibration: Calibration = Field("minmax", description="how ranges are taken: minmax, entropy or percentile")
+
+
+class BlockOptions(Options):
+    """Options of ``int8-weights`` and ``int4``."""
+
+    block: Literal[16, 32, 64, 128, 256] = Field(32, description="weights that share one scale")
+    symmetric: bool = Field(True, description="without a zero point for each block")
+
+
+class Int4Options(BlockOptions):
+    """Options of ``int4``."""
+
+    symmetric: bool = Field(False, description="without a zero point for each block")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One precision that can be asked for.
+
+    Attributes:
+        name, summary: how it is called, and what is made.
+        budget: the largest relative change of an output unless the user gives another; none where nothing is rounded.
+        options: their class.
+        projections: it rounds projections, which can be left out one by one.
+        calibrated: it needs inputs to take ranges from.
+    """
+
+    name: str
+    summary: str
+    budget: float | None
+    options: type[Options] = NoOptions
+    projections: bool = False
+    calibrated: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("fp32", "float32 throughout", None),
+        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
+        Kind("bf16", "bfloat16, with the same exceptions", 0.05),
+        Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
+        Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
+        Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
+        Kind("int4", "projections: weights of 4 bits in blocks (MatMulNBits)", COSINE_95, Int4Options, True),
+        Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_995, NoOptions, True, True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision with its options; prints as :func:`parse_precision` reads it."""
+
+    kind: Kind
+    options: Options
+
+    def __str__(self) -> str:
+        given = self.options.model_dump(exclude_defaults=True)
+        listed = ", ".join(f"{name}={str(value).lower()}" for name, value in given.items())
+        return f"{self.kind.name}({listed})" if listed else self.kind.name
+
+
+def parse_precision(text: str) -> Precision:
+    """Read a precision, such as ``int4(block=64)``.
+
+    Raises:
+        ValueError: in one sentence, for an unknown one or its options.
+    """
+    calls = read_calls(text, "the precision")
+    if len(calls) != 1:
+        raise ValueError(f"give one precision, not {text!r}; there are {', '.join(KINDS)}")
+    (name, given), known = calls[0], list(KINDS)
+    if name not in KINDS:
+        raise ValueError(f"there is no precision {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    kind = KINDS[name]
+    return Precision(kind, make_options(name, kind.options, read_arguments(name, given)))
+
+
+def require_possible(precision: Precision, provider: str, where: object) -> None:
+    """Raises InputError where a provider cannot run what a precision makes, whatever the model."""
+    if precision.kind.name == "fp8" and named_provider(provider) == "CPUExecutionProvider":
+        raise InputError(
+            "--precision fp8 is for GPUs: ONNX Runtime's CPU provider loads no products of float8",
+            where,
+            "give --provider cuda, or take int8",
+        )
+
+
+def prepared(model: onnx_ir.Model, precision: Precision, where: object) -> tuple[str, ...]:
+    """Bring a float32 model to the form that a precision starts from, in place; the names of its projections.
+
+    Raises:
+        InputError: when there is nothing to round.
+    """
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    if not any(weight.dtype is onnx_ir.DataType.FLOAT for weight in weights):
+        raise InputError(
+            f"--precision {precision} starts from float32, and this model holds no weights in it",
+            where,
+            "give the original checkpoint or its float32 export",
+        )
+    if not precision.kind.projections:
+        return ()
+    names = plain_projections(model)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    if not names:
+        raise InputError(
+            "it has no projection (a product with a fixed weight), so there is nothing to quantise", where, "use fp16"
+        )
+    return names
+
+
+def write_precise(
+    source: Path,
+    target: Path,
+    precision: Precision,
+    names: Collection[str],
+    calibration: Iterable[Feed],
+    provider: str,
+) -> int:
+    """Write the model of a file in another precision; how many projections were rounded, or nodes narrowed.
+
+    Args:
+        source: a float32 model that was :func:`prepared`; target: where it goes.
+        precision: what to make.
+        names: the projections to round.
+        calibration: inputs to take ranges from, where the precision needs them.
+        provider: where it will run.
+
+    Raises:
+        InputError: when the provider has no kernels for the precision.
+    """
+    options: Any = precision.options
+    with _quietly():
+        if precision.kind.name in ("fp16", "bf16"):
+            return _write_narrow(source, target, "float16" if precision.kind.name == "fp16" else "bfloat16", provider)
+        if precision.kind.name == "int8":
+            dynamic_int8(source, target, names, per_channel=options.per_channel)
+        elif precision.kind.name == "int8-static":
+            method, channels = options.calibration, options.per_channel
+            static_rounding(source, target, names, calibration, kind="int8", method=method, per_channel=channels)
+        elif precision.kind.name == "fp8":
+            static_rounding(source, target, names, calibration, kind="float8_e4m3")
+        else:
+            bits: Literal[4, 8] = 4 if precision.kind.name == "int4" else 8
+            block_weights(source, target, names, bits=bits, block=options.block, symmetric=options.symmetric)
+    return len(names)
+
+
+def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str) -> int:
+    model = onnx_ir.load(source)
+    count = narrowed(model, narrow)
+    if narrow == "bfloat16":  # float16 is cast where a kernel is missing
+        names = session_providers(provider)
+        missing = without_kernels(model, narrow, names)
+        if missing:
+            raise InputError(
+                f"--precision bf16: {names[0]} has no bfloat16 kernel for {', '.join(missing)}",
+                target.parent.name,
+                "use fp16, or another --provider",
+            )
+    save(model, target)
+    return count
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what quantisers print and log."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
+
+
+__all__ = ["KINDS", "Kind", "Precision", "parse_precision", "prepared", "require_possible", "write_precise"]
