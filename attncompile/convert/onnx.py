@@ -15,6 +15,7 @@ import onnxruntime
 
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.quantize import quantize_projections
+from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_opset, require_version
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
@@ -81,8 +82,10 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 
     Raises:
         InputError: when the target cannot be opened or exported, no site is found, or ``out`` cannot be written.
-        ValueError: for passes that cannot be read.
+        ValueError: for passes that cannot be read, or a version of ONNX Runtime of which nothing is known.
     """
+    if options.onnxruntime is not None:
+        options = replace(options, onnxruntime=require_version(options.onnxruntime, options.provider))
 
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
@@ -95,6 +98,7 @@ def _made(
 ) -> Made:
     provider, before = options.provider, folder / BEFORE
     opened, source, notes = _source(opened, options)
+    _require_opset(source, target, options)
     save(source, before)
     unrewritten = session(before, provider)
     exact = in_float64(opened.model) if opened.kind == "torch" else None
@@ -102,8 +106,9 @@ def _made(
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress("finding attention")
         rewritten = rewrite_onnx(
-            onnx_ir.load(before), opened.name, requested, provider, preference, options.allow_untrained, notes
-        )
+            onnx_ir.load(before), opened.name, requested, provider, preference, options.allow_untrained, notes,
+            options.onnxruntime,
+        )  # fmt: skip
         require_sites(rewritten.program, target)
         options.progress("writing the model")
         quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
@@ -144,9 +149,17 @@ def _made(
         compared,
         changes,
         tuple(measured),
-        (*rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
+        (*_chosen_for(options), *rewritten.notes, *told, *tried, *unchanged, *slower(measured)),
         cache=isinstance(opened, CachedModel),
     )
+
+
+def _chosen_for(options: Options) -> list[str]:
+    """A sentence on the version that operators were chosen for, where that is not the one that ran them here."""
+    asked, here = options.onnxruntime, installed()
+    if asked is None or asked == here:
+        return []
+    return [f"operators were chosen for ONNX Runtime {asked}, by what was tried with it; the checks here ran {here}"]
 
 
 _WITHOUT = "converted without a cache"
@@ -184,6 +197,21 @@ def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir
         opened = replace(given, notes=(*given.notes, f"{_WITHOUT}: {error.reason}"))
         model, notes = export_onnx(opened)
     return opened, model, (*opened.notes, *notes)
+
+
+def _require_opset(model: onnx_ir.Model, target: str | Path, options: Options) -> None:
+    """Raises InputError when the version that operators are chosen for does not read the model as it is."""
+    if options.onnxruntime is None:
+        return
+    newest, opset = newest_opset(options.onnxruntime, options.provider), model.opset_imports.get("", 0)
+    if opset > newest:
+        raise InputError(
+            f"the model has opset {opset}, and ONNX Runtime {options.onnxruntime} takes up to {newest}",
+            str(target),
+            f"export it with opset {newest}, or choose a newer ONNX Runtime",
+        )
+    # a file that needs nothing of a newer format does not have to say that it has one
+    model.ir_version = min(model.ir_version, newest_ir_version(options.onnxruntime, options.provider))
 
 
 def _quantizes_projections(requested: Sequence[PassCall]) -> bool:

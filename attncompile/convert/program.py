@@ -186,11 +186,17 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
     """Refuse the options that only a conversion to ONNX has.
 
     Raises:
-        InputError: when an operator is preferred, or a cache asked for.
+        InputError: when an operator is preferred, a version of ONNX Runtime named, or a cache asked for.
     """
     if options.prefer != "fastest":
         raise InputError(
             f"prefer={options.prefer!r} chooses among ONNX operators",
+            str(target),
+            "use --target onnx, or leave it out",
+        )
+    if options.onnxruntime is not None:
+        raise InputError(
+            f"onnxruntime={options.onnxruntime!r} is a version to choose ONNX operators for",
             str(target),
             "use --target onnx, or leave it out",
         )

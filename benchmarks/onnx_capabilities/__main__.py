@@ -29,6 +29,12 @@ TABLE, PAGE = ROOT / "codegen" / "onnx" / tried.TABLE, ROOT / "docs" / "onnx-ope
 RELEASES = tuple(f"1.{minor}" for minor in range(22, 32))
 """Versions that the table has columns for; the newest patch release of each is tried."""
 
+_RAISED_BY = re.compile(
+    r"(?:(?:const|static|virtual|void|bool|T\*?|\S+::\S+) )*[\w<>~*]+(?:::[\w<>~]+)+\((?:[^()]|\([^()]*\))*\)"
+    r"(?: const)?(?: \[with [^\]]*\])? "
+)
+"""The C++ function that raised an error, as ONNX Runtime writes it in front of what is wrong."""
+
 SAID = 160
 """Characters of an error that are kept."""
 
@@ -38,11 +44,11 @@ Key = tuple[str, str, str, int, str, str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_capabilities", description=__doc__)
-    parser.add_argument("--versions", type=Path, help="folder with a folder for each version, which are installed there")
+    parser.add_argument("--versions", type=Path, help="folder with a folder for each version, installed if missing")
     parser.add_argument("--releases", nargs="+", default=list(RELEASES), help="versions to try (with --versions)")
     parser.add_argument("--provider", choices=sorted(PROVIDERS), default="cpu")
     parser.add_argument("--operator", action="append", help="try this operator only; may be given again")
-    parser.add_argument("--write", action="store_true", help="write table and page also for the installed version alone")
+    parser.add_argument("--write", action="store_true", help="write table and page without --versions, too")
     given = parser.parse_args(arguments)
     attempts = [one for one in all_attempts() if not given.operator or one.operator in given.operator]
     if not attempts:
@@ -60,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             counts = {name: sum(v.outcome == name for v in verdicts) for name in tried.OUTCOMES}
             print(version, ", ".join(f"{count} {name}" for name, count in counts.items() if count), flush=True)
     if given.versions is None and not given.write:
-        for (version, verdicts) in found.items():
+        for version, verdicts in found.items():
             for row, verdict in zip(rows, verdicts, strict=True):
-                print(version, *_key(row.attempt, row.dtype, given.provider)[1:], verdict.outcome, verdict.said, sep="\t")
+                key = _key(row.attempt, row.dtype, given.provider)
+                print(version, *key[1:], verdict.outcome, verdict.said, sep="\t")
         return
     _write(rows, found, given.provider, complete=not given.operator)
 
@@ -71,8 +78,9 @@ def _installed(folder: Path, package: str, release: str) -> Path | None:
     """The folder of the newest patch release, installed where it is missing; ``None`` where there is none."""
     site = folder / f"{package}-{release}"
     if not site.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(site)]
-        done = subprocess.run([*command, f"{package}=={release}.*"], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+        wanted = ["--target", str(site), f"{package}=={release}.*"]
+        done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{package} {release}: skipped, {done.stderr.strip().splitlines()[-1]}", flush=True)
             return None
@@ -80,7 +88,7 @@ def _installed(folder: Path, package: str, release: str) -> Path | None:
 
 
 def _key(attempt: Attempt, dtype: str, provider: str) -> Key:
-    opset = attempt.opset if not attempt.domain else 0
+    opset = attempt.opset if not attempt.domain and attempt.operator != "IR version" else 0
     return provider, attempt.domain, attempt.operator, opset, attempt.feature, dtype
 
 
@@ -148,6 +156,10 @@ def _cleaned(said: str) -> str:
     said = re.sub(r"Non-zero status code returned while running (\w+) node\. Name:'\w*' Status Message: ", "", said)
     said = re.sub(r"Load model from \S+ failed:\s*", "", said)
     said = re.sub(r"/onnxruntime_src/\S+:\d+ ", "", said)
+    said = _RAISED_BY.sub("", said, count=1)
+    said = re.sub(r"In Node, .* Error (?=Unrecognized|Node)", "", said)
+    said = re.sub(r"ONNX Runtime only \*guarantees\* .*? opset versions\. ", "", said)
+    said = re.sub(r" node with name '\w*'", "", said)
     said = re.sub(r"\s+", " ", said).strip()
     return said if len(said) <= SAID else said[: SAID - 1] + "…"
 

@@ -29,16 +29,14 @@ def attention(
     bias: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
-    fill: float = -math.inf,
 ) -> Attended:
-    """``softmax(where(visible, cap·tanh(scale·q·k / cap) + bias, fill)) · v``; a row of -inf alone gives zero.
+    """``softmax(where(visible, cap·tanh(scale·q·k / cap) + bias, -inf)) · v``; a row of -inf alone gives zero.
 
     Args:
         query: ``[B, H, I, D]``; key, value: ``[B, G, J, D]`` and ``[B, G, J, E]``, G a divisor of H.
         scale: ``D^-1/2`` where it is left out; cap: 0 for none.
         bias, visible: broadcast to ``[B, H, I, J]``.
         sink: ``[H]``, a logit of each head that takes part in the normaliser and in nothing else.
-        fill: the logit of a key that is not visible.
     """
     shares = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
@@ -46,7 +44,7 @@ def attention(
     capped = cap * torch.tanh(raw / cap) if cap else raw
     masked = capped if bias is None else capped + bias.to(capped.dtype)
     if visible is not None:
-        masked = masked.masked_fill(~visible.expand(masked.shape), fill)
+        masked = masked.masked_fill(~visible.expand(masked.shape), -math.inf)
     counted = masked
     if sink is not None:
         column = sink.to(masked.dtype)[None, :, None, None].expand(*masked.shape[:3], 1)
@@ -55,7 +53,9 @@ def attention(
     return Attended(weights @ value, raw, capped, masked, weights)
 
 
-def positions_visible(queries: int, keys: int, *, causal: bool, window: int = 0, past: int | None = None) -> torch.Tensor:
+def positions_visible(
+    queries: int, keys: int, *, causal: bool, window: int = 0, past: int | None = None
+) -> torch.Tensor:
     """``[I, J]``: ``j <= i + past`` where causal, and of those the last ``window`` where that is not 0."""
     i, j = torch.arange(queries)[:, None] + (keys - queries if past is None else past), torch.arange(keys)
     seen = j <= i if causal else torch.ones(queries, keys, dtype=torch.bool)

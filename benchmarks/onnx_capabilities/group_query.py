@@ -22,7 +22,12 @@ from benchmarks.onnx_capabilities.formulas import (
 
 HEADS, GROUPS = 4, 2
 EPSILON = 1e-6
-BIAS_SHAPES = {"[1, 1, I, J]": (False, False), "[B, 1, I, J]": (True, False), "[B, H, I, J]": (True, True)}
+BIAS_SHAPES = {
+    "[1, 1, I, J]": (False, False),
+    "[1, H, I, J]": (False, True),
+    "[B, 1, I, J]": (True, False),
+    "[B, H, I, J]": (True, True),
+}
 
 
 def call(
@@ -45,6 +50,8 @@ def call(
     smooth: bool = False,
     bias: str = "",
     empty: float = 0.0,
+    holes: bool = False,
+    without_past: bool = False,
     turned: str = "",
     positions: bool = False,
     packed: bool = False,
@@ -61,7 +68,8 @@ def call(
         room: further positions of the cache's buffer behind what is cached; shared: written in place.
         ragged: rows of different lengths, padded on the right.
         smooth: a logit 0 more in the normaliser; sink: one of each head.
-        bias: shape of the bias; empty: a number that all of a row's biases are.
+        bias: shape of the bias; empty: a number that all of a row's biases are; holes: some are -inf.
+        without_past: a cache is given that holds nothing.
         turned: ``half`` or ``interleaved`` rotary positions; positions: given as an input.
         quantised: how the cache is, such as ``int8 PER_TENSOR``.
         tap: which stage of the map is a result, 1 before the softmax, 2 after it.
@@ -77,7 +85,7 @@ def call(
         draw(f"past {side}", batch, groups, before, size, dtype=dtype) for side, size in (("k", channels), ("v", wide))
     ]
     counts = torch.tensor([total, *([max(1, total // 2)] if ragged and batch > 1 else [total] * (batch - 1))])
-    added = _bias(bias, batch, new, total, dtype, empty) if bias else None
+    added = _bias(bias, batch, new, total, dtype, empty, holes) if bias else None
     sinks = draw("sink", HEADS, dtype=dtype).abs() + 6 if sink else None
     cos, sin = (table.to(dtype) for table in tables(total + 3, channels))
     ids = torch.arange(new)[None].repeat(batch, 1) * 2 % (total + 3) if positions else None
@@ -127,7 +135,7 @@ def call(
 
     inputs: list[torch.Tensor | None] = [
         *([torch.cat([q, k, v], -1), None, None] if packed else [q, k, v]),
-        *(buffers if past else [None, None]),
+        *(buffers if past or without_past else [None, None]),
         (counts - 1).int(),
         torch.tensor(total, dtype=torch.int32),
         *([cos, sin] if turned else [None, None]),
@@ -156,11 +164,15 @@ def call(
     )  # fmt: skip
 
 
-def _bias(shape: str, batch: int, new: int, total: int, dtype: torch.dtype, empty: float) -> torch.Tensor:
+def _bias(
+    shape: str, batch: int, new: int, total: int, dtype: torch.dtype, empty: float, holes: bool
+) -> torch.Tensor:
     by_row, by_head = BIAS_SHAPES[shape]
     made = draw("bias", batch if by_row else 1, HEADS if by_head else 1, new, total, dtype=dtype, scale=2.0)
     if empty:
         made[:, :, new // 2] = empty
+    if holes:  # never the first key, which all see
+        made[..., 1::3] = -math.inf
     return made
 
 
@@ -201,6 +213,7 @@ def attempts() -> Iterator[Attempt]:
     yield row("a prompt")
     yield row("a prompt, rows of different lengths", ragged=True)
     yield row("as many KV heads as query heads", groups=HEADS)
+    yield row("a prompt with an empty cache", without_past=True)
     yield row("a step behind a cache", past=1)
     yield row("several queries behind a cache, one row", **several)
     yield row("several queries behind a cache, several rows", past=1, queries=40)
@@ -226,6 +239,7 @@ def attempts() -> Iterator[Attempt]:
     yield row("attention_bias and softcap", {"cap": 0.5}, bias="[B, H, I, J]")
     yield row("attention_bias and sink", {"bias": "[B, H, I, J]"}, sink=True)
     yield row("attention_bias and window", {"bias": "[B, H, I, J]"}, window=4)
+    yield row("attention_bias of -inf for some keys", {"bias": "[B, 1, I, J]"}, holes=True)
     yield row("attention_bias of -inf for a whole row: zero", {}, bias="[B, 1, I, J]", empty=-math.inf)
     yield row("packed query, key and value", packed=True)
     yield row("packed query, key and value behind a cache", past=1, packed=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, draw
-from benchmarks.onnx_capabilities.formulas import attention, flat, heads, positions_visible, rotary, tables
+from benchmarks.onnx_capabilities.formulas import attention, flat, heads, positions_visible, rotary
 
 HEADS, CHANNELS = 4, 16
 BIAS_SHAPES = {
@@ -22,11 +22,15 @@ BIAS_SHAPES = {
 BATCH = 2
 
 
-def _bias(shape: str, new: int, total: int, dtype: torch.dtype, empty: float) -> torch.Tensor:
+def _bias(
+    shape: str, new: int, total: int, dtype: torch.dtype, empty: float, holes: bool = False
+) -> torch.Tensor:
     by_row, by_head = BIAS_SHAPES[shape]
     made = draw("bias", BATCH if by_row else 1, HEADS if by_head else 1, new, total, dtype=dtype, scale=2.0)
     if empty:
         made[:, :, new // 2] = empty
+    if holes:
+        made[..., 1::3] = -math.inf
     return made
 
 
@@ -65,6 +69,7 @@ def multi_head(
     causal: bool = False,
     bias: str = "",
     empty: float = 0.0,
+    holes: bool = False,
     gives: str = "mean",
     padding: str = "",
     projection: bool = False,
@@ -78,7 +83,8 @@ def multi_head(
     Args:
         dtype: of the operands; length: queries, or cached keys where ``past`` is set.
         keys: how many more keys than queries; queries: behind the cache.
-        bias: shape of attention_bias; empty: a number that all of a row's biases are; gives: what such a row becomes.
+        bias: shape of attention_bias; empty: a number that all of a row's biases are; gives: what such a row becomes;
+            holes: some are -inf.
         padding: form of key_padding_mask; filled: mask_filter_value.
         projection: a bias of the projections.
         packed: ``qkv`` or ``kv`` in one tensor; split: keys and values ``[B, H, J, D]``.
@@ -92,7 +98,7 @@ def multi_head(
     k = draw("key", BATCH, coming, HEADS * CHANNELS, dtype=dtype)
     v = draw("value", BATCH, coming, HEADS * wide, dtype=dtype)
     cached = [draw(f"past {side}", BATCH, HEADS, before, CHANNELS, dtype=dtype) for side in "kv"]
-    added = _bias(bias, new, total, dtype, empty) if bias else None
+    added = _bias(bias, new, total, dtype, empty, holes) if bias else None
     sums = draw("projection", HEADS * (2 * CHANNELS + wide), dtype=dtype) if projection else None
     mask, seen = _padding(padding, new, total)
 
@@ -108,13 +114,12 @@ def multi_head(
         if causal:
             ahead = positions_visible(new, total, causal=True)[None, None]
             visible = ahead if seen is None else ahead & seen
-        fill = -math.inf if not filled else filled
         if filled:  # a finite number is added to the logits, it does not take their place
             more = torch.zeros(BATCH, 1, new, total).masked_fill(~(visible if visible is not None else
                 torch.ones(1, dtype=torch.bool)), filled)  # fmt: skip
             made = attention(query, *whole, scale=scale, bias=more)
         else:
-            made = attention(query, *whole, scale=scale, bias=added, visible=visible, fill=fill)
+            made = attention(query, *whole, scale=scale, bias=added, visible=visible)
         out = flat(made.out)
         if empty == -math.inf and gives == "NaN":
             out = out.clone()
@@ -261,6 +266,7 @@ def attempts() -> Iterator[Attempt]:
     for shape in BIAS_SHAPES:
         yield row(f"attention_bias {shape}", {}, bias=shape)
     yield row("attention_bias with more keys than queries", {"keys": 5}, bias="[B, H, I, J]")
+    yield row("attention_bias of -inf for some keys", {"bias": "[B, 1, I, J]"}, holes=True)
     yield row("attention_bias of -inf for a whole row: NaN", {}, bias="[B, 1, I, J]", empty=-math.inf, gives="NaN")
     yield row("attention_bias of -inf for a whole row: zero", {}, bias="[B, 1, I, J]", empty=-math.inf)
     large = ("float32", "bfloat16")  # float16 holds no such numbers

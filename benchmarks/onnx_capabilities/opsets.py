@@ -43,13 +43,15 @@ def model(case: Case, opset: int = 18, ir_version: int = IR_VERSION) -> onnx.Mod
         raise ValueError("opsets are tried in float32")
     node = helper.make_node
     numbers: dict[str, list[int]] = {
-        "one": [1], "zero": [0], "last": [2], "four": [4], "end": [2**31 - 1], "shape": [0, -1, 4, 4], "back": [0, -1, 16],
+        "one": [1], "zero": [0], "last": [2], "four": [4], "end": [2**31 - 1],
+        "shape": [0, -1, 4, 4], "back": [0, -1, 16], "places_of_rows": [0, 1],
     }  # fmt: skip
     constants = [helper.make_tensor(name, TensorProto.INT64, [len(row)], row) for name, row in numbers.items()]
-    constants += [helper.make_tensor(name, TensorProto.INT64, [], [number]) for name, number in (("start", 0), ("by", 1))]
+    for name, number in (("start", 0), ("by", 1)):
+        constants.append(helper.make_tensor(name, TensorProto.INT64, [], [number]))
     floats = {"quarter": 0.25, "low": -30000.0, "half": 0.5, "two": 2.0, "none": 0.0}
     constants += [helper.make_tensor(name, kind, [], [number]) for name, number in floats.items()]
-    constants += [helper.make_tensor("ones", kind, [16], [1.0] * 16), helper.make_tensor("zeros", kind, [16], [0.0] * 16)]
+    constants += [helper.make_tensor(name, kind, [16], [one] * 16) for name, one in (("ones", 1.0), ("zeros", 0.0))]
     branches = [
         helper.make_graph(
             [node("Identity" if same else "Mul", ["sliced"] if same else ["sliced", "two"], [f"branch_{same}"])],
@@ -100,7 +102,6 @@ def model(case: Case, opset: int = 18, ir_version: int = IR_VERSION) -> onnx.Mod
         node("GreaterOrEqual", ["none", "two"], ["never"]),
         node("If", ["never"], ["output_0"], then_branch=branches[1], else_branch=branches[0]),
     ]  # fmt: skip
-    constants.append(helper.make_tensor("places_of_rows", TensorProto.INT64, [2], [0, 1]))
     inputs = [helper.make_tensor_value_info("input_0", kind, [None, None, 16])]
     outputs = [helper.make_tensor_value_info("output_0", kind, None)]
     graph = helper.make_graph(nodes, "tried", inputs, outputs, constants)

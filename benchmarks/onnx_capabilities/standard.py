@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from benchmarks.onnx_capabilities.attempt import Attempt, Case, Results, draw
-from benchmarks.onnx_capabilities.formulas import attention, flat, heads, positions_visible
+from benchmarks.onnx_capabilities.formulas import attention, flat, positions_visible
 
 HEADS, BATCH, CHANNELS = 4, 2, 16
 VERSIONS = (23, 24, 25)
 MASK_SHAPES = {
     "[I, J]": lambda new, total: (new, total),
+    "[1, 1, I, J]": lambda new, total: (1, 1, new, total),
     "[B, 1, I, J]": lambda new, total: (BATCH, 1, new, total),
     "[1, H, I, J]": lambda new, total: (1, HEADS, new, total),
     "[B, H, I, J]": lambda new, total: (BATCH, HEADS, new, total),
@@ -39,6 +40,7 @@ def call(
     mask: str = "",
     boolean: bool = False,
     empty: float = 0.0,
+    holes: bool = False,
     shorter: int = 0,
     tap: int = -1,
     lengths: bool = False,
@@ -53,7 +55,7 @@ def call(
         flat_heads: operands ``[B, S, H·D]`` rather than ``[B, H, S, D]``.
         keys: how many more keys than queries; queries: behind the cache.
         mask: shape of attn_mask, with truth values where ``boolean``; empty: a number that all of a row's are (no
-            truth among them); shorter: keys that it leaves out at the end.
+            truth among them); holes: some are -inf; shorter: keys that it leaves out at the end.
         tap: which stage of the map is a result; lengths: nonpad_kv_seqlen; precision: of the softmax.
         left, right: keys that a window reaches to either side.
     """
@@ -64,8 +66,9 @@ def call(
     q = draw("query", BATCH, HEADS, new, CHANNELS, dtype=dtype, scale=2.0)
     k = draw("key", BATCH, groups, coming, CHANNELS, dtype=dtype)
     v = draw("value", BATCH, groups, coming, wide, dtype=dtype)
-    cached = [draw(f"past {side}", BATCH, groups, before, size, dtype=dtype) for side, size in (("k", CHANNELS), ("v", wide))]
-    given = _mask(mask, new, total, dtype, boolean=boolean, empty=empty) if mask else None
+    sizes = (("k", CHANNELS), ("v", wide))
+    cached = [draw(f"past {side}", BATCH, groups, before, size, dtype=dtype) for side, size in sizes]
+    given = _mask(mask, new, total, dtype, boolean=boolean, empty=empty, holes=holes) if mask else None
     counts = torch.tensor([total, max(1, total * 2 // 3)]) if lengths else None
     if given is not None and shorter:
         given = given[..., : total - shorter].contiguous()
@@ -110,7 +113,9 @@ def call(
     return Case(inputs, attributes, reference, max(total, CHANNELS))
 
 
-def _mask(shape: str, new: int, total: int, dtype: torch.dtype, *, boolean: bool, empty: float) -> torch.Tensor:
+def _mask(
+    shape: str, new: int, total: int, dtype: torch.dtype, *, boolean: bool, empty: float, holes: bool
+) -> torch.Tensor:
     made = draw("mask", *MASK_SHAPES[shape](new, total), dtype=dtype)
     if boolean:
         seen = made > -0.5
@@ -120,6 +125,8 @@ def _mask(shape: str, new: int, total: int, dtype: torch.dtype, *, boolean: bool
         return seen
     if empty:
         made[..., new // 2, :] = empty
+    if holes:
+        made[..., 1::3] = -math.inf
     return made
 
 
@@ -162,6 +169,7 @@ def _of(version: int) -> Iterator[Attempt]:
     yield row("additive mask and is_causal", {"causal": True}, mask="[B, 1, I, J]")
     yield row("additive mask and softcap", {"cap": 0.5}, mask="[B, 1, I, J]")
     yield row("boolean mask, nothing seen in a row: zero", {}, mask="[B, 1, I, J]", boolean=True, empty=-1.0)
+    yield row("additive mask of -inf for some keys", {"mask": "[B, 1, I, J]"}, holes=True)
     yield row("additive mask of -inf for a whole row: zero", {}, mask="[B, 1, I, J]", empty=-math.inf)
     large = ("float32", "bfloat16", "float64")  # float16 holds no such number
     yield row("additive mask of -2^100 for a whole row: the mean", {}, large, mask="[B, 1, I, J]", empty=-(2.0**100))

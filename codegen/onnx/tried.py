@@ -21,11 +21,11 @@ COLUMNS = ("provider", "domain", "operator", "opset", "feature", "dtype", "said"
 """Columns before those of the versions."""
 
 _MEANING: Mapping[Outcome, str] = {
-    "wrong": "gives wrong values",
-    "ignored": "ignores it",
-    "unstable": "gives other values each time",
-    "refused": "refuses it",
-    "crashed": "crashes",
+    "wrong": "gives wrong values for",
+    "ignored": "does not follow the feature of",
+    "unstable": "gives other values each time for",
+    "refused": "refuses",
+    "crashed": "crashes on",
 }
 
 
@@ -123,6 +123,21 @@ def minor_version(text: str) -> str:
     return f"{found[1]}.{found[2]}"
 
 
+def require_version(text: str, provider: str = "cpu") -> str:
+    """``1.31`` of ``1.31.1``, a version to choose operators for.
+
+    Raises:
+        ValueError: for what is no version, or one that is older than the table.
+    """
+    version = minor_version(text)
+    if versions(provider) and column(provider, version) is None:
+        known = versions(provider)
+        raise ValueError(
+            f"ONNX Runtime {version} was not tried, so nothing is known of its operators; choose one from {known[0]} on"
+        )
+    return version
+
+
 @functools.cache
 def _indexed() -> Mapping[tuple[str, str, str], Mapping[tuple[int, str, str], Tried]]:
     made: dict[tuple[str, str, str], dict[tuple[int, str, str], Tried]] = {}
@@ -175,19 +190,29 @@ def why_not(
         row = rows.get((number, feature, dtype))
         outcome = row.outcomes.get(found) if row is not None else None
         if outcome is None:
-            return f"{operator} was not tried with {feature} in {dtype} on ONNX Runtime {found} ({provider})"
+            return f"ONNX Runtime {found} was not tried with {operator} in {dtype} on {provider} ({feature})"
         if outcome != "right":
-            return f"{operator} with {feature} in {dtype}: ONNX Runtime {found} {_MEANING[outcome]} ({provider})"
+            return f"ONNX Runtime {found} {_MEANING[outcome]} {operator} in {dtype} on {provider} ({feature})"
     return None
 
 
 def newest_opset(version: str | None = None, provider: str = "cpu") -> int:
     """The newest standard opset whose plain operators a version of ONNX Runtime runs; 0 where none was tried."""
-    if not versions(provider):
-        provider = "cpu"
+    return _newest("opset", version, provider)
+
+
+def newest_ir_version(version: str | None = None, provider: str = "cpu") -> int:
+    """The newest version of the file format that a version of ONNX Runtime reads; 0 where none was tried."""
+    return _newest("IR version", version, provider)
+
+
+def _newest(what: str, version: str | None, provider: str) -> int:
+    """The largest number that the features ``what N`` have which were found right: files are read alike everywhere."""
+    provider = provider if versions(provider) else "cpu"
     found = column(provider, version or installed())
-    rows = _indexed().get((provider, "", "opset"), {}).values()
-    return max((row.opset for row in rows if found and row.outcomes.get(found) == "right"), default=0)
+    rows = _indexed().get((provider, "", what), {}).values()
+    right = [row for row in rows if found is not None and row.outcomes.get(found) == "right"]
+    return max((int(row.feature.removeprefix(what)) for row in right), default=0)
 
 
 __all__ = [
@@ -199,8 +224,10 @@ __all__ = [
     "column",
     "installed",
     "minor_version",
+    "newest_ir_version",
     "newest_opset",
     "read",
+    "require_version",
     "table",
     "versions",
     "why_not",
