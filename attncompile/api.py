@@ -213,6 +213,7 @@ def convert(
     to: Target = "onnx",
     provider: str = "cpu",
     prefer: Preference = "fastest",
+    onnxruntime: str | None = None,
     passes: str = "fuse",
     allow_untrained: bool = False,
     cache: bool | None = None,
@@ -235,6 +236,8 @@ def convert(
             is installed, such as ``CPUExecutionProvider``.
         prefer: ``fastest`` takes a fused operator only where it wins on the provider; ``fused`` and
             ``decomposed`` take them always or never.
+        onnxruntime: the version of ONNX Runtime that will run it, such as ``1.24``: only operators that were found
+            right with it are used. None for the installed one.
         passes: what to do at each site, such as ``"fuse,sparsify.window(size=1024,sinks=4)"``.
         allow_untrained: allow passes that ruin a model that was not trained for them.
         cache: for ONNX Runtime, whether a language model becomes one for prompts and steps of generation, with its
@@ -254,7 +257,7 @@ def convert(
 
     Raises:
         InputError: when the target cannot be opened or ``out`` not be written.
-        ValueError: for an unknown word or pass.
+        ValueError: for an unknown word or pass, or a version of ONNX Runtime of which nothing is known.
     """
     _check_choice("to", to)
     provider = _checked_provider(provider, to)
@@ -268,6 +271,7 @@ def convert(
     options = Options(
         provider=provider,
         prefer=prefer,
+        onnxruntime=onnxruntime,
         passes=passes,
         allow_untrained=allow_untrained,
         cache=cache,

@@ -180,6 +180,10 @@ def convert(
         Literal["fastest", "fused", "decomposed"],
         typer.Option(help="take fused operators where they win, always, or never"),
     ] = "fastest",
+    onnxruntime: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="onnx: the version that will run it; the installed one if none"),
+    ] = None,
     passes: Passes = "fuse",
     allow_untrained: AllowUntrained = False,
     cache: Annotated[
@@ -221,6 +225,7 @@ def convert(
             to=target,
             provider=provider,
             prefer=prefer,
+            onnxruntime=onnxruntime,
             passes=passes,
             allow_untrained=allow_untrained,
             cache=cache,

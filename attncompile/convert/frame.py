@@ -29,6 +29,7 @@ class Options:
     Attributes:
         provider: where it will run.
         prefer: how ONNX operators are chosen.
+        onnxruntime: the version that operators are chosen for, such as ``1.24``; ``None`` for the installed one.
         passes: what to do at each site, as :func:`attncompile.passes.parse_passes` reads it.
         allow_untrained: allow passes that ruin a model that was not trained for them.
         cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
@@ -46,6 +47,7 @@ class Options:
 
     provider: str = "cpu"
     prefer: Literal["fastest", "fused", "decomposed"] = "fastest"
+    onnxruntime: str | None = None
     passes: str = "fuse"
     allow_untrained: bool = False
     cache: bool | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir
 import torch
 
+from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_opset, require_version
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.comparison import Compared, DoesNotRunError, compare_runs, in_float64
 from attncompile.convert.evidence import make_certificate
@@ -72,8 +73,10 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 
     Raises:
         InputError: when the target cannot be opened or exported, no site is found, or ``out`` cannot be written.
-        ValueError: for passes that cannot be read.
+        ValueError: for passes that cannot be read, or a version of ONNX Runtime of which nothing is known.
     """
+    if options.onnxruntime is not None:
+        options = replace(options, onnxruntime=require_version(options.onnxruntime, options.provider))
 
     _precision(options, parse_passes(options.passes))  # what is misspelt is said before anything is opened
 
@@ -90,7 +93,7 @@ def _made(
     if precision is not None:
         require_possible(precision, options.provider, target)
         opened = _in_float32(opened)
-    parts, notes = _exported(opened, folder, options)
+    parts, notes = _exported(opened, target, folder, options)
     done = [make_part(part, target, requested, folder, options, precision, notes[part.file]) for part in parts]
     program = join_programs(opened.name, [made.rewritten.program for made in done], ())
     require_sites(program, target)
@@ -122,7 +125,7 @@ def _made(
         ),
         {name: change for made in done for name, change in made.changes.items()},
         tuple(measured),
-        (*(note for made in done for note in made.notes), *told, *slower(measured)),
+        (*_chosen_for(options), *(note for made in done for note in made.notes), *told, *slower(measured)),
         cache=bool(caching),
         precision=str(precision) if precision is not None else "",
         budget=budget_of(options, precision) if any(made.lossy for made in done) else None,
@@ -158,6 +161,14 @@ def _in_float32(opened: OpenedModel) -> OpenedModel:
     return replace(opened, model=copy.deepcopy(opened.model).float())
 
 
+def _chosen_for(options: Options) -> list[str]:
+    """A sentence on the version that operators were chosen for, where that is not the one that ran them here."""
+    asked, here = options.onnxruntime, installed()
+    if asked is None or asked == here:
+        return []
+    return [f"operators were chosen for ONNX Runtime {asked}, by what was tried with it; the checks here ran {here}"]
+
+
 _WITHOUT = "converted without a cache"
 
 
@@ -183,34 +194,52 @@ def parts_of(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...]
 
 
 def _exported(
-    opened: OpenedModel, folder: Path, options: Options
+    opened: OpenedModel, target: str | Path, folder: Path, options: Options
 ) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
     """What the model is made into, with the export of each part written to the folder, and notes by file."""
     parts, told = parts_of(opened, options.cache)
     try:
-        return parts, _save_exports(parts, folder, options, told)
+        return parts, _save_exports(parts, target, folder, options, told)
     except CaptureError as error:
         if options.cache or not any(isinstance(part.opened, Generating) for part in parts):
             raise
         whole = (Part(MODEL, opened),)
-        return whole, _save_exports(whole, folder, options, (f"{_WITHOUT}: {error.reason}",))
+        return whole, _save_exports(whole, target, folder, options, (f"{_WITHOUT}: {error.reason}",))
 
 
 def _save_exports(
-    parts: tuple[Part, ...], folder: Path, options: Options, told: tuple[str, ...]
+    parts: tuple[Part, ...], target: str | Path, folder: Path, options: Options, told: tuple[str, ...]
 ) -> Mapping[str, tuple[str, ...]]:
     """Write the export of each part; what there is to say about it, by file."""
     found: dict[str, tuple[str, ...]] = {}
     for part in parts:
         if part.opened.kind == "onnx":
-            save(onnx_ir.load(part.opened.path), folder / part.before)
+            given = onnx_ir.load(part.opened.path)
+            _require_opset(given, target, options)
+            save(given, folder / part.before)
             found[part.file] = (*part.opened.notes, *told)
             continue
         options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
         model, notes = export_onnx(part.opened)
+        _require_opset(model, target, options)
         save(model, folder / part.before)
         found[part.file] = (*part.opened.notes, *told, *notes)
     return found
+
+
+def _require_opset(model: onnx_ir.Model, target: str | Path, options: Options) -> None:
+    """Raises InputError when the version that operators are chosen for does not read the model as it is."""
+    if options.onnxruntime is None:
+        return
+    newest, opset = newest_opset(options.onnxruntime, options.provider), model.opset_imports.get("", 0)
+    if opset > newest:
+        raise InputError(
+            f"the model has opset {opset}, and ONNX Runtime {options.onnxruntime} takes up to {newest}",
+            str(target),
+            f"export it with opset {newest}, or choose a newer ONNX Runtime",
+        )
+    # a file that needs nothing of a newer format does not have to say that it has one
+    model.ir_version = min(model.ir_version, newest_ir_version(options.onnxruntime, options.provider))
 
 
 def _decoder(parts: Sequence[Part]) -> DecoderModel | None:

@@ -145,7 +145,9 @@ def make_part(
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(folder / part.before), kernels_of(provider), options.allow_untrained
-        rewritten = rewrite_onnx(source, opened.name, requested, kernels, preference, untrained, notes, longest)
+        rewritten = rewrite_onnx(
+            source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime
+        )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)

@@ -13,7 +13,9 @@ from attncompile.codegen.onnx.choose import WORTH_BRANCHING, Choice, Prefer, cho
 from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
-from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy
+from attncompile.codegen.onnx.normalisation import OPSET
+from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy, wanted_opset
+from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
 from attncompile.frontends.graph import Graph
@@ -58,6 +60,7 @@ def rewrite_onnx(
     allow_untrained: bool,
     notes: tuple[str, ...],
     longest: int | None = None,
+    version: str | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -69,8 +72,11 @@ def rewrite_onnx(
         allow_untrained: allow passes that ruin a model that was not trained for them.
         notes: of the export, to keep with the program.
         longest: how many positions the model has at most, where it says so.
+        version: of ONNX Runtime that will run it; the installed one where it is left out.
     """
-    raised = raise_opset(model)
+    opset_before = model.opset_imports.get("", 0)
+    wanted = wanted_opset(version, provider)
+    raised = raise_opset(model, wanted)
     program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
@@ -94,7 +100,9 @@ def rewrite_onnx(
             place = values[site.region.outputs[0].value].producer()
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
-            choice = choose(result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest)
+            choice = choose(
+                result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest, version=version
+            )
             native = called.get(place, (place.domain, place.op_type))
             stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
             if stays is not None:
@@ -118,11 +126,16 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider)
+    done = tidy(model, provider, version)
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
+        )
+    elif wanted < OPSET and opset_before < OPSET:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
+            f"{version or installed()} runs no newer one"
         )
     return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
 

@@ -186,7 +186,8 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
     """Refuse the options that only a conversion to ONNX has.
 
     Raises:
-        InputError: when an operator is preferred, or a cache, a precision or a text asked for.
+        InputError: when an operator is preferred, a version of ONNX Runtime named, or a cache, a precision or a text
+            asked for.
     """
     for name, given in (("precision", options.precision), ("text", options.text)):
         if given is not None:
@@ -195,6 +196,12 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
     if options.prefer != "fastest":
         raise InputError(
             f"prefer={options.prefer!r} chooses among ONNX operators",
+            str(target),
+            "use --target onnx, or leave it out",
+        )
+    if options.onnxruntime is not None:
+        raise InputError(
+            f"onnxruntime={options.onnxruntime!r} is a version to choose ONNX operators for",
             str(target),
             "use --target onnx, or leave it out",
         )

@@ -48,7 +48,8 @@ _TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def convert_torch(target: str | Path, out: Path, options: Options) -> Conversion:
     """Write a folder that :func:`load_torch` opens.
 
-    ``options.prefer`` and ``options.cache`` have no meaning here; they must be ``fastest`` and not ``True``.
+    ``options.prefer``, ``options.onnxruntime`` and ``options.cache`` have no meaning here; they must be ``fastest``,
+    ``None`` and not ``True``.
 
     Raises:
         InputError: when the target is no PyTorch model, no site is found, or ``out`` cannot be written.

@@ -1,15 +1,16 @@
 """What each ONNX operator can express exactly: one row each.
 
-A row says why an operator cannot compute a Spec, in words for the person who asked for it. A row without an
-objection is a promise that the builder's nodes compute the Spec up to rounding; the tests hold every row to
-it on the table of Specs.
+A row says why an operator cannot compute a Spec, in words for the person who asked for it. That has two parts: what
+the operator's definition cannot express, which is said here, and what a version of ONNX Runtime does not do right,
+which was tried (:mod:`attncompile.codegen.onnx.tried`). A row without an objection is a promise that the builder's
+nodes compute the Spec up to rounding; the tests hold every row to it on the table of Specs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from attncompile.codegen.onnx.attend import (
@@ -22,6 +23,14 @@ from attncompile.codegen.onnx.attend import (
 )
 from attncompile.codegen.onnx.cached import cached_group_query, cached_multi_head
 from attncompile.codegen.onnx.expressions import reads_score
+from attncompile.codegen.onnx.features import (
+    attention_features,
+    group_query_features,
+    linear_features,
+    may_be_empty,
+    multi_head_features,
+)
+from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import (
     CausalMask,
     additive_fill,
@@ -34,18 +43,18 @@ from attncompile.codegen.onnx.reading import (
     scaled,
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
+from attncompile.codegen.onnx.tried import versions, why_not
 from attncompile.codegen.onnx.values import MICROSOFT
 from attncompile.ir.attend import NO_SINK, Attend
 from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
 from attncompile.ir.operation import Types
 from attncompile.ir.refusal import RefusalError
-from attncompile.ir.rows import ABSORBING, extents, never_empty
+from attncompile.ir.rows import ABSORBING, extents
 from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 
 Provider = Literal["cpu", "cuda"]
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -55,38 +64,71 @@ class Capability:
     Attributes:
         operator: ONNX name, or ``decomposition``.
         domain: ``""`` for the standard, ``com.microsoft`` for ONNX Runtime's own.
-        providers: where it has a kernel, with the dtypes of that kernel.
         opset: lowest standard opset it needs.
-        onnxruntime: version that it was checked with.
-        objection: why an operation is beyond it, given the provider, or ``None``.
+        objection: why an operation is beyond its definition, given the provider, or ``None``.
         build: makes the nodes.
+        operation: what it stands for.
+        features: what of the table a Spec needs; ``None`` for plain operators, which every version has.
+        documented: dtypes of its kernels as ONNX Runtime lists them, for a provider on which nothing was tried.
+        parts: rows of the operators that it writes, where these are several or have another name.
     """
 
     operator: str
     domain: str
-    providers: dict[Provider, tuple[str, ...]]
     opset: int
-    onnxruntime: str
     objection: Callable[[Attend, Types, Provider], str | None] | Callable[[Scan, Types, Provider], str | None]
     build: Callable[[Attend, Place], Made] | Callable[[Scan, Place], Made]
     operation: type[Attend] | type[Scan] = Attend
+    features: Callable[[Attend, Types], tuple[str, ...]] | Callable[[Scan, Types], tuple[str, ...]] | None = None
+    documented: Mapping[Provider, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[Capability, ...] = ()
 
-    def why_not(self, spec: Spec, provider: Provider = "cpu") -> str | None:
-        """Why this operator cannot compute the Spec's Attend (or Scan) exactly; ``None`` when it can."""
-        found = spec.attend() if self.operation is Attend else spec.scan()
+    def why_not(
+        self, spec: Spec, provider: Provider = "cpu", version: str | None = None, opset: int = OPSET
+    ) -> str | None:
+        """Why this operator cannot be relied on for the Spec's Attend (or Scan); ``None`` when it can.
+
+        Args:
+            spec: what to compute; provider: where.
+            version: of ONNX Runtime, such as ``1.24``; the installed one where it is left out.
+            opset: of the model, which says which version of a standard operator runs.
+        """
+        reason = self.beyond(spec, provider)
+        if reason is not None:
+            return reason
+        found, types = self._operation(spec), spec.types()
+        assert found is not None  # as beyond has seen
+        return next(
+            (why for row in self.parts or (self,) if (why := row._untried(found, types, provider, version, opset))),
+            None,
+        )
+
+    def beyond(self, spec: Spec, provider: Provider = "cpu") -> str | None:
+        """Why its definition does not hold this Spec, whatever the version of ONNX Runtime; ``None`` when it does."""
+        found = self._operation(spec)
         if found is None:
             return f"{self.operator} stands for one {self.operation.keyword}, which this Spec does not hold"
-        types = spec.types()
-        dtypes = self.providers.get(provider)
-        if dtypes is None:
-            return f"{self.operator} has no kernel for {provider}"
-        dtype = types[found.query].dtype
-        if dtype not in dtypes:
-            return f"{self.operator} takes {' or '.join(dtypes)} on {provider}, this is {dtype}"
         try:
-            return self.objection(found, types, provider)  # type: ignore[arg-type]
+            return self.objection(found, spec.types(), provider)  # type: ignore[arg-type]
         except RefusalError as refused:
             return str(refused.refusal)
+
+    def _operation(self, spec: Spec) -> Attend | Scan | None:
+        return spec.attend() if self.operation is Attend else spec.scan()
+
+    def _untried(
+        self, found: Attend | Scan, types: Types, provider: Provider, version: str | None, opset: int
+    ) -> str | None:
+        if self.features is None:
+            return None
+        dtype = types[found.query].dtype
+        if not versions(provider):
+            kernels = self.documented.get(provider, ())
+            return None if dtype in kernels else f"{self.operator} has no kernel for {dtype} on {provider}"
+        needed = self.features(found, types)  # type: ignore[arg-type]
+        return why_not(
+            self.domain, self.operator, needed, dtype, version=version, provider=provider, opset=max(opset, self.opset)
+        )
 
 
 def _fused(name: str, attend: Attend, types: Types) -> str | None:
@@ -125,10 +167,6 @@ def _reads_head(attend: Attend) -> bool:
     return Index("h") in symbols(simplify(attend.mask))
 
 
-def _may_be_empty(attend: Attend, types: Types) -> bool:
-    return simplify(attend.mask) != TRUE and not never_empty(attend, types)
-
-
 def _shares_out_of_order(name: str, attend: Attend, types: Types) -> str | None:
     if group_size(attend, types) is not None:
         return None
@@ -140,7 +178,7 @@ def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
     if reason:
         return reason
     low, score = additive_fill(attend), scaled(attend)
-    empty = _may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
+    empty = may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
     if empty and low is not None and math.isinf(low) and attend.norm.empty == "nan":
         return "Attention gives zero for a query that sees no key, here it is NaN"
     if empty and provider != "cpu":
@@ -154,7 +192,7 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
         return reason
     if group_size(attend, types) != 1:
         return f"MultiHeadAttention has one KV head per query head, here query head h reads {attend.kv_head}"
-    if _may_be_empty(attend, types):
+    if may_be_empty(attend, types):
         if provider != "cpu":
             return "what MultiHeadAttention gives on CUDA for a query that sees no key has not been verified"
         zeroed = attend.norm.empty == "zero" and math.isinf(additive_fill(attend) or 0)
@@ -194,7 +232,7 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
     biased = causal.rest != TRUE or score.bias is not None
     if biased and provider == "cuda":
         return "GroupQueryAttention takes no bias on CUDA, and the mask has a part beyond causality"
-    if _may_be_empty(attend, types):
+    if may_be_empty(attend, types):
         if attend.sink != NO_SINK:
             return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
         if math.isinf(low or 0) and attend.norm.empty == "nan":
@@ -259,76 +297,60 @@ def from_queries(least: int) -> Capability:
         assert causal is not None  # the objection has looked
         return cached_group_query(attend, causal, place, least)
 
-    return replace(row, operator=FROM_QUERIES.format(least=least), objection=objection, build=build)
+    name = FROM_QUERIES.format(least=least)
+    return replace(row, operator=name, objection=objection, build=build, parts=(row,))
 
 
 FROM_QUERIES = "GroupQueryAttention from {least} queries on, else decomposition"
 """How plans and reports call the operator behind a cache."""
 
-CHECKED_WITH = "1.31"
 _SINGLE: tuple[str, ...] = ("float32",)
 _HALVES: tuple[str, ...] = ("float16", "bfloat16")
-_EVERYWHERE: dict[Provider, tuple[str, ...]] = {"cpu": FLOATS, "cuda": FLOATS}
 
 ATTEND_ROWS: tuple[Capability, ...] = (
     Capability(
         operator="Attention",
         domain="",
-        providers={"cpu": ("float32", "float16"), "cuda": _SINGLE + _HALVES},
-        opset=23,
-        onnxruntime=CHECKED_WITH,
+        opset=OPSET,
         objection=_attention,
         build=attention,
+        features=attention_features,
+        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
         operator="MultiHeadAttention",
         domain=MICROSOFT,
-        providers={"cpu": _SINGLE, "cuda": _SINGLE + _HALVES},
         opset=17,
-        onnxruntime=CHECKED_WITH,
         objection=_multi_head,
         build=_build_multi_head,
+        features=multi_head_features,
+        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
         operator="GroupQueryAttention",
         domain=MICROSOFT,
-        providers={"cpu": ("float32", "float16"), "cuda": _HALVES},
         opset=17,
-        onnxruntime=CHECKED_WITH,
         objection=_group_query,
         build=_build_group_query,
+        features=group_query_features,
+        documented={"cuda": _HALVES},
     ),
-    Capability(
-        operator="decomposition",
-        domain="",
-        providers=_EVERYWHERE,
-        opset=18,
-        onnxruntime=CHECKED_WITH,
-        objection=_never,
-        build=decomposition,
-    ),
+    Capability(operator="decomposition", domain="", opset=18, objection=_never, build=decomposition),
 )
 
 SCAN_ROWS: tuple[Capability, ...] = (
     Capability(
         operator="LinearAttention",
         domain=MICROSOFT,
-        providers={"cpu": _SINGLE, "cuda": _SINGLE + _HALVES},
         opset=17,
-        onnxruntime=CHECKED_WITH,
         objection=_linear,
         build=linear_attention,
         operation=Scan,
+        features=linear_features,
+        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
-        operator="decomposition",
-        domain="",
-        providers=_EVERYWHERE,
-        opset=18,
-        onnxruntime=CHECKED_WITH,
-        objection=_never,
-        build=parallel_scan,
-        operation=Scan,
+        operator="decomposition", domain="", opset=18, objection=_never, build=parallel_scan, operation=Scan
     ),
 )
 

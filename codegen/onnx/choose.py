@@ -15,8 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from attncompile.codegen.onnx.capabilities import FROM_QUERIES, Capability, Provider, from_queries, rows_for
+from attncompile.codegen.onnx.capabilities import (
+    FROM_QUERIES,
+    Capability,
+    Provider,
+    from_queries,
+    rows_for,
+)
 from attncompile.codegen.onnx.dispatch import by_length
+from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import causal_mask, fixed, group_size, scaled
 from attncompile.ir.expr import TRUE, Const
 from attncompile.ir.refusal import Refusal, RefusalError
@@ -147,10 +154,11 @@ def choose(
     provider: Provider = "cpu",
     prefer: Prefer = "fastest",
     lengths: Sequence[int] = LENGTHS,
-    opset: int = 23,
+    opset: int = OPSET,
     *,
     switch: bool = True,
     longest: int | None = None,
+    version: str | None = None,
 ) -> Choice:
     """The operator for the Spec's Attend or Scan.
 
@@ -163,6 +171,7 @@ def choose(
         switch: whether two operators may be switched by length at run time; a site in a branch is in such a
             switch already.
         longest: how many positions the model has at most, where it says so.
+        version: of ONNX Runtime that will run it, such as ``1.24``; the installed one where it is left out.
 
     Raises:
         RefusalError: for a Spec without an Attend or Scan.
@@ -175,7 +184,7 @@ def choose(
     rows = rows_for(spec)
     if not rows:
         raise RefusalError(Refusal("no-onnx-form", f"{spec.name} holds no single attention or scan"))
-    objections = {row.operator: row.why_not(spec, provider) or _too_old(row, opset) for row in rows}
+    objections = {row.operator: _too_old(row, opset) or row.why_not(spec, provider, version, opset) for row in rows}
     refused = tuple((name, reason) for name, reason in objections.items() if reason is not None)
     able = [row for row in rows if objections[row.operator] is None]
     plain = next(row for row in able if row.operator == "decomposition")

@@ -42,13 +42,10 @@ def by_length(short: Capability, long: Capability, limit: int) -> Capability:
     return replace(
         short,
         operator=NAME.format(short=short.operator, limit=limit, long=long.operator),
-        providers={
-            provider: tuple(name for name in dtypes if name in long.providers.get(provider, ()))
-            for provider, dtypes in short.providers.items()
-        },
         opset=max(short.opset, long.opset),
         objection=objection,
         build=build,
+        parts=(short, long),
     )
 
 

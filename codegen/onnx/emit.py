@@ -50,7 +50,7 @@ def emit(
     Raises:
         RefusalError: when the row cannot compute this Spec, or an operation has no ONNX form.
     """
-    reason = row.why_not(spec, provider)
+    reason = row.beyond(spec, provider)
     if reason is not None:
         raise RefusalError(Refusal("operator-cannot", reason))
     types = spec.types()
@@ -66,7 +66,9 @@ def emit(
     return {name: _output(place, name, outputs.get(name)) for name in spec.outputs}
 
 
-def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool = False) -> ir.Model:
+def alone(
+    spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool = False, opset: int = OPSET
+) -> ir.Model:
     """A model of its own that computes the Spec: one input per input of the Spec, one output per output, in order.
 
     Args:
@@ -74,11 +76,12 @@ def alone(spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool
         row: the operator for the Attend or Scan; provider: for which it was chosen.
         flat: whether operands and outputs with heads are ``[B, I, H·D]``, as projections make and take them, rather
             than ``[B, H, I, D]``; what is cached always has heads.
+        opset: the standard's version that the model has.
 
     Raises:
         RefusalError: as :func:`emit`.
     """
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, MICROSOFT: 1}, name="site")
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, MICROSOFT: 1}, name="site")
 
     def groups(kind: TensorType, *, heads: bool) -> Groups:
         axes = tuple(axis.name for axis in kind.axes)

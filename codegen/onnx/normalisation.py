@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from attncompile.codegen.onnx.tried import why_not
 from attncompile.codegen.onnx.values import (
     Builder,
     constant,
@@ -80,9 +81,15 @@ def _normalised(value: ir.Value | None) -> tuple[ir.Value, float] | None:
     return None
 
 
-def fuse_root_mean_square(model: ir.Model) -> int:
-    """Rewrite the model's spelled-out normalisations in place; how many. Nothing below opset 23."""
-    if model.opset_imports.get("", 0) < OPSET:
+def fuse_root_mean_square(model: ir.Model, provider: str = "cpu", version: str | None = None) -> int:
+    """Rewrite the model's spelled-out normalisations in place; how many.
+
+    Nothing below opset 23, and nothing for a version of ONNX Runtime whose operator was not found right.
+    """
+    opset = model.opset_imports.get("", 0)
+    if opset < OPSET or why_not(
+        "", "RMSNormalization", ["weight"], "float32", version=version, provider=provider, opset=opset
+    ):
         return 0
     done = 0
     for node in list(model.graph):

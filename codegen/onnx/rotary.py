@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from attncompile.codegen.onnx.layouts import Heads, heads_of, to_heads
+from attncompile.codegen.onnx.tried import why_not
 from attncompile.codegen.onnx.values import (
     MICROSOFT,
     Builder,
@@ -167,10 +168,26 @@ def _table(graph: ir.Graph, value: ir.Value, half: int, made: dict[ir.Value, _Ta
     return made[inner]
 
 
-def fuse_rotary(model: ir.Model) -> int:
-    """Rewrite the model's spelled-out rotary maps in place; how many there were."""
+FLAT, SPLIT = "operand [B, S, H·D]", "operand [B, H, S, D]"
+"""Layouts of the operators, as the table of tried features calls them."""
+
+
+def fuse_rotary(model: ir.Model, provider: str = "cpu", version: str | None = None) -> int:
+    """Rewrite the model's spelled-out rotary maps in place; how many there were.
+
+    An operator is not used where the version of ONNX Runtime was not found to be right with it.
+    """
     graph = model.graph
-    standard = graph.opset_imports.get("", 0) >= STANDARD
+    opset = graph.opset_imports.get("", 0)
+
+    def right(domain: str, tables: str) -> bool:
+        needed = [f"{tables}, {layout}" for layout in (FLAT, SPLIT)]
+        return not why_not(
+            domain, "RotaryEmbedding", needed, "float32", version=version, provider=provider, opset=opset
+        )
+
+    standard = opset >= STANDARD and right("", "tables of each row")
+    own = right(MICROSOFT, "position of the first")
     made: dict[ir.Value, _Table] = {}
     done = 0
     for node in list(graph):
@@ -187,6 +204,8 @@ def fuse_rotary(model: ir.Model) -> int:
         if len(tables) < 2 or tables[0].batched != tables[1].batched:
             continue
         batched = tables[0].batched
+        if not batched and not own:
+            continue
         known = sizes[0] is not None and sizes[2] is not None
         if batched and not (standard and known and all(table.rows == (sizes[0], sizes[2]) for table in tables)):
             continue

@@ -14,6 +14,7 @@ from attncompile.codegen.onnx.layouts import drop_double_turns
 from attncompile.codegen.onnx.normalisation import OPSET, fuse_root_mean_square
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
+from attncompile.codegen.onnx.tried import newest_opset
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class Tidied:
         )
 
 
+def wanted_opset(version: str | None = None, provider: Provider = "cpu") -> int:
+    """The lowest standard opset to write for a version of ONNX Runtime (the installed one): the first that has all
+    operators that are used, or where that version does not run it the first that plain operators need.
+    """
+    return OPSET if newest_opset(version, provider) >= OPSET else PLAIN
+
+
+PLAIN = 18
+"""The opset that the plain operators are written in."""
+
+
 def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
     """Bring the model to at least this standard opset; whether it is there now.
 
@@ -56,16 +68,19 @@ def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
     return model.opset_imports.get("", 0) >= opset
 
 
-def tidy(model: ir.Model, provider: Provider = "cpu") -> Tidied:
+def tidy(model: ir.Model, provider: Provider = "cpu", version: str | None = None) -> Tidied:
     """Rewrite the model in place, after its attention sites have been replaced; exact up to rounding.
+
+    Args:
+        model: the model; provider: where it will run; version: of ONNX Runtime, the installed one where it is left out.
 
     Merging the projections of query, key and value into one is not among them: on ONNX Runtime's CPU the
     copies of the split cost more than the larger product saves (0.75 to 1.02x).
     """
     hand_over(model)
     passes.RemoveUnusedNodesPass()(model)
-    normalisations = fuse_root_mean_square(model)
-    rotary = fuse_rotary(model)
+    normalisations = fuse_root_mean_square(model, provider, version)
+    rotary = fuse_rotary(model, provider, version)
     passes.RemoveUnusedNodesPass()(model)
     # the slow kernel that this avoids is the CPU's
     residuals = sum_residuals(model) if provider == "cpu" else 0

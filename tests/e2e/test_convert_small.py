@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import safetensors.torch
 import torch
 
 import attncompile
+from attncompile.codegen.onnx import tried
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import ABSOLUTE
 from attncompile.convert.runtime import run, session
@@ -361,5 +361,41 @@ def test_a_file_that_onnx_runtime_cannot_load_is_named(tmp_path: Path) -> None:
         session(tmp_path / "model.onnx", "cpu")
 
 
-def test_the_runtime_is_the_one_that_operators_were_checked_with() -> None:
-    assert tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 30)
+def test_the_runtime_is_one_that_was_tried() -> None:
+    assert tried.column("cpu", tried.installed()) is not None
+
+
+def test_a_conversion_for_an_old_runtime_needs_nothing_newer(llama_folder: Path, tmp_path: Path) -> None:
+    """Windows count one key more in GroupQueryAttention of 1.22, which has no Attention and no opset 23 either."""
+    oldest = tried.versions()[0]
+    out = tmp_path / "out"
+    made = attncompile.convert(
+        llama_folder, out, cache=False, prefer="fused", passes="fuse,sparsify.window(size=4)", onnxruntime=oldest
+    )
+    model = onnx.load(out / "model.onnx")
+    assert model.opset_import[0].version <= tried.newest_opset(oldest)
+    assert model.ir_version <= tried.newest_ir_version(oldest)
+    assert not operators(out / "model.onnx") & {"Attention", "GroupQueryAttention", "RMSNormalization"}
+    said = "\n".join(made.report.notes)
+    assert f"chosen for ONNX Runtime {oldest}" in said or oldest == tried.installed()
+    assert attncompile.verify(out).passed
+
+
+def test_a_model_that_an_old_runtime_does_not_read_is_refused(llama_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"opset 23, and ONNX Runtime 1\.22 takes up to 22"):
+        attncompile.convert(llama_onnx / "model.onnx", tmp_path / "out", onnxruntime="1.22")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("version,says", [("1.20", "was not tried"), ("new", "is no version")])
+def test_a_runtime_of_which_nothing_is_known_is_refused(
+    llama_folder: Path, tmp_path: Path, version: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        attncompile.convert(llama_folder, tmp_path / "out", onnxruntime=version)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_targets_have_no_onnx_runtime(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ONNX operators"):
+        attncompile.convert(llama_folder, tmp_path / "out", to="torch", onnxruntime="1.30")
