@@ -171,6 +171,7 @@ def write_precise(
     names: Collection[str],
     calibration: Iterable[Feed],
     provider: str,
+    where: object,
 ) -> int:
     """Write the model of a file in another precision; how many projections were rounded, or nodes narrowed.
 
@@ -180,6 +181,7 @@ def write_precise(
         names: the projections to round.
         calibration: inputs to take ranges from, where the precision needs them.
         provider: where it will run.
+        where: the model, for errors.
 
     Raises:
         InputError: when the provider has no kernels for the precision.
@@ -187,7 +189,8 @@ def write_precise(
     options: Any = precision.options
     with _quietly():
         if precision.kind.name in ("fp16", "bf16"):
-            return _write_narrow(source, target, "float16" if precision.kind.name == "fp16" else "bfloat16", provider)
+            narrow: Narrow = "float16" if precision.kind.name == "fp16" else "bfloat16"
+            return _write_narrow(source, target, narrow, provider, where)
         if precision.kind.name == "int8":
             dynamic_int8(source, target, names, per_channel=options.per_channel)
         elif precision.kind.name == "int8-static":
@@ -201,7 +204,7 @@ def write_precise(
     return len(names)
 
 
-def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str) -> int:
+def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str, where: object) -> int:
     model = onnx_ir.load(source)
     count = narrowed(model, narrow)
     if narrow == "bfloat16":  # float16 is cast where a kernel is missing
@@ -210,7 +213,7 @@ def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str) -> 
         if missing:
             raise InputError(
                 f"--precision bf16: {names[0]} has no bfloat16 kernel for {', '.join(missing)}",
-                target.parent.name,
+                where,
                 "use fp16, or another --provider",
             )
     save(model, target)

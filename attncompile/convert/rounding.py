@@ -112,7 +112,7 @@ def round_model(
             _remove(target)
             left = [name for name in names if name not in set(kept)]
             calibration = _calibration(opened, texts, session(plain, provider))
-            done = write_precise(plain, target, precision, left, calibration, provider)
+            done = write_precise(plain, target, precision, left, calibration, provider, opened.name)
             return done, measured_quality(opened, loaded(target), texts.judged)
 
         done, quality = attempt(())

@@ -69,7 +69,7 @@ def _errors(
     alone, outputs = _alone(onnx_ir.load(source), names, set(fed))
     plain, rounded = scratch / "alone.onnx", scratch / "alone-rounded.onnx"
     save(alone, plain)
-    write_precise(plain, rounded, precision, list(outputs), [fed], provider)
+    write_precise(plain, rounded, precision, list(outputs), [fed], provider, plain.name)
     exact, found = (results(session(file, provider), fed) for file in (plain, rounded))
     return {name: (found[output] - exact[output]).numpy() for name, output in outputs.items()}
 
