@@ -48,6 +48,11 @@ def _other_values(attend: Attend, types: Types) -> bool:
     return fixed(types[attend.query].sizes[3]) != fixed(types[attend.value].sizes[3])
 
 
+def _of_sizes(attend: Attend, types: Types) -> list[str]:
+    found = ["more keys than queries"] if _more_keys(attend, types) else []
+    return [*found, "other value than key channels"] if _other_values(attend, types) else found
+
+
 def attention_features(attend: Attend, types: Types) -> tuple[str, ...]:
     """Of the standard ``Attention``."""
     mask, score, low = simplify(attend.mask), scaled(attend), additive_fill(attend)
@@ -56,10 +61,7 @@ def attention_features(attend: Attend, types: Types) -> tuple[str, ...]:
     shared = group_size(attend, types) != 1
     if shared:
         found += ["fewer KV heads", f"fewer KV heads, {SPLIT}"]
-    if _more_keys(attend, types):
-        found.append("more keys than queries")
-    if _other_values(attend, types):
-        found.append("other value than key channels")
+    found += _of_sizes(attend, types)
     if mask == TRUE and bias is None:
         return tuple(found)
     infinite = low is not None and math.isinf(low)
@@ -93,10 +95,7 @@ def multi_head_features(attend: Attend, types: Types) -> tuple[str, ...]:
     if cached:
         found += ["a step behind a cache", "several queries behind a cache"]
         found += ["unidirectional", "unidirectional behind a cache"]
-    if _more_keys(attend, types):
-        found.append("more keys than queries")
-    if _other_values(attend, types):
-        found.append("other value than key channels")
+    found += _of_sizes(attend, types)
     if mask == TRUE and bias is None:
         return tuple(found)
     found.append(f"attention_bias {map_shape(mask, bias)}")
