@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from attncompile.ir import Attend, Spec
+from attncompile.ir import Spec
 from attncompile.ir.sample import example_sizes, random_tensors
-from attncompile.ir.some_rows import ROWS, chosen_rows, some_rows
-from attncompile.ir.types import concrete
+from attncompile.ir.some_rows import of_rows, rows_that_fit, some_rows
 
 Contract = Literal["exact", "bounded", "calibrated"]
 Phase = Literal["prefill", "decode", "training"]
@@ -21,9 +20,6 @@ Phase = Literal["prefill", "decode", "training"]
 
 COMPARED = 10**8
 """Elements of an attention map up to which a Spec is evaluated."""
-
-FEWEST, MOST = 4, 64
-"""Rows of a larger map that are evaluated in its place."""
 
 
 class Options(BaseModel):
@@ -179,11 +175,11 @@ def check_contract(call: PassCall, before: Spec, after: Spec) -> None:
         if types[name].sizes != known[name].sizes or types[name].dtype != known[name].dtype:
             raise broken(f"changed the output {name} from {known[name]} to {types[name]}")
     if call.rewrite.contract == "exact" and after.operations != before.operations:
-        compared = (before, after) if _fits(before) else _some_rows(before, after)
+        compared = _compared(before, after)
         if compared is None:
             return  # the pass has a law of its own, or would not have been applied
-        tensors = _tensors(compared[0], before)
-        expected, found = (spec.interpret(tensors) for spec in compared)
+        specs, tensors = compared
+        expected, found = (spec.interpret(tensors) for spec in specs)
         for name, old, new in zip(before.outputs, expected, found, strict=True):
             try:
                 torch.testing.assert_close(new, old, equal_nan=True)
@@ -191,54 +187,28 @@ def check_contract(call: PassCall, before: Spec, after: Spec) -> None:
                 raise broken(f"is declared exact, but the output {name} differs: {error}") from None
 
 
-def _fits(spec: Spec) -> bool:
-    """Whether all of a Spec can be evaluated."""
-    return _map_elements(spec) <= COMPARED
-
-
-def _map_elements(spec: Spec) -> int:
-    types, sizes = spec.types(), example_sizes(spec)
-    attends = (operation for operation in spec.operations if isinstance(operation, Attend))
-    return max((attend.map_elements(types, sizes) for attend in attends), default=0)
-
-
 def _why_not_compared(before: Spec, after: Spec) -> str | None:
     """Why two Specs cannot be evaluated to compare them, not even some of their rows, or ``None``."""
-    if before.operations == after.operations or _fits(before) or _some_rows(before, after) is not None:
+    if before.operations == after.operations or _compared(before, after) is not None:
         return None
     return (
-        f"the attention map has {_map_elements(before):.2g} elements at its fixed sizes, too many to compare the "
-        f"result with the Spec before (at most {COMPARED:.0e})"
+        f"its attention map has more than {COMPARED:.0e} elements at its fixed sizes, too many to compare the result "
+        "with the Spec before"
     )
 
 
-def _rows_of(spec: Spec) -> Spec | None:
-    """The Spec for as many of its queries as can be evaluated; ``None`` where that is fewer than :data:`FEWEST`."""
-    attend = spec.attend()
-    if attend is None:
+def _compared(before: Spec, after: Spec) -> tuple[tuple[Spec, Spec], dict[str, torch.Tensor]] | None:
+    """The Specs to evaluate, or the same for some queries, and random inputs; ``None`` where neither can be."""
+    sizes = example_sizes(before)
+    count = rows_that_fit(before, sizes, COMPARED)
+    again = some_rows(after, count) if count else after
+    if count == 0 or again is None:
         return None
-    queries = concrete(spec.types()[attend.query].sizes[2], example_sizes(spec))
-    count = min(MOST, COMPARED * queries // _map_elements(spec))
-    return some_rows(spec, count) if count >= FEWEST else None
-
-
-def _some_rows(before: Spec, after: Spec) -> tuple[Spec, Spec] | None:
-    """Both Specs for the same queries, or ``None``."""
-    fewer, attend = _rows_of(before), before.attend()
-    if fewer is None or attend is None:
-        return None
-    again = some_rows(after, concrete(fewer.types()[attend.query].sizes[2], example_sizes(fewer)))
-    return None if again is None else (fewer, again)
-
-
-def _tensors(spec: Spec, whole: Spec) -> dict[str, torch.Tensor]:
-    """Random inputs of a Spec, which is ``whole`` or some rows of it."""
-    tensors = random_tensors(spec, example_sizes(spec), seed=0, dtype=torch.float64)
-    attend = whole.attend()
-    if spec is not whole and attend is not None:
-        queries = concrete(whole.types()[attend.query].sizes[2], example_sizes(whole))
-        tensors[ROWS] = chosen_rows(queries, len(tensors[ROWS]))
-    return tensors
+    tensors = random_tensors(before, sizes, seed=0, dtype=torch.float64)
+    if count is None:
+        return (before, after), tensors
+    fewer, tensors, _ = of_rows(before, tensors, count)
+    return (fewer, again), tensors
 
 
 def described(rewrite: Pass) -> tuple[tuple[str, str, str], ...]:

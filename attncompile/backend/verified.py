@@ -10,16 +10,17 @@ import torch
 from attncompile.backend.rewrite import Decision
 from attncompile.ir import Spec
 from attncompile.ir.sample import example_sizes
+from attncompile.ir.some_rows import rows_that_fit
 from attncompile.ir.types import DTYPES
 from attncompile.verify import SiteCertificate, check_site, refused_site
-from attncompile.verify.sites import DRAWS
-
-LARGEST = 10**8
-"""Elements of an attention map, over batch rows and heads, up to which one is evaluated in float64."""
+from attncompile.verify.sites import DRAWS, LARGEST, Draw
 
 
 def certificates(
-    decisions: Sequence[Decision], device: str = "cpu", dtype: torch.dtype | None = torch.float32
+    decisions: Sequence[Decision],
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    draws: Sequence[Draw] = DRAWS,
 ) -> list[SiteCertificate]:
     """What every site's replacement gives on random inputs, against its Spec in float64; equal Specs are run once.
 
@@ -27,6 +28,7 @@ def certificates(
         decisions: one per site.
         device: where the replacements run.
         dtype: of the real inputs; ``None`` is what each Spec says.
+        draws: how inputs are drawn.
     """
     known: dict[str, SiteCertificate] = {}
     made = []
@@ -46,6 +48,7 @@ def certificates(
                 device=device,
                 dtype=dtype or dtype_of(spec),
                 original=decision.site.spec if lossy else None,
+                draws=draws,
             )
         made.append(known[key].model_copy(update={"site": decision.site.name, "spec": str(spec)}))
     return made
@@ -119,10 +122,9 @@ def _certificate(
     assert decision.spec is not None
     key = decision.spec.fingerprint()
     if key not in seen:
-        sizes = example_sizes(decision.spec, DRAWS[-1].length)
-        attend = decision.spec.attend()
-        small = attend is None or attend.map_elements(decision.spec.types(), sizes) <= LARGEST
-        seen[key] = certificates([decision], device, None)[0] if small else None
+        rows = rows_that_fit(decision.spec, example_sizes(decision.spec, DRAWS[-1].length), LARGEST)
+        draws = DRAWS if rows is None else DRAWS[-2:]  # what is large takes long, and its sizes do not differ
+        seen[key] = certificates([decision], device, None, draws)[0] if rows != 0 else None
     return seen[key]
 
 

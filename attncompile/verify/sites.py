@@ -10,6 +10,7 @@ import torch
 
 from attncompile.ir import Attend, Kind, Scan, Spec
 from attncompile.ir.sample import example_sizes, random_tensors
+from attncompile.ir.some_rows import of_rows, rows_that_fit
 from attncompile.ir.types import NAMES, element_kind
 from attncompile.verify.certificate import SiteCase, SiteCertificate
 from attncompile.verify.compare import compare
@@ -36,6 +37,10 @@ class Draw:
     seed: int
     batch: int = 2
 
+
+LARGEST = 10**8
+"""Elements of an attention map, over batch rows and heads, up to which all of one is evaluated in float64; of a larger
+one some rows are."""
 
 # One position, lengths that divide nothing, several blocks of a kernel; padding of every kind.
 DRAWS = (
@@ -81,7 +86,7 @@ def check_site(
     draws: Sequence[Draw] = DRAWS,
     sizes: Mapping[str, int] | None = None,
 ) -> SiteCertificate:
-    """Run a lowering on random inputs and compare it with the Spec in float64.
+    """Run a lowering on random inputs and compare it with the Spec in float64, of a large map on some of its rows.
 
     Args:
         name: the site.
@@ -107,15 +112,40 @@ def check_site(
     )
 
 
+@dataclass(frozen=True)
+class _Yardstick:
+    """What of a Spec is evaluated, and which of a replacement's results that is.
+
+    Attributes:
+        spec: the Spec, or the same for some queries.
+        tensors: its inputs.
+        rows: which queries; ``None`` is all of them.
+    """
+
+    spec: Spec
+    tensors: Mapping[str, torch.Tensor]
+    rows: torch.Tensor | None
+
+    def of(self, result: torch.Tensor) -> torch.Tensor:
+        """The part of an output ``[b,h,i,…]`` that is evaluated."""
+        return result if self.rows is None else result[:, :, self.rows.to(result.device)]
+
+
+def _yardstick(spec: Spec, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], seed: int) -> _Yardstick:
+    count = rows_that_fit(spec, sizes, LARGEST)
+    return _Yardstick(*of_rows(spec, tensors, count, seed)) if count else _Yardstick(spec, tensors, None)
+
+
 def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str, original: Spec | None,
            draw: Draw, fixed: Mapping[str, int]) -> SiteCase:
     sizes = example_sizes(spec, draw.length)
     sizes |= ({"B": draw.batch} if "B" in sizes else {}) | dict(fixed)
     tensors = draw_tensors(spec, sizes, draw, dtype)
     result = run(*(tensors[value.name].to(device) for value in spec.inputs))
-    candidates = result if isinstance(result, tuple) else (result,)
+    part = _yardstick(spec, tensors, sizes, draw.seed)
+    candidates = tuple(part.of(one) for one in (result if isinstance(result, tuple) else (result,)))
     plain_dtype = torch.float32 if dtype is torch.float64 else dtype
-    references, eager = spec.interpret(tensors, torch.float64), spec.interpret(tensors, plain_dtype)
+    references, eager = (part.spec.interpret(part.tensors, kind) for kind in (torch.float64, plain_dtype))
     length = longest_sum(spec, tensors)
     found = [compare(made, reference) for made, reference in zip(candidates, references, strict=True)]
     bounds = [derive_tolerance(reference, plain.to(plain_dtype), length, dtype).bound
@@ -124,7 +154,8 @@ def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str,
     worst = max(range(len(found)), key=lambda n: (found[n].misplaced, found[n].max_abs - bounds[n]))
     change = None
     if original is not None:
-        before = original.interpret(tensors, torch.float64)
+        whole = _yardstick(original, tensors, sizes, draw.seed)
+        before = whole.spec.interpret(whole.tensors, torch.float64)
         change = max(compare(after, wanted).max_rel for after, wanted in zip(references, before, strict=True))
     return SiteCase(
         seed=draw.seed, masks=draw.masks, sizes=dict(sizes), dtype=NAMES[dtype],
@@ -141,4 +172,12 @@ def refused_site(name: str, reason: str, spec: Spec | None = None) -> SiteCertif
                            operator="original", reason=reason)
 
 
-__all__ = ["DRAWS", "Draw", "check_site", "draw_tensors", "longest_sum", "refused_site"]
+__all__ = [
+    "DRAWS",
+    "LARGEST",
+    "Draw",
+    "check_site",
+    "draw_tensors",
+    "longest_sum",
+    "refused_site",
+]

@@ -10,6 +10,7 @@ import torch
 from attncompile.ir import Spec, parse_spec
 from attncompile.passes import parse_passes, run_passes
 from attncompile.verify import check_site, refused_site
+from attncompile.verify.sites import DRAWS
 from tests.cases import BY_NAME
 
 
@@ -88,3 +89,23 @@ def test_every_float_dtype() -> None:
 def test_a_refused_site() -> None:
     entry = refused_site("layers.0", "its weights are returned")
     assert entry.passed and entry.status == "unchanged" and entry.reason
+
+
+LONG = parse_spec(
+    "x   attend  q,k,v[1,8,4096,4]  float32\n  score  0.5·s\n  mask   j ≤ i and j > i − 3000\n"
+    "  norm   softmax (float32)"
+)
+
+
+@pytest.mark.parametrize("window", [3000, 2900])
+def test_of_a_large_map_some_rows_are_checked(window: int) -> None:
+    """Among them the last, so that a window that is too narrow shows."""
+    places = torch.arange(4096)
+    apart = places[:, None] - places
+    visible = (apart >= 0) & (apart < window)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, visible)
+
+    certificate = check_site("x", LONG, run, operator="sdpa", draws=DRAWS[-1:])
+    assert certificate.passed == (window == 3000)
