@@ -12,15 +12,13 @@ rounding stays far below that and a wrong export does not.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from attncompile.convert.calibration import Call, calls, named_outputs, text_call, text_metrics
+from attncompile.convert.calibration import Call, calls, text_call, text_metrics
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.verify import EndToEnd, compare, measured
@@ -207,29 +205,3 @@ def runtime_notes(entries: Sequence[EndToEnd], runtime: str) -> list[str]:
         f"{entry.before:.2g} ({entry.inputs})"
         for metric, entry in worst.items()
     ]
-
-
-def in_float64(model: torch.nn.Module) -> Run:
-    """A copy of a model that runs in float64.
-
-    A Hugging Face model uses SDPA there: its rows without a visible key are no NaN.
-    """
-    wide = copy.deepcopy(model).double().eval()
-    choose_attention = getattr(wide, "set_attn_implementation", None)
-    if callable(choose_attention):
-        with contextlib.suppress(ValueError):  # a model that has no SDPA; its rows of padding are then left unjudged
-            choose_attention("sdpa")
-
-    def run(call: Call) -> Outputs:
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
-            (call.args, dict(call.kwargs)),
-        )
-        return outputs_of(wide(*args, **kwargs))
-
-    return run
-
-
-def outputs_of(result: object) -> dict[str, torch.Tensor]:
-    """A model's float outputs by name, detached, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in named_outputs(result).items()}

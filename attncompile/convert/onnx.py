@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir
-import onnxruntime
+import torch
 
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.quantize import quantize_projections
@@ -19,14 +19,7 @@ from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
-from attncompile.convert.comparison import (
-    DoesNotRunError,
-    Run,
-    Runs,
-    compare_runs,
-    in_float64,
-    outputs_of,
-)
+from attncompile.convert.comparison import DoesNotRunError, Runs, compare_runs
 from attncompile.convert.evidence import make_certificate
 from attncompile.convert.export import export_onnx
 from attncompile.convert.frame import (
@@ -41,10 +34,12 @@ from attncompile.convert.frame import (
 from attncompile.convert.generator import write_generator
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_sites import site_certificates, verified_sites
-from attncompile.convert.runtime import run, save, session
+from attncompile.convert.recorded import recorded
+from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.source import read_source, reopen
 from attncompile.convert.timing import latency_measurement, size_measurement, slower
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
+from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.cached import CachedModel, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import CaptureError, InputError
@@ -96,12 +91,22 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
-    provider, before = options.provider, folder / BEFORE
-    opened, source, notes = _source(opened, options)
-    _require_opset(source, target, options)
-    save(source, before)
-    unrewritten = session(before, provider)
-    exact = in_float64(opened.model) if opened.kind == "torch" else None
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        return _made_in(target, opened, requested, folder, options, Path(scratch))
+
+
+def _made_in(
+    target: str | Path,
+    opened: OpenedModel,
+    requested: tuple[PassCall, ...],
+    folder: Path,
+    options: Options,
+    scratch: Path,
+) -> Made:
+    """See :func:`convert_onnx`. At most one session is open at a time, but for the two whose latencies are compared."""
+    provider, before = options.provider, scratch / BEFORE
+    opened, notes = _exported(target, opened, options, before)
+    known: Runs | None = None
     tried: list[str] = []
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress("finding attention")
@@ -112,13 +117,19 @@ def _made(
         require_sites(rewritten.program, target)
         options.progress("writing the model")
         quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
+        if known is None:
+            options.progress("running the original")
+            known = _known_runs(opened, before, provider, scratch)
         options.progress("comparing with the original")
         lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
         try:
-            compared = compare_runs(opened, _runs(opened, unrewritten, exact, folder / MODEL, provider), lossy=lossy)
+            runs = replace(known, converted=partial(run, session(folder / MODEL, provider)))
+            compared = compare_runs(opened, runs, lossy=lossy)
             problem = compared.problem()
         except DoesNotRunError as error:
             problem = str(error)
+        runs = known  # the session of the result ends
+        release()
         if problem is None:
             break
         tried.append(f"with prefer={preference} the result did not agree and was dropped: {problem}")
@@ -127,12 +138,13 @@ def _made(
     options.progress("checking every site")
     sites = site_certificates(rewritten, provider)
     options.progress("measuring")
-    changes, told = _changes(opened, rewritten, folder, provider, quantised)
-    measured, unchanged = _measurements(opened, not (rewritten.changed or quantised), folder, provider)
+    changes, told = _changes(opened, rewritten, before, provider, quantised)
+    measured, unchanged = _measurements(
+        opened, not (rewritten.changed or quantised), before, folder / MODEL, provider
+    )
+    release()
     if opened.kind == "torch":
         save_unrewritten(onnx_ir.load(before), opened, folder / UNREWRITTEN)
-    for leftover in folder.glob(f"{BEFORE}*"):
-        leftover.unlink()
     _copy_companions(opened, folder)
     if isinstance(opened, CachedModel):
         told += write_generator(opened, MODEL, folder)
@@ -181,6 +193,18 @@ def _with_cache(opened: OpenedModel, wanted: bool | None) -> OpenedModel:
         generates = opened.kind == "torch" and getattr(opened.model, "can_generate", lambda: False)()
         told = (f"{_WITHOUT}: {error.what}",) if generates else ()
         return replace(opened, notes=(*opened.notes, *told))
+
+
+def _exported(
+    target: str | Path, opened: OpenedModel, options: Options, before: Path
+) -> tuple[OpenedModel, tuple[str, ...]]:
+    """Write the ONNX model to start from, its weights in a file that is mapped; the model as converted, and notes."""
+    opened, source, notes = _source(opened, options)
+    _require_opset(source, target, options)
+    save(source, before, largest=0)
+    del source
+    release()
+    return opened, notes
 
 
 def _source(opened: OpenedModel, options: Options) -> tuple[OpenedModel, onnx_ir.Model, tuple[str, ...]]:
@@ -234,25 +258,28 @@ def _write_model(model: onnx_ir.Model, folder: Path, *, quantize: bool) -> int:
     return count
 
 
-def _runs(
-    opened: OpenedModel, unrewritten: onnxruntime.InferenceSession, exact: Run | None, file: Path, provider: str
-) -> Runs:
-    """All that is compared: the original, the export and the result."""
-    converted = session(file, provider)
+def _known_runs(opened: OpenedModel, before: Path, provider: str, scratch: Path, shift: int = 0) -> Runs:
+    """What a result is compared with: the original, in float64 too, and the export, whose results are in files.
+
+    The place of the result is still the export's.
+    """
+    made = list(calls(opened, shift))
+    text = text_call(opened) if opened.kind == "onnx" else None
+    made += [text] if text is not None else []
+    plain = recorded(partial(run, session(before, provider)), made, scratch / "plain")
+    release()
     if opened.kind == "onnx":
-        plain = partial(run, unrewritten)
-        return Runs(plain, partial(run, converted), plain)
+        return Runs(plain, plain, plain)
+    with torch.no_grad():
+        exact = recorded(Widened(opened.model), made, scratch / "exact")
+    release()
     return Runs(
-        lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
-        partial(run, converted),
-        partial(run, unrewritten),
-        exact,
-        "ONNX Runtime",
+        lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), plain, plain, exact, "ONNX Runtime"
     )
 
 
 def _changes(
-    opened: OpenedModel, rewritten: Rewritten, folder: Path, provider: str, quantised: int
+    opened: OpenedModel, rewritten: Rewritten, before: Path, provider: str, quantised: int
 ) -> tuple[dict[str, Change], list[str]]:
     """How far lossy passes moved each site on running text, and what there is to say about it."""
     rewrites = lossy_rewrites(rewritten.outcomes)
@@ -268,23 +295,23 @@ def _changes(
             for site in rewritten.program.sites
             if site.status == "lifted" and site.region is not None
         }
-        found |= _quantised_changes(outputs, folder, text, provider)
-    found |= changes_in_onnx(onnx_ir.load(folder / BEFORE), text, provider, rewrites)
+        found |= _quantised_changes(outputs, before, text, provider)
+    found |= changes_in_onnx(onnx_ir.load(before), text, provider, rewrites)
     missing = len({one.site.name for one in rewrites} - set(found))
     told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
     return found, told if missing else []
 
 
-def _quantised_changes(outputs: Mapping[str, str], folder: Path, text: Call, provider: str) -> dict[str, Change]:
+def _quantised_changes(outputs: Mapping[str, str], file: Path, text: Call, provider: str) -> dict[str, Change]:
     """The change of each site's output, by name, when the projections of the unrewritten model are quantised.
 
     The rewritten model has other values between its nodes, so the same quantiser is run on the model before.
 
     Args:
         outputs: native result of each site.
-        folder: with the unrewritten model; text: what both run on; provider: where.
+        file: the unrewritten model; text: what both run on; provider: where.
     """
-    before = onnx_ir.load(folder / BEFORE)
+    before = onnx_ir.load(file)
     name_values(before)
     with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
         plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
@@ -301,13 +328,13 @@ def _quantised_changes(outputs: Mapping[str, str], folder: Path, text: Call, pro
 
 
 def _measurements(
-    opened: OpenedModel, unchanged: bool, folder: Path, provider: str
+    opened: OpenedModel, unchanged: bool, file: Path, result: Path, provider: str
 ) -> tuple[list[Measurement], list[str]]:
     """Size and latency before and after, and a sentence where nothing was changed."""
-    found = [size_measurement(folder / BEFORE, folder / MODEL)]
+    found = [size_measurement(file, result)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    before, after = session(folder / BEFORE, provider), session(folder / MODEL, provider)
+    before, after = session(file, provider), session(result, provider)
     what = "torch's own export" if opened.kind == "torch" else "the given file"
     found += [latency_measurement(before, after, call, what) for call in calls(opened)[-1:]]
     return found, []
@@ -333,9 +360,9 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
     opened = reopen(folder, allow_pickle=allow_pickle)
     opened = _with_cache(opened, read_source(folder).cache)
     lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
-    exact = in_float64(opened.model) if opened.kind == "torch" else None
-    with _unrewritten(folder, opened) as file:
-        runs = _runs(opened, session(file, plan.provider), exact, folder / MODEL, plan.provider)
+    with _unrewritten(folder, opened) as (file, scratch):
+        known = _known_runs(opened, file, plan.provider, scratch, shift)
+        runs = replace(known, converted=partial(run, session(folder / MODEL, plan.provider)))
         try:
             compared = compare_runs(opened, runs, lossy=lossy, shift=shift)
         except DoesNotRunError as error:
@@ -345,12 +372,12 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
 
 
 @contextmanager
-def _unrewritten(folder: Path, opened: OpenedModel) -> Iterator[Path]:
-    """The model before any site was replaced, as a file for as long as the block runs."""
-    if opened.kind == "onnx":
-        yield opened.path
-        return
+def _unrewritten(folder: Path, opened: OpenedModel) -> Iterator[tuple[Path, Path]]:
+    """The model before any site was replaced, and a folder for files, for as long as the block runs."""
     with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+        if opened.kind == "onnx":
+            yield opened.path, Path(scratch)
+            return
         file = Path(scratch) / BEFORE
-        save(load_unrewritten(folder / UNREWRITTEN, opened), file)
-        yield file
+        save(load_unrewritten(folder / UNREWRITTEN, opened), file, largest=0)
+        yield file, Path(scratch)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,21 @@ PROVIDERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-LARGEST_FILE = 1_900_000_000
-"""Bytes of weights beyond which they go into a file beside the model: a protobuf holds two gigabytes."""
+LARGEST_FILE = 1 << 28
+"""Bytes of weights beyond which they go into a file beside the model: that one is mapped, where a protobuf is read and
+written through two copies of all that it holds, and holds two gigabytes at most."""
 
 
-def save(model: onnx_ir.Model, path: Path) -> None:
-    """Write a model, large weights beside it, small ones in it, wherever they were before."""
+def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> None:
+    """Write a model, large weights beside it, small ones in it, wherever they were before.
+
+    Args:
+        model: the model; path: its file.
+        largest: bytes of weights that may be in the file itself.
+    """
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > LARGEST_FILE else {}
+    beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > largest else {}
     if not beside:
         # a model that was read from a file with weights beside it would go on naming that other file
         onnx_ir.external_data.load_to_model(model)
@@ -61,6 +70,13 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
         raise InputError(
             f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
         ) from error
+
+
+def release() -> None:
+    """Give the system back what is free: the allocator of glibc keeps it, after a session as much as its weights."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:
