@@ -19,7 +19,7 @@ from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
-from attncompile.convert.comparison import DoesNotRunError, Runs, compare_runs
+from attncompile.convert.comparison import DoesNotRunError, Run, Runs, compare_runs
 from attncompile.convert.evidence import make_certificate
 from attncompile.convert.export import export_onnx
 from attncompile.convert.frame import (
@@ -117,18 +117,19 @@ def _made_in(
         require_sites(rewritten.program, target)
         options.progress("writing the model")
         quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
-        if known is None:
-            options.progress("running the original")
-            known = _known_runs(opened, before, provider, scratch)
-        options.progress("comparing with the original")
         lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
+        if known is None:  # the other form has the same passes, so the same calls
+            options.progress("running the original")
+            made = _made_calls(opened, lossy=lossy)
+            known = _known_runs(opened, before, provider, made, scratch)
+        options.progress("running the result")
+        converted = _session_results(folder / MODEL, provider, made, scratch / preference)
+        options.progress("comparing with the original")
         try:
-            runs = replace(known, converted=partial(run, session(folder / MODEL, provider)))
-            compared = compare_runs(opened, runs, lossy=lossy)
+            compared = compare_runs(opened, replace(known, converted=converted), lossy=lossy)
             problem = compared.problem()
         except DoesNotRunError as error:
             problem = str(error)
-        runs = known  # the session of the result ends
         release()
         if problem is None:
             break
@@ -137,6 +138,7 @@ def _made_in(
         raise disagreement(str(problem), target)
     options.progress("checking every site")
     sites = site_certificates(rewritten, provider)
+    release()
     options.progress("measuring")
     changes, told = _changes(opened, rewritten, before, provider, quantised)
     measured, unchanged = _measurements(
@@ -258,24 +260,34 @@ def _write_model(model: onnx_ir.Model, folder: Path, *, quantize: bool) -> int:
     return count
 
 
-def _known_runs(opened: OpenedModel, before: Path, provider: str, scratch: Path, shift: int = 0) -> Runs:
-    """What a result is compared with: the original, in float64 too, and the export, whose results are in files.
+def _made_calls(opened: OpenedModel, *, lossy: bool, shift: int = 0) -> list[Call]:
+    """All calls on which :func:`compare_runs` compares forms of a model."""
+    text = text_call(opened) if lossy else None
+    return [*calls(opened, shift), *([text] if text is not None else [])]
+
+
+def _session_results(file: Path, provider: str, made: Sequence[Call], scratch: Path) -> Run:
+    """What a model in ONNX Runtime gives, in files; the session has ended by then."""
+    found = recorded(partial(run, session(file, provider, lean=True)), made, scratch)
+    release()
+    return found
+
+
+def _known_runs(opened: OpenedModel, before: Path, provider: str, made: Sequence[Call], scratch: Path) -> Runs:
+    """What a result is compared with: the original, in float64 too, and the export, all of it in files.
 
     The place of the result is still the export's.
     """
-    made = list(calls(opened, shift))
-    text = text_call(opened) if opened.kind == "onnx" else None
-    made += [text] if text is not None else []
-    plain = recorded(partial(run, session(before, provider)), made, scratch / "plain")
-    release()
+    plain = _session_results(before, provider, made, scratch / "plain")
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)
     with torch.no_grad():
+        original = recorded(
+            lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), made, scratch / "original"
+        )
         exact = recorded(Widened(opened.model), made, scratch / "exact")
     release()
-    return Runs(
-        lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), plain, plain, exact, "ONNX Runtime"
-    )
+    return Runs(original, plain, plain, exact, "ONNX Runtime")
 
 
 def _changes(
@@ -361,10 +373,11 @@ def verify_onnx(folder: Path, plan: Plan, shift: int, *, allow_pickle: bool = Fa
     opened = _with_cache(opened, read_source(folder).cache)
     lossy = _quantizes_projections(parse_passes(plan.passes)) or plan_is_lossy(plan)
     with _unrewritten(folder, opened) as (file, scratch):
-        known = _known_runs(opened, file, plan.provider, scratch, shift)
-        runs = replace(known, converted=partial(run, session(folder / MODEL, plan.provider)))
+        made = _made_calls(opened, lossy=lossy, shift=shift)
+        known = _known_runs(opened, file, plan.provider, made, scratch)
+        converted = _session_results(folder / MODEL, plan.provider, made, scratch / "converted")
         try:
-            compared = compare_runs(opened, runs, lossy=lossy, shift=shift)
+            compared = compare_runs(opened, replace(known, converted=converted), lossy=lossy, shift=shift)
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
     provider: Provider = "cuda" if plan.provider == "cuda" else "cpu"

@@ -45,8 +45,14 @@ def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> No
     onnx_ir.save(model, path, **beside)
 
 
-def session(model: Path | bytes, provider: str, threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    model: Path | bytes, provider: str, threads: int | None = None, *, lean: bool = False
+) -> onnxruntime.InferenceSession:
     """A session on the provider, for a file or for a model's bytes.
+
+    Args:
+        model: the file or bytes; provider: where; threads: how many, ONNX Runtime's choice where it is left out.
+        lean: keep no memory between runs, for results that are wanted once: the same values, a little later.
 
     Raises:
         InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
@@ -61,6 +67,8 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if lean:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

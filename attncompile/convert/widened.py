@@ -58,6 +58,11 @@ class Widened:
             self._lean = None
         return found
 
+    @property
+    def kept_whole(self) -> bool:
+        """Whether the whole model is held in float64, because something reads weights that it does not own."""
+        return self._lean is None
+
     def _copied(self) -> torch.nn.Module:
         memo: dict[int, Any] = {}
         for parameter in self._model.parameters():

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attncompile.verify.tolerance import derive_tolerance, largest
-
-PIECE = 1 << 20
-"""Elements that are compared at a time."""
+from attncompile.verify.tolerance import PIECE, derive_tolerance, largest
 
 
 @dataclass(frozen=True)
