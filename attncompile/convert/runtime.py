@@ -41,7 +41,11 @@ def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> No
     beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > largest else {}
     if not beside:
         # a model that was read from a file with weights beside it would go on naming that other file
-        onnx_ir.external_data.load_to_model(model)
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, onnx_ir.ExternalTensor):
+                    held = value.const_value
+                    value.const_value = onnx_ir.Tensor(held.numpy(), dtype=held.dtype, name=held.name)
     onnx_ir.save(model, path, **beside)
 
 
