@@ -16,7 +16,7 @@ import torch
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.quantize import quantize_projections
 from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_opset, require_version
-from attncompile.convert.artifact import Conversion
+from attncompile.convert.artifact import Conversion, Progress, silent
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.change import Change, changes_in_onnx, difference, name_values, observed
 from attncompile.convert.comparison import DoesNotRunError, Run, Runs, compare_runs
@@ -117,13 +117,12 @@ def _made_in(
         require_sites(rewritten.program, target)
         options.progress("writing the model")
         quantised = _write_model(rewritten.model, folder, quantize=_quantizes_projections(requested))
+        result_told = _running(options.progress, "the result")
         lossy = quantised > 0 or any(outcome.lossy for outcome in rewritten.outcomes)
         if known is None:  # the other form has the same passes, so the same calls
-            options.progress("running the original")
             made = _made_calls(opened, lossy=lossy)
-            known = _known_runs(opened, before, provider, made, scratch)
-        options.progress("running the result")
-        converted = _session_results(folder / MODEL, provider, made, scratch / preference)
+            known = _known_runs(opened, before, provider, made, scratch, options.progress)
+        converted = _session_results(folder / MODEL, provider, made, scratch / preference, result_told)
         options.progress("comparing with the original")
         try:
             compared = compare_runs(opened, replace(known, converted=converted), lossy=lossy)
@@ -266,26 +265,45 @@ def _made_calls(opened: OpenedModel, *, lossy: bool, shift: int = 0) -> list[Cal
     return [*calls(opened, shift), *([text] if text is not None else [])]
 
 
-def _session_results(file: Path, provider: str, made: Sequence[Call], scratch: Path) -> Run:
+def _running(progress: Progress, what: str) -> Progress:
+    """Tells the calls of one form of a model."""
+    return lambda call: progress(f"running {what}: {call}")
+
+
+def _session_results(
+    file: Path, provider: str, made: Sequence[Call], scratch: Path, progress: Progress = silent
+) -> Run:
     """What a model in ONNX Runtime gives, in files; the session has ended by then."""
-    found = recorded(partial(run, session(file, provider, lean=True)), made, scratch)
+    found = recorded(partial(run, session(file, provider, lean=True)), made, scratch, progress)
     release()
     return found
 
 
-def _known_runs(opened: OpenedModel, before: Path, provider: str, made: Sequence[Call], scratch: Path) -> Runs:
+def _known_runs(
+    opened: OpenedModel,
+    before: Path,
+    provider: str,
+    made: Sequence[Call],
+    scratch: Path,
+    progress: Progress = silent,
+) -> Runs:
     """What a result is compared with: the original, in float64 too, and the export, all of it in files.
 
     The place of the result is still the export's.
     """
-    plain = _session_results(before, provider, made, scratch / "plain")
+    plain = _session_results(before, provider, made, scratch / "plain", _running(progress, "the export"))
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)
     with torch.no_grad():
         original = recorded(
-            lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), made, scratch / "original"
+            lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
+            made,
+            scratch / "original",
+            _running(progress, "the original"),
         )
-        exact = recorded(Widened(opened.model), made, scratch / "exact")
+        exact = recorded(
+            Widened(opened.model), made, scratch / "exact", _running(progress, "the original in float64")
+        )
     release()
     return Runs(original, plain, plain, exact, "ONNX Runtime")
 

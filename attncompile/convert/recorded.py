@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 
 
@@ -28,17 +29,22 @@ class _Kept:
 
 
 def recorded(
-    run: Callable[[Call], Mapping[str, torch.Tensor]], calls: Iterable[Call], folder: Path
+    run: Callable[[Call], Mapping[str, torch.Tensor]],
+    calls: Sequence[Call],
+    folder: Path,
+    progress: Progress = silent,
 ) -> Callable[[Call], Mapping[str, torch.Tensor]]:
     """Run all calls now; what is returned gives back what each gave, or raises what it raised.
 
     Args:
         run: a form of a model; calls: told apart by what they are called.
         folder: for the files; it must outlive what is returned.
+        progress: told each call as it begins.
     """
     folder.mkdir()
     found: dict[str, dict[str, _Kept] | Exception] = {}
     for number, call in enumerate(calls):
+        progress(f"{call.what} ({number + 1} of {len(calls)})")
         try:
             results = run(call)
         except (ValueError, RuntimeError) as error:
