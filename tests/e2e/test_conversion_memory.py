@@ -18,9 +18,9 @@ from attncompile.convert.widened import Widened, outputs_of
 from attncompile.verify import compare
 from attncompile.verify.tolerance import PIECE, largest
 
-COPIES = 2.5
+COPIES = 2.0
 """Copies of the weights that a conversion may hold beside the checkpoint's own, which is mapped: two sessions of ONNX
-Runtime with their packed weights, whose latencies are compared; half a copy for the allocator."""
+Runtime with their packed weights, whose latencies are compared."""
 
 
 def decoder(hidden: int, inner: int) -> transformers.PreTrainedModel:
