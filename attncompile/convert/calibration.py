@@ -66,7 +66,7 @@ class Call:
             name: of the output; output: ``[batch, length, …]``, or cached ``[batch, heads, past + length, …]``.
         """
         mask = self._mask()
-        if name.startswith(PRESENT) and mask is not None:
+        if name.startswith(PRESENT) and mask is not None and not mask.all():
             return output.transpose(1, 2)[mask]
         return without_padding(output, self.kept())
 
@@ -169,6 +169,6 @@ def named_outputs(result: Any) -> dict[str, torch.Tensor]:
 
 def without_padding(output: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     """The part of an output ``[batch, length, …]`` that does not belong to padded positions."""
-    if kept is None or output.dim() < 2 or output.shape[:2] != kept.shape:
-        return output
+    if kept is None or output.dim() < 2 or output.shape[:2] != kept.shape or bool(kept.all()):
+        return output  # no copy of what may be large
     return output[kept]

@@ -12,15 +12,13 @@ rounding stays far below that and a wrong export does not.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from attncompile.convert.calibration import Call, calls, named_outputs, text_call
+from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.quality import Quality
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
@@ -94,13 +92,63 @@ def compare_runs(
     """Run all forms on fresh calls, and after lossy passes on running text too.
 
     Args:
-        opened: the original, for making calls.
+        opened: the original, for making calls; lossy, shift, part, texts: as in :func:`inputs_of`.
         runs: what to run.
-        lossy: whether the result may compute something else; then its change is judged by the budget alone.
+        budget: as in :func:`compare_on`.
+
+    Raises:
+        DoesNotRunError: when the result fails on a call, and what it was made from does not.
+    """
+    return compare_on(inputs_of(opened, lossy=lossy, shift=shift, part=part, texts=texts), runs, budget)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What forms of a model are compared on.
+
+    Attributes:
+        calls: fresh ones.
+        texts: what the change of a lossy result is counted on; none, and errors are judged instead.
+    """
+
+    calls: tuple[Call, ...]
+    texts: tuple[Call, ...] = ()
+
+    @property
+    def every(self) -> tuple[Call, ...]:
+        """All of them."""
+        return (*self.calls, *self.texts)
+
+
+def inputs_of(
+    opened: OpenedModel, *, lossy: bool, shift: int = 0, part: str = "", texts: Sequence[Call] | None = None
+) -> Inputs:
+    """What to compare forms of a model on.
+
+    Args:
+        opened: the original.
+        lossy: whether the result may compute something else; then its change is judged by a budget alone.
         shift: added to the lengths of the calls, so that a verification sees others than the conversion.
         part: what is run, where it is not the whole model; for the entries.
-        budget: the largest relative change of an output on running text (on the calls, where the model reads none).
-        texts: calls on text; one of 512 tokens unless given.
+        texts: calls on text; one of 512 tokens unless given, and the calls where the model reads none.
+    """
+    made = (replace(call, what=f"{part}: {call.what}") if part else call for call in calls(opened, shift))
+    return Inputs(tuple(made), _texts(opened, texts) if lossy else ())
+
+
+def _texts(opened: OpenedModel, texts: Sequence[Call] | None) -> tuple[Call, ...]:
+    if texts is None:
+        given = text_call(opened)
+        texts = () if given is None else (given,)
+    return tuple(texts) or calls(opened)
+
+
+def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compared:
+    """Run all forms on calls, and on texts where there are any.
+
+    Args:
+        inputs: what to run them on; runs: what to run.
+        budget: the largest relative change of an output on the texts.
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
@@ -109,31 +157,27 @@ def compare_runs(
     notes: list[str] = []
     ran = 0
     with torch.no_grad():
-        for call in calls(opened, shift):
-            call = replace(call, what=f"{part}: {call.what}") if part else call
+        for call in inputs.calls:
             converted = _converted(runs, call, notes)
             if converted is not None:
                 ran += 1
-                entries += distances(call, runs, converted, judged=not lossy)
+                entries += distances(call, runs, converted, judged=not inputs.texts)
         if not ran:
             raise DoesNotRunError("; ".join(notes))
-        if lossy:
-            entries += measured_quality(opened, runs, texts).entries(budget)
+        if inputs.texts:
+            entries += measured_quality(runs, inputs.texts).entries(budget)
     return Compared(tuple(entries), (*notes, *runtime_notes(entries, runs.runtime)))
 
 
-def measured_quality(opened: OpenedModel, runs: Runs, texts: Sequence[Call] | None = None) -> Quality:
-    """What the result changes on text; on the calls of a comparison where the model reads none.
+def measured_quality(runs: Runs, texts: Sequence[Call]) -> Quality:
+    """What the result changes on text, or on other calls.
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
     """
     quality = Quality()
-    if texts is None:
-        given = text_call(opened)
-        texts = () if given is None else (given,)
     with torch.no_grad():
-        for call in texts or calls(opened):
+        for call in texts:
             converted = _converted(runs, call, [])
             if converted is not None:
                 quality.add(call, runs.original(call), converted)
@@ -236,29 +280,3 @@ def runtime_notes(entries: Sequence[EndToEnd], runtime: str) -> list[str]:
         f"{entry.before:.2g} ({entry.inputs})"
         for metric, entry in worst.items()
     ]
-
-
-def in_float64(model: torch.nn.Module) -> Run:
-    """A copy of a model that runs in float64.
-
-    A Hugging Face model uses SDPA there: its rows without a visible key are no NaN.
-    """
-    wide = copy.deepcopy(model).double().eval()
-    choose_attention = getattr(wide, "set_attn_implementation", None)
-    if callable(choose_attention):
-        with contextlib.suppress(ValueError):  # a model that has no SDPA; its rows of padding are then left unjudged
-            choose_attention("sdpa")
-
-    def run(call: Call) -> Outputs:
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
-            (call.args, dict(call.kwargs)),
-        )
-        return outputs_of(wide(*args, **kwargs))
-
-    return run
-
-
-def outputs_of(result: object) -> dict[str, torch.Tensor]:
-    """A model's float outputs by name, detached, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in named_outputs(result).items()}

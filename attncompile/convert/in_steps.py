@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import onnxruntime
 import torch
 
+from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
-from attncompile.convert.comparison import Compared, Outputs, Run, Runs, compare_runs, outputs_of
-from attncompile.convert.runtime import run
+from attncompile.convert.comparison import Compared, Outputs, Run, Runs, compare_on, inputs_of
+from attncompile.convert.onnx_runs import running
+from attncompile.convert.recorded import recorded
+from attncompile.convert.runtime import release, run, session
+from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.cached import empty_past
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, decoder_call, grown, of_encoder
@@ -29,20 +34,24 @@ LOGITS = "logits"
 def compare_in_steps(
     opened: OpenedModel,
     decoder: DecoderModel,
-    before: Sequence[onnxruntime.InferenceSession],
-    after: Sequence[onnxruntime.InferenceSession],
-    exact: Run,
+    before: Sequence[Path],
+    after: Sequence[Path],
+    provider: str,
+    scratch: Path,
     *,
     lossy: bool,
     shift: int = 0,
+    progress: Progress = silent,
 ) -> Compared:
-    """The logits of every token.
+    """The logits of every token. Two sessions are open at a time, encoder and decoder of one form.
 
     Args:
-        opened: the original; exact: the same in float64.
+        opened: the original.
         decoder: how its second part is called.
-        before, after: encoder and decoder, unrewritten and as they were converted.
-        lossy, shift: as in :func:`attncompile.convert.comparison.compare_runs`.
+        before, after: encoder and decoder, unrewritten and as they were converted; provider: where they run.
+        scratch: a folder to make for results.
+        lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`.
+        progress: told each call.
 
     Raises:
         DoesNotRunError: when the parts do not fit together.
@@ -51,14 +60,18 @@ def compare_in_steps(
     def original(call: Call) -> Outputs:
         return {LOGITS: outputs_of(opened.model(*call.args, **call.kwargs))[LOGITS]}
 
-    runs = Runs(
-        original,
-        partial(decoded_in_steps, decoder, *after),
-        partial(decoded_in_steps, decoder, *before),
-        exact,
-        "ONNX Runtime",
-    )
-    return compare_runs(opened, runs, lossy=lossy, shift=shift, part=f"encoder and decoder, {STEPS} steps")
+    inputs = inputs_of(opened, lossy=lossy, shift=shift, part=f"encoder and decoder, {STEPS} steps")
+    scratch.mkdir()
+
+    def results(files: Sequence[Path], where: str, what: str) -> Run:
+        decoded = partial(decoded_in_steps, decoder, *(session(file, provider, lean=True) for file in files))
+        return recorded(decoded, inputs.every, scratch / where, running(progress, what))
+
+    converted = results(after, "after", "the result in steps")
+    release()
+    unrewritten = results(before, "before", "the export in steps")
+    release()
+    return compare_on(inputs, Runs(original, converted, unrewritten, Widened(opened.model), "ONNX Runtime"))
 
 
 def decoded_in_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_opset, require_version
 from attncompile.convert.artifact import Conversion
-from attncompile.convert.comparison import Compared, DoesNotRunError, compare_runs, in_float64
+from attncompile.convert.comparison import Compared, DoesNotRunError, compare_on, inputs_of
 from attncompile.convert.evidence import make_certificate
 from attncompile.convert.export import export_onnx
 from attncompile.convert.frame import Made, Options, conversion, disagreement, plan_is_lossy, require_sites
@@ -27,13 +28,13 @@ from attncompile.convert.onnx_part import (
     finish_part,
     kept_export,
     make_part,
-    runs_of,
     texts_for,
 )
+from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
 from attncompile.convert.precision import Precision, parse_precision, require_possible
 from attncompile.convert.providers import kernels_of
-from attncompile.convert.runtime import save, session
+from attncompile.convert.runtime import release, save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
 from attncompile.frontends.cached import Generating, with_cache
@@ -89,28 +90,47 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
 def _made(
     target: str | Path, opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path, options: Options
 ) -> Made:
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        return _made_in(target, opened, requested, folder, options, Path(scratch))
+
+
+def _made_in(
+    target: str | Path,
+    opened: OpenedModel,
+    requested: tuple[PassCall, ...],
+    folder: Path,
+    options: Options,
+    scratch: Path,
+) -> Made:
+    """See :func:`convert_onnx`; ``scratch`` is for exports, and for results that are compared."""
     precision = _precision(options, requested)
     if precision is not None:
         require_possible(precision, options.provider, target)
         opened = _in_float32(opened)
-    parts, notes = _exported(opened, target, folder, options)
-    done = [make_part(part, target, requested, folder, options, precision, notes[part.file]) for part in parts]
+    parts, notes = _exported(opened, target, scratch, options)
+    done = [make_part(part, target, requested, folder, options, precision, notes[part.file], scratch) for part in parts]
     program = join_programs(opened.name, [made.rewritten.program for made in done], ())
     require_sites(program, target)
     compared, decoder = [made.compared for made in done], _decoder(parts)
     if decoder is not None:
         options.progress("comparing generation with the original")
-        before, after = (
-            [session(folder / file, options.provider) for file in files]
-            for files in ([part.before for part in parts], [part.file for part in parts])
+        compared.append(
+            compare_in_steps(
+                opened,
+                decoder,
+                [scratch / part.before for part in parts],
+                [folder / part.file for part in parts],
+                options.provider,
+                scratch / "steps",
+                lossy=any(made.lossy for made in done),
+                progress=options.progress,
+            )
         )
-        lossy = any(made.lossy for made in done)
-        compared.append(compare_in_steps(opened, decoder, before, after, in_float64(opened.model), lossy=lossy))
         problem = compared[-1].problem()
         if problem is not None:
             raise disagreement(problem, target)
     for part in parts:
-        finish_part(part, folder)
+        finish_part(part, folder, scratch)
     _copy_companions(opened, folder)
     caching = [part.opened for part in parts if isinstance(part.opened, Generating)]
     told = [note for one in caching for note in write_generator(one, [part.file for part in parts], folder)]
@@ -194,35 +214,37 @@ def parts_of(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...]
 
 
 def _exported(
-    opened: OpenedModel, target: str | Path, folder: Path, options: Options
+    opened: OpenedModel, target: str | Path, scratch: Path, options: Options
 ) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
-    """What the model is made into, with the export of each part written to the folder, and notes by file."""
+    """What the model is made into, with the export of each part written to ``scratch``, and notes by file."""
     parts, told = parts_of(opened, options.cache)
     try:
-        return parts, _save_exports(parts, target, folder, options, told)
+        return parts, _save_exports(parts, target, scratch, options, told)
     except CaptureError as error:
         if options.cache or not any(isinstance(part.opened, Generating) for part in parts):
             raise
         whole = (Part(MODEL, opened),)
-        return whole, _save_exports(whole, target, folder, options, (f"{_WITHOUT}: {error.reason}",))
+        return whole, _save_exports(whole, target, scratch, options, (f"{_WITHOUT}: {error.reason}",))
 
 
 def _save_exports(
-    parts: tuple[Part, ...], target: str | Path, folder: Path, options: Options, told: tuple[str, ...]
+    parts: tuple[Part, ...], target: str | Path, scratch: Path, options: Options, told: tuple[str, ...]
 ) -> Mapping[str, tuple[str, ...]]:
-    """Write the export of each part; what there is to say about it, by file."""
+    """Write the export of each part, its weights in a file that is mapped; what there is to say about it, by file."""
     found: dict[str, tuple[str, ...]] = {}
     for part in parts:
         if part.opened.kind == "onnx":
             given = onnx_ir.load(part.opened.path)
             _require_opset(given, target, options)
-            save(given, folder / part.before)
+            save(given, scratch / part.before, largest=0)
             found[part.file] = (*part.opened.notes, *told)
             continue
         options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
         model, notes = export_onnx(part.opened)
         _require_opset(model, target, options)
-        save(model, folder / part.before)
+        save(model, scratch / part.before, largest=0)
+        del model
+        release()
         found[part.file] = (*part.opened.notes, *told, *notes)
     return found
 
@@ -283,21 +305,25 @@ def verify_onnx(
     lossy = rounds or plan_is_lossy(plan)
     entries: list[EndToEnd] = []
     with ExitStack() as kept:
-        before = [session(kept.enter_context(kept_export(part, folder)), provider) for part in parts]
-        after = [session(folder / part.file, provider) for part in parts]
+        scratch = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="attncompile-")))
+        before = [kept.enter_context(kept_export(part, folder)) for part in parts]
+        after = [folder / part.file for part in parts]
+        release()
         try:
-            for part, unrewritten in zip(parts, before, strict=True):
+            for part, plain, file in zip(parts, before, after, strict=True):
                 judged = texts_for(part, text).judged if rounds or text is not None else None
-                exact = in_float64(part.opened.model) if part.opened.kind == "torch" and not rounds else None
-                runs = runs_of(part.opened, unrewritten, exact, folder / part.file, provider)
-                found = compare_runs(
-                    part.opened, runs, lossy=lossy, shift=shift, part=part.name, budget=plan.budget, texts=judged
-                )
-                entries += found.entries
+                inputs = inputs_of(part.opened, lossy=lossy, shift=shift, part=part.name, texts=judged)
+                results = scratch / f"{part.file}_known"
+                known = known_runs(part.opened, plain, provider, inputs, results, exactly=not rounds)
+                converted = session_results(file, provider, inputs.every, scratch / part.file)
+                entries += compare_on(inputs, replace(known, converted=converted), plan.budget).entries
+                release()
             decoder = _decoder(parts)
             if decoder is not None:
-                exact = in_float64(opened.model)
-                entries += compare_in_steps(opened, decoder, before, after, exact, lossy=lossy, shift=shift).entries
+                steps = scratch / "steps"
+                entries += compare_in_steps(
+                    opened, decoder, before, after, provider, steps, lossy=lossy, shift=shift
+                ).entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
     return make_certificate(plan, verified_sites(plan, kernels_of(provider), provider), entries)

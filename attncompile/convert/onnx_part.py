@@ -15,27 +15,19 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir
-import onnxruntime
 
 from attncompile.convert.calibration import calls, running_text, text_call, text_calls
 from attncompile.convert.change import Change, changes_in_onnx
-from attncompile.convert.comparison import (
-    Compared,
-    DoesNotRunError,
-    Run,
-    Runs,
-    compare_runs,
-    in_float64,
-    outputs_of,
-)
+from attncompile.convert.comparison import Compared, DoesNotRunError, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement, lossy_rewrites
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
+from attncompile.convert.onnx_runs import known_runs, running, session_results
 from attncompile.convert.onnx_sites import site_certificates
 from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
 from attncompile.convert.quality import over_budget
 from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_changes, texts_of
-from attncompile.convert.runtime import run, save, session
+from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
 from attncompile.frontends.checkpoint import OpenedModel
@@ -114,18 +106,21 @@ def make_part(
     options: Options,
     precision: Precision | None,
     notes: tuple[str, ...],
+    scratch: Path,
 ) -> MadePart:
-    """Rewrite an export and write the result beside it, after comparing both with the original.
+    """Rewrite an export and write the result, after comparing both with the original.
 
     When the result does not agree, the plain decomposition is tried, and the notes say so. A precision comes last.
+    At most one session is open at a time, but for the two whose latencies are compared.
 
     Args:
-        part: what to make; its export lies in the folder.
+        part: what to make; its export lies in ``scratch``.
         target: what is converted, for errors.
         requested: passes to run on every site.
         folder: where to write; options: how.
         precision: of the result; ``None`` is the model's own.
         notes: of the export.
+        scratch: a folder for files that are wanted while the conversion runs.
 
     Raises:
         InputError: when no result agrees with the original, or a budget does not hold.
@@ -134,38 +129,38 @@ def make_part(
     doing = f" of the {part.name}" if part.name else ""
     rounds, budget = precision is not None and precision.kind.budget is not None, budget_of(options, precision)
     texts = texts_for(part, options.text) if rounds or options.text is not None else None
-    unrewritten = session(folder / part.before, provider)
-    exact = in_float64(opened.model) if opened.kind == "torch" else None
+    if rounds and texts is not None:  # the same calls each time a result is judged
+        texts = replace(texts, judged=texts.judged or calls(opened))
+    judged = texts.judged if texts is not None else None
+    inputs, known = Inputs(()), None
     longest = positions_of(opened.config) if opened.config is not None else None
-
-    def loaded(file: Path) -> Runs:
-        return runs_of(opened, unrewritten, exact, file, provider)
 
     tried: list[str] = []
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
-        source, kernels, untrained = onnx_ir.load(folder / part.before), kernels_of(provider), options.allow_untrained
+        source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
         rewritten = rewrite_onnx(
             source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime
         )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
-        options.progress(f"comparing with the original{doing}")
         lossy = any(outcome.lossy for outcome in rewritten.outcomes)
-        judged = texts.judged if texts is not None else None
+        if known is None or (lossy and not inputs.texts):
+            inputs = inputs_of(opened, lossy=lossy or rounds, part=part.name, texts=judged)
+            results = scratch / f"{part.file}_{preference}_known"
+            known = known_runs(opened, scratch / part.before, provider, inputs, results, options.progress, doing=doing)
+        seen = inputs if lossy else Inputs(inputs.calls)
+        told_result = running(options.progress, f"the result{doing}")
+        results = scratch / f"{part.file}_{preference}"
+        converted = session_results(folder / part.file, provider, seen.every, results, told_result)
+        options.progress(f"comparing with the original{doing}")
         try:
-            compared = compare_runs(
-                opened,
-                loaded(folder / part.file),
-                lossy=lossy,
-                part=part.name,
-                budget=None if rounds else budget,
-                texts=judged,
-            )
+            compared = compare_on(seen, replace(known, converted=converted), None if rounds else budget)
             problem = None if over_budget(compared.entries) else compared.problem()
         except DoesNotRunError as error:
             problem = str(error)
+        release()
         if problem is None:
             break
         tried.append(f"with prefer={preference} the result did not agree and was dropped: {problem}")
@@ -173,16 +168,23 @@ def make_part(
         raise disagreement(str(problem), target)
     options.progress(f"checking every site{doing}")
     sites = site_certificates(rewritten, kernels_of(provider), provider)
-    changes, told = _changes(part, rewritten, folder, provider)
+    release()
+    changes, told = _changes(part, rewritten, scratch, provider)
     kept: tuple[str, ...] = ()
     if rounds and precision is not None and texts is not None and budget is not None:
         options.progress(f"rounding to {precision}{doing}")
+        compared_with = replace(known, exact=None)  # rounding is far above what float64 would show
+
+        def loaded(file: Path) -> Runs:
+            return replace(compared_with, converted=partial(run, session(file, provider, lean=True)))
+
         rounded = _round(part, rewritten, folder, precision, budget, texts, loaded, provider)
         told, kept, changes = [*rounded.notes, _agreed(compared), *told], rounded.kept, {**changes, **rounded.changes}
-        runs = replace(loaded(folder / part.file), exact=None)  # rounding is far above what float64 would show
-        compared = compare_runs(opened, runs, lossy=True, part=part.name, budget=budget, texts=texts.judged)
+        compared = compare_on(inputs, loaded(folder / part.file), budget)
+        release()
     options.progress(f"measuring{doing}")
-    measured, unchanged = _measurements(part, not (rewritten.changed or rounds), folder, provider)
+    measured, unchanged = _measurements(part, not (rewritten.changed or rounds), folder, scratch, provider)
+    release()
     said = tuple(
         f"{part.name}: {note}" if part.name else note for note in (*rewritten.notes, *told, *tried, *unchanged)
     )
@@ -206,12 +208,10 @@ def budget_of(options: Options, precision: Precision | None) -> float | None:
     return precision.kind.budget
 
 
-def finish_part(part: Part, folder: Path) -> None:
-    """Keep the export without its weights, where they are the original's, and remove the rest of it."""
+def finish_part(part: Part, folder: Path, scratch: Path) -> None:
+    """Keep the export, which lies in ``scratch``, without its weights, where they are the original's."""
     if part.opened.kind == "torch":
-        save_unrewritten(onnx_ir.load(folder / part.before), part.opened, folder / part.unrewritten)
-    for leftover in folder.glob(f"{part.before}*"):
-        leftover.unlink()
+        save_unrewritten(onnx_ir.load(scratch / part.before), part.opened, folder / part.unrewritten)
 
 
 def _remove(file: Path) -> None:
@@ -243,7 +243,7 @@ def _round(
         for file in folder.glob(f"{part.file}*"):
             shutil.move(file, Path(scratch) / file.name)
         made = round_model(part.opened, plain, folder / part.file, precision, budget, texts, loaded, provider)
-        text = (texts.judged or calls(part.opened))[0]
+        text = texts.judged[0]
         models = onnx_ir.load(plain), onnx_ir.load(folder / part.file)
         changes = rounding_changes(rewritten.program, *models, text, provider)
     return _Rounded(made.kept, made.notes, changes)
@@ -255,26 +255,7 @@ def _agreed(compared: Compared) -> str:
     return f"before rounding, the rewritten model differed from the original by at most {max(apart, default=0.0):.2g}"
 
 
-def runs_of(
-    opened: OpenedModel, unrewritten: onnxruntime.InferenceSession, exact: Run | None, file: Path, provider: str
-) -> Runs:
-    """All that is compared: the original, the export and the result."""
-    converted = session(file, provider)
-    if opened.kind == "onnx":
-        plain = partial(run, unrewritten)
-        return Runs(plain, partial(run, converted), plain)
-    return Runs(
-        lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
-        partial(run, converted),
-        partial(run, unrewritten),
-        exact,
-        "ONNX Runtime",
-    )
-
-
-def _changes(
-    part: Part, rewritten: Rewritten, folder: Path, provider: str
-) -> tuple[dict[str, Change], list[str]]:
+def _changes(part: Part, rewritten: Rewritten, scratch: Path, provider: str) -> tuple[dict[str, Change], list[str]]:
     """How far lossy passes moved each site on running text, and what there is to say about it."""
     rewrites = lossy_rewrites(rewritten.outcomes)
     if not rewrites:
@@ -282,15 +263,17 @@ def _changes(
     text = text_call(part.opened)
     if text is None:
         return {}, ["the model takes no text, so the change of each site is measured on random inputs only"]
-    found = changes_in_onnx(onnx_ir.load(folder / part.before), text, provider, rewrites)
+    found = changes_in_onnx(onnx_ir.load(scratch / part.before), text, provider, rewrites)
     missing = len({one.site.name for one in rewrites} - set(found))
     told = [f"{missing} sites lie in a body of If or Loop; their change is measured on random inputs only"]
     return found, told if missing else []
 
 
-def _measurements(part: Part, unchanged: bool, folder: Path, provider: str) -> tuple[list[Measurement], list[str]]:
+def _measurements(
+    part: Part, unchanged: bool, folder: Path, scratch: Path, provider: str
+) -> tuple[list[Measurement], list[str]]:
     """Size and latency before and after, and a sentence where nothing was changed."""
-    export, file, which = folder / part.before, folder / part.file, f" of {part.file}" if part.name else ""
+    export, file, which = scratch / part.before, folder / part.file, f" of {part.file}" if part.name else ""
     found = [size_measurement(export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
@@ -312,7 +295,7 @@ def kept_export(part: Part, folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
         file = Path(scratch) / part.before
-        save(load_unrewritten(folder / part.unrewritten, part.opened), file)
+        save(load_unrewritten(folder / part.unrewritten, part.opened), file, largest=0)
         yield file
 
 
@@ -324,6 +307,5 @@ __all__ = [
     "finish_part",
     "kept_export",
     "make_part",
-    "runs_of",
     "texts_for",
 ]

@@ -14,9 +14,10 @@ from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.codegen.lowering import Lowering
 from attncompile.convert.calibration import text_call
 from attncompile.convert.change import Change, changes_in_torch
-from attncompile.convert.comparison import Run, Runs, in_float64, outputs_of
+from attncompile.convert.comparison import Run, Runs
 from attncompile.convert.evidence import Outcome
 from attncompile.convert.frame import Options, lossy_rewrites, require_sites
+from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_export
 from attncompile.frontends.checkpoint import OpenedModel
@@ -86,7 +87,7 @@ def runs_of(opened: OpenedModel, captured: Captured, converted: Run) -> Runs:
         original=lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
         converted=converted,
         unrewritten=graph_run(captured),
-        exact=in_float64(opened.model),
+        exact=Widened(opened.model),
     )
 
 

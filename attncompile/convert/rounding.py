@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
-import onnxruntime
 
 from attncompile.codegen.onnx.quantize import Feed
 from attncompile.convert.calibration import Call, calls, running_text, text_calls
@@ -18,7 +17,7 @@ from attncompile.convert.change import Change, difference, observed
 from attncompile.convert.comparison import Runs, measured_quality
 from attncompile.convert.precision import Precision, prepared, write_precise
 from attncompile.convert.quality import Quality
-from attncompile.convert.runtime import feeds, save, session
+from attncompile.convert.runtime import feeds, release, save, session
 from attncompile.convert.sensitivity import most_hurt
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -94,7 +93,7 @@ def round_model(
     Args:
         opened: the original; source: its rewritten float32 model; target: where the result goes.
         precision: what to make; budget: the largest relative change of an output.
-        texts: what to take ranges from and to judge by.
+        texts: what to take ranges from and to judge by; the latter not empty.
         loaded: makes runs of a result's file; provider: where it runs.
 
     Raises:
@@ -111,9 +110,10 @@ def round_model(
         def attempt(kept: Collection[str]) -> tuple[int, Quality]:
             _remove(target)
             left = [name for name in names if name not in set(kept)]
-            calibration = _calibration(opened, texts, session(plain, provider))
+            calibration = _calibration(opened, texts, plain, provider)
             done = write_precise(plain, target, precision, left, calibration, provider, opened.name)
-            return done, measured_quality(opened, loaded(target), texts.judged)
+            release()
+            return done, measured_quality(loaded(target), texts.judged)
 
         done, quality = attempt(())
         said = _modules(plain)
@@ -187,8 +187,9 @@ def _modules(file: Path) -> dict[str, str]:
     return found
 
 
-def _calibration(opened: OpenedModel, texts: Texts, loaded: onnxruntime.InferenceSession) -> Iterator[Feed]:
+def _calibration(opened: OpenedModel, texts: Texts, plain: Path, provider: str) -> Iterator[Feed]:
     """Inputs to take ranges from: text, or random calls of other lengths than those that are compared."""
+    loaded = session(plain, provider)  # not before a precision asks for a range
     for call in texts.calibration or calls(opened, 3):
         yield feeds(loaded, call)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +19,39 @@ from attncompile.convert.providers import session_providers
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.torch_internals import flatten, leaf_paths
 
-LARGEST_FILE = 1_900_000_000
-"""Bytes of weights beyond which they go into a file beside the model: a protobuf holds two gigabytes."""
+LARGEST_FILE = 1 << 28
+"""Bytes of weights beyond which they go into a file beside the model: that one is mapped, where a protobuf is read and
+written through two copies of all that it holds, and holds two gigabytes at most."""
 
 
-def save(model: onnx_ir.Model, path: Path) -> None:
-    """Write a model, large weights beside it, small ones in it, wherever they were before."""
+def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> None:
+    """Write a model, large weights beside it, small ones in it, wherever they were before.
+
+    Args:
+        model: the model; path: its file.
+        largest: bytes of weights that may be in the file itself.
+    """
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > LARGEST_FILE else {}
+    beside: dict[str, Any] = {"external_data": f"{path.name}.data"} if size > largest else {}
     if not beside:
         # a model that was read from a file with weights beside it would go on naming that other file
-        onnx_ir.external_data.load_to_model(model)
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if isinstance(value.const_value, onnx_ir.ExternalTensor):
+                    held = value.const_value
+                    value.const_value = onnx_ir.Tensor(held.numpy(), dtype=held.dtype, name=held.name)
     onnx_ir.save(model, path, **beside)
 
 
-def session(model: Path | bytes, provider: str, threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(
+    model: Path | bytes, provider: str, threads: int | None = None, *, lean: bool = False
+) -> onnxruntime.InferenceSession:
     """A session on the provider, for a file or for a model's bytes.
+
+    Args:
+        model: the file or bytes; provider: where; threads: how many, ONNX Runtime's choice where it is left out.
+        lean: keep no memory between runs, for results that are wanted once: the same values, a little later.
 
     Raises:
         InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
@@ -40,6 +59,8 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
     names = session_providers(provider)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if lean:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -54,6 +75,13 @@ def session(model: Path | bytes, provider: str, threads: int | None = None) -> o
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 """Float types of inputs that NumPy has too."""
+
+
+def release() -> None:
+    """Give the system back what is free: the allocator of glibc keeps it, after a session as much as its weights."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:

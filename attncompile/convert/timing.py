@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import onnxruntime
 
 from attncompile.convert.calibration import Call
@@ -25,9 +26,16 @@ SECONDS = 30.0
 
 
 def size_measurement(before: Path, after: Path, which: str = "") -> Measurement:
-    """Size of both models with the files of their weights, in megabytes; ``which`` says of what, behind a space."""
-    sizes = [sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6 for path in (before, after)]
+    """Size of both models with their weights, in megabytes; ``which`` says of what, behind a space."""
+    sizes = [_bytes(path) / 1e6 for path in (before, after)]
     return Measurement(name=f"size{which}", before=sizes[0], after=sizes[1], unit="MB", note="weights included")
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of a model's file and of the weights beside it, without the gaps that align these."""
+    tensors = (value.const_value for graph in onnx_ir.load(path).graphs() for value in graph.initializers.values())
+    beside = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor))
+    return path.stat().st_size + beside
 
 
 def latency_measurement(

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 import torch
 
+from attncompile.convert.runtime import save
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
 
@@ -44,7 +45,7 @@ def save_unrewritten(model: onnx_ir.Model, opened: OpenedModel, path: Path) -> N
         del graph.initializers[name]
         value.const_value = None
         graph.inputs.append(value)
-    onnx_ir.save(model, path)
+    save(model, path)  # what is left must not name the file of weights that the export was read from
 
 
 def load_unrewritten(path: Path, opened: OpenedModel) -> onnx_ir.Model:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+PIECE = 1 << 20
+"""Elements that are looked at together: a selection of finite ones takes several times the memory of the tensor."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -65,5 +68,8 @@ def derive_tolerance(
 
 def largest(tensor: torch.Tensor) -> float:
     """The largest magnitude of the finite elements, 0 where there is none."""
-    finite = tensor[tensor.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
+    found = 0.0
+    for part in tensor.reshape(-1).split(PIECE):
+        finite = part[part.isfinite()]
+        found = max(found, float(finite.abs().max())) if finite.numel() else found
+    return found

@@ -1,0 +1,76 @@
+"""The forms of a model that a conversion to ONNX compares, run one after the other: one is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from attncompile.convert.artifact import Progress, silent
+from attncompile.convert.calibration import Call
+from attncompile.convert.comparison import Inputs, Run, Runs
+from attncompile.convert.recorded import recorded
+from attncompile.convert.runtime import release, run, session
+from attncompile.convert.widened import Widened, outputs_of
+from attncompile.frontends.checkpoint import OpenedModel
+
+
+def known_runs(
+    opened: OpenedModel,
+    before: Path,
+    provider: str,
+    inputs: Inputs,
+    scratch: Path,
+    progress: Progress = silent,
+    *,
+    doing: str = "",
+    exactly: bool = True,
+) -> Runs:
+    """What a result is compared with: the original, in float64 too, and the export, all of it in files.
+
+    The place of the result is still the export's.
+
+    Args:
+        opened: the original; before: its export; provider: where that runs.
+        inputs: what to run them on, in float64 the calls alone.
+        scratch: a folder to make for the files; progress: told each call; doing: of what, behind a space.
+        exactly: whether float64 is wanted.
+    """
+    scratch.mkdir()
+    plain = session_results(before, provider, inputs.every, scratch / "plain", running(progress, f"the export{doing}"))
+    if opened.kind == "onnx":
+        return Runs(plain, plain, plain)
+    told, wide = running(progress, f"the original{doing}"), running(progress, f"the original{doing} in float64")
+    exact: Run | None = None
+    with torch.no_grad():
+        original = recorded(
+            lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), inputs.every, scratch / "original", told
+        )
+        if exactly:
+            exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
+    release()
+    return Runs(original, plain, plain, exact, "ONNX Runtime")
+
+
+def session_results(
+    file: Path, provider: str, calls: Sequence[Call], scratch: Path, progress: Progress = silent
+) -> Run:
+    """What a model in ONNX Runtime gives, in files; the session has ended by then.
+
+    Args:
+        file: the model; provider: where it runs; calls: what on.
+        scratch: a folder to make for the files; progress: told each call.
+    """
+    found = recorded(partial(run, session(file, provider, lean=True)), calls, scratch, progress)
+    release()
+    return found
+
+
+def running(progress: Progress, what: str) -> Progress:
+    """Tells the calls of one form of a model."""
+    return lambda call: progress(f"running {what}: {call}")
+
+
+__all__ = ["known_runs", "running", "session_results"]
