@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attncompile
+from attncompile.verify import derive_tolerance, require_within
 
 PACKED = """
 packed   attend  q[1,8,I,16]  k,v[1,2,I,16]  float32
@@ -48,6 +49,13 @@ def inputs_of(spec: attncompile.Spec, **sizes: int) -> dict[str, torch.Tensor]:
     return random_tensors(spec, {"B": 2, "I": 37, "J": 41, **sizes})
 
 
+def require_as_plain(
+    found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str, terms: int = 48
+) -> None:
+    """As near to float64 as the plain computation, but for one more sum of so many terms in another order."""
+    require_within(found, exact, derive_tolerance(exact, plain, terms).bound, what)
+
+
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_values_and_gradients_are_those_of_the_definition(name: str) -> None:
     attend = attncompile.attention(VARIANTS[name])
@@ -57,17 +65,18 @@ def test_values_and_gradients_are_those_of_the_definition(name: str) -> None:
     names = [key for key, tensor in tensors.items() if tensor.is_floating_point()]
     for key in names:
         tensors[key].requires_grad_()
-    found, expected = attend(**tensors), attend.reference(**tensors)
-    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    found, plain = attend(**tensors), attend.reference(**tensors, dtype=torch.float32)
+    wide = {key: tensor.detach().double().requires_grad_() if key in names else tensor
+            for key, tensor in tensors.items()}  # fmt: skip
+    (exact,) = attend.stated.interpret(wide)
+    assert isinstance(found, torch.Tensor) and isinstance(plain, torch.Tensor)
+    require_as_plain(found, plain, exact, "output")
     given = torch.randn_like(found)
-    leaves = [tensors[key] for key in names]
-    for one, other in zip(
-        torch.autograd.grad(found, leaves, given),
-        torch.autograd.grad(expected, leaves, given.double()),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    forms = ((found, tensors, given), (plain, tensors, given), (exact, wide, given.double()))
+    gradients = [torch.autograd.grad(out, [inputs[key] for key in names], cotangent)
+                 for out, inputs, cotangent in forms]  # fmt: skip
+    for key, *three in zip(names, *gradients, strict=True):
+        require_as_plain(*three, key)
 
 
 def test_packed_sequences_are_attention_of_each_alone() -> None:
@@ -77,8 +86,10 @@ def test_packed_sequences_are_attention_of_each_alone() -> None:
     found = attncompile.attention(PACKED)(tensors["q"], tensors["k"], tensors["v"], document=documents(cu_seqlens))
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         query, key, value = (tensors[name][:, :, start:stop] for name in "qkv")
-        alone = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        torch.testing.assert_close(found[:, :, start:stop], alone, rtol=1e-5, atol=1e-5)
+        parts, attend = (query, key, value), torch.nn.functional.scaled_dot_product_attention
+        plain = attend(*parts, is_causal=True, enable_gqa=True)
+        exact = attend(*(part.double() for part in parts), is_causal=True, enable_gqa=True)
+        require_as_plain(found[:, :, start:stop], plain, exact, f"tokens {start} to {stop}")
 
 
 def test_it_is_a_part_of_a_compiled_model() -> None:
@@ -139,6 +150,7 @@ def test_on_a_card(name: str) -> None:
     if "document" in tensors:
         tensors["document"] = documents(cumulative([100, 1, 150, 49]))
     tensors = {key: tensor.cuda() for key, tensor in tensors.items()}
-    found, expected = attend(**tensors), attend.reference(**tensors)
-    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
-    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+    found, exact = attend(**tensors), attend.reference(**tensors)
+    plain = attend.reference(**tensors, dtype=torch.float16)
+    assert isinstance(found, torch.Tensor) and isinstance(plain, torch.Tensor) and isinstance(exact, torch.Tensor)
+    require_as_plain(found, plain, exact, name, terms=333)
