@@ -10,7 +10,9 @@ from attncompile.backend.choose import SUPPORTED
 from attncompile.backend.stated import computed, lowered
 from attncompile.codegen.lowering import Lowering
 from attncompile.ir import Spec, parse_spec
+from attncompile.ir.expr import Const, Size
 from attncompile.ir.types import DTYPES, NAMES, bind_sizes
+from attncompile.kernels import operators
 from attncompile.passes import parse_passes, run_passes
 
 Result = torch.Tensor | tuple[torch.Tensor, ...]
@@ -28,7 +30,7 @@ class Attention:
 
     def __init__(self, stated: Spec, spec: Spec) -> None:
         self.stated, self.spec = stated, spec
-        self._text = str(spec)
+        self._text, self._stated_text = str(spec), str(stated)
         self._names = tuple(value.name for value in stated.inputs)
         self._fitting: set[Any] = set()
 
@@ -44,8 +46,9 @@ class Attention:
                 device that is not supported.
         """
         ordered = self._ordered(tensors, named)
-        if not torch.compiler.is_compiling():
-            self._require_fitting(ordered)
+        if torch.compiler.is_compiling():
+            return _traced(self._stated_text, self._text, *ordered)
+        self._require_fitting(ordered)
         return computed(self._text, *ordered)
 
     def reference(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float64, **named: torch.Tensor) -> Result:
@@ -113,6 +116,30 @@ class Attention:
         types = {value.name: value.type for value in self.stated.inputs}
         bind_sizes(types, dict(zip(self._names, tensors, strict=True)))
         self._fitting.add(key)
+
+
+@torch.compiler.allow_in_graph
+def _traced(stated: str, text: str, *tensors: torch.Tensor) -> Result:
+    """The outputs, with dtypes and sizes looked at while a graph is traced: sizes may be symbols, which stay so.
+
+    Raises:
+        ValueError: for an input of another dtype, or of a size that does not fit.
+    """
+    spec, found = operators.parsed(stated), dict[str, Any]()
+    for value, tensor in zip(spec.inputs, tensors, strict=True):
+        if tensor.dtype is not DTYPES[value.type.dtype]:
+            raise ValueError(f"{value.name} of {spec.name} is {tensor.dtype}, but is stated as {value.type.dtype}")
+        if tensor.dim() != len(value.type.axes):
+            raise ValueError(f"{value.name} of {spec.name} has {tensor.dim()} axes, but is stated as {value.type}")
+        for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
+            wanted: Any = extent  # of a compound size, which the operator looks at
+            if isinstance(axis.size, Size):
+                wanted = found.setdefault(axis.size.name, extent)
+            elif isinstance(axis.size, Const):
+                wanted = axis.size.value
+            if extent != wanted:
+                raise ValueError(f"axis {axis.name} of {value.name} of {spec.name} is {extent}, but should be {wanted}")
+    return lowered(text, tensors[0].device.type)[1].run(*tensors)
 
 
 def attention(spec: Spec | str, *, passes: str = "", allow_untrained: bool = False) -> Attention:

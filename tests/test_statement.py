@@ -105,6 +105,18 @@ def test_it_is_a_part_of_a_compiled_model() -> None:
         torch.testing.assert_close(compiled(hidden, document), block(hidden, document))
 
 
+@pytest.mark.parametrize("document", [
+    torch.zeros(1, dtype=torch.int32), torch.zeros(12, dtype=torch.int32), torch.zeros(9), torch.zeros(3, 3),
+])  # fmt: skip
+def test_a_compiled_model_refuses_what_a_call_refuses(document: torch.Tensor) -> None:
+    """A single number for all tokens would be broadcast otherwise, and be wrong."""
+    attend = attncompile.attention(PACKED)
+    query, key = torch.randn(1, 8, 9, 16), torch.randn(1, 2, 9, 16)
+    compiled = torch.compile(lambda given: attend(query, key, key, document=given), backend="aot_eager", dynamic=True)
+    with pytest.raises(Exception, match="document of packed"):
+        compiled(document)
+
+
 def test_passes_are_run_or_refused() -> None:
     attend = attncompile.attention(VARIANTS["window"], passes="sparsify.window(size=4)")
     assert "i − 4" in str(attend) and "i − 4" not in str(attend.stated)
