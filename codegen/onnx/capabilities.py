@@ -84,7 +84,12 @@ class Capability:
     parts: tuple[Capability, ...] = ()
 
     def why_not(
-        self, spec: Spec, provider: Provider = "cpu", version: str | None = None, opset: int = OPSET
+        self,
+        spec: Spec,
+        provider: Provider = "cpu",
+        version: str | None = None,
+        opset: int = OPSET,
+        dtype: str | None = None,
     ) -> str | None:
         """Why this operator cannot be relied on for the Spec's Attend (or Scan); ``None`` when it can.
 
@@ -92,16 +97,15 @@ class Capability:
             spec: what to compute; provider: where.
             version: of ONNX Runtime, such as ``1.24``; the installed one where it is left out.
             opset: of the model, which says which version of a standard operator runs.
+            dtype: of queries in the model that is written in the end, where that is not the Spec's.
         """
         reason = self.beyond(spec, provider)
         if reason is not None:
             return reason
         found, types = self._operation(spec), spec.types()
         assert found is not None  # as beyond has seen
-        return next(
-            (why for row in self.parts or (self,) if (why := row._untried(found, types, provider, version, opset))),
-            None,
-        )
+        reasons = (row._untried(found, types, provider, version, opset, dtype) for row in self.parts or (self,))
+        return next((why for why in reasons if why), None)
 
     def beyond(self, spec: Spec, provider: Provider = "cpu") -> str | None:
         """Why its definition does not hold this Spec, whatever the version of ONNX Runtime; ``None`` when it does."""
@@ -117,11 +121,17 @@ class Capability:
         return spec.attend() if self.operation is Attend else spec.scan()
 
     def _untried(
-        self, found: Attend | Scan, types: Types, provider: Provider, version: str | None, opset: int
+        self,
+        found: Attend | Scan,
+        types: Types,
+        provider: Provider,
+        version: str | None,
+        opset: int,
+        dtype: str | None,
     ) -> str | None:
         if self.features is None:
             return None
-        dtype = types[found.query].dtype
+        dtype = dtype or types[found.query].dtype
         if not versions(provider):
             kernels = self.documented.get(provider, ())
             return None if dtype in kernels else f"{self.operator} has no kernel for {dtype} on {provider}"
