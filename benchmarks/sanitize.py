@@ -49,8 +49,8 @@ class Sample:
 
     Attributes:
         name: ``kind/row``.
-        kind: ``dense``, ``decode``, ``hopper``, ``hopper-8-bit`` (operands rounded to float8), ``backward`` or
-            ``hopper-backward``.
+        kind: ``dense``, ``decode``, ``hopper``, ``hopper-8-bit`` (operands rounded to float8), ``backward``,
+            ``hopper-backward`` or ``control``, a kernel that is none of ours and known to be right.
         row: of the table of this kind's tests.
         sizes: other ones than the row's; empty for those.
     """
@@ -106,7 +106,36 @@ SAMPLES: tuple[Sample, ...] = (
             ("softcap-64", (1, 129, 128)), ("values-of-their-own", (1, 65, 65)),
         )
     ),
+    Sample("control", "named-barrier-by-number"),
+    Sample("control", "named-barrier-by-register"),
 )  # fmt: skip
+
+
+NAMED_BARRIER = """
+extern "C" __global__ void hand_over(int* given, int number) {
+    __shared__ int places[32];
+    if (threadIdx.x < 32) {
+        places[threadIdx.x] = threadIdx.x + 1;
+        asm volatile("bar.arrive %s, 64;" : : %s : "memory");
+    } else {
+        asm volatile("bar.sync %s, 64;" : : %s : "memory");
+        given[threadIdx.x - 32] = places[threadIdx.x - 32];
+    }
+}
+"""
+"""One warp hands numbers to another as the description of ``bar`` in the PTX ISA says, with the barrier's number in the
+instruction or in a register: what a tool reports of these it reports of the instruction."""
+
+
+def _control(row: str) -> bool:
+    """Run a kernel that hands numbers over; whether they arrive."""
+    place, operand = ("%0", '"r"(number)') if row.endswith("register") else ("1", "")
+    source = NAMED_BARRIER % (place, operand, place, operand)
+    kernel = torch.cuda._compile_kernel(source, "hand_over")
+    given = torch.zeros(32, dtype=torch.int32, device="cuda")
+    kernel((1, 1, 1), (64, 1, 1), (given, 1))
+    torch.cuda.synchronize()
+    return bool((given.cpu() == torch.arange(1, 33)).all())
 
 
 def case_of(sample: Sample) -> Any:
@@ -175,6 +204,8 @@ def _backward(
 
 def run(sample: Sample) -> bool:
     """Run a sample once; whether its results are right."""
+    if sample.kind == "control":
+        return _control(sample.row)
     case = case_of(sample)
     spec, dtype = case.spec, torch.bfloat16
     tensors = case.tensors(0, dtype)
