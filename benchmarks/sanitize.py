@@ -106,36 +106,41 @@ SAMPLES: tuple[Sample, ...] = (
             ("softcap-64", (1, 129, 128)), ("values-of-their-own", (1, 65, 65)),
         )
     ),
-    Sample("control", "named-barrier-by-number"),
-    Sample("control", "named-barrier-by-register"),
+    *(Sample("control", f"handed-over-{rounds}") for rounds in (1, 2, 3, 8)),
 )  # fmt: skip
 
 
-NAMED_BARRIER = """
-extern "C" __global__ void hand_over(int* given, int number) {
-    __shared__ int places[32];
-    if (threadIdx.x < 32) {
-        places[threadIdx.x] = threadIdx.x + 1;
-        asm volatile("bar.arrive %s, 64;" : : %s : "memory");
-    } else {
-        asm volatile("bar.sync %s, 64;" : : %s : "memory");
-        given[threadIdx.x - 32] = places[threadIdx.x - 32];
+HANDED_OVER = """
+extern "C" __global__ void hand_over(int* given, int rounds) {
+    __shared__ int places[2][128];
+    int own = threadIdx.x % 128;
+    for (int round = 0; round < rounds; round++) {
+        int stage = round % 2;
+        if (threadIdx.x < 128) {
+            if (round >= 2) asm volatile("bar.sync %0, 256;" : : "r"(3 + stage) : "memory");
+            places[stage][own] = own + round;
+            asm volatile("bar.arrive %0, 256;" : : "r"(1 + stage) : "memory");
+        } else {
+            asm volatile("bar.sync %0, 256;" : : "r"(1 + stage) : "memory");
+            given[round * 128 + own] = places[stage][127 - own];
+            asm volatile("bar.arrive %0, 256;" : : "r"(3 + stage) : "memory");
+        }
     }
 }
 """
-"""One warp hands numbers to another as the description of ``bar`` in the PTX ISA says, with the barrier's number in the
-instruction or in a register: what a tool reports of these it reports of the instruction."""
+"""Four warps hand numbers to four others through two places, as the description of ``bar`` in the PTX ISA has it. What a
+tool reports of this kernel it reports of the instructions, and of every kernel that hands over in turns."""
 
 
 def _control(row: str) -> bool:
-    """Run a kernel that hands numbers over; whether they arrive."""
-    place, operand = ("%0", '"r"(number)') if row.endswith("register") else ("1", "")
-    source = NAMED_BARRIER % (place, operand, place, operand)
-    kernel = torch.cuda._compile_kernel(source, "hand_over")
-    given = torch.zeros(32, dtype=torch.int32, device="cuda")
-    kernel((1, 1, 1), (64, 1, 1), (given, 1))
+    """Run the kernel that hands numbers over, so many times; whether they arrive."""
+    rounds = int(row.rpartition("-")[2])
+    kernel = torch.cuda._compile_kernel(HANDED_OVER, "hand_over")
+    given = torch.zeros(rounds, 128, dtype=torch.int32, device="cuda")
+    kernel((1, 1, 1), (256, 1, 1), (given, rounds))
     torch.cuda.synchronize()
-    return bool((given.cpu() == torch.arange(1, 33)).all())
+    wanted = torch.arange(127, -1, -1) + torch.arange(rounds)[:, None]
+    return bool((given.cpu() == wanted).all())
 
 
 def case_of(sample: Sample) -> Any:
