@@ -34,6 +34,7 @@ from attncompile.ir import Spec, parse_spec
 from attncompile.kernels.operators import with_log_sum_exp
 from attncompile.passes import parse_passes, run_passes
 from benchmarks.report import Report, add_processes, arguments, chosen, parse
+from benchmarks.sanitizer_controls import CONTROLS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LIMIT = 100
@@ -106,41 +107,8 @@ SAMPLES: tuple[Sample, ...] = (
             ("softcap-64", (1, 129, 128)), ("values-of-their-own", (1, 65, 65)),
         )
     ),
-    *(Sample("control", f"handed-over-{rounds}") for rounds in (1, 2, 3, 8)),
+    *(Sample("control", name) for name in CONTROLS),
 )  # fmt: skip
-
-
-HANDED_OVER = """
-extern "C" __global__ void hand_over(int* given, int rounds) {
-    __shared__ int places[2][128];
-    int own = threadIdx.x % 128;
-    for (int round = 0; round < rounds; round++) {
-        int stage = round % 2;
-        if (threadIdx.x < 128) {
-            if (round >= 2) asm volatile("bar.sync %0, 256;" : : "r"(3 + stage) : "memory");
-            places[stage][own] = own + round;
-            asm volatile("bar.arrive %0, 256;" : : "r"(1 + stage) : "memory");
-        } else {
-            asm volatile("bar.sync %0, 256;" : : "r"(1 + stage) : "memory");
-            given[round * 128 + own] = places[stage][127 - own];
-            asm volatile("bar.arrive %0, 256;" : : "r"(3 + stage) : "memory");
-        }
-    }
-}
-"""
-"""Four warps hand numbers to four others through two places, as the description of ``bar`` in the PTX ISA has it. What a
-tool reports of this kernel it reports of the instructions, and of every kernel that hands over in turns."""
-
-
-def _control(row: str) -> bool:
-    """Run the kernel that hands numbers over, so many times; whether they arrive."""
-    rounds = int(row.rpartition("-")[2])
-    kernel = torch.cuda._compile_kernel(HANDED_OVER, "hand_over")
-    given = torch.zeros(rounds, 128, dtype=torch.int32, device="cuda")
-    kernel((1, 1, 1), (256, 1, 1), (given, rounds))
-    torch.cuda.synchronize()
-    wanted = torch.arange(127, -1, -1) + torch.arange(rounds)[:, None]
-    return bool((given.cpu() == wanted).all())
 
 
 def case_of(sample: Sample) -> Any:
@@ -210,7 +178,7 @@ def _backward(
 def run(sample: Sample) -> bool:
     """Run a sample once; whether its results are right."""
     if sample.kind == "control":
-        return _control(sample.row)
+        return CONTROLS[sample.row]()
     case = case_of(sample)
     spec, dtype = case.spec, torch.bfloat16
     tensors = case.tensors(0, dtype)
