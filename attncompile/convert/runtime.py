@@ -70,12 +70,19 @@ def session(
         options.intra_op_num_threads = threads
     try:
         given = str(model) if isinstance(model, Path) else model
-        return onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
+        loaded = onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
     except Exception as error:
         name = model if isinstance(model, Path) else "the model"
         raise InputError(
             f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
         ) from error
+    if names[0] not in loaded.get_providers():  # ONNX Runtime says so in its log and goes on with the next one
+        raise InputError(
+            f"{names[0]} cannot be used here: its libraries or its device are missing",
+            f"onnxruntime {onnxruntime.__version__}",
+            "what is missing stands in ONNX Runtime's log; install it, or choose --provider cpu",
+        )
+    return loaded
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
