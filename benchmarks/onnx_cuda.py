@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,13 +233,15 @@ def _record(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     import onnxruntime
 
     checkpoint, ours, builder = folder / "checkpoint", folder / "ours", folder / "builder"
-    seconds: dict[str, float] = {}
     if not checkpoint.exists():
         write_checkpoint(checkpoint, chosen.layers, chosen.small)
-    if not builder.exists():
-        seconds["builder"] = build_peer(checkpoint, builder, chosen.precision, chosen.provider)
-    if not ours.exists():
-        seconds["ours"] = convert_ours(checkpoint, ours, chosen.precision, chosen.provider)
+    with ThreadPoolExecutor() as pool:  # each is a process of its own
+        making = {
+            out.name: pool.submit(make, checkpoint, out, chosen.precision, chosen.provider)
+            for make, out in ((build_peer, builder), (convert_ours, ours))
+            if not out.exists()
+        }
+        seconds = {name: made.result() for name, made in making.items()}
     models = {name: Loaded(folder / name, chosen.provider) for name in ("ours", "builder")}
     apart = difference(models, min(512, chosen.context))
     print(f"logits apart: {apart}", flush=True)
