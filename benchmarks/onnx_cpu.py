@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ Arguments = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 Feed = dict[str, np.ndarray]
 THREADS = 2
 LONG = 4096
-"""Tokens from which on a call takes so long that three rounds are made of it."""
+"""Tokens from which on a call takes so long that three rounds are made of it, with two threads alone."""
 
 KIB = 1024
 """Bytes in the unit of `getrusage` on Linux."""
@@ -191,7 +191,7 @@ def _interleaved(
     sessions = {name: _session(path, threads) for name, path in paths.items()}
     fed = {name: _fed(session, feed) for name, session in sessions.items()}
     for name, session in sessions.items():
-        for _ in range(min(WARM_UP, rounds)):
+        for _ in range(WARM_UP if rounds >= WARM_UP else 1):
             session.run(None, fed[name])
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(rounds):
@@ -261,7 +261,7 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
         difference = _difference(paths["eager"], paths["ours"], feed)
         count = max(5, min(rounds, rounds * 512 // (batch * tokens))) if batch * tokens < LONG else 3
         wall = _interleaved(paths, feed, count, THREADS, time.perf_counter)
-        work = _interleaved(paths, feed, count, 1, time.thread_time)
+        work = _interleaved(paths, feed, count, 1, time.thread_time) if batch * tokens < LONG else {}
         peak = {name: peak_memory(path, subject.name, batch, tokens) for name, path in paths.items()}
         case = Case(
             model=subject.name,
@@ -272,7 +272,7 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
             wall=wall,
             work=work,
             wall_ratio={kind: round(wall[kind] / wall["ours"], 3) for kind in kinds},
-            work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds},
+            work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds if work},
             operators=operators,
             precision=precision,
             megabytes={name: round(_size(path), 1) for name, path in paths.items()},
@@ -298,12 +298,16 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=40, help="rounds at 512 tokens or fewer; longer calls get fewer"
     )
+    parser.add_argument("--tokens", nargs="+", type=int, default=(), help="only calls of these lengths")
     parser.add_argument("--precisions", nargs="+", default=(), help="as attncompile convert --precision takes them")
     chosen = parser.parse_args()
     cases: list[Case] = []
     for name in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
-            cases += measure(SUBJECTS[name], Path(folder), chosen.rounds, chosen.precisions)
+            subject = SUBJECTS[name]
+            if chosen.tokens:
+                subject = replace(subject, shapes=tuple(each for each in subject.shapes if each[1] in chosen.tokens))
+            cases += measure(subject, Path(folder), chosen.rounds, chosen.precisions)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime, onnx_ir)}
     record = {
         "device": device(),
