@@ -195,6 +195,14 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    shared_buffer: Annotated[
+        bool,
+        typer.Option(
+            "--shared-buffer",
+            help="onnx: past and present of a language model's cache are one buffer, written in place; for rows "
+            "without padding",
+        ),
+    ] = False,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -229,6 +237,7 @@ def convert(
             passes=passes,
             allow_untrained=allow_untrained,
             cache=cache,
+            shared_buffer=shared_buffer,
             precision=precision,
             budget=budget,
             text=text,

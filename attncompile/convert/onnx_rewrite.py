@@ -61,6 +61,9 @@ def rewrite_onnx(
     notes: tuple[str, ...],
     longest: int | None = None,
     version: str | None = None,
+    *,
+    shared: bool = False,
+    dtype: str | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -73,6 +76,8 @@ def rewrite_onnx(
         notes: of the export, to keep with the program.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it; the installed one where it is left out.
+        shared: whether past and present keys are one buffer.
+        dtype: that the model will be put in afterwards; its own where it is left out.
     """
     opset_before = model.opset_imports.get("", 0)
     wanted = wanted_opset(version, provider)
@@ -101,7 +106,15 @@ def rewrite_onnx(
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
             choice = choose(
-                result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest, version=version
+                result.spec,
+                provider,
+                prefer,
+                opset=opset,
+                switch=not inside,
+                longest=longest,
+                version=version,
+                shared=shared,
+                dtype=dtype,
             )
             native = called.get(place, (place.domain, place.op_type))
             stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
@@ -126,7 +139,7 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider, version)
+    done = tidy(model, provider, version, longest)
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
@@ -137,7 +150,8 @@ def rewrite_onnx(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
             f"{version or installed()} runs no newer one"
         )
-    return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
+    changed = bool(choices) or done != Tidied(0, 0, 0, 0)
+    return Rewritten(model, program, tuple(outcomes), choices, tuple(told), changed)
 
 
 def operators_of_file(file: Path, provider: Provider, prefer: Prefer) -> dict[str, tuple[str, str]]:

@@ -1,0 +1,156 @@
+"""``GroupQueryAttention`` on a buffer that is past and present at once.
+
+A graph with such a buffer ``[B, G, C, D]`` slices off the ``P`` cached positions, puts the new ones behind them,
+attends to both, and gives the buffer with the new ones in it as a result: four copies of a cache. The operator takes
+the buffer as it is, with the number of keys, and gives it back with ``I`` positions written; where a runtime has bound
+one piece of memory to both, nothing else moves. There is no other form beside it, and no ``If``: it is for calls that
+it computes, one row, one query or an empty cache (ONNX Runtime 1.22 to 1.31 refuse others), under a mask that is causal
+and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attncompile.codegen.onnx.attend import (
+    Made,
+    Place,
+    additive_mask,
+    arranged,
+    head_count,
+    result,
+    sink_of_heads,
+    writer_of,
+)
+from attncompile.codegen.onnx.cached import (
+    CONCATENATED,
+    Cached,
+    concatenated,
+    flat_keys,
+    key_count,
+    lengths,
+    parts_of_cache,
+)
+from attncompile.codegen.onnx.expressions import Writer
+from attncompile.codegen.onnx.layouts import flat_groups
+from attncompile.codegen.onnx.reading import CausalMask, group_query_form
+from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, constant, dimensions, producer
+from attncompile.ir.attend import Attend
+from attncompile.ir.expr import TRUE, Expr
+from attncompile.ir.refusal import Refusal, RefusalError
+from attncompile.ir.rows import extents
+
+IN_PLACE = "attncompile.in_place"
+"""In the ``meta`` of a node that was written here."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Keys or values in one buffer.
+
+    Attributes:
+        before: the buffer that goes in, ``[B, G, C, D]``.
+        cached: how many of its positions are, int64 ``[1]``.
+        after: the graph's own form of the buffer with the new ones behind them, a result of the graph.
+    """
+
+    before: ir.Value
+    cached: ir.Value
+    after: ir.Value
+
+
+def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Made:
+    """The operator on the buffer; on past and new keys where the graph has no buffer for them, as in a site alone.
+
+    Args:
+        attend: what to compute; causal: its mask, split; place: where to write it.
+
+    Raises:
+        RefusalError: where keys and values are cached, and not both in buffers of as many positions.
+    """
+    writer, build, sizes = writer_of(attend, place), place.build, extents(attend, place.types)
+    sides = (attend.key, attend.value)
+    split = {name: parts_of_cache(attend, name, writer, place) for name in sides}
+    buffers = [_buffer(concatenated(attend, name, place)) for name in sides]
+    if any(split[name].whole is not None for name in sides) and None in buffers:
+        raise RefusalError(Refusal("no-buffer", "the graph does not keep its keys and values in one buffer each"))
+    held = [buffer for buffer in buffers if buffer is not None]
+    keys = _keys(writer, sizes, held[0]) if held else key_count(writer, sizes, split[attend.key], place)
+    form = group_query_form(attend)
+    assert form is not None  # the capability row has looked
+    last, total = lengths(writer, sizes, keys)
+    out, *present = build(
+        "GroupQueryAttention",
+        arranged(writer, place, attend.query, flat_groups),
+        *(flat_keys(writer, place, name, split[name].new, sizes["i"]) for name in sides),
+        *([buffer.before for buffer in held] or [split[name].past for name in sides]),
+        last,
+        total,
+        None,
+        None,
+        None,
+        additive_mask(writer, TRUE, 0.0, form.bias, square=True),
+        sink_of_heads(attend, place, writer),
+        domain=MICROSOFT,
+        outputs=3,
+        num_heads=head_count(place, attend.query),
+        kv_num_heads=head_count(place, attend.key),
+        scale=form.scale,
+        softcap=form.cap,
+        local_window_size=causal.window,
+    )
+    build.nodes[-1].meta[CONCATENATED] = tuple(buffer.after for buffer in held)
+    build.nodes[-1].meta[IN_PLACE] = True
+    for value, buffer in zip(present, held, strict=False):
+        value.dtype, value.shape = NUMPY_TYPES[place.types[attend.key].dtype], buffer.after.shape
+    axes = tuple(axis.name for axis in place.types[attend.out].axes)
+    return result(place, attend.out, out, flat_groups(axes), attend.query)
+
+
+def _keys(writer: Writer, sizes: dict[str, Expr], buffer: Buffer) -> ir.Value:
+    """How many keys there are with the new ones, int64 ``[1]``: one number for all sites."""
+    build, new = writer.build, sizes["i"]
+    meaning = ("keys in a buffer", buffer.cached.name, writer.key(new))
+    return writer.once(meaning, lambda: build("Add", buffer.cached, writer.size(new)))
+
+
+def _buffer(joined: Cached | None) -> Buffer | None:
+    """The buffer of keys or values that the graph concatenates of the first positions of one, and new ones."""
+    if joined is None or joined.whole is None:
+        return None
+    found = _sliced(joined.past)
+    if found is None:
+        return None
+    before, start, end = found
+    known, sizes = constant(start), dimensions(before)
+    if known is None or known.reshape(-1).tolist() != [0] or end is None or sizes is None:
+        return None
+    for use in joined.whole.uses():
+        node, after = use.node, use.node.outputs[0]
+        if producer(after, "Concat") is not node or len(node.inputs) != 2 or use.idx or not after.is_graph_output():
+            continue
+        rest = _sliced(node.inputs[1]) if node.attributes.get_int("axis", 0) in (2, -2) else None
+        # the rest is a part of the same buffer, and fills it up to its size: it begins where the keys end
+        if rest is not None and rest[0] is before and dimensions(after) == sizes and None not in sizes:
+            return Buffer(before, end, after)
+    return None
+
+
+def _sliced(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+    """``(x, start, end)`` of ``x[:, :, start:end]``."""
+    node = producer(value, "Slice")
+    if node is None or len(node.inputs) < 4:
+        return None
+    data, start, end, axes, *steps = node.inputs
+    along = constant(axes)
+    if data is None or start is None or along is None or along.reshape(-1).tolist() not in ([2], [-2]):
+        return None
+    step = constant(steps[0]) if steps and steps[0] is not None else None
+    if steps and steps[0] is not None and (step is None or step.reshape(-1).tolist() != [1]):
+        return None
+    return data, start, end
+
+
+__all__ = ["IN_PLACE", "group_query_in_place"]
