@@ -74,6 +74,8 @@ def _why_not_heard(model: DecoderModel) -> str | None:
             "the encoder-decoders that onnxruntime-genai runs take features of sound and no padding mask, this one "
             f"takes {' and '.join(inputs)}"
         )
+    if model.source is None:
+        return f"onnxruntime-genai gives an encoder {FRAMES} frames of features, this one takes any number"
     if (features.shape[-1], model.source) != (FRAMES, FRAMES // 2):
         return (
             f"onnxruntime-genai gives an encoder {FRAMES} frames and asks for {FRAMES // 2} positions, here "

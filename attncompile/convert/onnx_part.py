@@ -150,7 +150,7 @@ def make_part(
             notes,
             longest,
             options.onnxruntime,
-            shared=isinstance(opened, Generating) and opened.shared,
+            one_buffer=isinstance(opened, Generating) and opened.shared,
             dtype=precision.states if precision is not None else None,
         )
         options.progress(f"writing the model{doing}")

@@ -62,7 +62,7 @@ def rewrite_onnx(
     longest: int | None = None,
     version: str | None = None,
     *,
-    shared: bool = False,
+    one_buffer: bool = False,
     dtype: str | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
@@ -76,7 +76,7 @@ def rewrite_onnx(
         notes: of the export, to keep with the program.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it; the installed one where it is left out.
-        shared: whether past and present keys are one buffer.
+        one_buffer: whether past and present keys are.
         dtype: that the model will be put in afterwards; its own where it is left out.
     """
     opset_before = model.opset_imports.get("", 0)
@@ -113,7 +113,7 @@ def rewrite_onnx(
                 switch=not inside,
                 longest=longest,
                 version=version,
-                shared=shared,
+                shared=one_buffer,
                 dtype=dtype,
             )
             native = called.get(place, (place.domain, place.op_type))

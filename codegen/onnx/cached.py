@@ -85,7 +85,7 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
     assert form is not None  # the capability row has looked
     bias = additive_mask(writer, TRUE, 0.0, form.bias, square=True)
     sink = sink_of_heads(attend, place, writer)
-    last, total = lengths(writer, sizes, key_count(writer, sizes, split[attend.key], place))
+    last, total = lengths(writer, key_count(writer, sizes, split[attend.key], place), writer.size(sizes["b"]))
 
     fused = Builder(build.graph, "fused")
     found = fused(
@@ -207,17 +207,17 @@ def key_count(writer: Writer, sizes: dict[str, Expr], parts: Cached, place: Plac
         )
 
 
-def lengths(writer: Writer, sizes: dict[str, Expr], keys: ir.Value) -> tuple[ir.Value, ir.Value]:
+def lengths(writer: Writer, keys: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``seqlens_k``, the last key of every row, int32 ``[B]``, and the number of keys, an int32 scalar.
 
     Args:
-        writer: writes them; sizes: of the map; keys: their number, int64 ``[1]``.
+        writer: writes them; keys, rows: how many there are, int64 ``[1]``.
     """
     build = writer.build
     total = writer.once(("int32", keys.name), lambda: build("Cast", keys, to=int(ir.DataType.INT32)))
     last = writer.once(
-        ("last keys", keys.name, writer.key(sizes["b"])),
-        lambda: build("Expand", build("Sub", total, build.constant(1, "int32")), writer.size(sizes["b"])),
+        ("last keys", keys.name, rows.name),
+        lambda: build("Expand", build("Sub", total, build.constant(1, "int32")), rows),
     )
     scalar = writer.once(("int32 scalar", keys.name), lambda: build("Squeeze", total, build.constant([0])))
     return last, scalar

@@ -341,9 +341,8 @@ def in_place() -> Capability:
         assert causal is not None  # the objection has looked
         return group_query_in_place(attend, causal, place)
 
-    return replace(
-        row, operator=IN_PLACE, objection=objection, build=build, features=features, parts=(), alone_or_first=True
-    )
+    tried = replace(row, features=features)
+    return replace(row, operator=IN_PLACE, objection=objection, build=build, parts=(tried,), alone_or_first=True)
 
 
 IN_PLACE = "GroupQueryAttention in place"

@@ -33,12 +33,11 @@ from attncompile.codegen.onnx.cached import (
     lengths,
     parts_of_cache,
 )
-from attncompile.codegen.onnx.expressions import Writer
 from attncompile.codegen.onnx.layouts import flat_groups
 from attncompile.codegen.onnx.reading import CausalMask, group_query_form
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, constant, dimensions, producer
 from attncompile.ir.attend import Attend
-from attncompile.ir.expr import TRUE, Expr
+from attncompile.ir.expr import TRUE
 from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.rows import extents
 
@@ -52,12 +51,12 @@ class Buffer:
 
     Attributes:
         before: the buffer that goes in, ``[B, G, C, D]``.
-        cached: how many of its positions are, int64 ``[1]``.
+        keys: how many keys there are with the new ones, int64 ``[1]``.
         after: the graph's own form of the buffer with the new ones behind them, a result of the graph.
     """
 
     before: ir.Value
-    cached: ir.Value
+    keys: ir.Value
     after: ir.Value
 
 
@@ -77,10 +76,14 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
     if any(split[name].whole is not None for name in sides) and None in buffers:
         raise RefusalError(Refusal("no-buffer", "the graph does not keep its keys and values in one buffer each"))
     held = [buffer for buffer in buffers if buffer is not None]
-    keys = _keys(writer, sizes, held[0]) if held else key_count(writer, sizes, split[attend.key], place)
+    if held:  # sizes are read off the buffer: a look at an operand would keep its layout alive
+        keys = held[0].keys
+        rows = writer.once(("rows of", held[0].before.name), lambda: build("Shape", held[0].before, start=0, end=1))
+    else:
+        keys, rows = key_count(writer, sizes, split[attend.key], place), writer.size(sizes["b"])
     form = group_query_form(attend)
     assert form is not None  # the capability row has looked
-    last, total = lengths(writer, sizes, keys)
+    last, total = lengths(writer, keys, rows)
     out, *present = build(
         "GroupQueryAttention",
         arranged(writer, place, attend.query, flat_groups),
@@ -109,13 +112,6 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
     return result(place, attend.out, out, flat_groups(axes), attend.query)
 
 
-def _keys(writer: Writer, sizes: dict[str, Expr], buffer: Buffer) -> ir.Value:
-    """How many keys there are with the new ones, int64 ``[1]``: one number for all sites."""
-    build, new = writer.build, sizes["i"]
-    meaning = ("keys in a buffer", buffer.cached.name, writer.key(new))
-    return writer.once(meaning, lambda: build("Add", buffer.cached, writer.size(new)))
-
-
 def _buffer(joined: Cached | None) -> Buffer | None:
     """The buffer of keys or values that the graph concatenates of the first positions of one, and new ones."""
     if joined is None or joined.whole is None:
@@ -123,9 +119,9 @@ def _buffer(joined: Cached | None) -> Buffer | None:
     found = _sliced(joined.past)
     if found is None:
         return None
-    before, start, end = found
+    before, start = found
     known, sizes = constant(start), dimensions(before)
-    if known is None or known.reshape(-1).tolist() != [0] or end is None or sizes is None:
+    if known is None or known.reshape(-1).tolist() != [0] or sizes is None:
         return None
     for use in joined.whole.uses():
         node, after = use.node, use.node.outputs[0]
@@ -134,23 +130,23 @@ def _buffer(joined: Cached | None) -> Buffer | None:
         rest = _sliced(node.inputs[1]) if node.attributes.get_int("axis", 0) in (2, -2) else None
         # the rest is a part of the same buffer, and fills it up to its size: it begins where the keys end
         if rest is not None and rest[0] is before and dimensions(after) == sizes and None not in sizes:
-            return Buffer(before, end, after)
+            return Buffer(before, rest[1], after)
     return None
 
 
-def _sliced(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
-    """``(x, start, end)`` of ``x[:, :, start:end]``."""
+def _sliced(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """``(x, start)`` of ``x[:, :, start:end]``."""
     node = producer(value, "Slice")
     if node is None or len(node.inputs) < 4:
         return None
-    data, start, end, axes, *steps = node.inputs
+    data, start, _, axes, *steps = node.inputs
     along = constant(axes)
     if data is None or start is None or along is None or along.reshape(-1).tolist() not in ([2], [-2]):
         return None
     step = constant(steps[0]) if steps and steps[0] is not None else None
     if steps and steps[0] is not None and (step is None or step.reshape(-1).tolist() != [1]):
         return None
-    return data, start, end
+    return data, start
 
 
 __all__ = ["IN_PLACE", "group_query_in_place"]

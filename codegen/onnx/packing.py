@@ -18,13 +18,16 @@ import onnx_ir as ir
 
 from attncompile.codegen.onnx.in_place import IN_PLACE
 from attncompile.codegen.onnx.tried import versions, why_not
-from attncompile.codegen.onnx.values import MICROSOFT, Builder, constant, dimensions, producer, read_once
+from attncompile.codegen.onnx.values import MICROSOFT, Builder, constant, dimensions, number, producer, read_once
 
 QUERY, KEY, VALUE, COSINES, SINES = 0, 1, 2, 7, 8
 """Inputs of the operator."""
 
 SAMPLES = ((0, 5), (3, 1), (11, 4))
 """First position and number of positions for which rows of a table are computed again by themselves."""
+
+CHANNELS = 16
+"""The operator turns heads whose channels are a multiple of it (ONNX Runtime 1.22 to 1.31 refuse others)."""
 
 LARGEST_TABLE = 2**28
 """Elements of a table beyond which it is not stored."""
@@ -112,9 +115,12 @@ def _take_rotary(
     cosines, sines = (tables[table] for table in (query.cosines, query.sines))
     if cosines is None or sines is None:
         return False
+    node.resize_inputs(max(len(node.inputs), SINES + 1))
+    maps = [node.inputs[place].producer() for place in (QUERY, KEY)]  # type: ignore[union-attr]
     for place, value in ((QUERY, query.before), (KEY, key.before), (COSINES, cosines), (SINES, sines)):
         node.replace_input_with(place, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
+    model.graph.remove([one for one in maps if one is not None], safe=True)
     return True
 
 
@@ -122,24 +128,24 @@ def _stored(model: ir.Model, table: ir.Value, longest: int) -> ir.Value | None:
     """A table ``[S, D/2]`` of the new positions as a weight ``[longest, D/2]`` of all positions; ``None`` where it is
     made of something else.
     """
-    sizes = dimensions(table)
-    half = sizes[-1] if sizes else None
     nodes = _makers(table)
     ranges = [node for node in nodes or () if node.op_type == "Range" and node.domain == ""]
-    if nodes is None or len(ranges) != 1 or not isinstance(half, int) or longest * half > LARGEST_TABLE:
+    if nodes is None or len(ranges) != 1 or number(ranges[0].inputs[2]) != 1.0:
         return None
-    (positions,) = ranges[0].outputs
-    if constant(ranges[0].inputs[2]) is None or int(np.asarray(constant(ranges[0].inputs[2]))) != 1:
+    rows = _rows(model, table, ranges[0].outputs[0], nodes)
+    first_row = rows(np.zeros(1, dtype=np.int64)) if rows is not None else None
+    if rows is None or first_row is None or longest * first_row.size > LARGEST_TABLE:
         return None
-    rows = _rows(model, table, positions, nodes)
-    whole = rows(np.arange(longest, dtype=np.int64)) if rows is not None else None
-    if rows is None or whole is None or whole.shape != (longest, half):
+    if 2 * first_row.size % CHANNELS:
+        return None
+    whole = rows(np.arange(longest, dtype=np.int64))
+    if whole is None or len(whole) != longest:
         return None
     for first, count in SAMPLES:  # each row is a function of its own position
         part = rows(np.arange(first, first + count, dtype=np.int64)) if first + count <= longest else None
         if part is not None and not np.array_equal(part, whole[first : first + count]):
             return None
-    name = f"{table.name}.all_positions"
+    name = Builder(model.graph, table.name or "table").fresh("all_positions")
     made = ir.Value(
         name=name,
         shape=ir.Shape(whole.shape),
