@@ -78,7 +78,8 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
     held = [buffer for buffer in buffers if buffer is not None]
     if held:  # sizes are read off the buffer: a look at an operand would keep its layout alive
         keys = held[0].keys
-        rows = writer.once(("rows of", held[0].before.name), lambda: build("Shape", held[0].before, start=0, end=1))
+        meaning = ("rows of buffers", writer.key(sizes["b"]))
+        rows = writer.once(meaning, lambda: build("Shape", held[0].before, start=0, end=1))
     else:
         keys, rows = key_count(writer, sizes, split[attend.key], place), writer.size(sizes["b"])
     form = group_query_form(attend)
