@@ -4,9 +4,9 @@
 
 Each checkpoint is converted as ``attncompile convert --cache`` does, with the options behind ``--``, in a process of
 its own. A thread of it reads the resident memory every few milliseconds: what is its own (anonymous), and pages of
-files that are mapped, of which the system has as many copies as it likes. ``peak_bytes`` is the system's own count of the
-largest resident set. What importing PyTorch and transformers takes is stated, and taken off for ``copies``: bytes of
-memory for each byte of the checkpoint's weights. Linux.
+files that are mapped, of which the system has as many copies as it likes. ``peak_bytes`` is the system's own count of
+the largest resident set. What importing PyTorch and transformers takes is stated, and taken off for ``copies``: bytes
+of memory for each byte of the checkpoint's weights. Linux.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import DTYPES, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import attention, flat, positions_visible
 
 HEADS, BATCH, CHANNELS = 4, 2, 16
@@ -137,16 +137,7 @@ def attempts() -> Iterator[Attempt]:
 
 
 def _of(version: int) -> Iterator[Attempt]:
-    def row(
-        feature: str,
-        base: dict[str, Any] | None = None,
-        dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64"),
-        **options: Any,
-    ) -> Attempt:
-        without = partial(call, **base) if base is not None else None
-        make = partial(call, **{**(base or {}), **options})
-        return Attempt("", "Attention", feature, make, without, opset=version, dtypes=dtypes)
-
+    row = partial(attempted, call, "", "Attention", opset=version, dtypes=(*DTYPES, "float64"))
     yield row("operands [B, S, H·D]")
     yield row("operands [B, H, S, D]", flat_heads=False)
     yield row("fewer KV heads", groups=2)
