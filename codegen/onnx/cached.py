@@ -31,7 +31,7 @@ from attncompile.codegen.onnx.attend import (
     decomposition,
     equal_channels,
     extent,
-    head_count,
+    group_query_attributes,
     multi_head,
     multi_head_attention,
     result,
@@ -102,11 +102,7 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
         sink,
         domain=MICROSOFT,
         outputs=3,
-        num_heads=head_count(place, attend.query),
-        kv_num_heads=head_count(place, attend.key),
-        scale=form.scale,
-        softcap=form.cap,
-        local_window_size=causal.window,
+        **group_query_attributes(attend, place, form, causal),
     )
     graphs = [_graph(build, fused, found, "fused", place, attend), _plain(attend, place, split, exact)]
     out, *present = build("If", exact, outputs=3, then_branch=graphs[0], else_branch=graphs[1])

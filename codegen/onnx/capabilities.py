@@ -329,8 +329,8 @@ def in_place() -> Capability:
         if simplify(causal.rest) != TRUE:
             return f"GroupQueryAttention in place is causal and hides nothing else, the mask is {attend.mask}"
         form = group_query_form(attend)
-        if provider != "cpu" and form is not None and form.bias is not None:
-            return "GroupQueryAttention takes no bias on CUDA"
+        if form is not None and form.bias is not None and not versions(provider):
+            return f"what GroupQueryAttention does with a bias on {provider} has not been tried"
         return None
 
     def features(attend: Attend, types: Types) -> tuple[str, ...]:

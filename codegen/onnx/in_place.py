@@ -19,7 +19,7 @@ from attncompile.codegen.onnx.attend import (
     Place,
     additive_mask,
     arranged,
-    head_count,
+    group_query_attributes,
     result,
     sink_of_heads,
     writer_of,
@@ -99,11 +99,7 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
         sink_of_heads(attend, place, writer),
         domain=MICROSOFT,
         outputs=3,
-        num_heads=head_count(place, attend.query),
-        kv_num_heads=head_count(place, attend.key),
-        scale=form.scale,
-        softcap=form.cap,
-        local_window_size=causal.window,
+        **group_query_attributes(attend, place, form, causal),
     )
     build.nodes[-1].meta[CONCATENATED] = tuple(buffer.after for buffer in held)
     build.nodes[-1].meta[IN_PLACE] = True

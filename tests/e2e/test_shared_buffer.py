@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -19,6 +18,7 @@ from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate
 from tests.e2e.test_convert_cached import GROUPED, MORE, QUICK, Build, expected, prompts, tiny
+from tests.onnx_files import operators
 from tests.small_encoder_decoders import small
 
 CAPACITY = 40
@@ -69,10 +69,6 @@ def written(build: Build, folder: Path, **options: object) -> Path:
     made = attncompile.convert(folder / "checkpoint", folder / "out", shared_buffer=True, **options)  # type: ignore
     assert made.certificate.passed
     return folder / "out"
-
-
-def operators(file: Path) -> list[str]:
-    return [node.op_type for node in ir.load(file).graph.all_nodes()]
 
 
 @pytest.fixture(scope="module")
