@@ -73,7 +73,8 @@ def _checked(
     """A site compared with its Spec, once for equal Specs and operators."""
     key = (spec.fingerprint(), choice.row.operator)
     if key not in known:
-        runner, draws = _site_runner(spec, choice, kernels, provider), (*DRAWS, *LONG)
+        runner = _site_runner(spec, choice, kernels, provider)
+        draws: tuple[Draw, ...] = (*DRAWS, *LONG)
         if choice.row.alone_or_first:  # it refuses the others
             draws = tuple(replace(draw, batch=1) for draw in draws)
         known[key] = check_site(name, spec, runner, operator=choice.row.operator, original=original, draws=draws)

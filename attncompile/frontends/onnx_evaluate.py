@@ -238,8 +238,9 @@ class _Part:
 
     def _protos(self) -> list[onnx.NodeProto]:
         nodes = [ir.to_proto(node) for node in self.nodes]
-        for node in nodes if self.number is not None else ():
-            _renumber(node, self.number)
+        if self.number is not None:
+            for node in nodes:
+                _renumber(node, self.number)
         return nodes
 
     def run_reference(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

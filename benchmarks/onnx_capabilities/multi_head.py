@@ -262,7 +262,7 @@ def attempts() -> Iterator[Attempt]:
     large = ("float32", "bfloat16")  # float16 holds no such numbers
     for told, number in (("-3.4e38", -3.3895313892515355e38), ("-2^100", -(2.0**100))):
         feature = f"attention_bias of {told} for a whole row: the mean"
-        yield row(feature, {}, large, bias="[B, 1, I, J]", empty=number)
+        yield row(feature, {}, dtypes=large, bias="[B, 1, I, J]", empty=number)
     for form in ("[B]", "[3B + 2]", "[B, J]", "[B, I, J]"):
         yield row(f"key_padding_mask {form}", {}, padding=form)
     yield row("key_padding_mask [B, J] behind a cache", {"past": 1}, padding="[B, J]")

@@ -163,7 +163,8 @@ def _of(version: int) -> Iterator[Attempt]:
     yield row("additive mask of -inf for some keys", {"mask": "[B, 1, I, J]"}, holes=True)
     yield row("additive mask of -inf for a whole row: zero", {}, mask="[B, 1, I, J]", empty=-math.inf)
     large = ("float32", "bfloat16", "float64")  # float16 holds no such number
-    yield row("additive mask of -2^100 for a whole row: the mean", {}, large, mask="[B, 1, I, J]", empty=-(2.0**100))
+    mean = "additive mask of -2^100 for a whole row: the mean"
+    yield row(mean, {}, dtypes=large, mask="[B, 1, I, J]", empty=-(2.0**100))
     yield row("boolean mask shorter than the keys", {}, mask="[B, 1, I, J]", boolean=True, shorter=3)
     yield row("additive mask shorter than the keys", {}, mask="[B, 1, I, J]", shorter=3)
     yield row("a step behind a cache", past=1)

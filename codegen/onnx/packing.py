@@ -18,7 +18,16 @@ import onnx_ir as ir
 
 from attncompile.codegen.onnx.in_place import IN_PLACE
 from attncompile.codegen.onnx.tried import versions, why_not
-from attncompile.codegen.onnx.values import MICROSOFT, Builder, constant, dimensions, number, producer, read_once
+from attncompile.codegen.onnx.values import (
+    MICROSOFT,
+    Builder,
+    constant,
+    dimensions,
+    known_axis,
+    number,
+    producer,
+    read_once,
+)
 
 QUERY, KEY, VALUE, COSINES, SINES = 0, 1, 2, 7, 8
 """Inputs of the operator."""
@@ -78,9 +87,9 @@ def _rotary_of(value: ir.Value | None, heads: int) -> _Rotary | None:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "RotaryEmbedding" or value is None or not read_once(value):
         return None
-    if node.attributes.get_int("num_heads", 0) != heads or node.attributes.get_int("interleaved", 0):
+    if node.attributes.get_int("num_heads", 0) != heads or node.attributes.get_float("scale", 1.0) != 1.0:
         return None
-    if node.attributes.get_int("rotary_embedding_dim", 0) or node.attributes.get_float("scale", 1.0) != 1.0:
+    if any(node.attributes.get_int(name, 0) != 0 for name in ("interleaved", "rotary_embedding_dim")):
         return None
     if node.domain == MICROSOFT:
         first = constant(node.inputs[1])
@@ -270,8 +279,7 @@ def _merge(model: ir.Model, node: ir.Node, provider: str, version: str | None, *
     biases = [part.bias for part in parts if part.bias is not None]
     if biases:
         packed = build("Add", packed, _side_by_side(model, build, biases))
-    sizes = dimensions(parts[0].x)
-    width = sum(int(part.weight.const_value.shape[1]) for part in parts if part.weight.const_value is not None)
+    sizes, width = dimensions(parts[0].x), sum(known_axis(part.weight, 1) or 0 for part in parts)
     packed.dtype, packed.shape = ir.DataType.FLOAT, ir.Shape([*sizes[:-1], width]) if sizes else None
     for made in build.nodes:
         made.metadata_props.update(node.metadata_props)
@@ -285,8 +293,8 @@ def _merge(model: ir.Model, node: ir.Node, provider: str, version: str | None, *
 def _side_by_side(model: ir.Model, build: Builder, values: Sequence[ir.Value]) -> ir.Value:
     """Stored tensors one behind the other along their last axis, put together when they are written."""
     tensors = [value.const_value for value in values if value.const_value is not None]
-    first = tensors[0].shape.numpy()
-    shape = ir.Shape([*first[:-1], sum(int(tensor.shape[-1]) for tensor in tensors)])
+    sizes = [tensor.shape.numpy() for tensor in tensors]
+    shape = ir.Shape([*sizes[0][:-1], sum(size[-1] for size in sizes)])
     name = build.fresh("weight")
 
     def whole() -> ir.TensorProtocol:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from attncompile.convert.runtime import session
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate
-from tests.e2e.test_convert_cached import GROUPED, MORE, QUICK, Build, expected, prompts, tiny
+from tests.e2e.test_convert_cached import EXAMPLES, GROUPED, MORE, QUICK, Build, expected, prompts, tiny
 from tests.onnx_files import operators
 from tests.small_encoder_decoders import small
 
@@ -199,3 +200,12 @@ def test_what_has_no_such_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an encoder-decoder's caches are not kept in one buffer"):
         attncompile.convert(tmp_path / "t5", out, shared_buffer=True)
     assert not out.exists()
+
+
+def test_the_example_generates_in_place(llama: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "generate_in_place.py"))
+    loaded = session(llama / "model.onnx", "cpu")
+    ids, mask = prompts(1, 9, 0)
+    wanted = expected(wide(), ids, mask, 8)[0].tolist()
+    assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
+    assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
