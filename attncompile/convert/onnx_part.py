@@ -288,7 +288,7 @@ def _measurements(
     found = [size_measurement(export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    before, after = session(export, provider), session(file, provider)
+    before, after = (session(each, provider, defaults=True) for each in (export, file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
     found += [latency_measurement(before, after, call, what, which) for call in calls(part.opened)[-1:]]
     return found, []

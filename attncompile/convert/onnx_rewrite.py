@@ -77,7 +77,7 @@ def rewrite_onnx(
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it; the installed one where it is left out.
         one_buffer: whether past and present keys are.
-        dtype: that the model will be put in afterwards; its own where it is left out.
+        dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
     """
     opset_before = model.opset_imports.get("", 0)
     wanted = wanted_opset(version, provider)
@@ -139,7 +139,7 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider, version, longest)
+    done = tidy(model, provider, version, longest, dtype)
     told = [f"around attention: {done}"]
     if not raised:
         told.append(

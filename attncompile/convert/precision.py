@@ -78,6 +78,7 @@ class Kind:
         options: their class.
         projections: it rounds projections, which can be left out one by one.
         calibrated: it needs inputs to take ranges from.
+        states: the element type that states are rounded to between operators, where that is not float32.
     """
 
     name: str
@@ -86,14 +87,15 @@ class Kind:
     options: type[Options] = NoOptions
     projections: bool = False
     calibrated: bool = False
+    states: Narrow | None = None
 
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("fp32", "float32 throughout", None),
-        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
-        Kind("bf16", "bfloat16, with the same exceptions", 0.05),
+        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01, states="float16"),
+        Kind("bf16", "bfloat16, with the same exceptions", 0.05, states="bfloat16"),
         Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
         Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
         Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
@@ -118,7 +120,7 @@ class Precision:
     @property
     def states(self) -> Narrow | None:
         """The narrow dtype of everything that is no weight of a projection, the cache too; ``None`` for float32."""
-        return _NARROW.get(getattr(self.options, "states", self.kind.name))
+        return _NARROW.get(getattr(self.options, "states", ""), self.kind.states)
 
 
 _NARROW: Mapping[str, Narrow] = {"fp16": "float16", "bf16": "bfloat16"}

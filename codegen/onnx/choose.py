@@ -177,7 +177,8 @@ def choose(
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it, such as ``1.24``; the installed one where it is left out.
         shared: whether past and present keys are one buffer: all operators but one copy it.
-        dtype: that the model will be in; the Spec's own where it is left out.
+        dtype: what the model's states are rounded to after this choice, such as ``float16``; the Spec's own unless
+            given.
 
     Raises:
         RefusalError: for a Spec without an Attend or Scan.
@@ -246,6 +247,8 @@ def _behind_a_cache(
     if taking is None:
         told = "no operator that takes a cache computes this exactly: " + refused[0][1]
         return _for_every_call(spec, plain, fused, provider, refused, longest, told)
+    if measured_speed(spec, taking.operator, provider, PROMPTS[0]) is None:
+        return Choice(taking, f"{taking.operator} fits; its speed on {provider} was not measured", refused)
     speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}
     least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
     if least is None:

@@ -38,7 +38,6 @@ from attncompile.codegen.onnx.reading import CausalMask, group_query_form
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, constant, dimensions, producer
 from attncompile.ir.attend import Attend
 from attncompile.ir.expr import TRUE
-from attncompile.ir.refusal import Refusal, RefusalError
 from attncompile.ir.rows import extents
 
 IN_PLACE = "attncompile.in_place"
@@ -61,21 +60,16 @@ class Buffer:
 
 
 def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Made:
-    """The operator on the buffer; on past and new keys where the graph has no buffer for them, as in a site alone.
+    """The operator on the buffer; on past and new keys where the graph has no buffer for both, as in a site alone.
 
     Args:
         attend: what to compute; causal: its mask, split; place: where to write it.
-
-    Raises:
-        RefusalError: where keys and values are cached, and not both in buffers of as many positions.
     """
     writer, build, sizes = writer_of(attend, place), place.build, extents(attend, place.types)
     sides = (attend.key, attend.value)
     split = {name: parts_of_cache(attend, name, writer, place) for name in sides}
     buffers = [_buffer(concatenated(attend, name, place)) for name in sides]
-    if any(split[name].whole is not None for name in sides) and None in buffers:
-        raise RefusalError(Refusal("no-buffer", "the graph does not keep its keys and values in one buffer each"))
-    held = [buffer for buffer in buffers if buffer is not None]
+    held = [buffer for buffer in buffers if buffer is not None] if None not in buffers else []
     if held:  # sizes are read off the buffer: a look at an operand would keep its layout alive
         keys = held[0].keys
         meaning = ("rows of buffers", writer.key(sizes["b"]))
@@ -101,10 +95,12 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
         outputs=3,
         **group_query_attributes(attend, place, form, causal),
     )
-    build.nodes[-1].meta[CONCATENATED] = tuple(buffer.after for buffer in held)
+    known = [buffer.after for buffer in held] or [split[name].whole for name in sides]
+    build.nodes[-1].meta[CONCATENATED] = tuple(known)
     build.nodes[-1].meta[IN_PLACE] = True
-    for value, buffer in zip(present, held, strict=False):
-        value.dtype, value.shape = NUMPY_TYPES[place.types[attend.key].dtype], buffer.after.shape
+    for value, same in zip(present, known, strict=True):
+        value.dtype = NUMPY_TYPES[place.types[attend.key].dtype]
+        value.shape = same.shape if same is not None else None
     axes = tuple(axis.name for axis in place.types[attend.out].axes)
     return result(place, attend.out, out, flat_groups(axes), attend.query)
 

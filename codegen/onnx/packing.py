@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -50,25 +51,37 @@ class Packed:
     projections: int
 
 
-def pack(model: ir.Model, provider: str = "cpu", version: str | None = None, longest: int | None = None) -> Packed:
+def pack(
+    model: ir.Model,
+    provider: str = "cpu",
+    version: str | None = None,
+    longest: int | None = None,
+    dtype: str = "float32",
+) -> Packed:
     """Rewrite the ``GroupQueryAttention`` nodes that this package wrote for buffers, in place.
 
     Args:
         model: the model; provider: where it will run; version: of ONNX Runtime, the installed one if none.
         longest: positions that the model has at most; rotary maps stay where it does not say.
+        dtype: that the operator will run in.
     """
+    right = partial(_right, provider=provider, version=version, dtype=dtype)
     nodes = [node for node in model.graph if IN_PLACE in node.meta and None not in node.inputs[:5]]
     tables: dict[ir.Value, ir.Value | None] = {}
-    turned = [node for node in nodes if _take_rotary(model, node, tables, provider, version, longest or 0)]
-    merged = [node for node in nodes if _merge(model, node, provider, version, rotary=node in turned)]
+    turned = [node for node in nodes if _take_rotary(model, node, tables, right, longest or 0)]
+    merged = [node for node in nodes if _merge(model, node, right, rotary=node in turned)]
     return Packed(2 * len(turned), 3 * len(merged))
 
 
-def _right(features: Sequence[str], provider: str, version: str | None) -> bool:
+Right = Callable[[Sequence[str]], bool]
+"""Whether the operator was found right with some features."""
+
+
+def _right(features: Sequence[str], *, provider: str, version: str | None, dtype: str) -> bool:
     """Whether the operator was found right with these; on a provider that was not tried it is taken at its word."""
     if not versions(provider):
         return True
-    return not why_not(MICROSOFT, "GroupQueryAttention", features, "float32", version=version, provider=provider)
+    return not why_not(MICROSOFT, "GroupQueryAttention", features, dtype, version=version, provider=provider)
 
 
 # Rotary maps
@@ -106,12 +119,11 @@ def _take_rotary(
     model: ir.Model,
     node: ir.Node,
     tables: dict[ir.Value, ir.Value | None],
-    provider: str,
-    version: str | None,
+    right: Right,
     longest: int,
 ) -> bool:
     """Let the operator turn queries and keys, where both are turned by stored tables; whether it does."""
-    if not longest or not _right(("rotary", "rotary behind a cache"), provider, version):
+    if not longest or not right(("rotary", "rotary behind a cache")):
         return False
     counts = [node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads")]
     found = [_rotary_of(node.inputs[place], count) for place, count in zip((QUERY, KEY), counts, strict=True)]
@@ -265,10 +277,10 @@ def _rank(value: ir.Value | None) -> int | None:
     return len(known.shape) if known is not None and known.dtype is ir.DataType.FLOAT else None
 
 
-def _merge(model: ir.Model, node: ir.Node, provider: str, version: str | None, *, rotary: bool) -> bool:
+def _merge(model: ir.Model, node: ir.Node, right: Right, *, rotary: bool) -> bool:
     """Give the operator query, key and value side by side, made by one product; whether it is done."""
     features = ["packed query, key and value behind a cache", *(["rotary, packed"] if rotary else [])]
-    if not _right(features, provider, version):
+    if not right(features):
         return False
     found = [_projection(node.inputs[place]) for place in (QUERY, KEY, VALUE)]
     parts = [part for part in found if part is not None]

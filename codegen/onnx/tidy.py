@@ -73,13 +73,18 @@ def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
 
 
 def tidy(
-    model: ir.Model, provider: Provider = "cpu", version: str | None = None, longest: int | None = None
+    model: ir.Model,
+    provider: Provider = "cpu",
+    version: str | None = None,
+    longest: int | None = None,
+    dtype: str | None = None,
 ) -> Tidied:
     """Rewrite the model in place, after its attention sites have been replaced; exact up to rounding.
 
     Args:
         model: the model; provider: where it will run; version: of ONNX Runtime, the installed one where it is left out.
         longest: positions that the model has at most, where it says so.
+        dtype: what its states are rounded to afterwards; float32 where it is left out.
 
     Projections of query, key and value become one where the attention takes them side by side. A split behind
     them is not written: on ONNX Runtime's CPU its copies cost more than the larger product saves (0.75 to 1.02x).
@@ -93,7 +98,7 @@ def tidy(
     residuals = sum_residuals(model) if provider == "cpu" else 0
     turns = drop_double_turns(model)
     passes.RemoveUnusedNodesPass()(model)
-    packed = pack(model, provider, version, longest)
+    packed = pack(model, provider, version, longest, dtype or "float32")
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
