@@ -95,7 +95,8 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
         outputs=3,
         **group_query_attributes(attend, place, form, causal),
     )
-    known = [buffer.after for buffer in held] or [split[name].whole for name in sides]
+    known: list[ir.Value | None] = [buffer.after for buffer in held]
+    known = known or [split[name].whole for name in sides]
     build.nodes[-1].meta[CONCATENATED] = tuple(known)
     build.nodes[-1].meta[IN_PLACE] = True
     for value, same in zip(present, known, strict=True):

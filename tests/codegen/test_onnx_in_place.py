@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes import common as passes
 
 from attncompile.codegen.onnx.capabilities import IN_PLACE as NAME
 from attncompile.codegen.onnx.capabilities import in_place
@@ -135,7 +136,7 @@ def layer(*, biased: bool = False, other: str = "") -> ir.Model:
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    ir.passes.common.IdentityEliminationPass()(model)
+    passes.IdentityEliminationPass()(model)
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
             node.meta[IN_PLACE] = True
@@ -162,7 +163,7 @@ CALLS = ((1, 0, 1), (2, 0, 9), (1, 11, 5), (3, 20, 1), (1, 0, LONGEST), (1, LONG
 def test_rotary_maps_and_projections_become_one_operator_and_one_product(biased: bool) -> None:
     model = layer(biased=biased)
     assert pack(model, longest=LONGEST) == Packed(2, 3)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
     found = [node.op_type for node in model.graph]
     assert found == ["MatMul", *(["Add"] if biased else []), "GroupQueryAttention"]
     for batch, past, length in CALLS:
