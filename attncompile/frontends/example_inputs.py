@@ -321,8 +321,10 @@ def onnx_arguments(
 
 
 def _axis_size(name: str, length: int, past: int) -> int:
-    """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``."""
-    both = "total" in name or ("past" in name and "+" in name)
+    """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``; of a
+    buffer for all of them ``capacity``.
+    """
+    both = "total" in name or name == "capacity" or ("past" in name and "+" in name)
     return past + length if both else past if "past" in name else length
 
 
