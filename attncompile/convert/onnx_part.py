@@ -30,6 +30,7 @@ from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_c
 from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
+from attncompile.frontends.cached import Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.example_inputs import positions_of
 from attncompile.passes import PassCall
@@ -140,9 +141,18 @@ def make_part(
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
         rewritten = rewrite_onnx(
-            source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime,
-            precision.kind.states if precision is not None else None,
-        )  # fmt: skip
+            source,
+            opened.name,
+            requested,
+            kernels,
+            preference,
+            untrained,
+            notes,
+            longest,
+            options.onnxruntime,
+            one_buffer=isinstance(opened, Generating) and opened.shared,
+            dtype=precision.states if precision is not None else None,
+        )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
