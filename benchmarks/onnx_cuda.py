@@ -64,6 +64,7 @@ class Row:
         call: how the cache is handed over.
         rounds: behind each median.
         ms: median milliseconds by model; fastest: the best round.
+        failed: what models say that do not run it.
     """
 
     work: str
@@ -73,6 +74,7 @@ class Row:
     rounds: int
     ms: dict[str, float]
     fastest: dict[str, float]
+    failed: dict[str, str]
 
 
 def write_checkpoint(folder: Path, layers: int, small: bool) -> None:
@@ -177,10 +179,17 @@ def _described(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], int]:
 
 def measure(models: Mapping[str, Loaded], work: str, new: int, past: int, call: Call, rounds: int) -> Row:
     """One row: each model in turn, `rounds` times."""
-    bindings = {name: model.bound(new, past, call) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    bindings, failed = {}, {}
+    for name, model in models.items():
+        try:
+            binding = model.bound(new, past, call)
+            model.session.run_with_iobinding(binding[0])
+            bindings[name] = binding
+        except Exception as error:  # ONNX Runtime's errors share no base
+            failed[name] = str(error).splitlines()[0][:300]
+    times: dict[str, list[float]] = {name: [] for name in bindings}
     for number in range(-WARM_UP, rounds):
-        for name in list(models)[:: 1 if number % 2 else -1]:
+        for name in list(bindings)[:: 1 if number % 2 else -1]:
             _wait()
             start = time.perf_counter()
             models[name].session.run_with_iobinding(bindings[name][0])
@@ -189,8 +198,8 @@ def measure(models: Mapping[str, Loaded], work: str, new: int, past: int, call: 
                 times[name].append(1e3 * (time.perf_counter() - start))
     median = {name: round(statistics.median(found), 4) for name, found in times.items()}
     fastest = {name: round(min(found), 4) for name, found in times.items()}
-    row = Row(work, new, past, call, rounds, median, fastest)
-    print(f"{work} {new} behind {past}, {call}: {median}", flush=True)
+    row = Row(work, new, past, call, rounds, median, fastest, failed)
+    print(f"{work} {new} behind {past}, {call}: {median} {failed or ''}", flush=True)
     return row
 
 
