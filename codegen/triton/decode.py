@@ -211,7 +211,13 @@ def decode_skeleton(
         lengths=(lengths[0].name, lengths[1].name, lengths[2].name),
         sizes=tuple(size for size in binding.sizes.values() if mentions(size, *texts)),
         lines=(*key_lines, *value_lines),
+        turned=turned(keys, values),
     )
+
+
+def turned(key: Stored, value: Stored) -> bool:
+    """Whether the rows lie along the second axis of the products; see :class:`attncompile.kernels.decode.Decode`."""
+    return key.form != "real" and value.form != "real"
 
 
 def decode_visits(mask: Expr, query_length: Expr, key_length: Expr) -> Visits:
@@ -400,9 +406,9 @@ def decode_launch(
         f"    raise ValueError(f\"the kernel takes {{', '.join(map(str, DECODE_TILES))}}, not {{{query}.dtype}}\")",
         f"block, warps, stages = DECODE_TILES[{query}.dtype]",
         *dict.fromkeys(pairs_of),
-        f"rows = max(16, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
+        f"rows = max({skeleton.least_rows}, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
         f"programs = {batch} * {key_heads} * triton.cdiv({rows}, rows)",
-        f"splits = splits_of({query}, programs, triton.cdiv({keys}, block))",
+        f"splits = splits_of({query}, programs, triton.cdiv({keys}, block), warps)",
         f"peaks = torch.empty(2 * out.numel() // {skeleton.value.channels} * splits, dtype=torch.float32, "
         f"device={query}.device)",
         "peaks, totals = peaks.chunk(2)",
@@ -424,7 +430,7 @@ def decode_kernels(
     for name, storage in zip(("key", "value"), _storages(spec, parts), strict=True):
         own[name] = "operand" if storage.dequantize is None else "int16"
     own |= {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    rows = max(16, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
+    rows = max(skeleton.least_rows, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
     split = Kernel(
         "attend_split",
         tuple((name, own[name]) for name in skeleton.pointers()),
