@@ -188,6 +188,7 @@ class Decode:
             f"i = (row % {queries}){self._row}",
             f"h = ({head}){self._row}",
             "lanes = tl.arange(0, BLOCK_J)",
+            *(["far_lanes = lanes.to(tl.int64)"] if self.key.even or self.value.even else []),
             f"channels = tl.arange(0, {self.key.padded})",
             f"features = tl.arange(0, {self.value.padded})",
         ]

@@ -164,7 +164,7 @@ def power_above(x):
 
 @triton.jit
 def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """The int8 number in the low (PART 0) or the high byte of 16 bits, plus 128; for float16 on NVIDIA's GPUs 2^-24 of it.
+    """The int8 number of the first or the second byte (PART 0 or 1), plus 128; on NVIDIA's GPUs 2^-24 of it in float16.
 
     Converting integers is slow there. The subnormal numbers of float16 are the multiples of 2^-24, so that the byte
     itself is one; matrix units take them at their usual rate.
@@ -265,5 +265,5 @@ def from_e4m3(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
 def e4m3_number(byte, DTYPE: tl.constexpr):
     """The float8 e4m3 number of a byte."""
     # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
-    half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((byte & 127) == 127, float("nan"), half.to(tl.float32)).to(DTYPE)
+    bits = tl.where((byte & 127) == 127, 32256, ((byte & 128) << 8) | ((byte & 127) << 7))  # or NaN
+    return (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)

@@ -124,16 +124,21 @@ class Stored:
             return self.place(part)
         return self.place(part).replace(self.lanes, f"tl.minimum({self.lanes}, {self.width - 1})")
 
-    def offsets(self) -> list[str]:
-        """Lines that compute the offset of each key, or of the tile's first where keys lie equally far apart.
+    @property
+    def even(self) -> bool:
+        """Whether keys lie equally far apart: their distances from a tile's first stay the same from tile to tile."""
+        return "keys" in self.rows
 
-        The distances from the first stay the same from tile to tile.
-        """
+    def offsets(self) -> list[str]:
+        """Lines that compute the offset of each key, or where the first of a tile lies."""
         steps = [
             f"tl.cast({'start' if text == 'keys' else text}, tl.int64) * {stride}"
             for text, stride in zip(self.rows, self.strides(), strict=True)
             if text not in (None, "0")
         ]
+        if self.even:
+            name = f"{self.name}_start"
+            return [f"{name} = {self.name} + {steps[0]}", *(f"{name} += {step}" for step in steps[1:])]
         name = f"{self.name}_rows"
         return [f"{name} = {steps[0]}", *(f"{name} += {step}" for step in steps[1:])]
 
@@ -146,9 +151,9 @@ class Stored:
         stride = f"{self.name}_stride_{self.rows.index(None)}"
         empty = "0.0" if self.form == "real" else "0"
         first, rows = self.name, f"{self.name}_rows{token}"
-        if "keys" in self.rows:
-            first = f"{self.name} + {self.name}_rows"
-            rows = f"tl.cast(lanes, tl.int64){token} * {self.name}_stride_{self.rows.index('keys')}"
+        if self.even:
+            first = f"{self.name}_start"
+            rows = f"far_lanes{token} * {self.name}_stride_{self.rows.index('keys')}"
         # bytes of codes are read together, whatever the tiles that they give
         pieces = [(part, self.place(n)) for n, part in enumerate(self.parts)] if self.form == "real" else []
         lines = self.offsets()

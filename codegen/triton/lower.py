@@ -24,6 +24,7 @@ from attncompile.codegen.triton.backward import generate_backward, why_not_backw
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.plain_maps import plain_map
+from attncompile.codegen.triton.ready import get_ready
 from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
@@ -122,6 +123,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     reason = why_not(spec, device)
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
+    if torch.device(device).type == "cuda":
+        get_ready()
     module = generate(spec)
     said = "one fused kernel; nothing of the attention map is stored"
     rounded = [operation for operation in spec.operations if isinstance(operation, Quantize)]

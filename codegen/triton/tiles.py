@@ -64,19 +64,21 @@ def dense_tile(channels: int, element: int, *, most_keys: int | None = None, hea
     return Tile(tile.queries, min(tile.keys, most_keys or tile.keys), warps, tile.stages)
 
 
-def decode_tile(bytes_of_a_key: int, wide: bool = False) -> Tile:
+def decode_tile(bytes_of_a_key: int, wide: bool = False, alone: bool = False) -> Tile:
     """The tile of the decode kernel: a stage is to hold 32 KiB of stored keys and values, at most 128 of them.
 
     Args:
         bytes_of_a_key: what one key and its value take, with channels padded as in the tile.
         wide: whether a head is read in pieces: sums of 512 channels for 64 rows take half the registers of 8 warps.
+        alone: whether a warp works alone, on 8 KiB: where numbers of 4 bits are taken apart, waiting for other warps
+            takes longer than reading. There are as many more programs, and each has at most eight rows for a warp.
     """
     if wide:
         return Tile(16, 16, 8, 2)
-    keys = 128
-    while keys > 16 and keys * bytes_of_a_key > 32 * 1024:
+    most, keys = (8 * 1024, 64) if alone else (32 * 1024, 128)
+    while keys > 16 and keys * bytes_of_a_key > most:
         keys //= 2
-    return Tile(16, keys, 4, 3)
+    return Tile(8, keys, 1, 4) if alone else Tile(16, keys, 4, 3)
 
 
 def scan_tile(channels: int, element: int) -> Tile:
