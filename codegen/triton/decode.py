@@ -12,6 +12,7 @@ from attncompile.codegen.triton.expressions import Scope, captured_tensors, prin
 from attncompile.codegen.triton.module import (
     CHECKS,
     OPERAND_DTYPES,
+    REST,
     Binding,
     Kernel,
     Length,
@@ -90,6 +91,7 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     source = join(
         documentation(spec, inputs),
         decode_tiles_text(tiles, tables=any(each.gather for each in _storages(spec, parts))) + "\n" + CHECKS,
+        REST,
         SPLITS_OF,
         *([PAIRS_OF] if any("pairs_of(" in line for line in lines) else []),
         *decode_device_functions(text),
@@ -140,7 +142,7 @@ def few_queries(
         f"With at most {FEW_QUERIES} queries and at least {LONG_CACHE} keys the keys are cut into parts.",
         f"FEW_QUERIES, LONG_CACHE = {FEW_QUERIES}, {LONG_CACHE}  # what the kernel that cuts the keys is for\n"
         + decode_tiles_text(tiles),
-        (SPLITS_OF, *decode_device_functions(text)),
+        (REST, SPLITS_OF, *decode_device_functions(text)),
         text,
         [
             f"if {lengths[1].value} <= FEW_QUERIES and {lengths[2].value} >= LONG_CACHE:",
@@ -388,13 +390,14 @@ def decode_launch(
             "num_warps=warps",
             "num_stages=stages",
             "enable_fp_fusion=True",
+            "later=later",
         ),
     ]
     second = [
         *("partial", "peaks", "totals", "out", *(("lse",) if skeleton.lse else ()), *merged),
         *(f"*{name}.stride()" for name in ("out", *merged)),
         *(values.get(name, name) for name in skeleton.merge_integers()),
-        *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True"),
+        *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True", "later=later"),
     ]
     rows = f"{skeleton.group} * {queries}" if skeleton.group > 1 else queries
     merging = f"{batch} * {heads} * {queries}"
@@ -416,9 +419,11 @@ def decode_launch(
         f"device={query}.device)",
         "peaks, totals = peaks.chunk(2)",
         f"partial = torch.empty(out.numel() * splits, dtype=torch.float32, device={query}.device)",
+        "later = []",
         f"with torch.cuda.device_of({query}):",
         *signature("launch", ["attend_split", "(programs * splits,)", *first], "", 4, inside=inside).splitlines(),
         *signature("launch", ["merge_splits", f"({merging},)", *second], "", 4, inside=inside).splitlines(),
+        "    launch_rest(later)",
         _returned(spec, parts),
     ]
 

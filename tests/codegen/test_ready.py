@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-cache = pytest.importorskip("triton.runtime.cache")
-
 from attncompile.codegen.triton import ready
+
+cache = pytest.importorskip("triton.runtime.cache")
 
 
 @pytest.fixture
