@@ -163,7 +163,11 @@ class Decode:
                     "# Codes are exact in float16, and queries and weights are divided by what might not fit.",
                     "PRODUCT: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16",
                     *(
-                        ["UNIT: tl.constexpr = 16777216.0 if CAPABILITY > 0 and PRODUCT == tl.float16 else 1.0"]
+                        [
+                            "# In float16 the products are of codes that are made positive, in units of so much.",
+                            "RAISED: tl.constexpr = 1.0 if PRODUCT == tl.float16 else 0.0",
+                            "UNIT: tl.constexpr = 16777216.0 if CAPABILITY > 0 and PRODUCT == tl.float16 else 1.0",
+                        ]
                         if any(each.excess and each.factored for each in (self.key, self.value))
                         else []
                     ),
@@ -215,11 +219,9 @@ class Decode:
             for part in self.value.parts
         )
         if self.value.factored and self.value.excess:
-            lines += [
-                "# A product with ones sums the weights as the matrix units see them.",
-                f"ones = tl.full({'[16, BLOCK_J]' if self.turned else '[BLOCK_J, 16]'}, 1.0, PRODUCT)",
-                f"weights_sum = tl.zeros({self._shape('16')}, tl.float32)",
-            ]
+            padded = self.value.padded
+            shape = f"[{padded}, BLOCK_J]" if self.turned else f"[BLOCK_J, {padded}]"
+            lines.append(f"excess = tl.full({shape}, {-self.value.excess!r} * RAISED / UNIT, PRODUCT)")
         return [
             *lines,
             *tiles.splitlines(),
@@ -252,7 +254,7 @@ class Decode:
             times = f" * {float(more)!r}" if more > 1 else ""
             lines.append(f"{tile} = ({tile} / query_peak{self._row}{times}).to(PRODUCT)")
             if key.excess:
-                summed = f"{key.excess / more!r} * tl.sum({tile}.to(tl.float32), {self._axis})"
+                summed = f"{key.excess / more!r} * RAISED * tl.sum({tile}.to(tl.float32), {self._axis})"
                 lines.append(f"query_excess {'+=' if number else '='} {summed}")
         if key.excess:
             unit = f"(UNIT / {largest})" if largest > 1 else "UNIT"
@@ -368,13 +370,18 @@ class Decode:
             lines.append("weights = weights * factor")
         narrow = value.form != "real" and value.factored
         lines.append(f"weights = weights.to({'PRODUCT' if narrow else 'query.dtype.element_ty'})")
-        sums = [(f"accumulator{part}", f"value_tile{part}") for part in value.parts]
         if narrow and value.excess:
-            sums.append(("weights_sum", "ones"))
-        for number, (total, tile) in enumerate(sums):
-            lines += value.numbers(number, across=self.turned) if number < len(value.parts) else []
-            lines.append(f"{total} = {total} * rescale{self._row}")
-            lines.append(f"{total} = {self._dot('weights', tile, f', {total}')}")
+            lines += [
+                "# What the values of these keys exceed goes first: matrix units cut off what is far below a sum.",
+                f"too_much = {self._dot('weights', 'excess')}",
+            ]
+        for number, part in enumerate(value.parts):
+            total, more = f"accumulator{part}", ""
+            if narrow and value.excess:
+                more = " + too_much" if value.multiple(number) == 1 else f" + {value.multiple(number)}.0 * too_much"
+            lines += value.numbers(number, across=self.turned)
+            lines.append(f"{total} = {total} * rescale{self._row}{more}")
+            lines.append(f"{total} = {self._dot('weights', f'value_tile{part}', f', {total}')}")
         return lines
 
     def _store(self) -> list[str]:
@@ -384,13 +391,11 @@ class Decode:
         if value.padded != value.width:
             written += f" & (features < {value.width}){self._other}"
         lines = [f"place = ((tl.cast(b, tl.int64) * {heads} + h) * {queries} + i) * splits + split"]
-        if value.factored and value.excess:
-            lines.append(f"excess = tl.sum(weights_sum, {self._axis}){self._row} * {value.excess / 16!r}")
         for number, part in enumerate(value.parts):
             if value.factored and value.excess:
                 multiple = value.multiple(number)
                 unit = f"(UNIT / {multiple})" if multiple > 1 else "UNIT"
-                lines.append(f"accumulator{part} = accumulator{part} * {unit} - excess")
+                lines.append(f"accumulator{part} = accumulator{part} * {unit}")
             if value.factored and value.scale and value.scale.reads == "channel":
                 lines += value.scale.read("by_channel", "0", f"{value.lane(number)}{self._other}")
                 lines.append(f"accumulator{part} = accumulator{part} * by_channel")

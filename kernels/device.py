@@ -164,7 +164,8 @@ def power_above(x):
 
 @triton.jit
 def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """The int8 number of the first or the second byte (PART 0 or 1), plus 128; on NVIDIA's GPUs 2^-24 of it in float16.
+    """The int8 number of the first or the second byte (PART 0 or 1); in float16 plus 128, and 2^-24 of that on NVIDIA's
+    GPUs.
 
     Converting integers is slow there. The subnormal numbers of float16 are the multiples of 2^-24, so that the byte
     itself is one; matrix units take them at their usual rate.
@@ -184,15 +185,18 @@ def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
                 }""",
                 "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
             )
-    else:
+    elif tl.float16 == DTYPE:
         number = (((pairs >> (8 * PART)) & 255) ^ 128).to(DTYPE)
+    else:
+        number = ((pairs << (8 - 8 * PART)) >> 8).to(DTYPE)
     return number
 
 
 @triton.jit
 def from_int4(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """One of the four signed numbers of 16 bits, plus 8: in the low four bits of the first or the second byte (PART 0
-    or 1), or in the high four, then 16 times it; for float16 on NVIDIA's GPUs 2^-24 of that, as in ``from_int8``.
+    """One of the four signed numbers of 16 bits: in the low four bits of the first or the second byte (PART 0 or 1), or
+    in the high four, then 16 times it. In float16 it is 8 more before, and 2^-24 of that on NVIDIA's GPUs, as in
+    ``from_int8``.
     """
     if CAPABILITY > 0 and tl.float16 == DTYPE:
         if PART == 0:
@@ -223,10 +227,13 @@ def from_int4(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
                 }""",
                 "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
             )
+    elif tl.float16 == DTYPE:
+        BITS: tl.constexpr = 15 if PART < 2 else 240
+        number = (((pairs >> (8 * (PART % 2))) & BITS) ^ (BITS // 15 * 8)).to(DTYPE)
     elif PART < 2:
-        number = (((pairs >> (8 * PART)) & 15) ^ 8).to(DTYPE)
+        number = ((pairs << (12 - 8 * PART)) >> 12).to(DTYPE)
     else:
-        number = (((pairs >> (8 * PART - 16)) & 240) ^ 128).to(DTYPE)
+        number = (((pairs << (24 - 8 * PART)) >> 8) & -16).to(DTYPE)
     return number
 
 

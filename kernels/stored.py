@@ -13,7 +13,7 @@ LARGEST_PIECE = 256
 
 Form = Literal["real", "float8_e4m3", "int8", "int4"]
 EXCESS = {"int8": 128, "int4": 8}
-"""What is added to integer codes so that none is negative: matrix units then take their bits as they are."""
+"""What is added to integer codes in float16 so that none is negative: matrix units then take their bits as they are."""
 
 Reads = Literal["channel", "token", "both"]
 
@@ -175,10 +175,8 @@ class Stored:
         if self.factored:
             return lines
         token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
-        if self.excess:
-            multiple = self.multiple(part)
-            smaller = f" * {1 / multiple!r}" if multiple > 1 else ""
-            lines.append(f"{tile} = {tile}{smaller} - {float(self.excess)!r}")
+        if self.multiple(part) > 1:
+            lines.append(f"{tile} = {tile} * {1 / self.multiple(part)!r}")
         for sign, term in (("*", self.scale), ("+", self.shift)):
             if term:
                 lines += term.read(f"{self.name}_terms", f"keys{token}", f"{self.lane(part)}{channel}")

@@ -324,9 +324,9 @@ def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
     """How the first kernel is launched, by element type of the query."""
     stores = (skeleton.key, skeleton.value)
     wide = any(each.form == "real" and len(each.parts) > 1 for each in stores)
-    alone = all(each.form == "int4" and each.factored for each in stores)
+    four_bits = all(each.form == "int4" and each.factored for each in stores)
     return {
-        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide, alone and size == 2)
+        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide, four_bits and size == 2)
         for dtype, size in OPERAND_DTYPES.items()
     }
 
@@ -412,7 +412,7 @@ def decode_launch(
         f"block, warps, stages = DECODE_TILES[{query}.dtype]",
         *dict.fromkeys(pairs_of),
         f"rows = max({skeleton.least_rows}, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
-        *(["warps = max(warps, min(rows // 8, 4))"] if any(tile.warps < 4 for tile in tiles.values()) else []),
+        *(["warps = max(warps, min(rows // 4, 4))"] if any(tile.warps < 4 for tile in tiles.values()) else []),
         f"programs = {batch} * {key_heads} * triton.cdiv({rows}, rows)",
         f"splits = splits_of({query}, programs, triton.cdiv({keys}, block), warps)",
         f"peaks = torch.empty(2 * out.numel() // {skeleton.value.channels} * splits, dtype=torch.float32, "
@@ -439,7 +439,7 @@ def decode_kernels(
         own[name] = "operand" if storage.dequantize is None else "int16"
     own |= {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     rows = max(skeleton.least_rows, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
-    tiles = {n: dataclasses.replace(tile, warps=max(tile.warps, min(rows // 8, 4))) for n, tile in tiles.items()}
+    tiles = {n: dataclasses.replace(tile, warps=max(tile.warps, min(rows // 4, 4))) for n, tile in tiles.items()}
     split = Kernel(
         "attend_split",
         tuple((name, own[name]) for name in skeleton.pointers()),

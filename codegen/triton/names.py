@@ -59,7 +59,7 @@ KERNEL_NAMES = _words("""
     key_rows key_stored key_tile_0 key_tile_1 key_tile_2 key_tile_3
     value_rows value_stored value_tile_0 value_tile_1 value_tile_2 value_tile_3
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
-    query_peak query_shift query_excess part_offsets UNIT ones weights_sum excess far_lanes
+    query_peak query_shift query_excess part_offsets UNIT RAISED BITS excess too_much far_lanes
     key_start value_start
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
 """) | frozenset(
