@@ -122,11 +122,11 @@ def inside(name: str, profiled: bool) -> None:
     import attncompile.backend  # noqa: F401 - what a model that calls the operator has imported
     from attncompile.codegen.triton.ready import get_ready
 
-    get_ready()  # the back end begins with it, and then takes longer to read the model than this takes
     imports = time.perf_counter() - begun
     tensors = tensors_of(start)
     torch.cuda.synchronize()
     device = time.perf_counter() - begun - imports
+    get_ready()  # the back end begins with it, and then takes longer to read the model than this takes
     print(json.dumps({"python_s": python, "imports_s": imports, "device_s": device}), flush=True)
     sys.stdin.readline()
     kernels: list[dict[str, Any]] = []
