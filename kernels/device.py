@@ -272,5 +272,6 @@ def from_e4m3(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
 def e4m3_number(byte, DTYPE: tl.constexpr):
     """The float8 e4m3 number of a byte."""
     # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
-    bits = tl.where((byte & 127) == 127, 32256, ((byte & 128) << 8) | ((byte & 127) << 7))  # or NaN
-    return (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
+    half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
+    nothing = tl.where((byte & 127) == 127, 32256, 0).to(tl.int16).to(tl.float16, bitcast=True)  # zero, or NaN
+    return (half + nothing).to(DTYPE)
