@@ -34,6 +34,7 @@ from attncompile.ir import Spec, parse_spec
 from attncompile.kernels.operators import with_log_sum_exp
 from attncompile.passes import parse_passes, run_passes
 from benchmarks.report import Report, add_processes, arguments, chosen, parse
+from benchmarks.sanitizer_controls import CONTROLS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LIMIT = 100
@@ -49,8 +50,8 @@ class Sample:
 
     Attributes:
         name: ``kind/row``.
-        kind: ``dense``, ``decode``, ``hopper``, ``hopper-8-bit`` (operands rounded to float8), ``backward`` or
-            ``hopper-backward``.
+        kind: ``dense``, ``decode``, ``hopper``, ``hopper-8-bit`` (operands rounded to float8), ``backward``,
+            ``hopper-backward`` or ``control``, a kernel that is none of ours and known to be right.
         row: of the table of this kind's tests.
         sizes: other ones than the row's; empty for those.
     """
@@ -106,6 +107,7 @@ SAMPLES: tuple[Sample, ...] = (
             ("softcap-64", (1, 129, 128)), ("values-of-their-own", (1, 65, 65)),
         )
     ),
+    *(Sample("control", name) for name in CONTROLS),
 )  # fmt: skip
 
 
@@ -175,6 +177,8 @@ def _backward(
 
 def run(sample: Sample) -> bool:
     """Run a sample once; whether its results are right."""
+    if sample.kind == "control":
+        return CONTROLS[sample.row]()
     case = case_of(sample)
     spec, dtype = case.spec, torch.bfloat16
     tensors = case.tensors(0, dtype)
