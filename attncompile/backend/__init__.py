@@ -26,6 +26,7 @@ from attncompile.backend.options import Options, read_options
 from attncompile.backend.planned import planned_sites
 from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.backend.verified import named, verified
+from attncompile.codegen.triton.ready import get_ready
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_dynamo
 from attncompile.frontends.errors import CaptureError
@@ -97,6 +98,7 @@ _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 def _compiled(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
+    get_ready()
     rewriting = _Rewriting(options, parse_passes(options.passes))
     rewritten = rewriting.of(module, example_inputs)
     if rewritten is not module:
