@@ -151,7 +151,8 @@ def make_part(
             longest,
             options.onnxruntime,
             one_buffer=isinstance(opened, Generating) and opened.shared,
-            dtype=precision.states if precision is not None else None,
+            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+            dtype=precision.states if precision is not None and kernels != "cpu" else None,
         )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)

@@ -2,7 +2,9 @@
 
 The operator turns queries and keys itself where it is given the tables of all positions: a new token's is the number of
 keys before it. That is so in a graph whose tables are made of a ``Range`` of the new positions and nothing else, row by
-row; its rows are computed once for all positions that the model has, and become weights.
+row; its rows are computed once for all positions that the model has, and become weights. That the ``Range`` begins with
+the number of cached keys is not read off the graph: it shows when the result is compared behind caches of several
+lengths, as every result is, and another beginning drops the operator.
 
 Query, key and value are then products of one tensor with three weights, and may be one product: the operator takes the
 three side by side.
