@@ -22,7 +22,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 # --- fake tensors -------------------------------------------------------------------------------------------
 
@@ -30,6 +30,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 def is_fake(value: object) -> bool:
     """True for a tensor that has a shape and a dtype but no data."""
     return isinstance(value, FakeTensor)
+
+
+def is_wrapped(value: object) -> bool:
+    """True for a tensor of a type that holds other tensors and says itself what operations do: a quantised weight."""
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def outside_tracing() -> AbstractContextManager[Any]:
@@ -51,7 +56,8 @@ def fake_inputs(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
 
     While Dynamo compiles, they get the symbols that it gave the inputs (what is in the graph's own metadata
     will not do: it has seen every mutation of the trace). Otherwise sizes are numbers. The fakes are copies
-    that a trace may resize or mutate; inputs that alias each other still do.
+    that a trace may resize or mutate; inputs that alias each other still do. In place of a wrapped tensor
+    stands a plain one of its shape.
     """
     mode = detect_fake_mode(list(values)) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return mode, [_fake(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
@@ -69,6 +75,9 @@ def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
             fake = mode.from_tensor(
                 value, static_shapes=False, symbolic_context=known, source=known.tensor_source, trace=False
             )
+    if is_wrapped(fake):
+        with mode:
+            return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad)
     copy = fake.detach().requires_grad_(fake.requires_grad)
     # detach() forgets which symbol .item() stands for; ahead-of-time autograd restores it in the same way.
     symbol = scalar_symbol(fake)
