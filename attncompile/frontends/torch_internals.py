@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
@@ -23,6 +24,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._sympy.functions import Max, Min
 
 # --- fake tensors -------------------------------------------------------------------------------------------
 
@@ -129,6 +131,45 @@ def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
 def surely(condition: bool | torch.SymBool) -> bool:
     """True only if ``condition`` holds for every value of its symbols. Adds no guard."""
     return bool(statically_known_true(condition))
+
+
+def decided(size: torch.SymInt) -> Any:
+    """The expression of a size in which a larger or smaller of two numbers is that number, where the trace knows which.
+
+    What a model has asked of its sizes (is the cache longer than its window?) is guarded, so it holds wherever the
+    graph runs that Dynamo compiles now. Adds no guard.
+    """
+    expr, env = size.node.expr, size.node.shape_env
+    if TracingContext.try_get() is None or not expr.has(Max, Min):
+        return expr
+    facts = [env.replace(fact) for guard in env.guards for fact in _not_negative(guard.expr)]
+
+    def at_least(one: Any, other: Any) -> bool:
+        difference = env.replace(one - other)
+        return any(env.bound_sympy(difference - fact).lower >= 0 for fact in (0, *facts))
+
+    def extreme(kind: Any, parts: tuple[Any, ...]) -> Any:
+        for part in parts:
+            if all(at_least(part, one) if kind is Max else at_least(one, part) for one in parts if one is not part):
+                return part
+        return kind(*parts)
+
+    for kind in (Max, Min):
+        expr = expr.replace(kind, lambda *parts, kind=kind: extreme(kind, parts))
+    return expr
+
+
+def _not_negative(guard: Any) -> list[Any]:
+    """What is not negative where a comparison of two integers holds."""
+    if not isinstance(guard, sympy.Rel) or not all(side.is_integer for side in guard.args):
+        return []
+    left, right = guard.args
+    match guard.func:
+        case sympy.Ge | sympy.Gt:
+            return [left - right - int(guard.func is sympy.Gt)]
+        case sympy.Le | sympy.Lt:
+            return [right - left - int(guard.func is sympy.Lt)]
+    return []
 
 
 def fix_value(symbol: Any) -> int | float | bool:
