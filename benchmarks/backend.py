@@ -7,7 +7,8 @@ Every contender is a process of its own that makes the same model with the same 
 caches and keeps it; all compile at the same time. Then they take turns: in every round each of them makes a few calls
 of each size, alone on the device, and medians of the rounds are reported. One compiled model serves all the sizes of
 its row, unless the contender is called ``static``, which compiles for each. Results are compared with those of the
-model as it is, in float32 where it fits in memory.
+row's first contender that ran, its ``judge``: the same weights in float32, which is not timed, where a row has it and
+it fits in memory.
 
 ``prefill`` is one forward pass without a cache over that many tokens, ``decode`` one step over a full static cache of
 8192 tokens, ``training`` a forward and a backward pass. ``eager`` and ``sdpa`` are the attention code that the model
@@ -53,6 +54,7 @@ class Contender:
         compiler: what compiles it.
         dynamic: whether one compilation serves all sizes.
         backend: the one of PyTorch's attention back ends to which SDPA is pinned.
+        judge: it computes in float32 and is not timed.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Contender:
     compiler: Literal["none", "inductor", "attncompile"]
     dynamic: bool = True
     backend: Literal["", "CUDNN_ATTENTION", "FLASH_ATTENTION"] = ""
+    judge: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Work:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
+FLOAT32 = Contender("float32", "eager", "none", judge=True)
 EAGER = Contender("eager", "eager", "none")
 SDPA = Contender("sdpa", "sdpa", "none")
 PINNED = Contender("sdpa cuDNN", "sdpa", "none", backend="CUDNN_ATTENTION")
@@ -106,8 +110,9 @@ WORKS: tuple[Work, ...] = (
          (EAGER, SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS, OURS_EAGER)),
     Work("llama-eager", "llama", "prefill", (8192, 131072), (EAGER, EAGER_STATIC, OURS_EAGER)),
     Work("gemma2-prefill", "gemma2", "prefill", (8192, 32768),
-         (EAGER, FLEX, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
-    Work("bloom-prefill", "bloom", "prefill", (8192, 32768), (EAGER, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
+         (FLOAT32, EAGER, FLEX, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
+    Work("bloom-prefill", "bloom", "prefill", (8192, 32768),
+         (FLOAT32, EAGER, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
     Work("llama-decode", "llama", "decode", (1, 32), (SDPA, STATIC, OURS)),
     Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS)),
     Work("smollm2-prefill", "smollm2", "prefill", (2048,), (SDPA, STATIC, DYNAMIC, OURS), device="cpu"),
@@ -137,14 +142,17 @@ def config_of(kind: str, layers: int | None) -> Any:
     )  # fmt: skip
 
 
-def model_of(work: Work, attention: str, layers: int | None) -> torch.nn.Module:
-    """The model with the same random weights for everybody."""
+def model_of(work: Work, contender: Contender, layers: int | None) -> torch.nn.Module:
+    """The model with the same random weights for everybody, a judge's rounded as the others' are."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(0)
     factory = AutoModel if work.model == "minilm" else AutoModelForCausalLM
     with torch.device(work.device):
-        model = factory.from_config(config_of(work.model, layers), attn_implementation=attention, dtype=work.dtype)
+        config = config_of(work.model, layers)
+        model = factory.from_config(config, attn_implementation=contender.attention, dtype=work.dtype)
+    if contender.judge:
+        model = model.float()
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -175,7 +183,7 @@ class Model:
 
     def __init__(self, work: Work, contender: Contender, layers: int | None) -> None:
         self.work, self.contender = work, contender
-        self.model: Any = model_of(work, contender.attention, layers)
+        self.model: Any = model_of(work, contender, layers)
         self.function = compiled(self._function(), contender, graphs=work.phase == "decode")
         self.caches: dict[int, Any] = {}
 
@@ -293,7 +301,7 @@ class Process:
     """A contender's process."""
 
     def __init__(self, work: Work, contender: Contender, folder: Path, layers: int | None) -> None:
-        self.name = contender.name
+        self.name, self.judge = contender.name, contender.judge
         own = folder / f"{work.name}-{contender.name}".replace(" ", "-")
         own.mkdir()
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
@@ -361,7 +369,9 @@ def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]
                     process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
                     answers[process.name, size] = process.hear()
         for size in work.sizes:
-            times: dict[str, list[float]] = {p.name: [] for p in running if "failure" not in answers[p.name, size]}
+            times: dict[str, list[float]] = {
+                p.name: [] for p in running if not p.judge and "failure" not in answers[p.name, size]
+            }
             for _ in range(rounds):
                 for process in running:
                     if process.name in times:
@@ -374,7 +384,8 @@ def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]
                             times.pop(process.name)
             results = {}
             saved = {p.name: p.folder / f"{size}.pt" for p in running if (p.folder / f"{size}.pt").exists()}
-            reference = torch.load(next(iter(saved.values()))) if saved else None
+            judge = next(iter(saved), None)
+            reference = torch.load(saved[judge]) if judge is not None else None
             for process in running:
                 result = answers[process.name, size]
                 if process.name in times:
@@ -387,7 +398,7 @@ def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]
                 if process.name.startswith("attncompile"):
                     result["warnings"] = process.warnings()
                 results[process.name] = result
-            row: dict[str, Any] = {"name": f"{work.name}-{size}", "size": size, "results": results}
+            row: dict[str, Any] = {"name": f"{work.name}-{size}", "size": size, "judge": judge, "results": results}
             rows.append(row | ({"floor_ms": floor(work, size, layers)} if work.phase == "decode" else {}))
     return rows
 
@@ -411,6 +422,8 @@ def shown(result: dict[str, Any]) -> str:
     """A result in a printed line."""
     if "failure" in result:
         return str(result["failure"])[:60]
+    if "ms" not in result:
+        return "judge"
     return f"{result['ms']:.2f} ms (first {result['first_s']:.0f} s, {result['difference']:.1e})"
 
 

@@ -1,33 +1,40 @@
 """Measure ONNX Runtime's attention operators against the plain decomposition; write the table that chooses.
 
-    python benchmarks/onnx_operators.py codegen/onnx/measured.tsv
+    python -m benchmarks.onnx_operators codegen/onnx/measured.tsv [--provider cuda]
 
 Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread;
 what counts is the processor time of the calling thread, which other programs on the machine do not lengthen
 much. A row is the median of the decomposition over the median of the operator. Operands are flat ``[B, S,
 H*D]``, as projections give them; a cache has heads ``[B, H, S, D]`` and is measured in a prompt, where it is empty, and
 in a step, of one query behind so many keys.
+
+On a CPU it is float32. On a GPU it is float16, everything stays in the device's memory, and what counts is the time
+until the device is done. Rows of the other provider stay as they are.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from attncompile.codegen.onnx.capabilities import rows_for
+from attncompile.codegen.onnx.capabilities import Provider, rows_for
 from attncompile.codegen.onnx.choose import CACHED, STEP, mask_class
 from attncompile.codegen.onnx.emit import alone
+from attncompile.codegen.onnx.narrow import Narrow, narrowed
 from attncompile.codegen.onnx.reading import group_size
+from attncompile.convert.providers import session_providers
 from attncompile.ir import Spec, parse_spec
 
 WARM_UP = 4
@@ -41,6 +48,11 @@ MASKS = (
     ("j ≤ i and attention_mask[b, j] ≠ 0", "  given  attention_mask[B,I]:int64\n"),
 )
 LENGTHS = (64, 128, 384, 1024, 2048)
+
+NARROW: Narrow = "float16"
+"""What states are rounded to on a GPU, as ``--precision fp16`` does."""
+
+Feed = dict[str, np.ndarray]
 
 PAST = "past_"
 CACHES = (
@@ -89,7 +101,7 @@ def cached(keys: str, queries: str, heads: str) -> Spec:
     )
 
 
-def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
+def session(spec: Spec, operator: str, provider: Provider) -> onnxruntime.InferenceSession:
     """One operator for the Spec, alone in a model."""
     row = next(row for row in rows_for(spec) if row.operator == operator)
     options = onnxruntime.SessionOptions()
@@ -97,16 +109,48 @@ def session(spec: Spec, operator: str) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     model = alone(spec, row, flat=True)
     RemoveUnusedNodesPass()(model)  # as a conversion does: a past that an operator joins itself is joined once
+    if provider == "cuda":
+        narrowed(model, NARROW)
     proto = ir.to_proto(model)
-    return onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=list(session_providers(provider)))
 
 
-def measure(spec: Spec, length: int, *, step: bool = False) -> list[Row]:
+def on_processor(running: onnxruntime.InferenceSession, feed: Feed) -> Callable[[], float]:
+    """A call on a CPU, which gives its processor time in seconds."""
+
+    def call() -> float:
+        start = time.thread_time()
+        running.run(None, feed)
+        return time.thread_time() - start
+
+    return call
+
+
+def on_device(running: onnxruntime.InferenceSession, feed: Feed) -> Callable[[], float]:
+    """A call on a GPU with all tensors there, which gives the seconds until it is done."""
+    binding = running.io_binding()
+    kinds = {entry.name: entry.type for entry in running.get_inputs()}
+    for name, array in feed.items():
+        if kinds[name] == "tensor(float16)":
+            array = array.astype(np.float16)
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+    for entry in running.get_outputs():
+        binding.bind_output(entry.name, "cuda", 0)
+    binding.synchronize_inputs()
+
+    def call() -> float:
+        start = time.perf_counter()
+        running.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return time.perf_counter() - start
+
+    return call
+
+
+def measure(spec: Spec, length: int, provider: Provider = "cpu", *, step: bool = False) -> list[Row]:
     """Every capable operator at one length, of the prompt or of what is cached before a step."""
     rng = np.random.default_rng(0)
-    feed = {}
+    feed: Feed = {}
     lengths = {"B": 1, "I": 1, "P": length} if step else {"B": 1, "I": length, "P": 0}
     for value in spec.inputs:
         sizes = [getattr(size, "value", lengths.get(str(size), length)) for size in value.type.sizes]
@@ -116,18 +160,18 @@ def measure(spec: Spec, length: int, *, step: bool = False) -> list[Row]:
             heads, rows, channels = sizes[1:]
             shape = (1, heads, rows, channels) if value.name.startswith(PAST) else (1, rows, heads * channels)
             feed[value.name] = rng.standard_normal(shape).astype(np.float32)
-    names = [row.operator for row in rows_for(spec) if row.why_not(spec) is None]
-    sessions = {name: session(spec, name) for name in names}
-    for running in sessions.values():
+    dtype = NARROW if provider == "cuda" else None
+    names = [row.operator for row in rows_for(spec) if row.why_not(spec, provider, dtype=dtype) is None]
+    way = on_device if provider == "cuda" else on_processor
+    calls = {name: way(session(spec, name, provider), feed) for name in names}
+    for call in calls.values():
         for _ in range(WARM_UP):
-            running.run(None, feed)
+            call()
     rounds = max(5, min(60, 20_000 // length))
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names if number % 2 else names[::-1]:
-            start = time.thread_time()
-            sessions[name].run(None, feed)
-            times[name].append(time.thread_time() - start)
+            times[name].append(calls[name]())
     plain = statistics.median(times["decomposition"])
     attend = spec.attend()
     grouped = attend is not None and group_size(attend, spec.types()) != 1
@@ -138,8 +182,10 @@ def measure(spec: Spec, length: int, *, step: bool = False) -> list[Row]:
     ]
 
 
-def device() -> str:
-    """The processor's name as the system gives it."""
+def device(provider: Provider = "cpu") -> str:
+    """The name of the processor, or of the GPU, as the system gives it."""
+    if provider == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [
@@ -150,28 +196,31 @@ def device() -> str:
     return platform.processor() or platform.machine()
 
 
-def main(target: Path) -> None:
-    """Measure everything and write the table."""
+def main(target: Path, provider: Provider) -> None:
+    """Measure everything on a provider and put it into the table."""
     head = ("provider", "device", "onnxruntime", "date", "mask", "grouped", "length", "operator", "speed")
-    fixed = ("cpu", device(), onnxruntime.__version__, datetime.date.today().isoformat())
-    lines = [
-        "# written by benchmarks/onnx_operators.py: speed relative to the plain decomposition",
-        "\t".join(head),
-    ]
+    fixed = (provider, device(provider), onnxruntime.__version__, datetime.date.today().isoformat())
+    first = ["# written by benchmarks/onnx_operators.py: speed relative to the plain decomposition", "\t".join(head)]
+    known = target.read_text(encoding="utf-8").splitlines()[len(first) :] if target.exists() else []
+    lines: list[str] = []
     for spec in specs():
         behind = mask_class(spec) == CACHED
         cases = [(length, step) for step in (False, True) for length in PROMPTS] if behind else [
             (length, False) for length in LENGTHS
         ]
         for length, step in cases:
-            for row in measure(spec, length, step=step):
+            for row in measure(spec, length, provider, step=step):
                 cells = (*fixed, row.mask, "yes" if row.grouped else "no", row.length, row.operator)
                 lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))
                 print(lines[-1], flush=True)
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kept = [line for line in known if not line.startswith(f"{provider}\t")]
+    whole = [*lines, *kept] if provider == "cpu" else [*kept, *lines]
+    target.write_text("\n".join([*first, *whole]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python benchmarks/onnx_operators.py TABLE.tsv")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("table", type=Path, help="where the results go")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    main(given.table, given.provider)

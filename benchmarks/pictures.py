@@ -21,7 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 COLOURS = {
     "ours": "#0b6e4f", "plain Triton": "#73a790", "cuDNN": "#3b6fb6", "FlexAttention": "#d98032",
-    "FlashAttention-2": "#a9a9a9", "Inductor": "#7b5ea7", "SDPA": "#8fb4e3", "eager": "#c9c9c9", "bound": "#222222",
+    "FlashAttention-2": "#a9a9a9", "FlashAttention-4": "#c2453c", "Inductor": "#7b5ea7", "SDPA": "#8fb4e3",
+    "eager": "#c9c9c9", "bound": "#222222",
 }  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def models(folder: Path) -> None:
         "llama-prefill-32768": "prefill 32k", "llama-training-8192": "training step 8k",
         "llama-decode-1": "step at 8k, batch 1", "llama-decode-32": "step at 8k, batch 32",
         "gemma2-prefill-8192": "Gemma-2-2B, prefill 8k", "gemma2-prefill-32768": "prefill 32k",
+        "bloom-prefill-8192": "BLOOM-1b7, prefill 8k", "bloom-prefill-32768": "prefill 32k",
     }  # fmt: skip
     who = {
         "ours": ("attncompile", "attncompile (eager)"),  # the second where there is no other
@@ -117,7 +119,7 @@ def forward(folder: Path) -> None:
         "d64-n16384-causal": "64 channels, causal",
     }  # fmt: skip
     who = {"ours": "gluon", "plain Triton": "triton", "cuDNN": "cudnn", "FlexAttention": "flex",
-           "FlashAttention-2": "flash2"}  # fmt: skip
+           "FlashAttention-2": "flash2", "FlashAttention-4": "flash4"}  # fmt: skip
     title = "Forward kernels on an H200, 128 channels unless said, 16k tokens, bf16"
     rates(rows, groups, who, title, folder, "forward.svg")
 

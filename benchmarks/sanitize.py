@@ -29,9 +29,12 @@ from attncompile.codegen import gluon
 from attncompile.codegen.triton import generate, load
 from attncompile.codegen.triton.backward import generate_backward
 from attncompile.codegen.triton.cache import load_module
-from attncompile.ir import Spec
+from attncompile.codegen.triton.generate import GeneratedModule
+from attncompile.ir import Spec, parse_spec
 from attncompile.kernels.operators import with_log_sum_exp
+from attncompile.passes import parse_passes, run_passes
 from benchmarks.report import Report, add_processes, arguments, chosen, parse
+from benchmarks.sanitizer_controls import CONTROLS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LIMIT = 100
@@ -47,7 +50,8 @@ class Sample:
 
     Attributes:
         name: ``kind/row``.
-        kind: ``dense``, ``decode``, ``hopper`` or ``backward``.
+        kind: ``dense``, ``decode``, ``hopper``, ``hopper-8-bit`` (operands rounded to float8), ``backward``,
+            ``hopper-backward`` or ``control``, a kernel that is none of ours and known to be right.
         row: of the table of this kind's tests.
         sizes: other ones than the row's; empty for those.
     """
@@ -83,14 +87,27 @@ SAMPLES: tuple[Sample, ...] = (
             ("full-64", (1, 7, 13)), ("full-128", (1, 130, 257)), ("causal-64", (2, 191, 191)),
             ("causal-128", (1, 129, 128)), ("sink-window-64", (1, 300, 300)), ("alibi-128", (1, 130, 130)),
             ("bias-128", (1, 70, 200)), ("documents-64", (1, 300, 300)), ("sinks-128", (2, 64, 65)),
-            ("mla-192-128", (1, 65, 65)), ("narrow-16", (1, 33, 190)),
+            ("mla-192-128", (1, 65, 65)), ("narrow-16", (1, 33, 190)), ("blocks-128", (1, 300, 300)),
+            ("blocks-causal-64", (2, 191, 191)), ("blocks-of-64-128", (1, 130, 257)),
         )
+    ),
+    *(
+        Sample("hopper-8-bit", row, _sizes(*sizes))
+        for row, sizes in (("full-64", (1, 130, 257)), ("causal-128", (2, 191, 191)))
     ),
     *(
         Sample("backward", row)
         for row in ("tail-1", "tail-33", "gqa", "sink-logits", "bias-everything", "channels-72-40", "window-documents",
                     "edit-by-pair")
     ),
+    *(
+        Sample("hopper-backward", row, _sizes(*sizes))
+        for row, sizes in (
+            ("full", (1, 7, 13)), ("causal", (1, 130, 257)), ("causal-tail", (2, 191, 191)), ("window", (1, 300, 300)),
+            ("softcap-64", (1, 129, 128)), ("values-of-their-own", (1, 65, 65)),
+        )
+    ),
+    *(Sample("control", name) for name in CONTROLS),
 )  # fmt: skip
 
 
@@ -100,10 +117,16 @@ def case_of(sample: Sample) -> Any:
     from tests.kernels.cases import ALL_BY_NAME
     from tests.kernels.decode_cases import DECODE_BY_NAME
 
-    if sample.kind == "hopper":
-        from tests.codegen.test_gluon_gpu import ROWS
+    if sample.kind.startswith("hopper"):
+        if sample.kind == "hopper-backward":
+            from tests.kernels.hopper_backward_cases import ROWS
+        else:
+            from tests.codegen.test_gluon_gpu import ROWS
 
         case = next(row for row in ROWS if row.name == sample.row)
+        if sample.kind == "hopper-8-bit":
+            plain = case.text.replace("\n  lse    lse", "").replace("\n  gives  out, lse", "")
+            case = replace(case, text=str(run_passes(parse_spec(plain), parse_passes("quantize.fp8")).spec))
     else:
         table: Any = {"dense": ALL_BY_NAME, "decode": DECODE_BY_NAME, "backward": BACKWARD_BY_NAME}[sample.kind]
         case = table[sample.row]
@@ -136,8 +159,10 @@ def _forward(spec: Spec, tensors: dict[str, torch.Tensor], attend: Callable[...,
     return all(outcome.passed for outcome in measured(spec, tensors, [each.cpu() for each in found], dtype))
 
 
-def _backward(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
-    """Run a forward pass and its backward kernels; whether all gradients are finite."""
+def _backward(
+    spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.dtype, make: Callable[[Spec], GeneratedModule]
+) -> bool:
+    """Run a forward pass and backward kernels; whether all gradients are finite."""
     from tests.kernels.backward import arguments as before
 
     training = with_log_sum_exp(spec)
@@ -145,19 +170,23 @@ def _backward(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
     made = _tuple(load(generate(training))(*inputs))
     given = placed(torch.randn(each.shape, dtype=dtype).cpu() for each in made[: len(spec.outputs)])
     results = dict(zip(training.outputs, made, strict=True))
-    found = load_module(generate_backward(spec)).attend_backward(*before(training, spec, given, results), *inputs)
+    found = load_module(make(spec)).attend_backward(*before(training, spec, given, results), *inputs)
     torch.cuda.synchronize()
     return all(bool(each.cpu().isfinite().all()) for each in found if each is not None)
 
 
 def run(sample: Sample) -> bool:
     """Run a sample once; whether its results are right."""
+    if sample.kind == "control":
+        return CONTROLS[sample.row]()
     case = case_of(sample)
     spec, dtype = case.spec, torch.bfloat16
     tensors = case.tensors(0, dtype)
-    if sample.kind == "backward":
-        return _backward(spec, tensors, dtype)
-    module = gluon.generate(spec, queries=dict(sample.sizes)["I"]) if sample.kind == "hopper" else generate(spec)
+    if "backward" in sample.kind:
+        make = gluon.generate_backward if sample.kind.startswith("hopper") else generate_backward
+        return _backward(spec, tensors, dtype, make)
+    on_hopper = sample.kind.startswith("hopper")
+    module = gluon.generate(spec, queries=dict(sample.sizes)["I"]) if on_hopper else generate(spec)
     return _forward(spec, tensors, load(module), dtype)
 
 

@@ -101,7 +101,7 @@ def bench_models(
     loaded = {}
     for name, path in files.items():
         progress(f"loading {name}")
-        loaded[name] = session(path, provider, threads)
+        loaded[name] = session(path, provider, threads, defaults=True)
     for batch, tokens in shapes:
         progress(f"timing {batch}x{tokens}")
         args, kwargs = onnx_arguments(read[first], batch, tokens, "none", past)

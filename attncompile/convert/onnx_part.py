@@ -140,8 +140,9 @@ def make_part(
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
         rewritten = rewrite_onnx(
-            source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime
-        )
+            source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime,
+            precision.kind.states if precision is not None else None,
+        )  # fmt: skip
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
@@ -277,7 +278,7 @@ def _measurements(
     found = [size_measurement(export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    before, after = session(export, provider), session(file, provider)
+    before, after = (session(each, provider, defaults=True) for each in (export, file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
     found += [latency_measurement(before, after, call, what, which) for call in calls(part.opened)[-1:]]
     return found, []

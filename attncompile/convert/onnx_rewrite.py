@@ -61,6 +61,7 @@ def rewrite_onnx(
     notes: tuple[str, ...],
     longest: int | None = None,
     version: str | None = None,
+    dtype: str | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -73,6 +74,7 @@ def rewrite_onnx(
         notes: of the export, to keep with the program.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it; the installed one where it is left out.
+        dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
     """
     opset_before = model.opset_imports.get("", 0)
     wanted = wanted_opset(version, provider)
@@ -101,8 +103,9 @@ def rewrite_onnx(
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
             choice = choose(
-                result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest, version=version
-            )
+                result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest, version=version,
+                dtype=dtype,
+            )  # fmt: skip
             native = called.get(place, (place.domain, place.op_type))
             stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
             if stays is not None:

@@ -76,6 +76,7 @@ class Kind:
         options: their class.
         projections: it rounds projections, which can be left out one by one.
         calibrated: it needs inputs to take ranges from.
+        states: the element type that states are rounded to between operators, where that is not float32.
     """
 
     name: str
@@ -84,14 +85,15 @@ class Kind:
     options: type[Options] = NoOptions
     projections: bool = False
     calibrated: bool = False
+    states: Narrow | None = None
 
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("fp32", "float32 throughout", None),
-        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01),
-        Kind("bf16", "bfloat16, with the same exceptions", 0.05),
+        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01, states="float16"),
+        Kind("bf16", "bfloat16, with the same exceptions", 0.05, states="bfloat16"),
         Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
         Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
         Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
@@ -188,9 +190,8 @@ def write_precise(
     """
     options: Any = precision.options
     with _quietly():
-        if precision.kind.name in ("fp16", "bf16"):
-            narrow: Narrow = "float16" if precision.kind.name == "fp16" else "bfloat16"
-            return _write_narrow(source, target, narrow, provider, where)
+        if precision.kind.states is not None:
+            return _write_narrow(source, target, precision.kind.states, provider, where)
         if precision.kind.name == "int8":
             dynamic_int8(source, target, names, per_channel=options.per_channel)
         elif precision.kind.name == "int8-static":

@@ -24,6 +24,10 @@ GPUS = frozenset(
 """Providers for which operators are chosen as for CUDA; for all others as for the CPU, which runs what they lack."""
 
 
+IN_FULL: Mapping[str, Mapping[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""Options with which a provider computes in the dtypes that a model says."""
+
+
 def named_provider(provider: str) -> str:
     """The whole name of a provider: ``cpu`` is ``CPUExecutionProvider``.
 
@@ -74,4 +78,13 @@ def _advice() -> str:
     return f"it has {', '.join(available())}; choose one of them, or install another build of ONNX Runtime"
 
 
-__all__ = ["GPUS", "SHORT", "available", "kernels_of", "named_provider", "session_providers", "short_provider"]
+__all__ = [
+    "GPUS",
+    "IN_FULL",
+    "SHORT",
+    "available",
+    "kernels_of",
+    "named_provider",
+    "session_providers",
+    "short_provider",
+]

@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 
 from attncompile.convert.calibration import Call
-from attncompile.convert.providers import session_providers
+from attncompile.convert.providers import IN_FULL, session_providers
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.torch_internals import flatten, leaf_paths
 
@@ -45,18 +45,23 @@ def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> No
 
 
 def session(
-    model: Path | bytes, provider: str, threads: int | None = None, *, lean: bool = False
+    model: Path | bytes, provider: str, threads: int | None = None, *, lean: bool = False, defaults: bool = False
 ) -> onnxruntime.InferenceSession:
     """A session on the provider, for a file or for a model's bytes.
+
+    It computes in the dtypes that the model says: what a provider rounds on its own, as CUDA does float32 products to
+    TF32, would hide what is compared.
 
     Args:
         model: the file or bytes; provider: where; threads: how many, ONNX Runtime's choice where it is left out.
         lean: keep no memory between runs, for results that are wanted once: the same values, a little later.
+        defaults: leave the provider's options as they are, for what is timed.
 
     Raises:
         InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
     """
     names = session_providers(provider)
+    chosen = [{} if defaults else dict(IN_FULL.get(name, {})) for name in names]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if lean:
@@ -65,7 +70,7 @@ def session(
         options.intra_op_num_threads = threads
     try:
         given = str(model) if isinstance(model, Path) else model
-        return onnxruntime.InferenceSession(given, options, providers=list(names))
+        return onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
     except Exception as error:
         name = model if isinstance(model, Path) else "the model"
         raise InputError(

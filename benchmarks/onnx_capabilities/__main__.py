@@ -35,6 +35,8 @@ _RAISED_BY = re.compile(
 )
 """The C++ function that raised an error, as ONNX Runtime writes it in front of what is wrong."""
 
+ELSEWHERE = "no kernel of this provider: only the CPU has one"
+
 SAID = 160
 """Characters of an error that are kept."""
 
@@ -157,6 +159,7 @@ def _cleaned(said: str) -> str:
     said = re.sub(r"Load model from \S+ failed:\s*", "", said)
     said = re.sub(r"/onnxruntime_src/\S+:\d+ ", "", said)
     said = _RAISED_BY.sub("", said, count=1)
+    said = re.sub(r"This session contains graph nodes that are assigned to the default CPU EP.*", ELSEWHERE, said)
     said = re.sub(r"In Node, .* Error (?=Unrecognized|Node)", "", said)
     said = re.sub(r"ONNX Runtime only \*guarantees\* .*? opset versions\. ", "", said)
     said = re.sub(r" node with name '\w*'", "", said)

@@ -22,10 +22,17 @@ def run(folder: Path, number: int, provider: str) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(folder / f"{number}.onnx"), options, providers=[provider])
+    told = json.loads((folder / f"{number}.json").read_text())
+    chosen = {}
+    if provider == "CUDAExecutionProvider":
+        chosen = {"use_tf32": "0"}  # products of float32 numbers are to be such
+        if told["operator"]:  # its own kernel, and not the CPU's
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = onnxruntime.InferenceSession(
+        str(folder / f"{number}.onnx"), options, providers=[provider], provider_options=[chosen]
+    )
     fed = dict(np.load(folder / f"{number}.npz"))
-    shared = json.loads((folder / f"{number}.json").read_text())
-    made, again = (_results(session, fed, shared) for _ in range(2))
+    made, again = (_results(session, fed, told["shared"]) for _ in range(2))
     np.savez(folder / f"{number}.out.npz", **made, **{f"again_{name}": array for name, array in again.items()})
 
 

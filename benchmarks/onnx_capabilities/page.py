@@ -31,8 +31,9 @@ documentation. The same table, `codegen/onnx/tried.tsv`, decides which operators
 | ✗ | is refused, on loading or on running, with an error |
 | crash | ends the process |
 
-Dtypes with the same marks share a row. float16 on the CPU is mostly computed in float32 between two casts, which ONNX
-Runtime inserts itself. "Behind a cache" means with past keys and values.
+Dtypes with the same marks share a row. On a GPU an operator counts as refused where only the CPU has a kernel for it,
+and float32 products are computed in float32 (`use_tf32=0`). float16 on the CPU is mostly computed in float32 between
+two casts, which ONNX Runtime inserts itself. "Behind a cache" means with past keys and values.
 """
 
 
@@ -44,11 +45,12 @@ def page(rows: Sequence[Tried], versions: Sequence[str], exact: Mapping[str, str
     """
     parts = [HEAD]
     for provider in dict.fromkeys(row.provider for row in rows):
-        tried = ", ".join(exact.get(version, version) for version in versions)
-        parts.append(f"Provider **{provider}**, ONNX Runtime {tried}.\n")
         of_provider = [row for row in rows if row.provider == provider]
+        columns = [version for version in versions if any(version in row.outcomes for row in of_provider)]
+        tried = ", ".join(exact.get(version, version) for version in columns)
+        parts.append(f"# Provider {provider}, ONNX Runtime {tried}\n")
         for key, group in itertools.groupby(of_provider, key=lambda row: (row.domain, row.operator)):
-            parts.append(_operator(*key, list(group), versions))
+            parts.append(_operator(*key, list(group), columns))
     return "\n".join(parts)
 
 

@@ -21,6 +21,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SECONDS = 60.0
 """After which a model that has not ended is killed, and counts as a crash."""
 
+WHOLE_MODELS = ("opset", "IR version")
+"""Attempts that no single operator stands for: a provider may leave nodes of them to the CPU."""
+
 _WORST: tuple[Outcome, ...] = ("crashed", "refused", "unstable", "wrong", "ignored", "right")
 """Of several calls of one attempt the first of these counts."""
 
@@ -61,7 +64,8 @@ def prepare(folder: Path, attempts: Sequence[Attempt]) -> list[Row]:
                 (folder / f"{number}.onnx").write_bytes(one.model)
                 np.savez(folder / f"{number}.npz", **one.fed)  # type: ignore[arg-type]
                 shared = {f"output_{output}": f"input_{source}" for output, source in one.shared.items()}
-                (folder / f"{number}.json").write_text(json.dumps(shared))
+                told = {"shared": shared, "operator": attempt.operator not in WHOLE_MODELS}
+                (folder / f"{number}.json").write_text(json.dumps(told))
             rows.append(Row(attempt, dtype, prepared, count))
             count += len(prepared)
     return rows

@@ -84,7 +84,12 @@ class Capability:
     parts: tuple[Capability, ...] = ()
 
     def why_not(
-        self, spec: Spec, provider: Provider = "cpu", version: str | None = None, opset: int = OPSET
+        self,
+        spec: Spec,
+        provider: Provider = "cpu",
+        version: str | None = None,
+        opset: int = OPSET,
+        dtype: str | None = None,
     ) -> str | None:
         """Why this operator cannot be relied on for the Spec's Attend (or Scan); ``None`` when it can.
 
@@ -92,16 +97,15 @@ class Capability:
             spec: what to compute; provider: where.
             version: of ONNX Runtime, such as ``1.24``; the installed one where it is left out.
             opset: of the model, which says which version of a standard operator runs.
+            dtype: of queries in the model that is written in the end, where that is not the Spec's.
         """
         reason = self.beyond(spec, provider)
         if reason is not None:
             return reason
         found, types = self._operation(spec), spec.types()
         assert found is not None  # as beyond has seen
-        return next(
-            (why for row in self.parts or (self,) if (why := row._untried(found, types, provider, version, opset))),
-            None,
-        )
+        reasons = (row._untried(found, types, provider, version, opset, dtype) for row in self.parts or (self,))
+        return next((why for why in reasons if why), None)
 
     def beyond(self, spec: Spec, provider: Provider = "cpu") -> str | None:
         """Why its definition does not hold this Spec, whatever the version of ONNX Runtime; ``None`` when it does."""
@@ -117,11 +121,17 @@ class Capability:
         return spec.attend() if self.operation is Attend else spec.scan()
 
     def _untried(
-        self, found: Attend | Scan, types: Types, provider: Provider, version: str | None, opset: int
+        self,
+        found: Attend | Scan,
+        types: Types,
+        provider: Provider,
+        version: str | None,
+        opset: int,
+        dtype: str | None,
     ) -> str | None:
         if self.features is None:
             return None
-        dtype = types[found.query].dtype
+        dtype = dtype or types[found.query].dtype
         if not versions(provider):
             kernels = self.documented.get(provider, ())
             return None if dtype in kernels else f"{self.operator} has no kernel for {dtype} on {provider}"
@@ -181,8 +191,6 @@ def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
     empty = may_be_empty(attend, types) or (score is not None and may_be_infinite(score.bias))
     if empty and low is not None and math.isinf(low) and attend.norm.empty == "nan":
         return "Attention gives zero for a query that sees no key, here it is NaN"
-    if empty and provider != "cpu":
-        return "what Attention gives on CUDA for a query that sees no key has not been verified"
     return None
 
 
@@ -193,8 +201,6 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
     if group_size(attend, types) != 1:
         return f"MultiHeadAttention has one KV head per query head, here query head h reads {attend.kv_head}"
     if may_be_empty(attend, types):
-        if provider != "cpu":
-            return "what MultiHeadAttention gives on CUDA for a query that sees no key has not been verified"
         zeroed = attend.norm.empty == "zero" and math.isinf(additive_fill(attend) or 0)
         if zeroed and _reads_head(attend):
             return "MultiHeadAttention: rows without a key must be zero, and the mask differs by head"
@@ -228,10 +234,7 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
     if score.bias is not None and may_be_infinite(score.bias):
         return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
     if causal.cached:
-        return _over_a_cache(attend, causal, provider)
-    biased = causal.rest != TRUE or score.bias is not None
-    if biased and provider == "cuda":
-        return "GroupQueryAttention takes no bias on CUDA, and the mask has a part beyond causality"
+        return _over_a_cache(attend, causal)
     if may_be_empty(attend, types):
         if attend.sink != NO_SINK:
             return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
@@ -242,10 +245,8 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
     return None
 
 
-def _over_a_cache(attend: Attend, causal: CausalMask, provider: Provider) -> str | None:
+def _over_a_cache(attend: Attend, causal: CausalMask) -> str | None:
     """What stands against a switch between the operator and the decomposition."""
-    if provider != "cpu":
-        return "what GroupQueryAttention does with a cache on CUDA has not been verified"
     if reads_score(simplify(causal.rest)):
         return f"GroupQueryAttention: which keys are hidden is only known from the scores ({attend.mask})"
     return None

@@ -159,6 +159,7 @@ def choose(
     switch: bool = True,
     longest: int | None = None,
     version: str | None = None,
+    dtype: str | None = None,
 ) -> Choice:
     """The operator for the Spec's Attend or Scan.
 
@@ -172,6 +173,8 @@ def choose(
             switch already.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it, such as ``1.24``; the installed one where it is left out.
+        dtype: what the model's states are rounded to after this choice, such as ``float16``; the Spec's own unless
+            given.
 
     Raises:
         RefusalError: for a Spec without an Attend or Scan.
@@ -184,7 +187,9 @@ def choose(
     rows = rows_for(spec)
     if not rows:
         raise RefusalError(Refusal("no-onnx-form", f"{spec.name} holds no single attention or scan"))
-    objections = {row.operator: _too_old(row, opset) or row.why_not(spec, provider, version, opset) for row in rows}
+    objections = {
+        row.operator: _too_old(row, opset) or row.why_not(spec, provider, version, opset, dtype) for row in rows
+    }
     refused = tuple((name, reason) for name, reason in objections.items() if reason is not None)
     able = [row for row in rows if objections[row.operator] is None]
     plain = next(row for row in able if row.operator == "decomposition")
@@ -232,6 +237,8 @@ def _behind_a_cache(
     if taking is None:
         told = "no operator that takes a cache computes this exactly: " + refused[0][1]
         return _for_every_call(spec, plain, fused, provider, refused, longest, told)
+    if measured_speed(spec, taking.operator, provider, PROMPTS[0]) is None:
+        return Choice(taking, f"{taking.operator} fits; its speed on {provider} was not measured", refused)
     speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}
     least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
     if least is None:

@@ -116,3 +116,26 @@ def test_a_wrong_builder_is_noticed() -> None:
     )
     with pytest.raises(AssertionError):
         assert_agrees(BY_NAME["causal"], wrong, flat=False)
+
+
+BEHIND_A_CACHE = parse_spec(
+    "site\n  cache  past_k[B,3,P,64]  k[B,3,I,64]  float32\n    out    all_k\n"
+    "  cache  past_v[B,3,P,64]  v[B,3,I,64]  float32\n    out    all_v\n"
+    "  attend  q[B,9,I,64]  all_k  all_v  float32\n    score  0.125·s\n"
+    "    mask   j ≤ i + P and attention_mask[b, j] ≠ 0\n    fill   −3.4028234663852886e+38\n    kv_head h // 3\n"
+    "    norm   softmax (float32)\n  given  attention_mask[B,I+P]:int64\n"
+)
+
+
+def test_a_provider_without_a_kernel_for_the_dtype_is_told() -> None:
+    """CUDA's GroupQueryAttention has none for float32: the CPU's would run, and copy the cache there."""
+    choice = choose(BEHIND_A_CACHE, "cuda", version="1.31")
+    assert "GroupQueryAttention" not in choice.row.operator
+    assert "float32 on cuda" in dict(choice.refused)["GroupQueryAttention"]
+
+
+def test_operators_are_chosen_in_the_dtype_that_is_written() -> None:
+    """The Spec is float32; the model is rounded to float16 after its sites were replaced."""
+    choice = choose(BEHIND_A_CACHE, "cuda", version="1.31", dtype="float16")
+    assert "GroupQueryAttention" in choice.row.operator
+    assert "GroupQueryAttention" not in choose(BEHIND_A_CACHE, "cpu", version="1.31", dtype="bfloat16").row.operator
