@@ -163,6 +163,18 @@ def power_above(x):
 
 
 @triton.jit
+def asked_byte(pairs, PART: tl.constexpr):
+    """For instructions of NVIDIA's GPUs: 16 bits that begin with the first (PART even) or the second byte."""
+    if PART % 2 == 0:
+        found = pairs
+    else:
+        found = tl.inline_asm_elementwise(
+            "shr.u32 $0, $1, 8;", "=r,r", [pairs], dtype=tl.int16, is_pure=True, pack=2,
+        )
+    return found
+
+
+@triton.jit
 def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
     """The int8 number of the first or the second byte (PART 0 or 1); in float16 plus 128, and 2^-24 of that on NVIDIA's
     GPUs.
@@ -171,20 +183,10 @@ def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
     itself is one; matrix units take them at their usual rate.
     """
     if CAPABILITY > 0 and tl.float16 == DTYPE:
-        if PART == 0:
-            number = tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, 0x00ff00ff, 0x00800080, 0x6a;",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
-        else:
-            number = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 bytes;
-                shr.u32 bytes, $1, 8;
-                lop3.b32 $0, bytes, 0x00ff00ff, 0x00800080, 0x6a;
-                }""",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x00ff00ff, 0x00800080, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
+        )
     elif tl.float16 == DTYPE:
         number = (((pairs >> (8 * PART)) & 255) ^ 128).to(DTYPE)
     else:
@@ -198,35 +200,16 @@ def from_int4(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.con
     in the high four, then 16 times it. In float16 it is 8 more before, and 2^-24 of that on NVIDIA's GPUs, as in
     ``from_int8``.
     """
-    if CAPABILITY > 0 and tl.float16 == DTYPE:
-        if PART == 0:
-            number = tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, 0x000f000f, 0x00080008, 0x6a;",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
-        elif PART == 1:
-            number = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 bytes;
-                shr.u32 bytes, $1, 8;
-                lop3.b32 $0, bytes, 0x000f000f, 0x00080008, 0x6a;
-                }""",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
-        elif PART == 2:
-            number = tl.inline_asm_elementwise(
-                "lop3.b32 $0, $1, 0x00f000f0, 0x00800080, 0x6a;",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
-        else:
-            number = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 bytes;
-                shr.u32 bytes, $1, 8;
-                lop3.b32 $0, bytes, 0x00f000f0, 0x00800080, 0x6a;
-                }""",
-                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-            )
+    if CAPABILITY > 0 and tl.float16 == DTYPE and PART < 2:
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000f000f, 0x00080008, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
+        )
+    elif CAPABILITY > 0 and tl.float16 == DTYPE:
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x00f000f0, 0x00800080, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
+        )
     elif tl.float16 == DTYPE:
         BITS: tl.constexpr = 15 if PART < 2 else 240
         number = (((pairs >> (8 * (PART % 2))) & BITS) ^ (BITS // 15 * 8)).to(DTYPE)

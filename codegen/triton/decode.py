@@ -155,7 +155,7 @@ def few_queries(
 def decode_device_functions(text: str) -> list[str]:
     """Source of the device functions that the kernels' text calls, and of what those call."""
     own = device_functions_of(text, names=DEVICE)
-    return [*device_functions_of(*own, names=("e4m3_number",)), *own]
+    return [*device_functions_of(*own, names=("e4m3_number", "asked_byte")), *own]
 
 
 def _functions(spec: Spec, parts: Dense, binding: Binding) -> tuple[DeviceFunction | None, ...]:
