@@ -217,6 +217,7 @@ def convert(
     passes: str = "fuse",
     allow_untrained: bool = False,
     cache: bool | None = None,
+    shared_buffer: bool = False,
     precision: str | None = None,
     budget: float | None = None,
     text: str | Path | None = None,
@@ -243,6 +244,8 @@ def convert(
         cache: for ONNX Runtime, whether a language model becomes one for prompts and steps of generation, with its
             cache as inputs and outputs and the configuration of onnxruntime-genai beside it, and an encoder-decoder
             two, with both caches; None does so where it can, and False converts its forward pass.
+        shared_buffer: for ONNX Runtime, whether past and present of a language model's cache are one buffer, which each
+            call writes in place; for rows without padding.
         precision: for ONNX Runtime, element types of weights and states: ``fp32``, ``fp16``, ``bf16``, ``int8``,
             ``int8-static``, ``int8-weights``, ``int4`` or ``fp8``, with options as passes have them; None keeps the
             model's own.
@@ -275,6 +278,7 @@ def convert(
         passes=passes,
         allow_untrained=allow_untrained,
         cache=cache,
+        shared_buffer=shared_buffer,
         precision=precision,
         budget=budget,
         text=Path(text) if text is not None else None,

@@ -1,9 +1,10 @@
-"""Converted models in ONNX Runtime's CPU beside torch's own exports of the same models.
+"""Converted models in ONNX Runtime's CPU beside torch's own exports and what other tools make of them.
 
     python -m benchmarks.onnx_cpu results.json [--models minilm smollm2 whisper] [--rounds N] [--precisions int8 int4]
 
-Peers are `torch.onnx.export(dynamo=True)` with eager and with sdpa attention; ours is `attncompile.convert`
-of the eager model with default options, which compares before it writes. Every round runs
+Peers are `torch.onnx.export(dynamo=True)` with eager and with sdpa attention, ONNX Runtime's transformer optimizer and
+onnxscript's fusions (`onnx_fusers.py`); ours is `attncompile.convert` of the eager model with default options, which
+compares before it writes. Every round runs
 each of them once, in alternating order, and a ratio is median over median. Two readings are given: wall time
 with two threads that do not spin, and processor time of one thread, which other programs on the machine
 disturb less. Ratios above 1 mean that ours is faster.
@@ -20,10 +21,12 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +41,7 @@ from attncompile.convert.export import export_onnx
 from attncompile.frontends.checkpoint import open_model
 from attncompile.plan.schema import load_plan
 from benchmarks.checkpoints import checkpoint_folder
+from benchmarks.onnx_fusers import Shape, fused_peers
 from benchmarks.onnx_operators import WARM_UP, device
 from benchmarks.onnx_quality import QUALITY
 
@@ -45,6 +49,12 @@ Implementation = Literal["eager", "sdpa"]
 Arguments = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 Feed = dict[str, np.ndarray]
 THREADS = 2
+LONG = 4096
+"""Tokens from which on a call takes so long that three rounds are made of it, with two threads alone."""
+
+KIB = 1024
+"""Bytes in the unit of `getrusage` on Linux."""
+
 
 
 class Encoder(torch.nn.Module):
@@ -85,12 +95,16 @@ class Subject:
         target: what `attncompile` opens, for an implementation of attention.
         shapes: batch and tokens of each call.
         feed: inputs of a call of that shape.
+        names: the model's inputs.
+        optimizer: what ONNX Runtime's optimizer has to be told of it.
     """
 
     name: str
     target: Callable[[Implementation], str]
     shapes: tuple[tuple[int, int], ...]
     feed: Callable[[int, int], Feed]
+    names: tuple[str, ...]
+    optimizer: Shape
 
 
 def _tokens(batch: int, tokens: int) -> Feed:
@@ -107,12 +121,19 @@ SUBJECTS: Mapping[str, Subject] = {
     subject.name: subject
     for subject in (
         Subject(
-            "minilm", lambda _: str(checkpoint_folder("minilm")), ((1, 128), (16, 128), (1, 384)), _tokens
+            "minilm", lambda _: str(checkpoint_folder("minilm")), ((1, 128), (16, 128), (1, 384), (16, 384)), _tokens,
+            ("input_ids", "attention_mask", "token_type_ids"), Shape("bert", 12, 384),
         ),
-        Subject("smollm2", lambda _: str(checkpoint_folder("smollm2")), ((1, 512), (1, 2048)), _tokens),
-        Subject("whisper", lambda kind: f"{Path(__file__)}:whisper_encoder_{kind}", ((1, 1500),), _sound),
+        Subject(
+            "smollm2", lambda _: str(checkpoint_folder("smollm2")), ((1, 512), (1, 2048), (1, 6144)), _tokens,
+            ("input_ids", "attention_mask"), Shape("gpt2", 9, 576),
+        ),
+        Subject(
+            "whisper", lambda kind: f"{Path(__file__)}:whisper_encoder_{kind}", ((1, 1500),), _sound,
+            ("features",), Shape("bart", 6, 384),
+        ),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,7 @@ class Case:
         megabytes: sizes with weights.
         quality: of ours against the eager export's answers, where a precision was asked for.
         kept: projections that the precision's budget left in float32.
+        peak_mb: most memory of a process that loads the model and calls it twice, above what it held before.
     """
 
     model: str
@@ -146,6 +168,7 @@ class Case:
     megabytes: dict[str, float] = field(default_factory=dict)
     quality: dict[str, float] = field(default_factory=dict)
     kept: int = 0
+    peak_mb: dict[str, float] = field(default_factory=dict)
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -168,7 +191,7 @@ def _interleaved(
     sessions = {name: _session(path, threads) for name, path in paths.items()}
     fed = {name: _fed(session, feed) for name, session in sessions.items()}
     for name, session in sessions.items():
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP if rounds >= WARM_UP else 1):
             session.run(None, fed[name])
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(rounds):
@@ -187,6 +210,22 @@ def _difference(one: Path, other: Path, feed: Feed) -> float:
     return float(np.abs(first - second).max())
 
 
+def peak_memory(path: Path, subject: str, batch: int, tokens: int) -> float:
+    """Megabytes that a process of its own holds at most with the model, after two calls."""
+    program = (
+        "import resource, sys, pathlib; from benchmarks.onnx_cpu import SUBJECTS, _fed, _session\n"
+        "path, subject, batch, tokens = sys.argv[1:]\n"
+        "begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "session = _session(pathlib.Path(path), 2); feed = SUBJECTS[subject].feed(int(batch), int(tokens))\n"
+        "for _ in range(2): session.run(None, _fed(session, feed))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, begun)"
+    )
+    command = [sys.executable, "-c", program, str(path), subject, str(batch), str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    most, begun = map(int, done.stdout.split())
+    return round((most - begun) * KIB / 1e6, 1)
+
+
 def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[str] = ()) -> list[Case]:
     """Export the peers, convert ours, compare, and time every shape; then again for each precision."""
     paths: dict[str, Path] = {}
@@ -196,6 +235,7 @@ def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[st
         opened.model.eval()
         paths[kind] = folder / f"{kind}.onnx"
         onnx_ir.save(export_onnx(opened)[0], paths[kind], external_data=f"{kind}.onnx.data")
+    paths |= fused_peers(subject.target("eager"), paths["eager"], subject.names, subject.optimizer, folder)
     cases = []
     for precision in precisions or ("",):
         cases += _measured(subject, paths, folder / f"ours-{precision}", rounds, precision)
@@ -219,9 +259,10 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
     for batch, tokens in subject.shapes:
         feed = subject.feed(batch, tokens)
         difference = _difference(paths["eager"], paths["ours"], feed)
-        count = max(5, min(rounds, rounds * 512 // (batch * tokens)))
+        count = max(5, min(rounds, rounds * 512 // (batch * tokens))) if batch * tokens < LONG else 3
         wall = _interleaved(paths, feed, count, THREADS, time.perf_counter)
-        work = _interleaved(paths, feed, count, 1, time.thread_time)
+        work = _interleaved(paths, feed, count, 1, time.thread_time) if batch * tokens < LONG else {}
+        peak = {name: peak_memory(path, subject.name, batch, tokens) for name, path in paths.items()}
         case = Case(
             model=subject.name,
             batch=batch,
@@ -231,12 +272,13 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
             wall=wall,
             work=work,
             wall_ratio={kind: round(wall[kind] / wall["ours"], 3) for kind in kinds},
-            work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds},
+            work_ratio={kind: round(work[kind] / work["ours"], 3) for kind in kinds if work},
             operators=operators,
             precision=precision,
             megabytes={name: round(_size(path), 1) for name, path in paths.items()},
             quality=quality,
             kept=len(load_plan(out / "plan.json").kept),
+            peak_mb=peak,
         )
         print(f"{case.model} {precision} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
         cases.append(case)
@@ -256,12 +298,16 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=40, help="rounds at 512 tokens or fewer; longer calls get fewer"
     )
+    parser.add_argument("--tokens", nargs="+", type=int, default=(), help="only calls of these lengths")
     parser.add_argument("--precisions", nargs="+", default=(), help="as attncompile convert --precision takes them")
     chosen = parser.parse_args()
     cases: list[Case] = []
     for name in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
-            cases += measure(SUBJECTS[name], Path(folder), chosen.rounds, chosen.precisions)
+            subject = SUBJECTS[name]
+            if chosen.tokens:
+                subject = replace(subject, shapes=tuple(each for each in subject.shapes if each[1] in chosen.tokens))
+            cases += measure(subject, Path(folder), chosen.rounds, chosen.precisions)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime, onnx_ir)}
     record = {
         "device": device(),

@@ -2,11 +2,12 @@
 
     python -m benchmarks.onnx_cuda results.json [--precision fp16] [--layers N] [--context 8192] [--provider cuda]
 
-Both are made of one checkpoint of the shape of Llama-3.2-1B with random weights. Everything a model reads and writes
-stays on the device (IO binding), logits of every position among it. A model is called in two ways: `growing`, where the
-present cache is another buffer than the past one, and `shared`, where both are one buffer of the whole length, as
-onnxruntime-genai calls a model whose configuration says `past_present_share_buffer`. Models take turns, round after
-round; a time is the median. Needs `onnxruntime-gpu` and `onnxruntime-genai`, for `--provider cpu` plain `onnxruntime`.
+All are made of one checkpoint of the shape of Llama-3.2-1B with random weights; `shared` is our conversion with
+`--shared-buffer`. Everything a model reads and writes stays on the device (IO binding), logits of every position among
+it. A model is called in two ways: `growing`, where the present cache is another buffer than the past one, and `shared`,
+where both are one buffer of the whole length, as onnxruntime-genai calls a model whose configuration says
+`past_present_share_buffer`, and for such models alone. Models take turns, round after round; a time is the median.
+Needs `onnxruntime-gpu` and `onnxruntime-genai`, for `--provider cpu` plain `onnxruntime`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +64,7 @@ class Row:
         call: how the cache is handed over.
         rounds: behind each median.
         ms: median milliseconds by model; fastest: the best round.
+        failed: what models say that do not run it.
     """
 
     work: str
@@ -70,6 +74,7 @@ class Row:
     rounds: int
     ms: dict[str, float]
     fastest: dict[str, float]
+    failed: dict[str, str]
 
 
 def write_checkpoint(folder: Path, layers: int, small: bool) -> None:
@@ -93,10 +98,10 @@ def write_checkpoint(folder: Path, layers: int, small: bool) -> None:
     ).save_pretrained(folder)
 
 
-def convert_ours(checkpoint: Path, out: Path, precision: str, provider: str) -> float:
+def convert_ours(checkpoint: Path, out: Path, precision: str, provider: str, cache: str = "--cache") -> float:
     """`attncompile convert`; seconds that it took."""
     command = [sys.executable, "-m", "attncompile", "convert", str(checkpoint), "-o", str(out)]
-    return _timed([*command, "--target", "onnx", "--cache", "--precision", precision, "--provider", provider])
+    return _timed([*command, "--target", "onnx", cache, "--precision", precision, "--provider", provider])
 
 
 def build_peer(checkpoint: Path, out: Path, precision: str, provider: str) -> float:
@@ -174,10 +179,17 @@ def _described(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], int]:
 
 def measure(models: Mapping[str, Loaded], work: str, new: int, past: int, call: Call, rounds: int) -> Row:
     """One row: each model in turn, `rounds` times."""
-    bindings = {name: model.bound(new, past, call) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    bindings, failed = {}, {}
+    for name, model in models.items():
+        try:
+            binding = model.bound(new, past, call)
+            model.session.run_with_iobinding(binding[0])
+            bindings[name] = binding
+        except Exception as error:  # ONNX Runtime's errors share no base
+            failed[name] = str(error).splitlines()[0][:300]
+    times: dict[str, list[float]] = {name: [] for name in bindings}
     for number in range(-WARM_UP, rounds):
-        for name in list(models)[:: 1 if number % 2 else -1]:
+        for name in list(bindings)[:: 1 if number % 2 else -1]:
             _wait()
             start = time.perf_counter()
             models[name].session.run_with_iobinding(bindings[name][0])
@@ -186,8 +198,8 @@ def measure(models: Mapping[str, Loaded], work: str, new: int, past: int, call: 
                 times[name].append(1e3 * (time.perf_counter() - start))
     median = {name: round(statistics.median(found), 4) for name, found in times.items()}
     fastest = {name: round(min(found), 4) for name, found in times.items()}
-    row = Row(work, new, past, call, rounds, median, fastest)
-    print(f"{work} {new} behind {past}, {call}: {median}", flush=True)
+    row = Row(work, new, past, call, rounds, median, fastest, failed)
+    print(f"{work} {new} behind {past}, {call}: {median} {failed or ''}", flush=True)
     return row
 
 
@@ -231,25 +243,29 @@ def main() -> None:
 def _record(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     import onnxruntime
 
-    checkpoint, ours, builder = folder / "checkpoint", folder / "ours", folder / "builder"
-    seconds: dict[str, float] = {}
+    checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         write_checkpoint(checkpoint, chosen.layers, chosen.small)
-    if not builder.exists():
-        seconds["builder"] = build_peer(checkpoint, builder, chosen.precision, chosen.provider)
-    if not ours.exists():
-        seconds["ours"] = convert_ours(checkpoint, ours, chosen.precision, chosen.provider)
-    models = {name: Loaded(folder / name, chosen.provider) for name in ("ours", "builder")}
+    makers = {"builder": build_peer, "ours": convert_ours, "shared": partial(convert_ours, cache="--shared-buffer")}
+    with ThreadPoolExecutor() as pool:  # each is a process of its own
+        making = {
+            name: pool.submit(make, checkpoint, folder / name, chosen.precision, chosen.provider)
+            for name, make in makers.items()
+            if not (folder / name).exists()
+        }
+        seconds = {name: made.result() for name, made in making.items()}
+    models = {name: Loaded(folder / name, chosen.provider) for name in ("ours", "shared", "builder")}
     apart = difference(models, min(512, chosen.context))
     print(f"logits apart: {apart}", flush=True)
-    calls: tuple[Call, ...] = ("growing",)
-    if all(model.shares for model in models.values()):
-        calls += ("shared",)
+    called: dict[Call, dict[str, Loaded]] = {
+        "growing": models,
+        "shared": {name: model for name, model in models.items() if model.shares},
+    }
     rows = []
-    for call in calls:
-        rows.append(measure(models, "prefill", chosen.context, 0, call, max(5, chosen.rounds // 2)))
-        rows.append(measure(models, "step", 1, chosen.context, call, chosen.rounds))
-    report = json.loads((ours / "report.json").read_text(encoding="utf-8"))
+    for call, taking in called.items():
+        rows.append(measure(taking, "prefill", chosen.context, 0, call, max(5, chosen.rounds // 2)))
+        rows.append(measure(taking, "step", 1, chosen.context, call, chosen.rounds))
+    reports = {name: json.loads((folder / name / "report.json").read_text()) for name in ("ours", "shared")}
     return {
         "device": torch.cuda.get_device_name() if chosen.provider == "cuda" else platform.processor(),
         "cores": os.cpu_count(),
@@ -265,7 +281,9 @@ def _record(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         "seconds_to_make": seconds,
         "logits_apart": apart,
         "shares_buffer": {name: model.shares for name, model in models.items()},
-        "operators": sorted({site["operator"] for site in report["sites"]}),
+        "operators": {
+            name: sorted({site["operator"] for site in report["sites"]}) for name, report in reports.items()
+        },
         "rows": [asdict(row) for row in rows],
     }
 

@@ -4,10 +4,11 @@
 
 A folder holds a model and its ``genai_config.json``: ``attncompile convert`` writes one,
 ``python -m onnxruntime_genai.models.builder -m CHECKPOINT -o FOLDER -p fp32 -e cpu`` another, and
-``python -m benchmarks.onnx_plain`` the export that a conversion was made from. The models take turns, round after
-round, each with one thread; what counts is the processor time of the process, which other programs on the machine do
-not lengthen much. Prompts are the fastest of the rounds, steps the median. Greedy tokens are compared too. With a sound
-the models are such as Whisper, and the prompt is the encoder and two tokens behind it. Needs onnxruntime-genai alone.
+``python -m benchmarks.onnx_plain`` the export that a conversion was made from. The models take turns, round after round
+and load after load, each with one thread; what counts is the processor time of the process, which other programs on the
+machine do not lengthen much. Prompts are the fastest of the rounds, steps the median. Greedy tokens are compared too.
+With a sound the models are such as Whisper, and the prompt is the encoder and two tokens behind it. Needs
+onnxruntime-genai alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ import numpy as np
 
 LENGTHS = (64, 512, 2048)
 ROUNDS, STEPS = 3, 12
-LOADS = 8
-"""How often models that listen are loaded anew, in another order: where their weights come to lie in memory moves steps
-of some milliseconds by 5 to 10 %."""
+LOADS, TEXT_LOADS = 8, 3
+"""How often models that listen, and models that read, are loaded anew in another order: where their weights come to lie
+in memory moves steps by 5 to 10 %."""
 
 
 def single_threaded(og: Any, folder: Path, scratch: Path) -> Any:
@@ -93,7 +95,7 @@ def measure(og: Any, models: Mapping[str, Any], length: int) -> dict[str, Any]:
     """A prompt of one length."""
     ids = (np.arange(length) * 7919 % 40_000 + 100).astype(np.int32)
     prepare = dict.fromkeys(models, lambda: lambda generator: generator.append_tokens(ids))
-    return {"prompt": length, **in_turns(og, models, prepare, length, ROUNDS)}
+    return in_turns(og, models, prepare, length, ROUNDS)
 
 
 SPOKEN = "<|startoftranscript|><|notimestamps|>"
@@ -116,20 +118,24 @@ def measure_sound(og: Any, models: Mapping[str, Any], sound: Path) -> dict[str, 
     return in_turns(og, models, prepare, 2, ROUNDS)
 
 
-def loaded_often(og: Any, folders: Mapping[str, Path], sound: Path) -> dict[str, Any]:
+Measure = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+"""Measures loaded models in turns."""
+
+
+def loaded_often(og: Any, folders: Mapping[str, Path], measure: Measure, loads: int) -> dict[str, Any]:
     """The medians over several loads."""
     found: list[dict[str, Any]] = []
-    for number in range(LOADS):
+    for number in range(loads):
         names = list(folders)[number % len(folders) :] + list(folders)[: number % len(folders)]
         with tempfile.TemporaryDirectory() as scratch:
             models = {name: single_threaded(og, folders[name], Path(scratch) / name) for name in names}
-            found.append(measure_sound(og, models, sound))
+            found.append(measure(og, models))
             print(found[-1], flush=True)
     middle = {
         what: {name: round(statistics.median(one[what][name] for one in found), 2) for name in folders}
         for what in ("prompt_ms", "step_ms")
     }
-    return {"sound": sound.name, "loads": LOADS, **middle, "same_tokens": all(one["same_tokens"] for one in found)}
+    return {"loads": loads, **middle, "same_tokens": all(one["same_tokens"] for one in found)}
 
 
 def main(out: Path, folders: Mapping[str, Path], sound: Path | None) -> None:
@@ -138,13 +144,12 @@ def main(out: Path, folders: Mapping[str, Path], sound: Path | None) -> None:
 
     rows = []
     if sound is not None:
-        rows.append(loaded_often(og, folders, sound))
+        heard = loaded_often(og, folders, partial(measure_sound, sound=sound), LOADS)
+        rows.append({"sound": sound.name, **heard})
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            models = {name: single_threaded(og, folder, Path(scratch) / name) for name, folder in folders.items()}
-            for length in LENGTHS:
-                rows.append(measure(og, models, length))
-                print(rows[-1], flush=True)
+        for length in LENGTHS:
+            read = loaded_often(og, folders, partial(measure, length=length), TEXT_LOADS)
+            rows.append({"prompt": length, **read})
     record = {"onnxruntime-genai": og.__version__, "threads": 1, "load_average": list(os.getloadavg()), "rows": rows}
     out.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -196,8 +196,8 @@ def device(provider: Provider = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
-def main(target: Path, provider: Provider) -> None:
-    """Measure everything on a provider and put it into the table."""
+def main(target: Path, provider: Provider, *, only_cached: bool = False) -> None:
+    """Measure everything on a provider, or what has a cache, and put it into the table."""
     head = ("provider", "device", "onnxruntime", "date", "mask", "grouped", "length", "operator", "speed")
     fixed = (provider, device(provider), onnxruntime.__version__, datetime.date.today().isoformat())
     first = ["# written by benchmarks/onnx_operators.py: speed relative to the plain decomposition", "\t".join(head)]
@@ -205,6 +205,8 @@ def main(target: Path, provider: Provider) -> None:
     lines: list[str] = []
     for spec in specs():
         behind = mask_class(spec) == CACHED
+        if only_cached and not behind:
+            continue
         cases = [(length, step) for step in (False, True) for length in PROMPTS] if behind else [
             (length, False) for length in LENGTHS
         ]
@@ -214,7 +216,8 @@ def main(target: Path, provider: Provider) -> None:
                 lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))
                 print(lines[-1], flush=True)
     kept = [line for line in known if not line.startswith(f"{provider}\t")]
-    whole = [*lines, *kept] if provider == "cpu" else [*kept, *lines]
+    same = [line for line in known if line not in kept and only_cached and line.split("\t")[4] not in (CACHED, STEP)]
+    whole = [*same, *lines, *kept] if provider == "cpu" else [*kept, *same, *lines]
     target.write_text("\n".join([*first, *whole]) + "\n", encoding="utf-8")
 
 
@@ -222,5 +225,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("table", type=Path, help="where the results go")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only-cached", action="store_true", help="rows behind a cache; the others stay")
     given = parser.parse_args()
-    main(given.table, given.provider)
+    main(given.table, given.provider, only_cached=given.only_cached)

@@ -19,7 +19,8 @@ from attncompile.convert.source import read_source, reopen
 
 def write_plain(converted: Path, out: Path) -> None:
     """Write the folder, which must not exist."""
-    parts, _ = parts_of(reopen(converted), read_source(converted).cache)
+    source = read_source(converted)
+    parts, _ = parts_of(reopen(converted), source.cache, source.shared)
     out.mkdir(parents=True)
     for part in parts:
         with kept_export(part, converted) as file:

@@ -38,6 +38,8 @@ class Decode:
         lengths: identifiers of the numbers of heads, queries and keys.
         sizes: identifiers of other sizes.
         lines: statements that the rows of keys and values rely on.
+        turned: whether the products have their rows along the second axis, and keys and channels along the first.
+            Matrix units take at least 16 of the first and 8 of the second, so that few rows waste less.
     """
 
     scale: float
@@ -55,6 +57,36 @@ class Decode:
     lengths: tuple[str, str, str]
     sizes: tuple[str, ...]
     lines: tuple[str, ...] = ()
+    turned: bool = False
+
+    @property
+    def _row(self) -> str:
+        """Index that spreads a value of each row over a tile."""
+        return "[None, :]" if self.turned else "[:, None]"
+
+    @property
+    def _other(self) -> str:
+        """Index that spreads a value of each key or channel over a tile."""
+        return "[:, None]" if self.turned else "[None, :]"
+
+    @property
+    def _axis(self) -> int:
+        """Axis of a tile along which its keys or channels lie."""
+        return 0 if self.turned else 1
+
+    @property
+    def least_rows(self) -> int:
+        """Rows of a tile at least."""
+        return 8 if self.turned else 16
+
+    def _shape(self, other: str) -> str:
+        """Shape of a tile of all rows and so many keys or channels."""
+        return f"[{other}, BLOCK_I]" if self.turned else f"[BLOCK_I, {other}]"
+
+    def _dot(self, row_tile: str, tile: str, more: str = "") -> str:
+        """The product of a tile that has the rows with one of keys or values."""
+        first, second = (tile, row_tile) if self.turned else (row_tile, tile)
+        return f'tl.dot({first}, {second}{more}, input_precision="ieee")'
 
     def pointers(self) -> tuple[str, ...]:
         """Pointer arguments of the first kernel in order."""
@@ -130,6 +162,15 @@ class Decode:
                 [
                     "# Codes are exact in float16, and queries and weights are divided by what might not fit.",
                     "PRODUCT: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16",
+                    *(
+                        [
+                            "# In float16 the products are of codes that are made positive, in units of so much.",
+                            "RAISED: tl.constexpr = 1.0 if PRODUCT == tl.float16 else 0.0",
+                            "UNIT: tl.constexpr = 16777216.0 if CAPABILITY > 0 and PRODUCT == tl.float16 else 1.0",
+                        ]
+                        if any(each.excess and each.factored for each in (self.key, self.value))
+                        else []
+                    ),
                 ]
                 if narrow
                 else []
@@ -148,9 +189,10 @@ class Decode:
             f"several = row_first // {queries} != row_last // {queries}",
             f"row_first = tl.where(several, 0, row_first % {queries})",
             f"row_last = tl.where(several, {queries} - 1, row_last % {queries})",
-            f"i = (row % {queries})[:, None]",
-            f"h = ({head})[:, None]",
+            f"i = (row % {queries}){self._row}",
+            f"h = ({head}){self._row}",
             "lanes = tl.arange(0, BLOCK_J)",
+            *(["far_lanes = lanes.to(tl.int64)"] if self.key.even or self.value.even else []),
             f"channels = tl.arange(0, {self.key.padded})",
             f"features = tl.arange(0, {self.value.padded})",
         ]
@@ -158,23 +200,28 @@ class Decode:
     def _query(self) -> list[str]:
         key = self.key
         _, queries, _ = self.lengths
-        asked = f"(rows < {self.group} * {queries})[:, None]"
+        asked = f"(rows < {self.group} * {queries}){self._row}"
         if key.padded != key.width:
-            asked += f" & (channels < {key.width})[None, :]"
+            asked += f" & (channels < {key.width}){self._other}"
         lines = [
             "query_rows = tl.cast(b, tl.int64) * query_stride_b + tl.cast(h, tl.int64) * query_stride_h",
             "query_rows += tl.cast(i, tl.int64) * query_stride_i",
         ]
         for number, part in enumerate(key.parts):
             lines += [
-                f"query_offsets = query_rows + {key.place(number)}[None, :] * query_stride_d",
+                f"query_offsets = query_rows + {key.place(number)}{self._other} * query_stride_d",
                 f"query_tile{part} = tl.load(query + query_offsets, mask={asked}, other=0.0)",
             ]
         if key.form != "real" and key.factored:
             lines += self._query_for_codes()
         tiles = "".join(
-            f"accumulator{part} = tl.zeros([BLOCK_I, {self.value.padded}], tl.float32)\n" for part in self.value.parts
+            f"accumulator{part} = tl.zeros({self._shape(str(self.value.padded))}, tl.float32)\n"
+            for part in self.value.parts
         )
+        if self.value.factored and self.value.excess:
+            padded = self.value.padded
+            shape = f"[{padded}, BLOCK_J]" if self.turned else f"[BLOCK_J, {padded}]"
+            lines.append(f"excess = tl.full({shape}, {-self.value.excess!r} * RAISED / UNIT, PRODUCT)")
         return [
             *lines,
             *tiles.splitlines(),
@@ -183,22 +230,46 @@ class Decode:
         ]
 
     def _query_for_codes(self) -> list[str]:
-        """Channel scales and shifts of the keys move to the query; its rows are divided by a power of two."""
+        """Channel scales and shifts of the keys move to the query; its rows are divided by a power of two.
+
+        What makes logits of the products are two numbers of each row: a factor, and what is subtracted then.
+        """
         key, lines = self.key, []
         tiles = [f"query_tile{part}" for part in key.parts]
         lines += [f"{tile} = {tile}.to(tl.float32)" for tile in tiles]
         if key.shift:
             for number, tile in enumerate(tiles):
-                lines += key.shift.read("by_channel", "0", f"{key.lane(number)}[None, :]")
-                lines.append(f"query_shift {'+=' if number else '='} tl.sum({tile} * by_channel, 1)")
+                lines += key.shift.read("by_channel", "0", f"{key.lane(number)}{self._other}")
+                lines.append(f"query_shift {'+=' if number else '='} tl.sum({tile} * by_channel, {self._axis})")
         if key.scale and key.scale.reads == "channel":
             for number, tile in enumerate(tiles):
-                lines += key.scale.read("by_channel", "0", f"{key.lane(number)}[None, :]")
+                lines += key.scale.read("by_channel", "0", f"{key.lane(number)}{self._other}")
                 lines.append(f"{tile} = {tile} * by_channel")
-        lines.append(f"query_peak = tl.max(tl.abs({tiles[0]}), 1)")
-        lines += [f"query_peak = tl.maximum(query_peak, tl.max(tl.abs({tile}), 1))" for tile in tiles[1:]]
+        lines.append(f"query_peak = tl.max(tl.abs({tiles[0]}), {self._axis})")
+        lines += [f"query_peak = tl.maximum(query_peak, tl.max(tl.abs({tile}), {self._axis}))" for tile in tiles[1:]]
         lines.append("query_peak = power_above(query_peak)")
-        return lines + [f"{tile} = ({tile} / query_peak[:, None]).to(PRODUCT)" for tile in tiles]
+        largest = max(key.multiple(number) for number in range(len(tiles)))
+        for number, tile in enumerate(tiles):
+            more = largest // key.multiple(number)
+            times = f" * {float(more)!r}" if more > 1 else ""
+            lines.append(f"{tile} = ({tile} / query_peak{self._row}{times}).to(PRODUCT)")
+            if key.excess:
+                summed = f"{key.excess / more!r} * RAISED * tl.sum({tile}.to(tl.float32), {self._axis})"
+                lines.append(f"query_excess {'+=' if number else '='} {summed}")
+        if key.excess:
+            unit = f"(UNIT / {largest})" if largest > 1 else "UNIT"
+            lines += ["query_excess *= query_peak", f"query_peak *= {unit}"]
+        return [*lines, *(f"{name} *= {self.factor!r}" for name in self._query_terms() if self.factor != 1.0)]
+
+    def _query_terms(self) -> list[str]:
+        """The numbers of each row that make logits of products with codes."""
+        key = self.key
+        return ["query_peak", *(["query_excess"] if key.excess else []), *(["query_shift"] if key.shift else [])]
+
+    @property
+    def factor(self) -> float:
+        """What the products with codes are multiplied by for logits in base 2; 1 where a score is yet to be taken."""
+        return 1.0 if self.score else self.scale * LOG2E
 
     def _limits(self) -> list[str]:
         runs = self.runs
@@ -242,13 +313,11 @@ class Decode:
             "keys = start + lanes",
             "inside = keys < stop",
             f"keys = tl.minimum(keys, {keys} - 1)",
-            "j = keys[None, :]",
+            f"j = keys{self._other}",
             *dict.fromkeys(self.lines),
-            *self.key.load(across=True),
-            *self.key.numbers(across=True),
+            *self.key.load(across=not self.turned),
             *self._scores(),
-            *self.value.load(across=False),
-            *self.value.numbers(across=False),
+            *self.value.load(across=self.turned),
             *self._weights(),
         ]
         if self.runs.test:
@@ -263,20 +332,22 @@ class Decode:
     def _scores(self) -> list[str]:
         key = self.key
         lines: list[str] = []
-        for part in key.parts:
+        for number, part in enumerate(key.parts):
             more = ", s" if lines else ""
-            product = f'tl.dot(query_tile{part}, key_tile{part}{more}, input_precision="ieee")'
-            lines.append(f"s = {product}")
+            lines += key.numbers(number, across=not self.turned)
+            lines.append(f"s = {self._dot(f'query_tile{part}', f'key_tile{part}', more)}")
         if key.form != "real" and key.factored:
             scale = ""
             if key.scale and key.scale.reads == "token":
                 lines += key.scale.read("by_key", "j", "0")
                 scale = " * by_key"
-            shift = " + query_shift[:, None]" if key.shift else ""
-            lines.append(f"s = s * query_peak[:, None]{scale}{shift}")
+            shift = f" + query_shift{self._row}" if key.shift else ""
+            product = f"s * query_peak{self._row}" + (f" - query_excess{self._row}" if key.excess else "")
+            product = f"({product})" if scale and key.excess else product
+            lines.append(f"s = {product}{scale}{shift}")
         if self.score:
             lines += signature("logits = score", self.score.parameters, "", inside=8).splitlines()
-        shown = "inside[None, :]"
+        shown = f"inside{self._other}"
         if self.visible:
             lines += signature("shown = visible", self.visible.parameters, "", inside=8).splitlines()
             shown += " & shown"
@@ -289,33 +360,47 @@ class Decode:
         lines = []
         if by_token and value.scale:
             lines += value.scale.read("by_key", "j", "0")
-            lines.append("value_scales = tl.where(inside[None, :], by_key, 0.0)")
+            lines.append(f"value_scales = tl.where(inside{self._other}, by_key, 0.0)")
         call, scales = ("weigh_scaled", "value_scales, ") if by_token else ("weigh", "")
-        factor = repr(self.scale * LOG2E)
-        lines.append(f"weights, rescale, peak, total = {call}(peak, total, logits, {scales}{factor})")
+        applied = self.key.form != "real" and self.key.factored
+        factor = repr(self.scale * LOG2E / (self.factor if applied else 1.0))
+        lines.append(f"weights, rescale, peak, total = {call}(peak, total, logits, {scales}{factor}, {self._axis})")
         if self.edit:
             lines += signature("factor = edit", self.edit.parameters, "", inside=8).splitlines()
             lines.append("weights = weights * factor")
-        lines.append(f"weights = weights.to(value_tile{value.parts[0]}.dtype)")
-        for part in value.parts:
-            total, tile = f"accumulator{part}", f"value_tile{part}"
-            lines.append(f"{total} = {total} * rescale[:, None]")
-            lines.append(f'{total} = tl.dot(weights, {tile}, {total}, input_precision="ieee")')
+        narrow = value.form != "real" and value.factored
+        lines.append(f"weights = weights.to({'PRODUCT' if narrow else 'query.dtype.element_ty'})")
+        if narrow and value.excess:
+            lines += [
+                "# What the values of these keys exceed goes first: matrix units cut off what is far below a sum.",
+                f"too_much = {self._dot('weights', 'excess')}",
+            ]
+        for number, part in enumerate(value.parts):
+            total, more = f"accumulator{part}", ""
+            if narrow and value.excess:
+                more = " + too_much" if value.multiple(number) == 1 else f" + {value.multiple(number)}.0 * too_much"
+            lines += value.numbers(number, across=self.turned)
+            lines.append(f"{total} = {total} * rescale{self._row}{more}")
+            lines.append(f"{total} = {self._dot('weights', f'value_tile{part}', f', {total}')}")
         return lines
 
     def _store(self) -> list[str]:
         value = self.value
         heads, queries, _ = self.lengths
-        written = f"(rows < {self.group} * {queries})[:, None]"
+        written = f"(rows < {self.group} * {queries}){self._row}"
         if value.padded != value.width:
-            written += f" & (features < {value.width})[None, :]"
+            written += f" & (features < {value.width}){self._other}"
         lines = [f"place = ((tl.cast(b, tl.int64) * {heads} + h) * {queries} + i) * splits + split"]
         for number, part in enumerate(value.parts):
+            if value.factored and value.excess:
+                multiple = value.multiple(number)
+                unit = f"(UNIT / {multiple})" if multiple > 1 else "UNIT"
+                lines.append(f"accumulator{part} = accumulator{part} * {unit}")
             if value.factored and value.scale and value.scale.reads == "channel":
-                lines += value.scale.read("by_channel", "0", f"{value.lane(number)}[None, :]")
+                lines += value.scale.read("by_channel", "0", f"{value.lane(number)}{self._other}")
                 lines.append(f"accumulator{part} = accumulator{part} * by_channel")
             lines += [
-                f"part_offsets = place * {value.channels} + {value.place(number)}[None, :]",
+                f"part_offsets = place * {value.channels} + {value.place(number)}{self._other}",
                 f"tl.store(partial + part_offsets, accumulator{part}, mask={written})",
             ]
         rows = f"mask=rows < {self.group} * {queries}"
@@ -397,16 +482,16 @@ def _deeper(lines: Iterable[str]) -> list[str]:
 
 
 SPLITS_OF = '''\
-def splits_of(like, programs, tiles):
+def splits_of(like, programs, tiles, warps):
     """Into how many parts the visible keys are cut.
 
-    Two programs run on a multiprocessor at a time. The parts make WAVES to 4 waves of programs; of these numbers it is
-    the one with the least time, which is waves for each part, and a twentieth for the start and end of each wave. A
-    part has at least LEAST_TILES tiles of keys, and there are at most 128.
+    Eight warps run on a multiprocessor at a time, of two programs at least. The parts make WAVES to 4 waves of
+    programs; of these numbers it is the one with the least time, which is waves for each part, and a twentieth for the
+    start and end of each wave. A part has at least LEAST_TILES tiles of keys, and there are at most 128.
     """
     slots = 8
     if like.is_cuda:
-        slots = 2 * torch.cuda.get_device_properties(like.device).multi_processor_count
+        slots = max(2, 8 // warps) * torch.cuda.get_device_properties(like.device).multi_processor_count
     most = min(triton.cdiv(tiles, LEAST_TILES), 128)
     best, least = 1, math.inf
     for waves in range(WAVES, 5):

@@ -126,20 +126,20 @@ def join_sink(accumulator, peak, total, logit):
 
 
 @triton.jit
-def weigh(peak, total, logits, SCALE: tl.constexpr):
+def weigh(peak, total, logits, SCALE: tl.constexpr, AXIS: tl.constexpr):
     """One step of the online softmax without its product: weights, the factor of earlier ones, new peak and sum.
 
-    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2. AXIS is that of the keys.
     """
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * SCALE)
+    new_peak = tl.maximum(peak, tl.max(logits, AXIS) * SCALE)
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
-    weights = tl.exp2(logits * SCALE - shift[:, None])
+    weights = tl.exp2(logits * SCALE - tl.expand_dims(shift, AXIS))
     rescale = tl.exp2(peak - shift)
-    return weights, rescale, new_peak, total * rescale + tl.sum(weights, 1)
+    return weights, rescale, new_peak, total * rescale + tl.sum(weights, AXIS)
 
 
 @triton.jit
-def weigh_scaled(peak, total, logits, scales, SCALE: tl.constexpr):
+def weigh_scaled(peak, total, logits, scales, SCALE: tl.constexpr, AXIS: tl.constexpr):
     """As ``weigh``, where each key's weight is multiplied by the scale of its value.
 
     The peak is that of the products, so that none of them exceeds 1 whatever the scales are; the total counts the
@@ -149,11 +149,11 @@ def weigh_scaled(peak, total, logits, scales, SCALE: tl.constexpr):
     # the next power of two above each scale, from its exponent; at least 2^-60: a value of zero bounds its weight too
     powers = tl.maximum((scales.to(tl.int32, bitcast=True) >> 23) & 255, 66) - 126
     products = logits + powers.to(tl.float32)
-    new_peak = tl.maximum(peak, tl.max(products, 1))
+    new_peak = tl.maximum(peak, tl.max(products, AXIS))
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
-    weights = tl.exp2(logits - shift[:, None])
+    weights = tl.exp2(logits - tl.expand_dims(shift, AXIS))
     rescale = tl.exp2(peak - shift)
-    return weights * scales, rescale, new_peak, total * rescale + tl.sum(weights, 1)
+    return weights * scales, rescale, new_peak, total * rescale + tl.sum(weights, AXIS)
 
 
 @triton.jit
@@ -163,79 +163,92 @@ def power_above(x):
 
 
 @triton.jit
-def from_int8(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """The two int8 numbers of 16 bits, low byte first.
-
-    Converting integers is slow on NVIDIA's GPUs, so the byte u = code + 128 becomes the last bits of 1024 + u there,
-    from which 1152 is subtracted; both are exact in float16.
-    """
-    if CAPABILITY > 0 and tl.float16 == DTYPE:
-        first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 offset, bytes;
-            mov.b32 offset, 0x64806480;
-            lop3.b32 $0, $2, 0x00ff00ff, offset, 0x6a;
-            shr.u32 bytes, $2, 8;
-            lop3.b32 $1, bytes, 0x00ff00ff, offset, 0x6a;
-            sub.f16x2 $0, $0, offset;
-            sub.f16x2 $1, $1, offset;
-            }""",
-            "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )
+def asked_byte(pairs, PART: tl.constexpr):
+    """For instructions of NVIDIA's GPUs: 16 bits that begin with the first (PART even) or the second byte."""
+    if PART % 2 == 0:
+        found = pairs
     else:
-        first, second = ((pairs << 8) >> 8).to(DTYPE), (pairs >> 8).to(DTYPE)
-    return first, second
+        found = tl.inline_asm_elementwise(
+            "shr.u32 $0, $1, 8;", "=r,r", [pairs], dtype=tl.int16, is_pure=True, pack=2,
+        )
+    return found
 
 
 @triton.jit
-def from_int4(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """The four signed numbers of 16 bits: the low four bits of both bytes, then the high four.
+def from_int8(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The int8 number of the first or the second byte (PART 0 or 1); in float16 plus 128, and 2^-24 of that on NVIDIA's
+    GPUs.
 
-    On NVIDIA's GPUs they become the last bits of 1024 + n and of 1024 + 16 n, as in ``from_int8``.
+    Converting integers is slow there. The subnormal numbers of float16 are the multiples of 2^-24, so that the byte
+    itself is one; matrix units take them at their usual rate.
     """
     if CAPABILITY > 0 and tl.float16 == DTYPE:
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes, offset, sixteenth, last;
-            mov.b32 offset, 0x64086408;
-            mov.b32 sixteenth, 0x2c002c00;
-            mov.b32 last, 0xd480d480;
-            shr.u32 bytes, $4, 8;
-            lop3.b32 $0, $4, 0x000f000f, offset, 0x6a;
-            lop3.b32 $1, bytes, 0x000f000f, offset, 0x6a;
-            lop3.b32 $2, $4, 0x00f000f0, 0x64806480, 0x6a;
-            lop3.b32 $3, bytes, 0x00f000f0, 0x64806480, 0x6a;
-            sub.f16x2 $0, $0, offset;
-            sub.f16x2 $1, $1, offset;
-            fma.rn.f16x2 $2, $2, sixteenth, last;
-            fma.rn.f16x2 $3, $3, sixteenth, last;
-            }""",
-            "=&r,=&r,=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x00ff00ff, 0x00800080, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
         )
+    elif tl.float16 == DTYPE:
+        number = (((pairs >> (8 * PART)) & 255) ^ 128).to(DTYPE)
     else:
-        first, second = ((pairs << 12) >> 12).to(DTYPE), ((pairs << 4) >> 12).to(DTYPE)
-        third, fourth = ((pairs << 8) >> 12).to(DTYPE), (pairs >> 12).to(DTYPE)
-    return first, second, third, fourth
+        number = ((pairs << (8 - 8 * PART)) >> 8).to(DTYPE)
+    return number
 
 
 @triton.jit
-def from_e4m3(pairs, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
-    """The two float8 e4m3 numbers of 16 bits, low byte first: exact in float16 and everything wider."""
+def from_int4(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """One of the four signed numbers of 16 bits: in the low four bits of the first or the second byte (PART 0 or 1), or
+    in the high four, then 16 times it. In float16 it is 8 more before, and 2^-24 of that on NVIDIA's GPUs, as in
+    ``from_int8``.
+    """
+    if CAPABILITY > 0 and tl.float16 == DTYPE and PART < 2:
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000f000f, 0x00080008, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
+        )
+    elif CAPABILITY > 0 and tl.float16 == DTYPE:
+        number = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x00f000f0, 0x00800080, 0x6a;",
+            "=r,r", [asked_byte(pairs, PART)], dtype=tl.float16, is_pure=True, pack=2,
+        )
+    elif tl.float16 == DTYPE:
+        BITS: tl.constexpr = 15 if PART < 2 else 240
+        number = (((pairs >> (8 * (PART % 2))) & BITS) ^ (BITS // 15 * 8)).to(DTYPE)
+    elif PART < 2:
+        number = ((pairs << (12 - 8 * PART)) >> 12).to(DTYPE)
+    else:
+        number = (((pairs << (24 - 8 * PART)) >> 8) & -16).to(DTYPE)
+    return number
+
+
+@triton.jit
+def from_e4m3(pairs, PART: tl.constexpr, DTYPE: tl.constexpr, CAPABILITY: tl.constexpr):
+    """The float8 e4m3 number in the low (PART 0) or the high byte of 16 bits: exact in float16 and everything wider."""
     if CAPABILITY >= 89 and tl.float16 == DTYPE:
-        first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 bytes;
-            .reg .b16 low, high;
-            prmt.b32 bytes, $2, 0, 0x3120;
-            mov.b32 {low, high}, bytes;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-            }""",
-            "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )
+        if PART == 0:
+            number = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 bytes;
+                .reg .b16 low, high;
+                prmt.b32 bytes, $1, 0, 0x3120;
+                mov.b32 {low, high}, bytes;
+                cvt.rn.f16x2.e4m3x2 $0, low;
+                }""",
+                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+            )
+        else:
+            number = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 bytes;
+                .reg .b16 low, high;
+                prmt.b32 bytes, $1, 0, 0x3120;
+                mov.b32 {low, high}, bytes;
+                cvt.rn.f16x2.e4m3x2 $0, high;
+                }""",
+                "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+            )
     else:
-        first, second = e4m3_number(pairs & 255, DTYPE), e4m3_number((pairs >> 8) & 255, DTYPE)
-    return first, second
+        number = e4m3_number((pairs >> (8 * PART)) & 255, DTYPE)
+    return number
 
 
 @triton.jit
@@ -243,4 +256,5 @@ def e4m3_number(byte, DTYPE: tl.constexpr):
     """The float8 e4m3 number of a byte."""
     # the exponent's bias is 7 there and 15 in float16: a factor of 2^8, for subnormal numbers too
     half = (((byte & 128) << 8) | ((byte & 127) << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((byte & 127) == 127, float("nan"), half.to(tl.float32)).to(DTYPE)
+    nothing = tl.where((byte & 127) == 127, 32256, 0).to(tl.int16).to(tl.float16, bitcast=True)  # zero, or NaN
+    return (half + nothing).to(DTYPE)

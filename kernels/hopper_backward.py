@@ -25,8 +25,8 @@ from attncompile.kernels.hopper_backward_text import (
     AFTER,
     BEFORE,
     CONSUMER,
-    FULL,
     KERNEL,
+    LOOP,
     NEXT,
     PART,
     PRODUCER,
@@ -274,10 +274,17 @@ class HopperBackward:
         masked = [f"masked = gl.where({hidden}, blocks, {edges})" if self.inside else f"masked = {edges}"]
         if self.inside:
             masked.insert(0, "# Keys past the last one are hidden in every block.")
-        full = self._lines(FULL) if self.runs.full else []
-        if not full:
+        loops = self._loop("0", "masked", "True")
+        if self.runs.full:
+            loops += self._loop("masked", "blocks", "False")
+        else:
             masked = ["masked = blocks"]
-        return self._filled(CONSUMER, masked=masked, full=full)
+        return self._filled(CONSUMER, masked=masked, loops=loops)
+
+    def _loop(self, first: str, last: str, masked: str) -> list[str]:
+        """Lines that go over some of the query blocks of a head, with the mask or without."""
+        text = LOOP.replace("FIRST_NUMBER", first).replace("LAST_NUMBER", last).replace("MASKED", masked)
+        return self._lines(text)
 
     def _kernel(self) -> str:
         own = "query_tiles, grad_tiles, row_tiles, key_tiles, value_tiles"
@@ -325,7 +332,7 @@ class HopperBackward:
 RESERVED = frozenset(
     re.findall(
         r"[a-z_]\w*|[A-Z]+_?\w*",
-        "\n".join((device_source(), WEIGHTS, STEP, CONSUMER, FULL, PRODUCER, KERNEL, BEFORE, AFTER)),
+        "\n".join((device_source(), WEIGHTS, STEP, CONSUMER, LOOP, PRODUCER, KERNEL, BEFORE, AFTER)),
     )
 )
 """Identifiers that the skeleton uses itself."""

@@ -163,15 +163,7 @@ def consumer(
         for h in range(FIRST_HEAD, last_head, NEXT_HEAD):
             blocks, KNOWN = query_blocks(key_first, b, h, CONTEXT)
             # <masked>
-            for number in range(0, masked):
-                start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)
-                s, key_sum, value_sum, stage, phase, buffer = step(
-                    query_tiles, grad_tiles, row_tiles, key_tiles, value_tiles, difference_tiles, query_ready,
-                    grad_ready, query_sums, s, key_sum, value_sum, stage, phase, buffer,
-                    (number + 1 < blocks) | (h + NEXT_HEAD < last_head),
-                    start, own_first, b, h, CONTEXT, GROUP, True,
-                )
-            # <full>
+            # <loops>
         meet(DONE, GROUPS * 128)
         value_tiles.index(GROUP).reshape([64, CHANNELS]).store(value_sum.to(value_tiles.dtype))
         key_tiles.index(GROUP).reshape([64, CHANNELS]).store((key_sum * GAIN).to(key_tiles.dtype))
@@ -185,14 +177,14 @@ def consumer(
         position += 1
 '''
 
-FULL = """
-for number in range(masked, blocks):
+LOOP = """
+for number in range(FIRST_NUMBER, LAST_NUMBER):
     start = gl.minimum(block_start(number, KNOWN), (ROW_BLOCKS - 1) * BLOCK_I)
     s, key_sum, value_sum, stage, phase, buffer = step(
         query_tiles, grad_tiles, row_tiles, key_tiles, value_tiles, difference_tiles, query_ready,
         grad_ready, query_sums, s, key_sum, value_sum, stage, phase, buffer,
         (number + 1 < blocks) | (h + NEXT_HEAD < last_head),
-        start, own_first, b, h, CONTEXT, GROUP, False,
+        start, own_first, b, h, CONTEXT, GROUP, MASKED,
     )
 """
 

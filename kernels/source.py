@@ -18,19 +18,28 @@ def file_text(file: str) -> str:
     return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
-@functools.cache
 def function_text(file: str, name: str) -> str:
     """Source text of a function in a file of this folder, decorators included.
 
     Raises:
         ValueError: when there is no such function.
     """
+    found = _functions(file).get(name)
+    if found is None:
+        raise ValueError(f"no function {name!r} in kernels/{file}")
+    return found
+
+
+@functools.cache
+def _functions(file: str) -> dict[str, str]:
+    """Source text of every function of a file: parsing takes as long for one as for all."""
     text = file_text(file)
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
+        if isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    raise ValueError(f"no function {name!r} in kernels/{file}")
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
 
 
 def device_function(name: str) -> str:

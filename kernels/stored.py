@@ -12,6 +12,9 @@ LARGEST_PIECE = 256
 """Channels that are multiplied at once; a wider head is read in pieces."""
 
 Form = Literal["real", "float8_e4m3", "int8", "int4"]
+EXCESS = {"int8": 128, "int4": 8}
+"""What is added to integer codes in float16 so that none is negative: matrix units then take their bits as they are."""
+
 Reads = Literal["channel", "token", "both"]
 
 
@@ -85,6 +88,15 @@ class Stored:
         return max(16, 1 << (self.width - 1).bit_length())
 
     @property
+    def excess(self) -> int:
+        """What the numbers of the tiles exceed the codes by, until it is subtracted."""
+        return EXCESS.get(self.form, 0)
+
+    def multiple(self, part: int) -> int:
+        """How many times too large the numbers of a part's tile are."""
+        return 16 if self.form == "int4" and part > 1 else 1
+
+    @property
     def lanes(self) -> str:
         """Identifier of the numbers of a part's channels."""
         return "channels" if self.name == "key" else "features"
@@ -112,13 +124,21 @@ class Stored:
             return self.place(part)
         return self.place(part).replace(self.lanes, f"tl.minimum({self.lanes}, {self.width - 1})")
 
+    @property
+    def even(self) -> bool:
+        """Whether keys lie equally far apart: their distances from a tile's first stay the same from tile to tile."""
+        return "keys" in self.rows
+
     def offsets(self) -> list[str]:
-        """Lines that compute the offset of each key."""
+        """Lines that compute the offset of each key, or where the first of a tile lies."""
         steps = [
-            f"tl.cast({text}, tl.int64) * {stride}"
+            f"tl.cast({'start' if text == 'keys' else text}, tl.int64) * {stride}"
             for text, stride in zip(self.rows, self.strides(), strict=True)
             if text not in (None, "0")
         ]
+        if self.even:
+            name = f"{self.name}_start"
+            return [f"{name} = {self.name} + {steps[0]}", *(f"{name} += {step}" for step in steps[1:])]
         name = f"{self.name}_rows"
         return [f"{name} = {steps[0]}", *(f"{name} += {step}" for step in steps[1:])]
 
@@ -130,35 +150,40 @@ class Stored:
             shown += f" & ({self.lanes} < {self.width}){channel}"
         stride = f"{self.name}_stride_{self.rows.index(None)}"
         empty = "0.0" if self.form == "real" else "0"
+        first, rows = self.name, f"{self.name}_rows{token}"
+        if self.even:
+            first = f"{self.name}_start"
+            rows = f"far_lanes{token} * {self.name}_stride_{self.rows.index('keys')}"
         # bytes of codes are read together, whatever the tiles that they give
         pieces = [(part, self.place(n)) for n, part in enumerate(self.parts)] if self.form == "real" else []
         lines = self.offsets()
         for part, place in pieces or [("", self.lanes)]:
             lines += [
-                f"{self.name}_offsets = {self.name}_rows{token} + {place}{channel} * {stride}",
-                f"{self.name}_stored{part} = tl.load({self.name} + {self.name}_offsets, mask={shown}, other={empty})",
+                f"{self.name}_offsets = {rows} + {place}{channel} * {stride}",
+                f"{self.name}_stored{part} = tl.load({first} + {self.name}_offsets, mask={shown}, other={empty})",
             ]
         return lines
 
-    def numbers(self, across: bool) -> list[str]:
-        """Lines that make the tiles of numbers from the stored ones."""
-        name = f"{self.name}_stored"
+    def numbers(self, part: int, across: bool) -> list[str]:
+        """Lines that make the tile of a part's numbers from the stored ones: where it is multiplied, not before."""
+        name, tile = f"{self.name}_stored", f"{self.name}_tile{self.parts[part]}"
         if self.form == "real":
-            return [f"{self.name}_tile{part} = {name}{part}" for part in self.parts]
+            return [f"{tile} = {name}{self.parts[part]}"]
         dtype = "PRODUCT" if self.factored else "tl.float32"
         function = {"int8": "from_int8", "float8_e4m3": "from_e4m3", "int4": "from_int4"}[self.form]
-        tiles = [f"{self.name}_tile{part}" for part in self.parts]
-        lines = [f"{', '.join(tiles)} = {function}({name}, {dtype}, CAPABILITY)"]
+        lines = [f"{tile} = {function}({name}, {part}, {dtype}, CAPABILITY)"]
+        if self.factored:
+            return lines
         token, channel = ("[None, :]", "[:, None]") if across else ("[:, None]", "[None, :]")
-        for number, tile in enumerate(tiles):
-            if not self.factored:
-                for sign, term in (("*", self.scale), ("+", self.shift)):
-                    if term:
-                        lines += term.read(f"{self.name}_terms", f"keys{token}", f"{self.lane(number)}{channel}")
-                        lines.append(f"{tile} = {tile} {sign} {self.name}_terms")
-                if not across:  # the weight there is zero, but no number times zero may be NaN
-                    lines.append(f"{tile} = tl.where(inside{token}, {tile}, 0.0)")
-                lines.append(f"{tile} = {tile}.to(query.dtype.element_ty)")
+        if self.multiple(part) > 1:
+            lines.append(f"{tile} = {tile} * {1 / self.multiple(part)!r}")
+        for sign, term in (("*", self.scale), ("+", self.shift)):
+            if term:
+                lines += term.read(f"{self.name}_terms", f"keys{token}", f"{self.lane(part)}{channel}")
+                lines.append(f"{tile} = {tile} {sign} {self.name}_terms")
+        if self.name == "value":  # the weight there is zero, but no number times zero may be NaN
+            lines.append(f"{tile} = tl.where(inside{token}, {tile}, 0.0)")
+        lines.append(f"{tile} = {tile}.to(query.dtype.element_ty)")
         return lines
 
 

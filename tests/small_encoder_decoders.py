@@ -47,6 +47,13 @@ SMALL: Mapping[str, dict[str, Any]] = {
     "blenderbot": TEXT,
     "mt5": RELATIVE,
     "bigbird_pegasus": TEXT | {"attention_type": "original_full"},
+    "speech_to_text": COMMON
+    | {
+        "max_source_positions": 96,
+        "max_target_positions": 64,
+        "conv_channels": 16,
+        "input_feat_per_channel": 8,
+    },
     "moonshine": {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -58,7 +65,7 @@ SMALL: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
 }
-LISTENING = ("whisper", "moonshine")
+LISTENING = ("whisper", "moonshine", "speech_to_text")
 
 
 def small(kind: str) -> transformers.PreTrainedModel:
@@ -80,6 +87,8 @@ def encoder_inputs(kind: str, batch: int, length: int) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(length)
     if kind == "whisper":
         return {"input_features": torch.randn(batch, 8, 60, generator=generator)}
+    if kind == "speech_to_text":  # any number of frames
+        return {"input_features": torch.randn(batch, 4 * length + 3, 8, generator=generator)}
     if kind == "moonshine":
         return {"input_values": torch.randn(batch, 400 * length, generator=generator)}
     ids, mask = torch.randint(3, VOCABULARY, (batch, length), generator=generator), torch.ones(batch, length).long()

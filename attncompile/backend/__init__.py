@@ -26,6 +26,7 @@ from attncompile.backend.options import Options, read_options
 from attncompile.backend.planned import planned_sites
 from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.backend.verified import named, verified
+from attncompile.codegen.triton.ready import get_ready
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_dynamo
 from attncompile.frontends.errors import CaptureError
@@ -97,6 +98,7 @@ _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 def _compiled(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
+    get_ready()
     rewriting = _Rewriting(options, parse_passes(options.passes))
     rewritten = rewriting.of(module, example_inputs)
     if rewritten is not module:
@@ -155,7 +157,10 @@ class _Rewriting:
         try:
             return self._of(module, example_inputs, device or "cpu")
         except CaptureError as error:
-            self._leave(f"{error}", device)
+            if _multiplies(module):
+                self._leave(f"{error}", device)
+            else:  # what quantises a cache, say
+                log.info("attncompile: a graph of %d nodes was not looked at: %s", len(module.graph.nodes), error)
             return module
         except FallbackWarning:  # made an error by the user's filters
             raise
@@ -249,6 +254,13 @@ def _parameters(captured: Captured) -> dict[str, tuple[Any, ...]]:
 def _device(inputs: Sequence[Any]) -> str | None:
     kinds = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
     return "cuda" if "cuda" in kinds else next(iter(sorted(kinds)), None)
+
+
+def _multiplies(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph has any operation that attention cannot do without, in this graph or in one that it calls."""
+    parts = [part for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+    calls = [str(node.target) for part in parts for node in part.graph.nodes if node.op.startswith("call_")]
+    return any(name in call for call in calls for name in ("attention", "softmax", "mm", "matmul", "einsum", "dot"))
 
 
 def _complaints(decisions: Sequence[Decision]) -> list[str]:

@@ -63,9 +63,12 @@ class Call:
         """The part of an output that does not belong to padding.
 
         Args:
-            name: of the output; output: ``[batch, length, …]``, or cached ``[batch, heads, past + length, …]``.
+            name: of the output; output: ``[batch, length, …]``, or cached ``[batch, heads, past + length, …]``, in a
+                buffer with room behind that, which means nothing.
         """
         mask = self._mask()
+        if name.startswith(PRESENT) and mask is not None and output.shape[2] > mask.shape[1]:
+            output = output[:, :, : mask.shape[1]]
         if name.startswith(PRESENT) and mask is not None and not mask.all():
             return output.transpose(1, 2)[mask]
         return without_padding(output, self.kept())
@@ -106,7 +109,7 @@ def _cached_calls(opened: Generating, shift: int) -> Iterator[Call]:
     positions = positions_of(opened.config) or math.inf
     for batch, past, length in CACHED_SHAPES:
         prompt, more = (length + shift, 0) if not past else (length, past + shift)
-        if prompt + more > positions:
+        if prompt + more > positions or not opened.takes(batch, more, prompt):
             continue
         args, kwargs = opened.example(batch, prompt, past=more)
         yield Call(args, kwargs, f"batch {batch}, length {prompt} behind {more}")

@@ -34,6 +34,7 @@ class Options:
         allow_untrained: allow passes that ruin a model that was not trained for them.
         cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
             ``None`` does so where it can.
+        shared_buffer: whether past and present of a language model's cache are one buffer.
         precision: element types of the result, as :func:`attncompile.convert.precision.parse_precision` reads it;
             ``None`` keeps the model's own.
         budget: the largest relative change of an output that lossy passes and a precision may bring; ``None`` takes
@@ -51,6 +52,7 @@ class Options:
     passes: str = "fuse"
     allow_untrained: bool = False
     cache: bool | None = None
+    shared_buffer: bool = False
     precision: str | None = None
     budget: float | None = None
     text: Path | None = None
@@ -72,7 +74,7 @@ class Made:
         measurements: sizes and latencies.
         notes: what the reader should know.
         files: hashes by name of the files that run, for the certificate.
-        cache: whether its cache is among its inputs and outputs.
+        cache, shared: whether its cache is among its inputs and outputs, and in one buffer.
         precision, budget, kept: how it was rounded, by what it is judged, and what was left in float32.
     """
 
@@ -85,6 +87,7 @@ class Made:
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     cache: bool = False
+    shared: bool = False
     precision: str = ""
     budget: float | None = None
     kept: tuple[str, ...] = ()
@@ -138,7 +141,16 @@ def conversion(
         save_plan(plan, folder / "plan.json")
         save_certificate(certificate, folder / "certificate.json")
         write_report(report, folder)
-        write_source(target, opened, attention, options.allow_pickle, folder, cache=made.cache, text=options.text)
+        write_source(
+            target,
+            opened,
+            attention,
+            options.allow_pickle,
+            folder,
+            cache=made.cache,
+            shared=made.shared,
+            text=options.text,
+        )
     return Conversion(out, kind, report, certificate)
 
 

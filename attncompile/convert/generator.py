@@ -1,7 +1,7 @@
 """``genai_config.json``: what onnxruntime-genai reads beside a model with a cache, to generate with it.
 
-Names of inputs and outputs are those of the model; ``%d`` stands for a layer. Past and present are different buffers:
-the model takes a past of any length and gives one that is longer.
+Names of inputs and outputs are those of the model; ``%d`` stands for a layer. Past and present are different buffers
+unless the model was made for one: it takes a past of any length and gives one that is longer.
 
 Of encoder-decoders onnxruntime-genai (0.18) runs those that listen: its type ``whisper`` gives an encoder the features
 of thirty seconds of sound, and a decoder tokens and both caches, and nothing else. Its type for translation models
@@ -74,6 +74,8 @@ def _why_not_heard(model: DecoderModel) -> str | None:
             "the encoder-decoders that onnxruntime-genai runs take features of sound and no padding mask, this one "
             f"takes {' and '.join(inputs)}"
         )
+    if model.source is None:
+        return f"onnxruntime-genai gives an encoder {FRAMES} frames of features, this one takes any number"
     if (features.shape[-1], model.source) != (FRAMES, FRAMES // 2):
         return (
             f"onnxruntime-genai gives an encoder {FRAMES} frames and asks for {FRAMES // 2} positions, here "
@@ -86,7 +88,7 @@ def _why_not_heard(model: DecoderModel) -> str | None:
 
 def _configuration(model: CachedModel, file: str) -> dict[str, Any]:
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
-    if model.model.positions:
+    if model.model.positions and not model.shared:
         inputs["position_ids"] = "position_ids"
     past, present = _cache_names("past", "past_key_values"), _cache_names("present", "present")
     decoder = _section(model, file) | {"inputs": inputs | past, "outputs": {"logits": "logits"} | present}
@@ -145,7 +147,7 @@ def _whole(model: Generating, parts: dict[str, Any]) -> dict[str, Any]:
             "vocab_size": _number(model, "vocab_size"),
             **parts,
         },
-        "search": _sampling(model) | {"max_length": context, "past_present_share_buffer": False},
+        "search": _sampling(model) | {"max_length": context, "past_present_share_buffer": model.shared},
     }
 
 

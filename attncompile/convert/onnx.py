@@ -41,6 +41,7 @@ from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.shared_buffer import SEPARATE, SharedModel, with_shared_buffer
 from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
@@ -80,6 +81,8 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
         options = replace(options, onnxruntime=require_version(options.onnxruntime, options.provider))
 
     _precision(options, parse_passes(options.passes))  # what is misspelt is said before anything is opened
+    if options.shared_buffer and options.cache is False:
+        raise ValueError("--no-cache and --shared-buffer contradict each other; leave one of them out")
 
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
@@ -147,6 +150,7 @@ def _made_in(
         tuple(measured),
         (*_chosen_for(options), *(note for made in done for note in made.notes), *told, *slower(measured)),
         cache=bool(caching),
+        shared=options.shared_buffer,
         precision=str(precision) if precision is not None else "",
         budget=budget_of(options, precision) if any(made.lossy for made in done) else None,
         kept=tuple(name for made in done for name in made.kept),
@@ -192,12 +196,19 @@ def _chosen_for(options: Options) -> list[str]:
 _WITHOUT = "converted without a cache"
 
 
-def parts_of(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def parts_of(
+    opened: OpenedModel, wanted: bool | None, shared: bool = False
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """What is made of a model, and a note where it has no cache.
+
+    Args:
+        opened: the model; wanted: whether with its cache; shared: whether that is one buffer for past and present.
 
     Raises:
         InputError: when a cache is insisted on.
     """
+    if shared:
+        return (Part(MODEL, _on_a_buffer(opened)),), ()
     whole = (Part(MODEL, opened),)
     if wanted is False or (opened.kind == "onnx" and not wanted):
         return whole, ()
@@ -213,15 +224,27 @@ def parts_of(opened: OpenedModel, wanted: bool | None) -> tuple[tuple[Part, ...]
         return whole, (f"{_WITHOUT}: {error.what}",) if generates else ()
 
 
+def _on_a_buffer(opened: OpenedModel) -> SharedModel:
+    """Raises InputError for what has no such cache."""
+    if opened.kind == "onnx":
+        reason = "past and present of an ONNX file are what they are; --shared-buffer is for checkpoints"
+        raise InputError(reason, opened.name, SEPARATE)
+    if encodes_and_decodes(opened):
+        reason = "an encoder-decoder's caches are not kept in one buffer; --shared-buffer is for decoders alone"
+        raise InputError(reason, opened.name, SEPARATE)
+    return with_shared_buffer(opened)
+
+
 def _exported(
     opened: OpenedModel, target: str | Path, scratch: Path, options: Options
 ) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
     """What the model is made into, with the export of each part written to ``scratch``, and notes by file."""
-    parts, told = parts_of(opened, options.cache)
+    parts, told = parts_of(opened, options.cache, options.shared_buffer)
     try:
         return parts, _save_exports(parts, target, scratch, options, told)
     except CaptureError as error:
-        if options.cache or not any(isinstance(part.opened, Generating) for part in parts):
+        insisted = options.cache or options.shared_buffer
+        if insisted or not any(isinstance(part.opened, Generating) for part in parts):
             raise
         whole = (Part(MODEL, opened),)
         return whole, _save_exports(whole, target, scratch, options, (f"{_WITHOUT}: {error.reason}",))
@@ -301,7 +324,7 @@ def verify_onnx(
     if precision is not None:
         opened = _in_float32(opened)
     rounds, text = precision is not None and precision.kind.budget is not None, source_text(source)
-    parts, _ = parts_of(opened, source.cache)
+    parts, _ = parts_of(opened, source.cache, source.shared)
     lossy = rounds or plan_is_lossy(plan)
     entries: list[EndToEnd] = []
     with ExitStack() as kept:

@@ -30,6 +30,7 @@ from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_c
 from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
+from attncompile.frontends.cached import Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.example_inputs import positions_of
 from attncompile.passes import PassCall
@@ -140,9 +141,19 @@ def make_part(
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
         rewritten = rewrite_onnx(
-            source, opened.name, requested, kernels, preference, untrained, notes, longest, options.onnxruntime,
-            precision.kind.states if precision is not None else None,
-        )  # fmt: skip
+            source,
+            opened.name,
+            requested,
+            kernels,
+            preference,
+            untrained,
+            notes,
+            longest,
+            options.onnxruntime,
+            one_buffer=isinstance(opened, Generating) and opened.shared,
+            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+            dtype=precision.states if precision is not None and kernels != "cpu" else None,
+        )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
@@ -278,9 +289,11 @@ def _measurements(
     found = [size_measurement(export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
+    timed = calls(part.opened)[-1:]
+    release()  # what is cached in a call was made by the original, whose weights are not needed any more
     before, after = (session(each, provider, defaults=True) for each in (export, file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
-    found += [latency_measurement(before, after, call, what, which) for call in calls(part.opened)[-1:]]
+    found += [latency_measurement(before, after, call, what, which) for call in timed]
     return found, []
 
 

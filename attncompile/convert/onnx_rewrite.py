@@ -61,6 +61,8 @@ def rewrite_onnx(
     notes: tuple[str, ...],
     longest: int | None = None,
     version: str | None = None,
+    *,
+    one_buffer: bool = False,
     dtype: str | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
@@ -74,6 +76,7 @@ def rewrite_onnx(
         notes: of the export, to keep with the program.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it; the installed one where it is left out.
+        one_buffer: whether past and present keys are.
         dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
     """
     opset_before = model.opset_imports.get("", 0)
@@ -103,9 +106,16 @@ def rewrite_onnx(
             assert place is not None
             opset, inside = model.opset_imports.get("", 0), scopes.is_body(place)
             choice = choose(
-                result.spec, provider, prefer, opset=opset, switch=not inside, longest=longest, version=version,
+                result.spec,
+                provider,
+                prefer,
+                opset=opset,
+                switch=not inside,
+                longest=longest,
+                version=version,
+                shared=one_buffer,
                 dtype=dtype,
-            )  # fmt: skip
+            )
             native = called.get(place, (place.domain, place.op_type))
             stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
             if stays is not None:
@@ -129,7 +139,7 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider, version)
+    done = tidy(model, provider, version, longest, dtype)
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
@@ -140,7 +150,8 @@ def rewrite_onnx(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
             f"{version or installed()} runs no newer one"
         )
-    return Rewritten(model, program, tuple(outcomes), choices, tuple(told), bool(choices) or done != Tidied(0, 0, 0, 0))
+    changed = bool(choices) or done != Tidied(0, 0, 0, 0)
+    return Rewritten(model, program, tuple(outcomes), choices, tuple(told), changed)
 
 
 def operators_of_file(file: Path, provider: Provider, prefer: Prefer) -> dict[str, tuple[str, str]]:

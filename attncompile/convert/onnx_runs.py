@@ -39,6 +39,7 @@ def known_runs(
         exactly: whether float64 is wanted.
     """
     scratch.mkdir()
+    release()
     plain = session_results(before, provider, inputs.every, scratch / "plain", running(progress, f"the export{doing}"))
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)

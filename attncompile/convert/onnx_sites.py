@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import onnx_ir
 import torch
@@ -73,9 +74,10 @@ def _checked(
     key = (spec.fingerprint(), choice.row.operator)
     if key not in known:
         runner = _site_runner(spec, choice, kernels, provider)
-        known[key] = check_site(
-            name, spec, runner, operator=choice.row.operator, original=original, draws=(*DRAWS, *LONG)
-        )
+        draws: tuple[Draw, ...] = (*DRAWS, *LONG)
+        if choice.row.alone_or_first:  # it refuses the others
+            draws = tuple(replace(draw, batch=1) for draw in draws)
+        known[key] = check_site(name, spec, runner, operator=choice.row.operator, original=original, draws=draws)
     return known[key].model_copy(update={"site": name, "spec": str(spec)})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class BlockOptions(Options):
 
     block: Literal[16, 32, 64, 128, 256] = Field(32, description="weights that share one scale")
     symmetric: bool = Field(True, description="without a zero point for each block")
+    states: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="everything else: fp32, fp16 or bf16")
 
 
 class Int4Options(BlockOptions):
@@ -114,6 +116,14 @@ class Precision:
         given = self.options.model_dump(exclude_defaults=True)
         listed = ", ".join(f"{name}={str(value).lower()}" for name, value in given.items())
         return f"{self.kind.name}({listed})" if listed else self.kind.name
+
+    @property
+    def states(self) -> Narrow | None:
+        """The narrow dtype of everything that is no weight of a projection, the cache too; ``None`` for float32."""
+        return _NARROW.get(getattr(self.options, "states", ""), self.kind.states)
+
+
+_NARROW: Mapping[str, Narrow] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def parse_precision(text: str) -> Precision:
@@ -190,8 +200,8 @@ def write_precise(
     """
     options: Any = precision.options
     with _quietly():
-        if precision.kind.states is not None:
-            return _write_narrow(source, target, precision.kind.states, provider, where)
+        if precision.states is not None and not precision.kind.projections:
+            return _write_narrow(source, target, precision.states, provider, precision, where)
         if precision.kind.name == "int8":
             dynamic_int8(source, target, names, per_channel=options.per_channel)
         elif precision.kind.name == "int8-static":
@@ -201,11 +211,17 @@ def write_precise(
             static_rounding(source, target, names, calibration, kind="float8_e4m3")
         else:
             bits: Literal[4, 8] = 4 if precision.kind.name == "int4" else 8
-            block_weights(source, target, names, bits=bits, block=options.block, symmetric=options.symmetric)
+            with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+                made = target if precision.states is None else Path(scratch) / target.name
+                block_weights(source, made, names, bits=bits, block=options.block, symmetric=options.symmetric)
+                if precision.states is not None:
+                    _write_narrow(made, target, precision.states, provider, precision, where)
     return len(names)
 
 
-def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str, where: object) -> int:
+def _write_narrow(
+    source: Path, target: Path, narrow: Narrow, provider: str, precision: Precision, where: object
+) -> int:
     model = onnx_ir.load(source)
     count = narrowed(model, narrow)
     if narrow == "bfloat16":  # float16 is cast where a kernel is missing
@@ -213,9 +229,9 @@ def _write_narrow(source: Path, target: Path, narrow: Narrow, provider: str, whe
         missing = without_kernels(model, narrow, names)
         if missing:
             raise InputError(
-                f"--precision bf16: {names[0]} has no bfloat16 kernel for {', '.join(missing)}",
+                f"--precision {precision}: {names[0]} has no bfloat16 kernel for {', '.join(missing)}",
                 where,
-                "use fp16, or another --provider",
+                "use fp16 in its place, or another --provider",
             )
     save(model, target)
     return count

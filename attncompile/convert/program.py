@@ -206,6 +206,12 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
             str(target),
             "use --target onnx, or leave it out",
         )
+    if options.shared_buffer:
+        raise InputError(
+            "shared_buffer=True is for the cache of an ONNX model",
+            str(target),
+            "use --target onnx, or leave it out: a model for PyTorch keeps its own cache",
+        )
     if options.cache:
         raise InputError(
             "cache=True makes a cache the inputs and outputs of an ONNX model",

@@ -167,10 +167,11 @@ def _told(
     if not precision.kind.projections:
         yield f"{precision}: {precision.kind.summary} ({done} nodes)"
         return
-    yield f"{precision}: {done} of {total} {precision.kind.summary}; attention products stay in float32"
+    rest = precision.states or "float32"
+    yield f"{precision}: {done} of {total} {precision.kind.summary}; attention products stay in {rest}"
     if kept:
         yield (
-            f"{len(kept)} projections were left in float32, the most hurt ones, because rounding all changes an output "
+            f"{len(kept)} projections were left in {rest}, the most hurt ones, because rounding all changes an output "
             f"by {whole:.2g}, over the budget of {budget:g}; now it is {quality.worst():.2g}: "
             + ", ".join(modules.get(name, name) for name in kept)
         )

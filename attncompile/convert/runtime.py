@@ -70,12 +70,19 @@ def session(
         options.intra_op_num_threads = threads
     try:
         given = str(model) if isinstance(model, Path) else model
-        return onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
+        loaded = onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
     except Exception as error:
         name = model if isinstance(model, Path) else "the model"
         raise InputError(
             f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
         ) from error
+    if names[0] not in loaded.get_providers():  # ONNX Runtime says so in its log and goes on with the next one
+        raise InputError(
+            f"{names[0]} cannot be used here: its libraries or its device are missing",
+            f"onnxruntime {onnxruntime.__version__}",
+            "what is missing stands in ONNX Runtime's log; install it, or choose --provider cpu",
+        )
+    return loaded
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -83,10 +90,43 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(do
 
 
 def release() -> None:
-    """Give the system back what is free: the allocator of glibc keeps it, after a session as much as its weights."""
+    """Give the system back what is free: the allocator of glibc keeps it, after a session as much as its weights. Pages
+    of weights that are mapped from a file go too; they are read again where they are wanted.
+    """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such function
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such functions
+        library = ctypes.CDLL(None, use_errno=True)
+        library.malloc_trim(0)
+        for start, size in _mapped_weights():
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+
+
+WEIGHTS = (".safetensors", ".data")
+"""How files end that hold weights and are mapped."""
+
+MADV_DONTNEED = 4
+"""Of Linux: pages of the range are dropped; those of a file are read again from it."""
+
+
+def _mapped_weights() -> list[tuple[int, int]]:
+    """Address and size of the mappings of weights of which no page was written to: all of those is in their files."""
+    found: list[tuple[int, int]] = []
+    current = False
+    try:
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system
+        return found
+    for line in lines:
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            start, _, end = name.partition("-")
+            current = rest[-1].endswith(WEIGHTS)
+            if current:
+                found.append((int(start, 16), int(end, 16) - int(start, 16)))
+        elif current and name in ("Anonymous:", "Private_Dirty:", "Shared_Dirty:") and rest[0] != "0":
+            found.pop()
+            current = False
+    return found
 
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:

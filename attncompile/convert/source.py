@@ -28,7 +28,7 @@ class Source(Record):
         kind: ``torch`` or ``onnx``.
         attn_implementation: which of its own implementations a Hugging Face folder was loaded with.
         allow_pickle: its weights were read from pickle, because the user allowed it; a verification asks again.
-        cache: the conversion has its cache among its inputs and outputs.
+        cache: the conversion has its cache among its inputs and outputs; shared: one buffer is both.
         text: file of running text that the result was judged by, with its whole path; empty for the one that every
             machine has.
         text_hash: of that file.
@@ -43,6 +43,7 @@ class Source(Record):
     attn_implementation: AttentionImplementation
     allow_pickle: bool = False
     cache: bool = False
+    shared: bool = False
     text: str = ""
     text_hash: str = ""
     weights: str
@@ -56,6 +57,7 @@ def write_source(
     folder: Path,
     *,
     cache: bool = False,
+    shared: bool = False,
     text: Path | None = None,
 ) -> None:
     """Write ``source.json``."""
@@ -69,6 +71,7 @@ def write_source(
         # only what was needed: a checkpoint with safetensors is opened without the permission
         allow_pickle=allow_pickle and opened.path.is_dir() and not any(opened.path.glob("*.safetensors")),
         cache=cache,
+        shared=shared,
         text=str(text.expanduser().resolve()) if text is not None else "",
         text_hash=_digest(text.expanduser()) if text is not None else "",
         weights=weights_digest(opened),

@@ -29,6 +29,7 @@ from attncompile.frontends.memory import (
 )
 from attncompile.frontends.torch_internals import is_batched
 from attncompile.frontends.view_writes import ViewWrites, common_view
+from attncompile.frontends.whole_calls import is_put_back
 from attncompile.ir import Expr
 from attncompile.ir.types import NAMES
 
@@ -147,9 +148,11 @@ def _state(builder: Builder) -> list[Node]:
     out = infos[node.name]
     name = _operation(node.target)
     row = ROWS.get(name.removesuffix("_") if written_arguments(node) else name)
+    reason = ""
     if is_batched(node.meta.get("val")):
         row = None  # inside vmap an axis more is there than the shape says
-    reason = ""
+    if is_put_back(node):
+        row, reason = None, "a type of tensor that holds others says what it does"
     if row is not None:
         try:
             last = row(builder, *positional(node))

@@ -57,6 +57,9 @@ def _scaled_dot_product(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> 
 
     mask = b.tensor(given["attn_mask"]) if given.get("attn_mask") is not None else None
     full = (*outer, shapes[0][-2], shapes[1][-2])
+    for whole, size in zip(reversed(full), reversed(b.shape(mask) if mask is not None else ()), strict=False):
+        if ONE not in (whole, size):
+            b.equate(whole, size)
 
     def mask_element(indices: Indices) -> Indices:
         assert mask is not None

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from attncompile.frontends.graph import Indices
-from attncompile.frontends.torch_internals import size_hint
+from attncompile.frontends.torch_internals import decided, size_hint
 from attncompile.ir import Expr, Size, simplify
 from attncompile.ir.expr import ONE, Apply, Const, apply, substitute, symbols
 from attncompile.ir.polynomial import from_polynomial, negated, plus, polynomial
@@ -18,7 +18,7 @@ from attncompile.ir.polynomial import from_polynomial, negated, plus, polynomial
 
 def size_expr(size: int | torch.SymInt) -> Expr:
     """A torch size as an expression; a symbol ``s53`` becomes the size ``S53``."""
-    return _from_sympy(size.node.expr) if isinstance(size, torch.SymInt) else Const(int(size))
+    return _from_sympy(decided(size)) if isinstance(size, torch.SymInt) else Const(int(size))
 
 
 def _from_sympy(expr: Any) -> Expr:

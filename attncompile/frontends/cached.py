@@ -167,6 +167,15 @@ class Generating(OpenedModel, ABC):
         """
         return (), self.example_call(batch, length, padding, past)
 
+    @property
+    def shared(self) -> bool:
+        """Whether past and present are one buffer."""
+        return False
+
+    def takes(self, batch: int, past: int, length: int) -> bool:
+        """Whether such calls are the model's: rows, cached positions, and new tokens."""
+        return True
+
     @abstractmethod
     def example_call(self, batch: int, length: int, padding: Padding | None, past: int) -> dict[str, Any]:
         """What :meth:`example` gives."""

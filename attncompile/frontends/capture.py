@@ -15,9 +15,9 @@ import torch
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.own_gradients import with_own_gradients, without_own_gradients
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
+from attncompile.frontends.whole_calls import NotCut, with_whole_calls, without_whole_calls
 
 Role = Literal["parameter", "buffer", "constant", "user"]
 
@@ -384,7 +384,10 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
     fixed = _with_fixed_module_floats(graph_module, fakes)
-    cut = without_own_gradients(fixed, _differentiates(fakes))
+    try:
+        cut = without_whole_calls(fixed, _differentiates(fakes))
+    except NotCut as error:
+        raise CaptureError("Dynamo", "the compiled function", f"{error}", _RUNS_ANYWAY) from error
     source = without_vmap(cut.graph_module if cut is not None else fixed)
     if cut is not None:
         mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
@@ -402,7 +405,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
             _RUNS_ANYWAY,
         ) from error
     if cut is not None:
-        traced = with_own_gradients(traced, cut, fixed)
+        traced = with_whole_calls(traced, cut, fixed)
     reason = _lost_in_tracing(graph_module, source, traced, fakes)
     if reason is not None:
         raise CaptureError("Dynamo", "the compiled function", reason, _RUNS_ANYWAY)
@@ -491,7 +494,7 @@ def _dynamo_input(node: torch.fx.Node, name: str, given: Any) -> CapturedInput:
         role = "buffer"
     elif in_module and isinstance(given, torch.Tensor):
         role = "constant"
-    known = role != "user" and not torch_internals.is_fake(given)
+    known = role != "user" and not torch_internals.is_fake(given) and not torch_internals.is_wrapped(given)
     return CapturedInput(name, dotted_path(source), role, given if known else None)
 
 

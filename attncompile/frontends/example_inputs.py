@@ -142,11 +142,15 @@ def _token_type_ids(request: _Request) -> torch.Tensor:
 
 
 def _input_features(request: _Request) -> torch.Tensor:
-    """``[B, mels, frames]`` log-mel features for an encoder with a fixed number of positions."""
-    encoder = _modality_config(request.config, "audio_config")
-    mels = _first(encoder, "num_mel_bins", "feature_size", "input_feat_per_channel")
-    positions = _first(encoder, "max_source_positions")
-    return _smooth(request.batch, mels, positions * _positions_stride(request.model))
+    """``[B, mels, frames]`` log-mel features for an encoder with a fixed number of positions; for one that takes any
+    number ``[B, frames, features]``, as many frames as make ``length`` positions.
+    """
+    encoder = _encoder_config(request.config)
+    stride, mels = _positions_stride(request.model), getattr(encoder, "num_mel_bins", None)
+    if mels is not None and getattr(encoder, "max_source_positions", None) is not None:
+        return _smooth(request.batch, mels, encoder.max_source_positions * stride)
+    features = _first(encoder, "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "feature_size")
+    return _smooth(request.batch, request.length * stride, features * getattr(encoder, "input_channels", 1))
 
 
 def _input_values(request: _Request) -> torch.Tensor:
@@ -213,6 +217,12 @@ def _token_id(request: _Request, name: str, default: int) -> int:
 
 def _modality_config(config: Any, name: str) -> Any:
     return getattr(config, name, None) or config
+
+
+def _encoder_config(config: Any) -> Any:
+    """The configuration of the part that listens: the audio one, else that of an encoder with a name of its own."""
+    found = _modality_config(config, "audio_config")
+    return _modality_config(config, "encoder_config") if found is config else found
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -311,8 +321,10 @@ def onnx_arguments(
 
 
 def _axis_size(name: str, length: int, past: int) -> int:
-    """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``."""
-    both = "total" in name or ("past" in name and "+" in name)
+    """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``; of a
+    buffer for all of them ``capacity``.
+    """
+    both = "total" in name or name == "capacity" or ("past" in name and "+" in name)
     return past + length if both else past if "past" in name else length
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from onnx.reference.ops.op_attention import Attention_1 as ReferenceAttention
 
 from attncompile.frontends.graph import GraphInput
 from attncompile.frontends.onnx_bodies import bodies_of, nested_graphs, nested_nodes
-from attncompile.frontends.onnx_known import Known
+from attncompile.frontends.onnx_known import LONGEST, Known
 from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.types import DTYPES, concrete
 
@@ -70,11 +70,13 @@ class OnnxEvaluator:
     Attributes:
         model: the model. inputs: its inputs, parameters and constants. known: elements of values computed
             from sizes.
+        number: what every whole number that the nodes hold is replaced by; ``None`` leaves them.
     """
 
     model: ir.Model
     inputs: Mapping[str, GraphInput]
     known: Mapping[str, Known]
+    number: Callable[[int], int] | None = None
     _producers: dict[str, ir.Node] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(
@@ -96,12 +98,10 @@ class OnnxEvaluator:
         return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
     def resized(self, number: Callable[[int], int]) -> OnnxEvaluator:
-        """Not to be had.
-
-        Raises:
-            ValueError: always: sizes that a file fixes are spread over its constants.
+        """The same nodes with every whole number replaced: in attributes, in what computes shapes and in lists as short
+        as one; of a longer constant as much is left, from its beginning, as its axes become.
         """
-        raise ValueError("the sizes that an ONNX file fixes cannot be replaced")
+        return replace(self, number=number)
 
     def precision(self, wanted: Sequence[str], feeds: Sequence[str]) -> torch.dtype:
         """The dtype in which the wanted values would be computed: float64, or the lowest that the model
@@ -148,7 +148,9 @@ class OnnxEvaluator:
                 constants[name] = _computed(self.known[name], sizes)
             else:
                 raise ValueError(f"the graph has no value {name!r}")
-        return _Part(nodes, constants, tuple(wanted))
+        if self.number is not None:
+            constants = {name: _resized(array, self.number) for name, array in constants.items()}
+        return _Part(nodes, constants, tuple(wanted), self.number)
 
     def _stored(self, name: str) -> np.ndarray:
         node = self._producers.get(name)
@@ -170,6 +172,13 @@ def _computed(known: Known, sizes: Mapping[str, int]) -> np.ndarray:
         items = [evaluate(item, Environment(sizes=sizes)).item() for item in known.items]
     tensor = torch.tensor(items, dtype=torch.float64 if dtype.is_floating_point else dtype)
     return tensor.reshape(known.dims).numpy()
+
+
+def _resized(array: np.ndarray, number: Callable[[int], int]) -> np.ndarray:
+    """A constant with its numbers replaced where it may be a shape, and cut where an axis becomes shorter."""
+    if array.size <= LONGEST and array.dtype.kind in "iu":
+        return np.array([number(int(item)) for item in array.reshape(-1)], array.dtype).reshape(array.shape)
+    return array[tuple(slice(number(size)) for size in array.shape)]
 
 
 class Erf(OpRun):
@@ -225,10 +234,18 @@ class _Part:
     nodes: list[ir.Node]
     constants: Mapping[str, np.ndarray]
     wanted: tuple[str, ...]
+    number: Callable[[int], int] | None = None
+
+    def _protos(self) -> list[onnx.NodeProto]:
+        nodes = [ir.to_proto(node) for node in self.nodes]
+        if self.number is not None:
+            for node in nodes:
+                _renumber(node, self.number)
+        return nodes
 
     def run_reference(self, model: ir.Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """In float64."""
-        nodes = [ir.to_proto(node) for node in self.nodes]
+        nodes = self._protos()
         for node in nodes:
             _widen(node)
         given = {name: _wide(value) for name, value in self.constants.items()}
@@ -261,7 +278,7 @@ class _Part:
             given[name] = value.astype(dtype.numpy() if dtype is not None else np.float32) if narrowed else value
         used = {name for node in self.nodes for name in (v.name for v in node.inputs if v is not None)}
         given = {name: value for name, value in given.items() if name in used}
-        proto = _model(model, [ir.to_proto(node) for node in self.nodes], given, list(self.wanted))
+        proto = _model(model, self._protos(), given, list(self.wanted))
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
@@ -319,6 +336,17 @@ def _widen(node: onnx.NodeProto) -> None:
                     tensor.CopyFrom(onnx.numpy_helper.from_array(_wide(onnx.numpy_helper.to_array(tensor)), name))
             for inner in graph.node:
                 _widen(inner)
+
+
+def _renumber(node: onnx.NodeProto, number: Callable[[int], int]) -> None:
+    """Replace the whole numbers among a node's attributes, of old operators mostly: ends of slices, shapes."""
+    for attribute in node.attribute:
+        if attribute.HasField("i"):
+            attribute.i = number(attribute.i)
+        attribute.ints[:] = [number(item) for item in attribute.ints]
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for inner in graph.node:
+                _renumber(inner, number)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import onnx_ir as ir
+
 from attncompile.frontends import movement
 from attncompile.frontends.graph import (
     Concatenate,
@@ -19,7 +21,7 @@ from attncompile.frontends.onnx_sizes import (
     slice_range,
 )
 from attncompile.ir import Expr, simplify
-from attncompile.ir.expr import ONE, ZERO, Const, apply
+from attncompile.ir.expr import ONE, ZERO, Apply, Const, apply, walk
 
 
 def _identity(b: Builder) -> str:
@@ -122,8 +124,23 @@ def _slice(b: Builder) -> str:
         axis = axis_of(axis, len(shape))
         step = steps[number] if steps is not None else 1
         first, shape[axis] = slice_range(shape[axis], starts[number], ends[number], step)
+        shape[axis] = _unclamped(b, axis, shape[axis])
         value = b.move(value, movement.slices(axis, first, step), "slice", tuple(shape))
     return value
+
+
+def _unclamped(b: Builder, axis: int, length: Expr) -> Expr:
+    """The length of a slice of which it is not proven that its ends lie in the axis, as the model declares it.
+
+    ``max(min(total − length, capacity), 0)`` is ``total − length`` in a model that says so. A false word of it does not
+    pass the proof of a site that rests on it: the region's own shapes are those of its nodes.
+    """
+    clamped = any(isinstance(part, Apply) and part.operator in ("min", "max") for part in walk(length))
+    declared = b.node.outputs[b.position].shape if clamped else None
+    dim = declared[axis] if declared is not None and axis < len(declared) else None
+    text = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    found = b.sizes.stated(text) if text else None
+    return length if found is None else found
 
 
 def _split(b: Builder) -> str:

@@ -70,6 +70,14 @@ class SizeNames:
         except (SyntaxError, _Unreadable):
             return self.symbol(text)
 
+    def stated(self, text: str) -> Expr | None:
+        """A dimension over names that the model declares by themselves; ``None`` for any other."""
+        try:
+            names = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
+        except SyntaxError:
+            return None
+        return self.expression(text) if names and names - _FUNCTIONS <= self._declared else None
+
     def _read(self, tree: ast.expr) -> Expr:
         match tree:
             case ast.Name(name):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
@@ -22,7 +23,8 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._sympy.functions import Max, Min
 
 # --- fake tensors -------------------------------------------------------------------------------------------
 
@@ -30,6 +32,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 def is_fake(value: object) -> bool:
     """True for a tensor that has a shape and a dtype but no data."""
     return isinstance(value, FakeTensor)
+
+
+def is_wrapped(value: object) -> bool:
+    """True for a tensor of a type that holds other tensors and says itself what operations do: a quantised weight."""
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def outside_tracing() -> AbstractContextManager[Any]:
@@ -51,7 +58,8 @@ def fake_inputs(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
 
     While Dynamo compiles, they get the symbols that it gave the inputs (what is in the graph's own metadata
     will not do: it has seen every mutation of the trace). Otherwise sizes are numbers. The fakes are copies
-    that a trace may resize or mutate; inputs that alias each other still do.
+    that a trace may resize or mutate; inputs that alias each other still do. In place of a wrapped tensor
+    stands a plain one of its shape.
     """
     mode = detect_fake_mode(list(values)) or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return mode, [_fake(mode, value) if isinstance(value, torch.Tensor) else value for value in values]
@@ -69,6 +77,9 @@ def _fake(mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
             fake = mode.from_tensor(
                 value, static_shapes=False, symbolic_context=known, source=known.tensor_source, trace=False
             )
+    if is_wrapped(fake):
+        with mode:
+            return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad)
     copy = fake.detach().requires_grad_(fake.requires_grad)
     # detach() forgets which symbol .item() stands for; ahead-of-time autograd restores it in the same way.
     symbol = scalar_symbol(fake)
@@ -120,6 +131,45 @@ def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
 def surely(condition: bool | torch.SymBool) -> bool:
     """True only if ``condition`` holds for every value of its symbols. Adds no guard."""
     return bool(statically_known_true(condition))
+
+
+def decided(size: torch.SymInt) -> Any:
+    """The expression of a size in which a larger or smaller of two numbers is that number, where the trace knows which.
+
+    What a model has asked of its sizes (is the cache longer than its window?) is guarded, so it holds wherever the
+    graph runs that Dynamo compiles now. Adds no guard.
+    """
+    expr, env = size.node.expr, size.node.shape_env
+    if TracingContext.try_get() is None or not expr.has(Max, Min):
+        return expr
+    facts = [env.replace(fact) for guard in env.guards for fact in _not_negative(guard.expr)]
+
+    def at_least(one: Any, other: Any) -> bool:
+        difference = env.replace(one - other)
+        return any(env.bound_sympy(difference - fact).lower >= 0 for fact in (0, *facts))
+
+    def extreme(kind: Any, parts: tuple[Any, ...]) -> Any:
+        for part in parts:
+            if all(at_least(part, one) if kind is Max else at_least(one, part) for one in parts if one is not part):
+                return part
+        return kind(*parts)
+
+    for kind in (Max, Min):
+        expr = expr.replace(kind, lambda *parts, kind=kind: extreme(kind, parts))
+    return expr
+
+
+def _not_negative(guard: Any) -> list[Any]:
+    """What is not negative where a comparison of two integers holds."""
+    if not isinstance(guard, sympy.Rel) or not all(side.is_integer for side in guard.args):
+        return []
+    left, right = guard.args
+    match guard.func:
+        case sympy.Ge | sympy.Gt:
+            return [left - right - int(guard.func is sympy.Gt)]
+        case sympy.Le | sympy.Lt:
+            return [right - left - int(guard.func is sympy.Lt)]
+    return []
 
 
 def fix_value(symbol: Any) -> int | float | bool:

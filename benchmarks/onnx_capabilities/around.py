@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import flat, root_mean_square, rotary, tables
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 4, 16, 48
@@ -164,19 +164,7 @@ def _packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 def attempts() -> Iterator[Attempt]:
     """All of them."""
     for domain, opset in ((MICROSOFT, 18), ("", 23)):
-
-        def row(
-            feature: str,
-            base: dict[str, Any] | None = None,
-            domain: str = domain,
-            opset: int = opset,
-            **options: Any,
-        ) -> Attempt:
-            common: dict[str, Any] = {"standard": domain == ""}
-            without = partial(turned, **common, **base) if base is not None else None
-            make = partial(turned, **common, **{**(base or {}), **options})
-            return Attempt(domain, "RotaryEmbedding", feature, make, without, opset=opset)
-
+        row = partial(attempted, partial(turned, standard=domain == ""), domain, "RotaryEmbedding", opset=opset)
         all_rows = "[B, S]"
         yield row("positions [B, S], operand [B, S, H·D]", positions=all_rows)
         yield row("positions [B, S], operand [B, H, S, D]", positions=all_rows, flat_heads=False)

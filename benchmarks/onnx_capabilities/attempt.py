@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,9 @@ class Case:
     rounding: float = 0.0
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""What is tried unless an attempt says otherwise."""
+
 Make = Callable[[torch.dtype, int], Case]
 """A case for a dtype and a length."""
 
@@ -100,7 +104,7 @@ class Attempt:
     make: Make
     without: Make | None = None
     opset: int = 18
-    dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
+    dtypes: Sequence[str] = DTYPES
     whole: Callable[[Case], onnx.ModelProto] | None = None
 
     def cases(self, dtype: str) -> list[Prepared]:
@@ -134,6 +138,23 @@ class Attempt:
 
     def _model(self, case: Case) -> onnx.ModelProto:
         return one_node(self.domain, self.operator, self.opset, case)
+
+
+def attempted(
+    call: Callable[..., Case],
+    domain: str,
+    operator: str,
+    feature: str,
+    base: Mapping[str, Any] | None = None,
+    *,
+    opset: int = 18,
+    dtypes: Sequence[str] = DTYPES,
+    **options: Any,
+) -> Attempt:
+    """A call with some options, told apart from the one that has the options of ``base`` alone, where that is given."""
+    without = partial(call, **base) if base is not None else None
+    make = partial(call, **{**(base or {}), **options})
+    return Attempt(domain, operator, feature, make, without, opset=opset, dtypes=dtypes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import (
     attention,
     flat,
@@ -203,12 +203,7 @@ def _restored(stored: torch.Tensor, scale: torch.Tensor, quantised: str) -> torc
 
 def attempts() -> Iterator[Attempt]:
     """All of them."""
-
-    def row(feature: str, base: dict[str, Any] | None = None, **options: Any) -> Attempt:
-        without = partial(call, **base) if base is not None else None
-        make = partial(call, **{**(base or {}), **options})
-        return Attempt(MICROSOFT, "GroupQueryAttention", feature, make, without)
-
+    row = partial(attempted, call, MICROSOFT, "GroupQueryAttention")
     step, several = {"past": 1}, {"past": 1, "batch": 1, "queries": 40}
     yield row("a prompt")
     yield row("a prompt, rows of different lengths", ragged=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import attention, flat, heads, positions_visible, rotary
 
 HEADS, CHANNELS = 4, 16
@@ -242,17 +242,7 @@ def _turns(before: int, new: int, channels: int) -> tuple[torch.Tensor, torch.Te
 
 def attempts() -> Iterator[Attempt]:
     """All of them."""
-
-    def row(
-        feature: str,
-        base: dict[str, Any] | None = None,
-        dtypes: Sequence[str] = ("float32", "float16", "bfloat16"),
-        **options: Any,
-    ) -> Attempt:
-        without = partial(multi_head, **base) if base is not None else None
-        make = partial(multi_head, **{**(base or {}), **options})
-        return Attempt(MICROSOFT, "MultiHeadAttention", feature, make, without, dtypes=dtypes)
-
+    row = partial(attempted, multi_head, MICROSOFT, "MultiHeadAttention")
     yield row("queries, keys and values")
     yield row("more keys than queries", keys=5)
     yield row("other value than key channels", value_channels=32)
@@ -272,7 +262,7 @@ def attempts() -> Iterator[Attempt]:
     large = ("float32", "bfloat16")  # float16 holds no such numbers
     for told, number in (("-3.4e38", -3.3895313892515355e38), ("-2^100", -(2.0**100))):
         feature = f"attention_bias of {told} for a whole row: the mean"
-        yield row(feature, {}, large, bias="[B, 1, I, J]", empty=number)
+        yield row(feature, {}, dtypes=large, bias="[B, 1, I, J]", empty=number)
     for form in ("[B]", "[3B + 2]", "[B, J]", "[B, I, J]"):
         yield row(f"key_padding_mask {form}", {}, padding=form)
     yield row("key_padding_mask [B, J] behind a cache", {"past": 1}, padding="[B, J]")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import MICROSOFT, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import attention, flat, heads, rotary, scan, tables
 
 BATCH, HEADS, CHANNELS = 2, 4, 16
@@ -138,18 +138,7 @@ def sparse(
 def attempts() -> Iterator[Attempt]:
     """All of them."""
     for domain, opset in ((MICROSOFT, 18), ("", 27)):
-
-        def row(
-            feature: str,
-            base: dict[str, Any] | None = None,
-            domain: str = domain,
-            opset: int = opset,
-            **options: Any,
-        ) -> Attempt:
-            without = partial(linear, **base) if base is not None else None
-            make = partial(linear, **{**(base or {}), **options})
-            return Attempt(domain, "LinearAttention", feature, make, without, opset=opset)
-
+        row = partial(attempted, linear, domain, "LinearAttention", opset=opset)
         yield row("linear", rule="linear")
         yield row("gated", {}, rule="gated")
         yield row("gated, a decay of each channel", rule="gated", by_channel=True)
@@ -162,11 +151,7 @@ def attempts() -> Iterator[Attempt]:
         yield row("a step from a past_state", {"rule": "gated_delta", "step": True}, state=True)
         yield row("chunk_size", rule="gated_delta", chunk=16)
 
-    def block_sparse(feature: str, base: dict[str, Any] | None = None, **options: Any) -> Attempt:
-        without = partial(sparse, **base) if base is not None else None
-        make = partial(sparse, **{**(base or {}), **options})
-        return Attempt(MICROSOFT, "SparseAttention", feature, make, without)
-
+    block_sparse = partial(attempted, sparse, MICROSOFT, "SparseAttention")
     yield block_sparse("all blocks", whole=True)
     yield block_sparse("a layout of blocks")
     yield block_sparse("layouts in turns", layouts=2)

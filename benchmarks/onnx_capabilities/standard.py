@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.onnx_capabilities.attempt import Attempt, Case, Results, draw
+from benchmarks.onnx_capabilities.attempt import DTYPES, Attempt, Case, Results, attempted, draw
 from benchmarks.onnx_capabilities.formulas import attention, flat, positions_visible
 
 HEADS, BATCH, CHANNELS = 4, 2, 16
@@ -137,16 +137,7 @@ def attempts() -> Iterator[Attempt]:
 
 
 def _of(version: int) -> Iterator[Attempt]:
-    def row(
-        feature: str,
-        base: dict[str, Any] | None = None,
-        dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64"),
-        **options: Any,
-    ) -> Attempt:
-        without = partial(call, **base) if base is not None else None
-        make = partial(call, **{**(base or {}), **options})
-        return Attempt("", "Attention", feature, make, without, opset=version, dtypes=dtypes)
-
+    row = partial(attempted, call, "", "Attention", opset=version, dtypes=(*DTYPES, "float64"))
     yield row("operands [B, S, H·D]")
     yield row("operands [B, H, S, D]", flat_heads=False)
     yield row("fewer KV heads", groups=2)
@@ -172,7 +163,8 @@ def _of(version: int) -> Iterator[Attempt]:
     yield row("additive mask of -inf for some keys", {"mask": "[B, 1, I, J]"}, holes=True)
     yield row("additive mask of -inf for a whole row: zero", {}, mask="[B, 1, I, J]", empty=-math.inf)
     large = ("float32", "bfloat16", "float64")  # float16 holds no such number
-    yield row("additive mask of -2^100 for a whole row: the mean", {}, large, mask="[B, 1, I, J]", empty=-(2.0**100))
+    mean = "additive mask of -2^100 for a whole row: the mean"
+    yield row(mean, {}, dtypes=large, mask="[B, 1, I, J]", empty=-(2.0**100))
     yield row("boolean mask shorter than the keys", {}, mask="[B, 1, I, J]", boolean=True, shorter=3)
     yield row("additive mask shorter than the keys", {}, mask="[B, 1, I, J]", shorter=3)
     yield row("a step behind a cache", past=1)

@@ -2,7 +2,7 @@
 
 from attncompile.codegen.gluon import backward
 from attncompile.codegen.gluon.backward import HopperGradients, generate_backward, why_not_backward
-from attncompile.codegen.gluon.generate import HopperModule, generate
+from attncompile.codegen.gluon.generate import HopperModule, generate, generate_fastest
 from attncompile.codegen.gluon.structure import arranged, slower, why_not_installed, why_not_spec
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "backward",
     "generate",
     "generate_backward",
+    "generate_fastest",
     "slower",
     "why_not_backward",
     "why_not_installed",

@@ -15,6 +15,8 @@ from attncompile.codegen.triton.expressions import Scope
 from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.module import (
     CHECKS,
+    REST,
+    REST_IMPORT,
     Binding,
     Length,
     constant,
@@ -151,10 +153,13 @@ def generate_backward(
     count = exchanged(key_count(found, binding, skeleton.lengths[1], skeleton.integers()))
     sections = (
         _documentation(spec, parts),
-        IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1),
+        IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1).replace(
+            "import functools\n", f"{REST_IMPORT}\nimport functools\n", 1
+        ),
         skeleton.constants() + "\n" + CHECKS,
         *gluon_functions(text),
         text,
+        REST,
         host(parts),
         exchanged(WORK_LIST),
         count,
@@ -343,7 +348,7 @@ def _body(
         "launch",
         ["prepare", f"({batch} * {heads} * blocks,)", "out", "grad_out", *given, "row_values", "query_sums", heads,
          queries, "blocks", "*out.stride()", "*grad_out.stride()", f"EXTENT={skeleton.features}", *constants,
-         "num_warps=8"],
+         "num_warps=8", "later=later"],
         "", 4, inside=4,
     )  # fmt: skip
     arguments = [
@@ -360,12 +365,13 @@ def _body(
         *sizes,
         "num_warps=4",
         f"maxnreg={LIMIT}",
+        "later=later",
     ]
     between = signature("launch", ["attend_backward_kernel", "(work.shape[0],)", *arguments], "", 4, inside=4)
     after = signature(
         "launch",
         ["finish", f"({batch} * {heads} * blocks,)", "query_sums", "grad_query", heads, queries, "blocks",
-         "*grad_query.stride()[:3]", f"EXTENT={skeleton.channels}", *constants, "num_warps=8"],
+         "*grad_query.stride()[:3]", f"EXTENT={skeleton.channels}", *constants, "num_warps=8", "later=later"],
         "", 4, inside=4,
     )  # fmt: skip
     return [
@@ -388,10 +394,12 @@ def _body(
         "room = row_values.numel() // 2 * CHANNELS.value",
         f"query_sums = torch.empty(room, dtype=torch.float32, {device})",
         *signature("work = work_list", [f"{query}.device", batch, groups, keys, *sizes], "", inside=4).splitlines(),
+        "later = []",
         f"with torch.cuda.device_of({query}):",
         *before.splitlines(),
         *between.splitlines(),
         *after.splitlines(),
+        "    launch_rest(later)",
         *signature("return ", returned, "", inside=4).splitlines(),
     ]
 

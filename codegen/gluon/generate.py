@@ -12,7 +12,7 @@ from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
 from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.structure import may_be_infinite, padded, tile_for, why_not_spec
+from attncompile.codegen.gluon.structure import arranged, may_be_infinite, padded, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
@@ -146,6 +146,31 @@ def generate(
     return HopperModule(f"hopper_{spec.fingerprint()}", source, (kernel,), skeleton, elements)
 
 
+def generate_fastest(spec: Spec, *, queries: int = SHORT) -> HopperModule:
+    """The Gluon module that is expected to be fastest.
+
+    Where the mask is a neighbourhood on a grid of fixed size, that is one whose tiles are boxes of the grid, if these
+    leave enough to skip: read where they lie, or else, if the copies pay too, copied before and after. Tokens that the
+    Spec itself moves are read where they lie, if its boxes can be.
+
+    Args:
+        spec: as it is called; its inputs and results stay the same.
+        queries: as in :func:`generate`.
+
+    Raises:
+        ValueError: when there is no kernel for the Spec; says why.
+    """
+    if regrouped_parts(spec):
+        return generate(spec, queries=queries, in_place=True)
+    moved = arranged(spec, in_place=True)
+    if moved is spec or why_not_spec(moved):
+        return generate(spec, queries=queries)
+    module = generate(moved, queries=queries, in_place=True)
+    if module.skeleton.boxes is not None:
+        return module
+    return generate(arranged(spec), queries=queries)
+
+
 def _skeleton(
     spec: Spec,
     parts: Dense,
@@ -250,4 +275,4 @@ def gluon_functions(text: str) -> list[str]:
     return found
 
 
-__all__ = ["GLUON", "HopperModule", "generate"]
+__all__ = ["GLUON", "HopperModule", "generate", "generate_fastest"]

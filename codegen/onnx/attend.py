@@ -28,6 +28,8 @@ from attncompile.codegen.onnx.layouts import (
 )
 from attncompile.codegen.onnx.reading import (
     MASKED,
+    CausalMask,
+    GroupQueryForm,
     additive_fill,
     causal_mask,
     fixed,
@@ -498,11 +500,7 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
         sink_of_heads(attend, place, writer),
         domain=MICROSOFT,
         outputs=3,
-        num_heads=head_count(place, attend.query),
-        kv_num_heads=head_count(place, attend.key),
-        scale=score.scale,
-        softcap=score.cap,
-        local_window_size=causal.window,
+        **group_query_attributes(attend, place, score, causal),
     )
     if rest != TRUE and not math.isinf(low) and not never_empty(attend, place.types):
         # a finite fill: such a row weighs all keys alike, where the operator gives zero
@@ -512,6 +510,19 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
             build("Mul", _rows(writer, simplify(attend.mask), seen=False), _mean(attend, place, parts[2])),
         )
     return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
+
+
+def group_query_attributes(
+    attend: Attend, place: Place, form: GroupQueryForm, causal: CausalMask
+) -> dict[str, int | float | None]:
+    """Attributes of ``GroupQueryAttention``: of its heads, its score and its window."""
+    return {
+        "num_heads": head_count(place, attend.query),
+        "kv_num_heads": head_count(place, attend.key),
+        "scale": form.scale,
+        "softcap": form.cap,
+        "local_window_size": causal.window,
+    }
 
 
 def sink_of_heads(attend: Attend, place: Place, writer: Writer) -> ir.Value | None:
@@ -554,6 +565,7 @@ __all__ = [
     "equal_channels",
     "extent",
     "group_query_attention",
+    "group_query_attributes",
     "head_count",
     "multi_head",
     "multi_head_attention",

@@ -31,7 +31,7 @@ from attncompile.codegen.onnx.attend import (
     decomposition,
     equal_channels,
     extent,
-    head_count,
+    group_query_attributes,
     multi_head,
     multi_head_attention,
     result,
@@ -76,16 +76,16 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
         least: queries from which on the operator is taken.
     """
     writer, build, sizes = writer_of(attend, place), place.build, extents(attend, place.types)
-    split = {name: _parts(attend, name, writer, place) for name in (attend.key, attend.value)}
+    split = {name: parts_of_cache(attend, name, writer, place) for name in (attend.key, attend.value)}
     query = arranged(writer, place, attend.query, flat_groups)
-    new = [_flat(writer, place, name, split[name].new, sizes["i"]) for name in (attend.key, attend.value)]
+    new = [flat_keys(writer, place, name, split[name].new, sizes["i"]) for name in (attend.key, attend.value)]
     past = [split[name].past for name in (attend.key, attend.value)]
     exact = _exact(writer, causal.rest, sizes, split[attend.key], place, least)
     form = group_query_form(attend)
     assert form is not None  # the capability row has looked
     bias = additive_mask(writer, TRUE, 0.0, form.bias, square=True)
     sink = sink_of_heads(attend, place, writer)
-    last, total = _lengths(writer, sizes, split[attend.key], place)
+    last, total = lengths(writer, key_count(writer, sizes, split[attend.key], place), writer.size(sizes["b"]))
 
     fused = Builder(build.graph, "fused")
     found = fused(
@@ -102,11 +102,7 @@ def cached_group_query(attend: Attend, causal: CausalMask, place: Place, least: 
         sink,
         domain=MICROSOFT,
         outputs=3,
-        num_heads=head_count(place, attend.query),
-        kv_num_heads=head_count(place, attend.key),
-        scale=form.scale,
-        softcap=form.cap,
-        local_window_size=causal.window,
+        **group_query_attributes(attend, place, form, causal),
     )
     graphs = [_graph(build, fused, found, "fused", place, attend), _plain(attend, place, split, exact)]
     out, *present = build("If", exact, outputs=3, then_branch=graphs[0], else_branch=graphs[1])
@@ -126,14 +122,14 @@ def cached_multi_head(attend: Attend, causal: CausalMask, place: Place) -> Made:
         attend: what to compute; causal: its mask, split; place: where to write it.
     """
     sides = (attend.key, attend.value)
-    joins = [_concatenated(attend, name, place) for name in sides]
+    joins = [concatenated(attend, name, place) for name in sides]
     split = [join for join in joins if join is not None]
     if len(split) < len(joins) or not equal_channels(attend, place):
         return multi_head_attention(attend, place)
     writer, score = writer_of(attend, place), scaled(attend)
     assert score is not None  # the capability row has looked
     count = extents(attend, place.types)["i"]
-    new = [_flat(writer, place, name, parts.new, count) for name, parts in zip(sides, split, strict=True)]
+    new = [flat_keys(writer, place, name, parts.new, count) for name, parts in zip(sides, split, strict=True)]
     alone = causal.window is None and simplify(causal.rest) == TRUE and score.bias is None
     query = arranged(writer, place, attend.query, flat_groups)
     past = [parts.past for parts in split]
@@ -145,9 +141,9 @@ def cached_multi_head(attend: Attend, causal: CausalMask, place: Place) -> Made:
     return made
 
 
-def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
+def parts_of_cache(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     """What was cached and what is new: as the graph has them, or cut where as many are new as there are queries."""
-    found = _concatenated(attend, name, place)
+    found = concatenated(attend, name, place)
     if found is not None:
         return found
     build = place.build
@@ -161,7 +157,7 @@ def _parts(attend: Attend, name: str, writer: Writer, place: Place) -> Cached:
     return parts
 
 
-def _concatenated(attend: Attend, name: str, place: Place) -> Cached | None:
+def concatenated(attend: Attend, name: str, place: Place) -> Cached | None:
     """Keys or values that the graph concatenates of cached ones and as many new ones as there are queries."""
     operand = place.operands[name]
     axes = tuple(axis.name for axis in place.types[name].axes)
@@ -184,7 +180,7 @@ def _dimension(operand: Operand, axis: str) -> int | str | None:
     return sizes[places[0]] if sizes is not None and places else None
 
 
-def _flat(writer: Writer, place: Place, name: str, new: ir.Value, count: Expr) -> ir.Value:
+def flat_keys(writer: Writer, place: Place, name: str, new: ir.Value, count: Expr) -> ir.Value:
     """The new keys or values as ``[B, I, G·D]``."""
     kind = place.types[name]
     axes = tuple(axis.name for axis in kind.axes)
@@ -192,7 +188,7 @@ def _flat(writer: Writer, place: Place, name: str, new: ir.Value, count: Expr) -
     return arrange(place.build, Operand(new, single_groups(axes)), flat_groups(axes), lengths)
 
 
-def _keys(writer: Writer, sizes: dict[str, Expr], parts: Cached, place: Place) -> ir.Value:
+def key_count(writer: Writer, sizes: dict[str, Expr], parts: Cached, place: Place) -> ir.Value:
     """The number of keys, int64 ``[1]``, without a look at their concatenation, which nobody else may need."""
     if parts.whole is None:
         return writer.size(sizes["j"])
@@ -207,15 +203,17 @@ def _keys(writer: Writer, sizes: dict[str, Expr], parts: Cached, place: Place) -
         )
 
 
-def _lengths(
-    writer: Writer, sizes: dict[str, Expr], parts: Cached, place: Place
-) -> tuple[ir.Value, ir.Value]:
-    """``seqlens_k``, the last key of every row, and the number of keys; int32 ``[B]`` and a scalar."""
-    build, keys = place.build, _keys(writer, sizes, parts, place)
+def lengths(writer: Writer, keys: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``seqlens_k``, the last key of every row, int32 ``[B]``, and the number of keys, an int32 scalar.
+
+    Args:
+        writer: writes them; keys, rows: how many there are, int64 ``[1]``.
+    """
+    build = writer.build
     total = writer.once(("int32", keys.name), lambda: build("Cast", keys, to=int(ir.DataType.INT32)))
     last = writer.once(
-        ("last keys", keys.name, writer.key(sizes["b"])),
-        lambda: build("Expand", build("Sub", total, build.constant(1, "int32")), writer.size(sizes["b"])),
+        ("last keys", keys.name, rows.name),
+        lambda: build("Expand", build("Sub", total, build.constant(1, "int32")), rows),
     )
     scalar = writer.once(("int32 scalar", keys.name), lambda: build("Squeeze", total, build.constant([0])))
     return last, scalar
@@ -224,7 +222,7 @@ def _lengths(
 def _exact(writer: Writer, rest: Expr, sizes: dict[str, Expr], parts: Cached, place: Place, least: int) -> ir.Value:
     """Whether the operator gets this call: a truth value, for all sites with one mask."""
     build, rest = place.build, simplify(rest)
-    keys, one = _keys(writer, sizes, parts, place), build.constant([1])
+    keys, one = key_count(writer, sizes, parts, place), build.constant([1])
 
     def make() -> ir.Value:
         rows, queries = writer.size(sizes["b"]), writer.size(sizes["i"])
@@ -296,4 +294,15 @@ def hand_over(model: ir.Model) -> int:
     return done
 
 
-__all__ = ["cached_group_query", "cached_multi_head", "hand_over"]
+__all__ = [
+    "CONCATENATED",
+    "Cached",
+    "cached_group_query",
+    "cached_multi_head",
+    "concatenated",
+    "flat_keys",
+    "hand_over",
+    "key_count",
+    "lengths",
+    "parts_of_cache",
+]

@@ -30,6 +30,7 @@ from attncompile.codegen.onnx.features import (
     may_be_empty,
     multi_head_features,
 )
+from attncompile.codegen.onnx.in_place import group_query_in_place
 from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import (
     CausalMask,
@@ -71,6 +72,7 @@ class Capability:
         features: what of the table a Spec needs; ``None`` for plain operators, which every version has.
         documented: dtypes of its kernels as ONNX Runtime lists them, for a provider on which nothing was tried.
         parts: rows of the operators that it writes, where these are several or have another name.
+        alone_or_first: it is for calls of one row, of one query, or with an empty cache; others are refused by it.
     """
 
     operator: str
@@ -82,6 +84,7 @@ class Capability:
     features: Callable[[Attend, Types], tuple[str, ...]] | Callable[[Scan, Types], tuple[str, ...]] | None = None
     documented: Mapping[Provider, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[Capability, ...] = ()
+    alone_or_first: bool = False
 
     def why_not(
         self,
@@ -208,6 +211,23 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
 
 
 def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None:
+    reason, causal = _group_query_form(attend, types), causal_mask(attend, types)
+    if reason or causal is None:
+        return reason
+    if causal.cached:
+        return _over_a_cache(attend, causal)
+    if may_be_empty(attend, types):
+        if attend.sink != NO_SINK:
+            return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
+        if math.isinf(additive_fill(attend) or 0) and attend.norm.empty == "nan":
+            return "GroupQueryAttention gives zero for a query that sees no key, here it is NaN"
+        if _reads_head(attend):
+            return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
+    return None
+
+
+def _group_query_form(attend: Attend, types: Types) -> str | None:
+    """What its definition cannot express, with a cache or without."""
     name = "GroupQueryAttention"
     score = group_query_form(attend)
     if score is None:
@@ -233,15 +253,6 @@ def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None
         return f"GroupQueryAttention never visits masked keys, but a fill of {low:g} leaves them a weight"
     if score.bias is not None and may_be_infinite(score.bias):
         return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
-    if causal.cached:
-        return _over_a_cache(attend, causal)
-    if may_be_empty(attend, types):
-        if attend.sink != NO_SINK:
-            return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
-        if math.isinf(low or 0) and attend.norm.empty == "nan":
-            return "GroupQueryAttention gives zero for a query that sees no key, here it is NaN"
-        if _reads_head(attend):
-            return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
     return None
 
 
@@ -301,6 +312,38 @@ def from_queries(least: int) -> Capability:
     name = FROM_QUERIES.format(least=least)
     return replace(row, operator=name, objection=objection, build=build, parts=(row,))
 
+
+def in_place() -> Capability:
+    """The row that takes past and present keys in one buffer, which it writes."""
+    row = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
+
+    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+        reason, causal = _group_query_form(attend, types), causal_mask(attend, types)
+        if reason or causal is None:
+            return reason
+        if not causal.cached:
+            return "there are as many keys as queries, so nothing is cached"
+        if simplify(causal.rest) != TRUE:
+            return f"GroupQueryAttention in place is causal and hides nothing else, the mask is {attend.mask}"
+        form = group_query_form(attend)
+        if form is not None and form.bias is not None and not versions(provider):
+            return f"what GroupQueryAttention does with a bias on {provider} has not been tried"
+        return None
+
+    def features(attend: Attend, types: Types) -> tuple[str, ...]:
+        return (*group_query_features(attend, types), "a cache with room behind it", "a cache written in place")
+
+    def build(attend: Attend, place: Place) -> Made:
+        causal = causal_mask(attend, place.types)
+        assert causal is not None  # the objection has looked
+        return group_query_in_place(attend, causal, place)
+
+    tried = replace(row, features=features)
+    return replace(row, operator=IN_PLACE, objection=objection, build=build, parts=(tried,), alone_or_first=True)
+
+
+IN_PLACE = "GroupQueryAttention in place"
+"""How plans and reports call the operator on a buffer."""
 
 FROM_QUERIES = "GroupQueryAttention from {least} queries on, else decomposition"
 """How plans and reports call the operator behind a cache."""

@@ -17,9 +17,11 @@ from typing import Literal
 
 from attncompile.codegen.onnx.capabilities import (
     FROM_QUERIES,
+    IN_PLACE,
     Capability,
     Provider,
     from_queries,
+    in_place,
     rows_for,
 )
 from attncompile.codegen.onnx.dispatch import by_length
@@ -159,6 +161,7 @@ def choose(
     switch: bool = True,
     longest: int | None = None,
     version: str | None = None,
+    shared: bool = False,
     dtype: str | None = None,
 ) -> Choice:
     """The operator for the Spec's Attend or Scan.
@@ -173,6 +176,7 @@ def choose(
             switch already.
         longest: how many positions the model has at most, where it says so.
         version: of ONNX Runtime that will run it, such as ``1.24``; the installed one where it is left out.
+        shared: whether past and present keys are one buffer: all operators but one copy it.
         dtype: what the model's states are rounded to after this choice, such as ``float16``; the Spec's own unless
             given.
 
@@ -187,6 +191,8 @@ def choose(
     rows = rows_for(spec)
     if not rows:
         raise RefusalError(Refusal("no-onnx-form", f"{spec.name} holds no single attention or scan"))
+    if shared and prefer != "decomposed" and mask_class(spec) == CACHED:
+        rows = (in_place(), *rows)
     objections = {
         row.operator: _too_old(row, opset) or row.why_not(spec, provider, version, opset, dtype) for row in rows
     }
@@ -198,6 +204,10 @@ def choose(
         return Choice(plain, "the decomposition was asked for", refused)
     if not fused:
         return Choice(plain, "no fused operator computes this exactly: " + refused[0][1], refused)
+    taking = next((row for row in fused if row.operator == IN_PLACE), None)
+    if taking is not None:
+        told = "the buffer is written where it lies; every other operator copies it in each call"
+        return Choice(taking, told, refused)
     if mask_class(spec) == CACHED:
         return _behind_a_cache(spec, plain, fused, provider, prefer, refused, longest)
     lengths = _fixed_lengths(spec) or tuple(sorted(lengths))
@@ -333,6 +343,8 @@ def row_named(spec: Spec, operator: str) -> Capability:
     rows = {row.operator: row for row in rows_for(spec)}
     if operator in rows:
         return rows[operator]
+    if operator == IN_PLACE and "GroupQueryAttention" in rows:
+        return in_place()
     started = re.fullmatch(FROM_QUERIES.format(least=r"(\d+)"), operator)
     if started and "GroupQueryAttention" in rows:
         return from_queries(int(started[1]))

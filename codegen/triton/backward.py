@@ -12,6 +12,7 @@ from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.module import (
     CHECKS,
     OPERAND_DTYPES,
+    REST,
     Binding,
     Kernel,
     Length,
@@ -111,6 +112,7 @@ def generate_backward(spec: Spec, wanted: Collection[str] | None = None) -> Gene
         _documentation(parts),
         "\n".join([*tables, CHECKS]),
         TILE_OF,
+        REST,
         *adds,
         *device_functions_of(kernel_text),
         kernel_text,
@@ -365,7 +367,7 @@ def _body(parts: _Parts) -> list[str]:
         lines += _memory(parts, element)
     if skeleton.softmax:
         grid = f"triton.cdiv({lead[2]}, {PREPARED}) * {lead[0]} * {lead[1]}"
-        calls += _call(parts, kernels["prepare"], grid, [f"BLOCK_I={PREPARED}", "num_warps=4"])
+        calls += _call(parts, kernels["prepare"], grid, [f"BLOCK_I={PREPARED}", "num_warps=4", "later=later"])
     for name, kind, outputs, count, block, groups in (
         ("query_gradient", "query", ["grad_query"], lead[2], "queries", lead[1]),
         (
@@ -382,7 +384,8 @@ def _body(parts: _Parts) -> list[str]:
             lines += [f"{output} = torch.empty_like({like[output]})" for output in outputs]
             calls.append(f"queries, keys, warps, stages = tile_of(TILES_{kind.upper()}, {query})")
             grid = f"triton.cdiv({count}, {block}) * {lead[0]} * {groups}"
-            calls += _call(parts, kernels[name], grid, _TILED)
+            calls += _call(parts, kernels[name], grid, [*_TILED, "later=later"])
+    calls.append("launch_rest(later)")
     for element in parts.elements:
         if element.gradient.along == "pairs":
             calls += _pairs_call(parts, element, kernels[f"{element.gradient.name}_gradient_of_pairs"], query)
@@ -398,6 +401,7 @@ def _body(parts: _Parts) -> list[str]:
             results.append(_sum(summands, text, captured=bool(own)))
     return [
         *lines,
+        "later = []",
         f"with torch.cuda.device_of({query}):",
         *("    " + line for line in calls),
         *finish,

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from attncompile.codegen.triton.generate import GeneratedModule
+from attncompile.codegen.triton.ready import wait_until_ready
 
 
 def cache_folder(what: str = "triton") -> Path:
@@ -86,6 +87,7 @@ def load_module(module: GeneratedModule) -> ModuleType:
     """
     found = _modules.get(module.digest)
     if found is None:
+        wait_until_ready()
         path = write(module, cache_folder())
         name = f"attncompile_generated.{module.name}_{module.digest[:16]}"
         spec = importlib.util.spec_from_file_location(name, path)

@@ -12,6 +12,7 @@ from attncompile.codegen.triton.expressions import Scope, captured_tensors, prin
 from attncompile.codegen.triton.module import (
     CHECKS,
     OPERAND_DTYPES,
+    REST,
     Binding,
     Kernel,
     Length,
@@ -90,6 +91,7 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     source = join(
         documentation(spec, inputs),
         decode_tiles_text(tiles, tables=any(each.gather for each in _storages(spec, parts))) + "\n" + CHECKS,
+        REST,
         SPLITS_OF,
         *([PAIRS_OF] if any("pairs_of(" in line for line in lines) else []),
         *decode_device_functions(text),
@@ -140,7 +142,7 @@ def few_queries(
         f"With at most {FEW_QUERIES} queries and at least {LONG_CACHE} keys the keys are cut into parts.",
         f"FEW_QUERIES, LONG_CACHE = {FEW_QUERIES}, {LONG_CACHE}  # what the kernel that cuts the keys is for\n"
         + decode_tiles_text(tiles),
-        (SPLITS_OF, *decode_device_functions(text)),
+        (REST, SPLITS_OF, *decode_device_functions(text)),
         text,
         [
             f"if {lengths[1].value} <= FEW_QUERIES and {lengths[2].value} >= LONG_CACHE:",
@@ -153,7 +155,7 @@ def few_queries(
 def decode_device_functions(text: str) -> list[str]:
     """Source of the device functions that the kernels' text calls, and of what those call."""
     own = device_functions_of(text, names=DEVICE)
-    return [*device_functions_of(*own, names=("e4m3_number",)), *own]
+    return [*device_functions_of(*own, names=("e4m3_number", "asked_byte")), *own]
 
 
 def _functions(spec: Spec, parts: Dense, binding: Binding) -> tuple[DeviceFunction | None, ...]:
@@ -211,7 +213,13 @@ def decode_skeleton(
         lengths=(lengths[0].name, lengths[1].name, lengths[2].name),
         sizes=tuple(size for size in binding.sizes.values() if mentions(size, *texts)),
         lines=(*key_lines, *value_lines),
+        turned=turned(keys, values),
     )
+
+
+def turned(key: Stored, value: Stored) -> bool:
+    """Whether the rows lie along the second axis of the products; see :class:`attncompile.kernels.decode.Decode`."""
+    return key.form != "real" and value.form != "real"
 
 
 def decode_visits(mask: Expr, query_length: Expr, key_length: Expr) -> Visits:
@@ -316,8 +324,9 @@ def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
     """How the first kernel is launched, by element type of the query."""
     stores = (skeleton.key, skeleton.value)
     wide = any(each.form == "real" and len(each.parts) > 1 for each in stores)
+    four_bits = all(each.form == "int4" and each.factored for each in stores)
     return {
-        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide)
+        dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide, four_bits and size == 2)
         for dtype, size in OPERAND_DTYPES.items()
     }
 
@@ -364,6 +373,7 @@ def decode_launch(
     heads, queries, keys = (length.value for length in lengths)
     batch, key_heads = binding.size(parts.query.sizes[0]), binding.size(parts.key.sizes[1])
     own = {pointer: binding.tensors[name] for name, pointer in binding.pointers.items()}
+    tiles = decode_tiles(skeleton)
     values = {length.name: length.value for length in lengths} | {"key_heads": key_heads}
     captured = [own[name] for name, _ in skeleton.captured]
     merged = [own[name] for name, _ in skeleton.sink_captured()]
@@ -380,13 +390,14 @@ def decode_launch(
             "num_warps=warps",
             "num_stages=stages",
             "enable_fp_fusion=True",
+            "later=later",
         ),
     ]
     second = [
         *("partial", "peaks", "totals", "out", *(("lse",) if skeleton.lse else ()), *merged),
         *(f"*{name}.stride()" for name in ("out", *merged)),
         *(values.get(name, name) for name in skeleton.merge_integers()),
-        *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True"),
+        *(f"BLOCK_S={MERGED}", "num_warps=4", "enable_fp_fusion=True", "later=later"),
     ]
     rows = f"{skeleton.group} * {queries}" if skeleton.group > 1 else queries
     merging = f"{batch} * {heads} * {queries}"
@@ -400,16 +411,19 @@ def decode_launch(
         f"    raise ValueError(f\"the kernel takes {{', '.join(map(str, DECODE_TILES))}}, not {{{query}.dtype}}\")",
         f"block, warps, stages = DECODE_TILES[{query}.dtype]",
         *dict.fromkeys(pairs_of),
-        f"rows = max(16, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
+        f"rows = max({skeleton.least_rows}, min({MOST_ROWS}, triton.next_power_of_2({rows})))",
+        *(["warps = max(warps, min(rows // 4, 4))"] if any(tile.warps < 4 for tile in tiles.values()) else []),
         f"programs = {batch} * {key_heads} * triton.cdiv({rows}, rows)",
-        f"splits = splits_of({query}, programs, triton.cdiv({keys}, block))",
+        f"splits = splits_of({query}, programs, triton.cdiv({keys}, block), warps)",
         f"peaks = torch.empty(2 * out.numel() // {skeleton.value.channels} * splits, dtype=torch.float32, "
         f"device={query}.device)",
         "peaks, totals = peaks.chunk(2)",
         f"partial = torch.empty(out.numel() * splits, dtype=torch.float32, device={query}.device)",
+        "later = []",
         f"with torch.cuda.device_of({query}):",
         *signature("launch", ["attend_split", "(programs * splits,)", *first], "", 4, inside=inside).splitlines(),
         *signature("launch", ["merge_splits", f"({merging},)", *second], "", 4, inside=inside).splitlines(),
+        "    launch_rest(later)",
         _returned(spec, parts),
     ]
 
@@ -424,7 +438,8 @@ def decode_kernels(
     for name, storage in zip(("key", "value"), _storages(spec, parts), strict=True):
         own[name] = "operand" if storage.dequantize is None else "int16"
     own |= {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    rows = max(16, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
+    rows = max(skeleton.least_rows, min(MOST_ROWS, 1 << (skeleton.group - 1).bit_length()))
+    tiles = {n: dataclasses.replace(tile, warps=max(tile.warps, min(rows // 4, 4))) for n, tile in tiles.items()}
     split = Kernel(
         "attend_split",
         tuple((name, own[name]) for name in skeleton.pointers()),

@@ -24,11 +24,12 @@ from attncompile.codegen.triton.backward import generate_backward, why_not_backw
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.plain_maps import plain_map
+from attncompile.codegen.triton.ready import get_ready
 from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
-from attncompile.ir import Quantize, Spec, print_spec
+from attncompile.ir import Quantize, Regroup, Spec, print_spec
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _hopper(text: str, length: int) -> HopperModule | str:
 
     spec = operators.parsed(text)
     reason = gluon.why_not_installed(triton.__version__) or gluon.why_not_spec(spec) or gluon.slower(spec)
-    return reason or gluon.generate(spec, queries=length)
+    return reason or gluon.generate_fastest(spec, queries=length)
 
 
 def modules(spec: Spec) -> dict[str, GeneratedModule]:
@@ -97,7 +98,7 @@ def modules(spec: Spec) -> dict[str, GeneratedModule]:
     found = {"": generate(spec)}
     if gluon.why_not_spec(spec) is None and gluon.slower(spec) is None:
         for suffix, length in (("_hopper", LENGTHS[-1]), ("_hopper_short", LENGTHS[0])):
-            module = gluon.generate(spec, queries=length)
+            module = gluon.generate_fastest(spec, queries=length)
             if all(module.source != other.source for other in found.values()):
                 found[suffix] = module
     return found
@@ -122,6 +123,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     reason = why_not(spec, device)
     if reason:
         raise ValueError(f"no Triton kernel for {spec.name} on {device}: {reason}")
+    if torch.device(device).type == "cuda":
+        get_ready()
     module = generate(spec)
     said = "one fused kernel; nothing of the attention map is stored"
     rounded = [operation for operation in spec.operations if isinstance(operation, Quantize)]
@@ -149,6 +152,8 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
                 "; in Gluon for compute capability 9.x, in plain Triton for float32, "
                 f"for fewer than {FEWEST_QUERIES} queries, and for tensors whose rows TMA cannot copy"
             )
+            if found.skeleton.boxes is not None or found.moving:
+                said += "; there a tile is a box of the tokens' grid"
             if plain_map(spec) is not None:
                 said += "; small maps, and those whose rows TMA cannot copy, in SDPA, which is faster there"
     if gives_zeros(spec):
@@ -172,8 +177,8 @@ class _Chosen:
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
-        rounded = {step.out: step.tensor for step in spec.operations if isinstance(step, Quantize)}
-        read = [rounded.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
+        made = {step.out: step.tensor for step in spec.operations if isinstance(step, (Quantize, Regroup))}
+        read = [made.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
         self._query = names.index(read[0]) if read and set(read) <= set(names) else None
         self._plain_map = plain_map(spec) if pytorch.why_not(spec, "cuda", "sdpa") is None else None
 

@@ -204,18 +204,35 @@ def kind(argument):
     return argument.base.dtype, *argument.block_shape
 
 
-def launch(kernel, grid, *arguments, **options):
-    """Run a kernel; Triton looks for its compiled form once, since that takes longer than a short kernel runs."""
+def launch(kernel, grid, *arguments, later=None, **options):
+    """Run a kernel; Triton looks for its compiled form once, since that takes longer than a short kernel runs.
+
+    One that is yet to be compiled waits in the list ``later``, if there is one, and so does what comes after it.
+    """
     key = kernel.__name__, *map(kind, arguments), *options.values()
-    if key in COMPILED:
+    if key in COMPILED and not later:
         compiled, constants = COMPILED[key]
         compiled[(*grid, 1, 1)](*arguments, *constants)
+        return
+    if later is not None and isinstance(kernel, triton.JITFunction) and torch.version.hip is None:
+        later.append((kernel, grid, arguments, options))
         return
     compiled = kernel[grid](*arguments, **options)
     # interpreted kernels have no compiled form, and on an AMD GPU Triton also looks at how large a tensor is
     if isinstance(compiled, triton.compiler.CompiledKernel) and torch.version.hip is None:
         COMPILED[key] = compiled, [options[name] for name in kernel.arg_names if name in options]'''
 """Functions of every launcher."""
+
+REST = '''\
+def launch_rest(later):
+    """Run the kernels that wait, in order; those that are yet to be compiled are compiled at the same time first."""
+    if len(later) > 1:
+        with concurrent.futures.ThreadPoolExecutor(len(later)) as threads, triton.AsyncCompileMode(threads):
+            for kernel, grid, arguments, options in later:
+                kernel.warmup(*arguments, grid=grid, **options)
+    for kernel, grid, arguments, options in later:
+        launch(kernel, grid, *arguments, **options)'''
+"""Function of a launcher of several kernels."""
 
 TILE_OF = '''\
 def tile_of(tensor, length):
@@ -308,9 +325,14 @@ def constant(size: Expr) -> int:
     return int(found.value)
 
 
+REST_IMPORT = "import concurrent.futures"
+
+
 def join(documentation: str, *sections: str) -> str:
     """The file: documentation, imports, then the sections two lines apart."""
-    imports = f"import math\n\n{IMPORTS}" if any("math." in section for section in sections) else IMPORTS
+    own = [REST_IMPORT] if REST in sections else []
+    own += ["import math"] if any("math." in section for section in sections) else []
+    imports = "\n".join(own) + f"\n\n{IMPORTS}" if own else IMPORTS
     return f"{documentation}\n\n{imports}\n\n" + "\n\n\n".join(sections) + "\n"
 
 

@@ -18,7 +18,8 @@ MODULE_NAMES = _words("""
     decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
     join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type
-    attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number
+    later launch_rest concurrent
+    attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number asked_byte
     pairs_of capability_of
     key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of
 """)
@@ -58,7 +59,8 @@ KERNEL_NAMES = _words("""
     key_rows key_stored key_tile_0 key_tile_1 key_tile_2 key_tile_3
     value_rows value_stored value_tile_0 value_tile_1 value_tile_2 value_tile_3
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
-    query_peak query_shift part_offsets
+    query_peak query_shift query_excess part_offsets UNIT RAISED BITS excess too_much far_lanes
+    key_start value_start
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
 """) | frozenset(
     f"{name}_{number}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from attncompile.convert.providers import kernels_of, named_provider, session_providers, short_provider
+from attncompile.convert.runtime import session
 from attncompile.frontends.errors import InputError
 from tests.cli.conftest import Run
 
@@ -146,3 +148,19 @@ def test_providers_have_short_names() -> None:
     assert kernels_of("TensorrtExecutionProvider") == "cuda" and kernels_of("XnnpackExecutionProvider") == "cpu"
     with pytest.raises(InputError, match="no provider 'tpu'"):
         named_provider("tpu")
+
+
+def test_a_provider_that_does_not_load_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime with CUDA but without its libraries goes on with the CPU, and says so in its log alone."""
+    whole = onnxruntime.InferenceSession
+
+    def without_libraries(*given: Any, providers: list[str], provider_options: list[Any], **more: Any) -> Any:
+        assert providers[0] == "CUDAExecutionProvider" and provider_options[0] == {"use_tf32": "0"}
+        return whole(*given, providers=["CPUExecutionProvider"], **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_libraries)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(InputError, match="CUDAExecutionProvider cannot be used here"):
+        session(write_model(tmp_path / "model.onnx"), "cuda")

@@ -21,7 +21,7 @@ def check_text(source: str, spec: Spec, last: str, *markers: str) -> None:
     tree = ast.parse(source)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} <= {"functools", "heapq", "torch", "triton"}
+    assert {name.partition(".")[0] for name in imported} <= {"concurrent", "functools", "heapq", "torch", "triton"}
     documentation = ast.get_docstring(tree) or ""
     for line in str(dataclasses.replace(spec, name="attention")).splitlines():
         assert line.strip() in documentation

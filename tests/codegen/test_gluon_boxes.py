@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from attncompile.codegen.gluon import generate
+from attncompile.codegen.gluon import generate, generate_fastest
 from attncompile.codegen.gluon.boxes import first_part
 from attncompile.codegen.gluon.structure import padded
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.moved import regrouped_parts
-from attncompile.ir import Attend
+from attncompile.ir import Attend, parse_spec
 from attncompile.ir.evaluate import Environment, evaluate
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS, Neighbourhood
 
@@ -23,6 +24,32 @@ BOXED = tuple(row for row in NEIGHBOURHOODS if generate(row.moved(128, 128), in_
 def test_most_orders_are_boxes() -> None:
     assert {row.name for row in BOXED} >= {"plane", "odd-grid", "strided", "wider-than-the-grid"}
     assert all(generate(row.moved(128, 128)).skeleton.boxes is None for row in BOXED)
+
+
+WIDE = Neighbourhood("wide-plane", (32, 128), (6, 6), channels=64)
+
+
+def test_boxes_are_taken_unasked_where_they_leave_much_less_to_visit() -> None:
+    spec = WIDE.case.spec
+    module = generate_fastest(spec, queries=4096)
+    assert module.skeleton.boxes is not None and not module.moving
+    plain = generate(spec, queries=4096)
+    signatures = {each.source.partition("\ndef attend(")[2].partition(")")[0] for each in (module, plain)}
+    assert len(signatures) == 1, "both are called alike"
+
+
+def test_copies_are_taken_where_tokens_cannot_be_read_in_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Neighbourhood("large-plane", (128, 128), (16, 16), channels=64).case.spec
+    monkeypatch.setattr(importlib.import_module("attncompile.codegen.gluon.generate"), "boxes_of", lambda *_: None)
+    assert generate_fastest(spec, queries=16384).moving
+    assert not generate_fastest(WIDE.case.spec, queries=4096).moving, "a few hundred keys fewer are not worth copies"
+
+
+@pytest.mark.parametrize("text", ("lse    lse\n  gives  out, lse", ""))
+def test_raster_order_stays_where_boxes_do_not_pay(text: str) -> None:
+    row = WIDE if text else Neighbourhood("small-plane", (16, 16), (3, 3), channels=64)
+    spec = parse_spec(f"{row.case.text}\n  {text}")
+    assert generate_fastest(spec) == generate(spec)
 
 
 @pytest.mark.parametrize(

@@ -37,3 +37,12 @@ def test_packed_inputs_are_read_where_they_lie() -> None:
     separate = [part.contiguous() for part in (query, key, value)]
     assert torch.equal(attend(query, key, value), attend(*separate))
     assert torch.equal(attend(query, key, value), attend(query, key, value))
+
+
+def test_a_neighbourhood_is_computed_in_boxes_unasked() -> None:
+    row = Neighbourhood("wide-plane", (32, 128), (6, 6), channels=64, batch=2)
+    spec = row.case.spec
+    found = triton.lower(spec, "cuda")
+    assert "a tile is a box of the tokens' grid" in found.reason
+    outcomes = compare(row.case, found.run, torch.bfloat16, "cuda", place=aligned_inputs)
+    assert all(outcome.passed for outcome in outcomes), outcomes

@@ -83,6 +83,19 @@ def test_wide_heads_compile_without_spills(target: Target) -> None:
         assert kernel.spills in (0, None) and kernel.shared <= 163840
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.backend == "cuda"], ids=str)
+def test_four_programs_with_numbers_of_4_bits_share_the_registers(target: Target) -> None:
+    codes = "[B,8,J,64]:uint8\n    scale  {0}_scale[{1}]\n    bits   4\n    dtype  bfloat16\n    out    {0}\n"
+    spec = parse_spec(
+        f"x\n  dequantize  k_codes{codes.format('k', 'b, g, d')}  dequantize  v_codes{codes.format('v', 'b, g, j')}"
+        "  attend  q[B,32,I,128]  k  v  bfloat16\n    score  0.09·s\n    mask   j ≤ i + J − I\n    kv_head h // 4\n"
+        "    norm   softmax (float32)\n  given  k_scale[B,8,128]:float32\n  given  v_scale[B,8,J]:float32"
+    )
+    for kernel in compile_ahead(generate(spec), target, "bfloat16"):
+        assert kernel.spills in (0, None) and kernel.shared * 4 <= target.memory
+        assert kernel.registers is None or -(-kernel.registers // 8) * 8 * kernel.threads * 4 <= 65536
+
+
 @pytest.mark.parametrize("channels", (64, 128))
 @pytest.mark.parametrize("mask", ("true", "j ≤ i", "j ≤ i and (j > i − 1024 or j < 4)"))
 def test_no_spills_at_common_head_sizes(channels: int, mask: str) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from attncompile.codegen.triton import lower, why_not
-from attncompile.codegen.triton.lower import modules
-from attncompile.ir import parse_spec
+from attncompile.codegen.triton.lower import _Chosen, modules
+from attncompile.ir import parse_spec, print_spec
 from attncompile.ir.neighbourhood import neighbourhood
 from attncompile.ir.rearrange import regrouped
 from tests.cases import BY_NAME
@@ -90,3 +90,11 @@ def test_tokens_of_a_grid_are_moved_where_the_spec_says_so() -> None:
         for module in found.values():
             assert ("def move_queries(" in module.source) == moved
             assert module.source.count("def attend(") == 1
+
+
+def test_the_query_is_known_by_which_kernels_are_chosen() -> None:
+    text = "x   attend  q,k,v[1,2,{0},64]  bfloat16\n  score  0.125·s\n  mask   {1}\n  norm   softmax (float32)"
+    spec = parse_spec(text.format(32 * 128, neighbourhood((32, 128), (6, 6))))
+    boxes = regrouped(spec, 128, 128, False)
+    assert boxes is not None
+    assert [_Chosen(print_spec(each))._query for each in (spec, boxes)] == [0, 0]

@@ -34,7 +34,7 @@ def test_module_text(case: Case) -> None:
     assert module.name.isidentifier()
     tree = ast.parse(module.source)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported <= {"torch", "triton", "triton.language", "math"}
+    assert imported <= {"torch", "triton", "triton.language", "math", "concurrent.futures"}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
     documentation = ast.get_docstring(tree) or ""
     for line in str(dataclasses.replace(spec, name="attention")).splitlines():

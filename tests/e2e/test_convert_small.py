@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +23,14 @@ from attncompile.frontends.errors import InputError
 from attncompile.ir import parse_spec
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate, require_as_good_as_eager
-from tests.backend.test_backend import small_bert, small_llama, tokens
+from tests.backend.test_backend import small_llama, tokens
+from tests.onnx_files import operators
 
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "llama"
     small_llama().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "bert"
-    small_bert().save_pretrained(folder)
     return folder
 
 
@@ -53,20 +46,6 @@ def llama_torch(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("converted") / "llama-torch"
     attncompile.convert(llama_folder, out, to="torch")
     return out
-
-
-def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of the branches inside it."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from nodes(attribute.g)
-
-
-def operators(path: Path) -> set[str]:
-    """Operator types in an ONNX file."""
-    return {node.op_type for node in nodes(onnx.load(path).graph)}
 
 
 def test_an_onnx_folder_is_complete_and_judged(llama_onnx: Path) -> None:
@@ -130,7 +109,7 @@ def test_the_form_can_be_chosen(bert_folder: Path, tmp_path: Path, prefer: str) 
     out = tmp_path / prefer
     conversion = attncompile.convert(bert_folder, out, prefer=prefer)
     assert conversion.certificate.passed
-    fused = {"Attention", "MultiHeadAttention", "GroupQueryAttention"} & operators(out / "model.onnx")
+    fused = {"Attention", "MultiHeadAttention", "GroupQueryAttention"} & set(operators(out / "model.onnx"))
     assert bool(fused) == (prefer == "fused")
 
 
@@ -159,8 +138,8 @@ def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path:
     out = tmp_path / "window"
     passes = "fuse,sparsify.window(size=8, sinks=0)"
     conversion = attncompile.convert(llama_folder, out, passes=passes, prefer="fused", cache=False)
-    fused = [node for node in nodes(onnx.load(out / "model.onnx").graph) if node.op_type == "GroupQueryAttention"]
-    windows = [a.i for node in fused for a in node.attribute if a.name == "local_window_size"]
+    found = (node for node in ir.load(out / "model.onnx").graph.all_nodes() if node.op_type == "GroupQueryAttention")
+    windows = [node.attributes["local_window_size"].as_int() for node in found]
     assert len(windows) == 2 and len(set(windows)) == 1
     assert "j > i − 8" in load_plan(out / "plan.json").sites[0].after
     report = conversion.report
@@ -375,7 +354,7 @@ def test_a_conversion_for_an_old_runtime_needs_nothing_newer(llama_folder: Path,
     model = onnx.load(out / "model.onnx")
     assert model.opset_import[0].version <= tried.newest_opset(oldest)
     assert model.ir_version <= tried.newest_ir_version(oldest)
-    assert not operators(out / "model.onnx") & {"Attention", "GroupQueryAttention", "RMSNormalization"}
+    assert not {"Attention", "GroupQueryAttention", "RMSNormalization"} & set(operators(out / "model.onnx"))
     said = "\n".join(made.report.notes)
     assert f"chosen for ONNX Runtime {oldest}" in said or oldest == tried.installed()
     assert attncompile.verify(out).passed

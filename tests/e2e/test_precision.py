@@ -19,15 +19,8 @@ from attncompile.convert.runtime import session
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from benchmarks.onnx_quality import embedding_cosines
-from tests.backend.test_backend import small_bert
 from tests.e2e.test_convert_cached import QUICK, prompts
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "bert"
-    small_bert().save_pretrained(folder)
-    return folder
+from tests.onnx_files import operators
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +30,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def operators(file: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(file).graph.node]
-
-
-def test_a_budget_leaves_what_hurts_most_in_float32(bert: Path, tmp_path: Path) -> None:
+def test_a_budget_leaves_what_hurts_most_in_float32(bert_folder: Path, tmp_path: Path) -> None:
     """The budget of a second conversion lies between what rounding everything costs and rounding nothing."""
-    whole = attncompile.convert(bert, tmp_path / "whole", precision="int8", budget=1.0)
+    whole = attncompile.convert(bert_folder, tmp_path / "whole", precision="int8", budget=1.0)
     assert operators(tmp_path / "whole" / "model.onnx").count("MatMulInteger") == 13
     changes = [entry for entry in whole.certificate.end_to_end if entry.metric.startswith("relative change of")]
     assert {entry.tolerance for entry in changes} == {1.0}
     budget = 0.98 * max(entry.after for entry in changes)
-    part = attncompile.convert(bert, tmp_path / "part", precision="int8", budget=budget)
+    part = attncompile.convert(bert_folder, tmp_path / "part", precision="int8", budget=budget)
     plan = load_plan(tmp_path / "part" / "plan.json")
     assert (plan.precision, plan.budget) == ("int8", budget)
     assert 1 <= len(plan.kept) <= 7
@@ -59,12 +48,12 @@ def test_a_budget_leaves_what_hurts_most_in_float32(bert: Path, tmp_path: Path) 
     assert attncompile.verify(tmp_path / "part").passed
     assert attncompile.verify(tmp_path / "part" / "model.onnx", provider="CPUExecutionProvider").passed
     with pytest.raises(InputError, match="over the budget of 1e-06, also with half of them in float32"):
-        attncompile.convert(bert, tmp_path / "none", precision="int8", budget=1e-6)
+        attncompile.convert(bert_folder, tmp_path / "none", precision="int8", budget=1e-6)
     assert not (tmp_path / "none").exists()
 
 
-def test_float16_is_judged_and_damage_to_it_is_noticed(bert: Path, tmp_path: Path) -> None:
-    made = attncompile.convert(bert, tmp_path / "out", precision="fp16")
+def test_float16_is_judged_and_damage_to_it_is_noticed(bert_folder: Path, tmp_path: Path) -> None:
+    made = attncompile.convert(bert_folder, tmp_path / "out", precision="fp16")
     assert load_plan(tmp_path / "out" / "plan.json").budget == KINDS["fp16"].budget
     assert made.certificate.passed and any(site.operator == "Attention" for site in made.report.sites)
     assert all(site.change is not None for site in made.report.sites)
@@ -79,13 +68,13 @@ def test_float16_is_judged_and_damage_to_it_is_noticed(bert: Path, tmp_path: Pat
     assert not failed.passed and over_budget(failed.end_to_end) is not None
 
 
-def test_what_no_provider_here_runs_is_refused_by_name(bert: Path, tmp_path: Path) -> None:
+def test_what_no_provider_here_runs_is_refused_by_name(bert_folder: Path, tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("a GPU runs it")
     with pytest.raises(InputError, match=r"CPUExecutionProvider has no bfloat16 kernel for .*MatMul"):
-        attncompile.convert(bert, tmp_path / "bf16", precision="bf16")
+        attncompile.convert(bert_folder, tmp_path / "bf16", precision="bf16")
     with pytest.raises(InputError, match="fp8 is for GPUs"):
-        attncompile.convert(bert, tmp_path / "fp8", precision="fp8")
+        attncompile.convert(bert_folder, tmp_path / "fp8", precision="fp8")
     assert not any(path.name in ("bf16", "fp8") for path in tmp_path.iterdir())
 
 
@@ -142,7 +131,7 @@ def test_a_precision_prints_as_it_is_read(name: str) -> None:
         assert str(parse_precision("int4(symmetric=true, block=32)")) == "int4(symmetric=true)"
 
 
-def test_options_that_contradict_each_other_are_refused(bert: Path, tmp_path: Path) -> None:
+def test_options_that_contradict_each_other_are_refused(bert_folder: Path, tmp_path: Path) -> None:
     cases = (
         ({"precision": "fp16", "passes": "quantize.int8"}, "leave one of them out"),
         ({"precision": "int8", "to": "torch"}, "precision='int8' is for ONNX models"),
@@ -155,14 +144,14 @@ def test_options_that_contradict_each_other_are_refused(bert: Path, tmp_path: Pa
     )
     for options, says in cases:
         with pytest.raises(ValueError, match=says.replace("(", r"\(")):
-            attncompile.convert(bert, tmp_path / "out", **options)  # type: ignore[arg-type]
+            attncompile.convert(bert_folder, tmp_path / "out", **options)  # type: ignore[arg-type]
         assert not (tmp_path / "out").exists()
 
 
-def test_a_text_needs_a_model_that_reads_text(bert: Path, tmp_path: Path) -> None:
+def test_a_text_needs_a_model_that_reads_text(bert_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Some words.")
     with pytest.raises(InputError, match="the model reads no text"):
-        attncompile.convert(bert, tmp_path / "out", precision="int8", text=tmp_path / "a.txt")
+        attncompile.convert(bert_folder, tmp_path / "out", precision="int8", text=tmp_path / "a.txt")
 
 
 def test_canary_a_result_that_is_not_finite_is_over_any_budget() -> None:

@@ -44,6 +44,11 @@ def behind_a_mark(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return (key >= torch.tensor(2)) | BLOCKS[batch, key].ne(1).to(torch.bool)
 
 
+PACKED_SEQUENCES: list[tuple[Callable[..., Any], str]] = []
+if hasattr(masks, "packed_sequence_compatibility_function"):  # transformers 5.17 does not have it yet
+    window = masks.sliding_window_causal_mask_function(2)
+    PACKED_SEQUENCES.append((masks.packed_sequence_compatibility_function(window, POSITIONS, PACKED), ""))
+
 STATED: list[tuple[Callable[..., Any], str]] = [
     (masks.causal_mask_function, "j ≤ i"),
     (masks.bidirectional_mask_function, "true"),
@@ -52,7 +57,7 @@ STATED: list[tuple[Callable[..., Any], str]] = [
     (masks.chunked_causal_mask_function(3, torch.tensor([0, 2])), ""),
     (masks.or_masks(masks.causal_mask_function, masks.blockwise_overlay(BLOCKS)), ""),
     (masks.and_masks(masks.causal_mask_function, masks.packed_sequence_mask_function(PACKED)), ""),
-    (masks.packed_sequence_compatibility_function(masks.sliding_window_causal_mask_function(2), POSITIONS, PACKED), ""),
+    *PACKED_SEQUENCES,
     (asymmetric, ""),
     (chunked, ""),
     (chosen, ""),

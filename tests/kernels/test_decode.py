@@ -15,7 +15,7 @@ from attncompile.codegen.triton.decode import decode_visits
 from attncompile.codegen.triton.structure import why_not_spec
 from attncompile.ir import Size, parse_spec
 from attncompile.ir.expr import Const
-from attncompile.ir.storage import LARGEST, with_narrow_store
+from attncompile.ir.storage import LARGEST, narrow, with_narrow_store
 from tests.cases import Case
 from tests.kernels.comparison import compare
 from tests.kernels.decode_cases import (
@@ -136,7 +136,7 @@ def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
 def test_keys_are_cut_so_that_waves_are_full(programs: int, tiles: int, splits: int) -> None:
     """Without a GPU eight programs are taken to run at a time."""
     module = load_module(generate(PLAIN_CASES[0].spec))
-    assert module.splits_of(torch.zeros(1), programs, tiles) == splits
+    assert module.splits_of(torch.zeros(1), programs, tiles, warps=4) == splits
 
 
 def test_rows_at_odd_bytes_are_refused() -> None:
@@ -156,3 +156,31 @@ def test_results_repeat_on_a_gpu(name: str) -> None:
     first, second = (attend(*given) for _ in range(2))
     pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
     assert all(torch.equal(left, right) for left, right in pairs)
+
+
+def _error_of_one_part(storage: str) -> float:
+    """Relative distance from float64 of a kernel that sums all of a long cache in one part."""
+    keys = 32768
+    plain = "attend  q[B,4,I,64]  k,v[B,1,J,64]  bfloat16\n  score  0.125·s\n  mask   true\n  kv_head 0"
+    spec = parse_spec(f"long   {plain}\n  norm   softmax (float32)")
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 1, 64, generator=generator).to(torch.bfloat16).cuda()
+    drawn = [torch.randn(1, 1, keys, 64, generator=generator).to(torch.bfloat16).cuda() for _ in "kv"]
+    tensors = {"q": query, **dict(zip("kv", drawn, strict=True))}
+    if storage != "bfloat16":
+        for name, by in (("k", "channel"), ("v", "token")):
+            spec = with_narrow_store(spec, name, storage, by)  # type: ignore[arg-type]
+            found = narrow(tensors.pop(name), storage, by)  # type: ignore[arg-type]
+            tensors |= {f"{name}_codes": found.codes, f"{name}_scale": found.scale}
+    module = load_module(generate(spec))
+    with mock.patch.multiple(module, splits_of=lambda *_: 1):
+        got = module.attend(*(tensors[value.name] for value in spec.inputs)).double()
+    (exact,) = spec.interpret(tensors, torch.float64)
+    return float((got - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", LARGEST)
+def test_a_long_sum_of_codes_is_as_exact_as_one_of_bfloat16(storage: str) -> None:
+    """Weights are rounded to eleven bits beside codes, to eight in bfloat16; what matrix units cut off is far less."""
+    assert _error_of_one_part(storage) <= _error_of_one_part("bfloat16")

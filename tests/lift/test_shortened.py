@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_export
+from attncompile.frontends.onnx import onnx_graph
 from attncompile.lift import Site, lift_graph
 from attncompile.lift.shortened import Shortening
 
@@ -126,3 +131,77 @@ def test_numbers_made_of_lengths() -> None:
     assert {number: shorter(number) for number in expected} == expected
     assert shorter(4096 * 64) == 24 * 64
     assert shorter(4096 * 1000) == 240 and shorter(2**63 - 1) == 2**63 - 1
+
+
+def onnx_site(nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray], heads: int, length: int) -> Site:
+    """The site of a file that fixes its lengths, as other exporters write them: shapes are constants."""
+    shape = [1, heads, length, CHANNELS]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("query", "key", "value")]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["key"], ["turned"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["query", "turned"], ["raw"]),
+            helper.make_node("Mul", ["raw", "scale"], ["scores"]),
+            *nodes,
+            helper.make_node("Softmax", ["logits"], ["weights"], axis=-1),
+            helper.make_node("MatMul", ["weights", "value"], ["out"]),
+        ],
+        "fixed",
+        values,
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(array, name) for name, array in {"scale": np.float32(0.5), **stored}.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (site,) = lift_graph(onnx_graph(ir.from_proto(model))).sites
+    return site
+
+
+def number(value: object, dtype: type = np.int64) -> np.ndarray:
+    return np.asarray(value, dtype=dtype)
+
+
+RANGES = [
+    helper.make_node("Range", ["zero", "length", "one"], ["positions"]),
+    helper.make_node("Unsqueeze", ["positions", "last"], ["rows"]),
+    helper.make_node("LessOrEqual", ["positions", "rows"], ["visible"]),
+    helper.make_node("Where", ["visible", "scores", "low"], ["logits"]),
+]
+SMALL = {"zero": number(0), "one": number(1), "last": number([1]), "low": number(-np.inf, np.float32)}
+FILES: dict[str, tuple[list[onnx.NodeProto], Callable[[int], dict[str, np.ndarray]]]] = {
+    "no mask": ([helper.make_node("Identity", ["scores"], ["logits"])], lambda length: {}),
+    "positions": (RANGES, lambda length: {**SMALL, "length": number(length)}),
+    "stored mask": (
+        [helper.make_node("Add", ["scores", "mask"], ["logits"])],
+        lambda length: {"mask": np.triu(np.full((1, 1, length, length), -1e9, np.float32), 1)},
+    ),
+    "part of a table": (
+        [
+            helper.make_node("Slice", ["table", "starts", "ends", "axes"], ["part"]),
+            helper.make_node("Where", ["part", "scores", "low"], ["logits"]),
+        ],
+        lambda length: {
+            "table": np.tril(np.ones((1, 1, length + 1000, length + 1000), dtype=bool)),
+            "starts": number([0, 0]), "ends": number([length, length]), "axes": number([2, 3]), "low": SMALL["low"],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_one_long_length_is_proven_short(name: str) -> None:
+    nodes, stored = FILES[name]
+    site = onnx_site(nodes, stored(2048), 32, 2048)  # 1.3e8 elements
+    assert site.status == "lifted", site.refusal
+    assert site.proof is not None and site.proof.cases == ("2048 as 13", "2048 as 24")
+
+
+def test_a_file_whose_lengths_are_no_lengths_is_refused_as_before() -> None:
+    """Rows of a table that are chosen by stored positions: a shorter one has other positions."""
+    nodes = [
+        helper.make_node("Gather", ["table", "chosen"], ["bias"], axis=1),
+        helper.make_node("Add", ["scores", "bias"], ["logits"]),
+    ]
+    chosen = (np.arange(2048)[:, None] - np.arange(2048) + 2047).astype(np.int64)
+    table = np.random.default_rng(0).standard_normal((32, 4095)).astype(np.float32)
+    site = onnx_site(nodes, {"table": table, "chosen": chosen}, 32, 2048)
+    assert site.status == "refused" and "too many to compare" in str(site.refusal)

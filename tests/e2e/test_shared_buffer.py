@@ -1,0 +1,218 @@
+"""A cache in one buffer: what is written, that it generates as PyTorch does, and what it does not take."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+import attncompile
+from attncompile.convert.generator import GENERATOR
+from attncompile.convert.runtime import session
+from attncompile.frontends.errors import InputError
+from attncompile.plan.schema import load_plan
+from attncompile.verify import load_certificate
+from tests.e2e.test_convert_cached import EXAMPLES, GROUPED, MORE, QUICK, Build, expected, prompts, tiny
+from tests.onnx_files import operators
+from tests.small_encoder_decoders import END, small
+
+CAPACITY = 40
+CHANNELS = 16
+
+
+def wide() -> transformers.PreTrainedModel:
+    """With heads of as many channels as the operator wants where it turns them."""
+    return endless(lambda: tiny("llama", **GROUPED | {"head_dim": CHANNELS}))
+
+
+def endless(build: Build) -> transformers.PreTrainedModel:
+    """A model for which no token ends a text, so that rows stay of one length."""
+    model = build()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+
+def in_place(loaded: onnxruntime.InferenceSession, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy tokens of every row; each buffer is bound as past and present, and its address never changes."""
+    entries = {entry.name: entry for entry in loaded.get_inputs()}
+    binding = loaded.io_binding()
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    buffers = {}
+    for name, entry in entries.items():
+        if name.startswith("past_key_values."):
+            kind = kinds[entry.type]
+            room = np.full((len(ids), entry.shape[1], CAPACITY, entry.shape[3]), 7.0, dtype=kind)
+            buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(room)
+            binding.bind_ortvalue_input(name, buffers[name])
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffers[name])
+    places = {name: value.data_ptr() for name, value in buffers.items()}
+    made, step, total = [], ids, 0
+    for _ in range(count):
+        total += step.shape[1]
+        binding.bind_cpu_input("input_ids", step.numpy())
+        binding.bind_cpu_input("attention_mask", np.ones((len(ids), total), dtype=np.int64))
+        binding.bind_output("logits")
+        loaded.run_with_iobinding(binding)
+        logits = binding.get_outputs()[-1].numpy()  # bound last
+        step = torch.from_numpy(logits[:, -1]).argmax(-1, keepdim=True)
+        made.append(step)
+    assert {name: value.data_ptr() for name, value in buffers.items()} == places
+    # the keys of every token but the last are there, and nothing behind them was touched
+    first = next(iter(buffers.values())).numpy()
+    assert (first[:, :, total:] == 7.0).all() and not (first[:, :, :total] == 7.0).all()
+    return torch.cat(made, dim=1)
+
+
+def written(build: Build, folder: Path, **options: object) -> Path:
+    endless(build).save_pretrained(folder / "checkpoint")
+    made = attncompile.convert(folder / "checkpoint", folder / "out", shared_buffer=True, **options)  # type: ignore
+    assert made.certificate.passed
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(wide, tmp_path_factory.mktemp("shared"))
+
+
+def test_every_site_is_one_operator_with_all_that_belongs_to_it(llama: Path) -> None:
+    sites = load_plan(llama / "plan.json").sites
+    assert [site.operator for site in sites] == ["GroupQueryAttention in place"] * 2
+    found = operators(llama / "model.onnx")
+    assert found.count("GroupQueryAttention") == 2
+    # no other form beside it, no copies of a cache, no rotary map and no product of one operand alone
+    assert not {"If", "Slice", "RotaryEmbedding", "Cos", "Range"} & set(found)
+    assert found.count("MatMul") == 2 * (1 + 1 + 3) + 1
+    said = {entry.inputs for entry in load_certificate(llama / "certificate.json").end_to_end}
+    assert {"batch 3, length 33 behind 0", "batch 2, length 1 behind 70", "batch 1, length 7 behind 12"} <= said
+    assert not any("behind 33" in inputs for inputs in said)
+    assert attncompile.verify(llama).passed
+
+
+def test_past_and_present_are_as_large_as_the_buffer(llama: Path) -> None:
+    loaded = session(llama / "model.onnx", "cpu")
+    assert {entry.name for entry in loaded.get_inputs()} >= {"input_ids", "attention_mask"}
+    assert "position_ids" not in {entry.name for entry in loaded.get_inputs()}
+    shapes = {entry.name: entry.shape for entry in (*loaded.get_inputs(), *loaded.get_outputs())}
+    assert shapes["past_key_values.1.key"] == shapes["present.1.key"] == ["batch", 2, "capacity", CHANNELS]
+
+
+@pytest.mark.parametrize("batch,length", [(1, 1), (1, 24), (3, 17)])
+def test_the_buffer_is_written_where_it_lies(llama: Path, batch: int, length: int) -> None:
+    ids, mask = prompts(batch, length, 0)
+    found = in_place(session(llama / "model.onnx", "cpu"), ids, 12)
+    assert torch.equal(found, expected(wide(), ids, mask, 12))
+
+
+def test_onnxruntime_genai_generates_in_one_buffer(llama: Path) -> None:
+    generators = pytest.importorskip("onnxruntime_genai")
+    settings = json.loads((llama / GENERATOR).read_text())
+    assert settings["search"]["past_present_share_buffer"] is True
+    ids, mask = prompts(2, 9, 0)
+    model = generators.Model(str(llama))
+    parameters = generators.GeneratorParams(model)
+    parameters.set_search_options(max_length=21, do_sample=False, batch_size=2)
+    generator = generators.Generator(model, parameters)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    wanted = expected(wide(), ids, mask, 12)
+    for row in range(2):
+        found, tokens = list(map(int, generator.get_sequence(row)))[9:], wanted[row].tolist()
+        count = tokens.index(END) + 1 if END in tokens else len(tokens)  # behind its end a row is filled up
+        assert found[:count] == tokens[:count] and len(found) >= count > 1
+
+
+def test_a_conversation_goes_on_behind_what_is_cached(llama: Path) -> None:
+    """Several tokens behind a cache, of one row."""
+    ids, mask = prompts(1, 20, 0)
+    loaded = session(llama / "model.onnx", "cpu")
+    feeds = {
+        entry.name: np.zeros((1, 2, CAPACITY, CHANNELS), dtype=np.float32)
+        for entry in loaded.get_inputs()
+        if entry.name.startswith("past")
+    }
+    names = [entry.name for entry in loaded.get_outputs()]
+    for start, stop in ((0, 11), (11, 20)):
+        step = {"input_ids": ids[:, start:stop].numpy(), "attention_mask": np.ones((1, stop), dtype=np.int64)}
+        results = dict(zip(names, loaded.run(None, feeds | step), strict=True))
+        feeds = {name: results[name.replace("past_key_values", "present")] for name in feeds}
+    with torch.no_grad():
+        right = wide()(input_ids=ids, attention_mask=mask).logits[:, 11:]
+    torch.testing.assert_close(torch.from_numpy(results["logits"]), right, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_gives_nan_in_its_row_alone(llama: Path) -> None:
+    loaded = session(llama / "model.onnx", "cpu")
+    ids, mask = prompts(3, 17, 6)
+    feeds = {
+        entry.name: np.zeros((3, 2, CAPACITY, CHANNELS), dtype=np.float32)
+        for entry in loaded.get_inputs()
+        if entry.name.startswith("past")
+    }
+    logits = loaded.run(["logits"], feeds | {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+    assert np.isnan(logits[2]).all() and np.isfinite(logits[:2]).all()
+
+
+@pytest.mark.slow
+def test_the_installed_version_is_not_the_only_one(tmp_path: Path) -> None:
+    out = written(wide, tmp_path, onnxruntime="1.22")
+    assert "GroupQueryAttention" in operators(out / "model.onnx")
+
+
+def test_weights_of_four_bits_and_states_of_sixteen(tmp_path: Path) -> None:
+    out = written(wide, tmp_path, precision="int4(block=16, states=fp16)")
+    loaded = session(out / "model.onnx", "cpu")
+    kinds = {entry.name: entry.type for entry in (*loaded.get_inputs(), *loaded.get_outputs())}
+    assert kinds["logits"] == "tensor(float)"
+    assert kinds["past_key_values.1.value"] == kinds["present.1.value"] == "tensor(float16)"
+    # query, key and value are one product: five a layer, and the logits
+    assert operators(out / "model.onnx").count("MatMulNBits") == 2 * 5 + 1
+    assert in_place(loaded, prompts(1, 9, 0)[0], 3).shape == (1, 3)
+    assert attncompile.verify(out).passed
+
+
+KINDS: dict[str, Build] = {
+    "gemma2": QUICK["gemma2"],
+    **{name: MORE[name] for name in ("qwen2", "qwen3", "mistral", "gpt_neox", "opt", "phi3", "olmo2")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_tokens_of_more_models(name: str, tmp_path: Path) -> None:
+    out = written(KINDS[name], tmp_path)
+    assert "GroupQueryAttention in place" in {site.operator for site in load_plan(out / "plan.json").sites}
+    for batch, length in ((1, 1), (1, 24), (3, 17)):
+        ids, mask = prompts(batch, length, 0)
+        found = in_place(session(out / "model.onnx", "cpu"), ids, 12)
+        assert torch.equal(found, expected(endless(KINDS[name]), ids, mask, 12)), (batch, length)
+
+
+def test_what_has_no_such_cache_is_refused(tmp_path: Path) -> None:
+    QUICK["llama"]().save_pretrained(tmp_path / "llama")
+    small("t5").save_pretrained(tmp_path / "t5")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="--no-cache and --shared-buffer contradict each other"):
+        attncompile.convert(tmp_path / "llama", out, cache=False, shared_buffer=True)
+    with pytest.raises(InputError, match="shared_buffer=True is for the cache of an ONNX model"):
+        attncompile.convert(tmp_path / "llama", out, to="torch", shared_buffer=True)
+    with pytest.raises(InputError, match="an encoder-decoder's caches are not kept in one buffer"):
+        attncompile.convert(tmp_path / "t5", out, shared_buffer=True)
+    assert not out.exists()
+
+
+def test_the_example_generates_in_place(llama: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "generate_in_place.py"))
+    loaded = session(llama / "model.onnx", "cpu")
+    ids, mask = prompts(1, 9, 0)
+    wanted = expected(wide(), ids, mask, 8)[0].tolist()
+    assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
+    assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
