@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.sanitize import SAMPLES, case_of, merged, read, said
+from benchmarks.sanitizer_controls import CONTROLS
 
 OUTPUT = """========= COMPUTE-SANITIZER
 begin dense/causal
@@ -39,5 +40,8 @@ def test_every_sample_is_a_row_of_the_tests() -> None:
     names = [sample.name for sample in SAMPLES]
     assert len(set(names)) == len(names)
     for sample in SAMPLES:
+        if sample.kind == "control":
+            assert sample.row in CONTROLS
+            continue
         case = case_of(sample)
         assert case.name == sample.row and case.sizes

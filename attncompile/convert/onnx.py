@@ -33,7 +33,6 @@ from attncompile.convert.onnx_part import (
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
 from attncompile.convert.precision import Precision, parse_precision, require_possible
-from attncompile.convert.providers import kernels_of
 from attncompile.convert.runtime import release, save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
@@ -349,4 +348,4 @@ def verify_onnx(
                 ).entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
-    return make_certificate(plan, verified_sites(plan, kernels_of(provider), provider), entries)
+    return make_certificate(plan, verified_sites(plan, provider), entries)

@@ -179,7 +179,7 @@ def make_part(
     else:
         raise disagreement(str(problem), target)
     options.progress(f"checking every site{doing}")
-    sites = site_certificates(rewritten, kernels_of(provider), provider)
+    sites = site_certificates(rewritten, provider)
     release()
     changes, told = _changes(part, rewritten, scratch, provider)
     kept: tuple[str, ...] = ()

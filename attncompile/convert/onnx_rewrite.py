@@ -124,7 +124,7 @@ def rewrite_onnx(
             shared = scopes.at(place)
             before = set(shared)
             try:
-                _replace(program.graph, model, values, site, result, choice, shared, provider)
+                _replace(program.graph, model, values, site, result, choice, shared)
             except ValueError:
                 for key in set(shared) - before:
                     del shared[key]  # what was built for this site is nowhere in the model
@@ -214,7 +214,6 @@ def _replace(
     result: PassResult,
     choice: Choice,
     shared: Shared,
-    provider: Provider,
 ) -> None:
     """Put the operator's nodes in the place of a site. Raises RefusalError where it cannot express the Spec."""
     assert site.region is not None
@@ -232,7 +231,7 @@ def _replace(
         for entry in site.region.inputs
     }
     outputs = {binding.name: binding.layout.groups}
-    made = emit(result.spec, operands, outputs, choice.row, build, shared, provider)
+    made = emit(result.spec, operands, outputs, choice.row, build, shared)
     result_value = made[binding.name]
     if binding.layout.runs:
         assert graph is not None  # what was lifted from one model has one graph

@@ -8,7 +8,6 @@ from dataclasses import replace
 import onnx_ir
 import torch
 
-from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.choose import Choice, row_named
 from attncompile.codegen.onnx.emit import alone
 from attncompile.convert.frame import is_lossy
@@ -23,11 +22,11 @@ LONG = (Draw(760, "random", 5), Draw(33, "ones", 6, batch=1), Draw(760, "ones", 
 without padding, which some operators take behind a cache alone."""
 
 
-def site_certificates(rewritten: Rewritten, kernels: Provider, provider: str) -> list[SiteCertificate]:
+def site_certificates(rewritten: Rewritten, provider: str) -> list[SiteCertificate]:
     """One entry per site, each distinct Spec run once as a model of its own.
 
     Args:
-        rewritten: the model; kernels: whose operators it was made with; provider: where it runs.
+        rewritten: the model; provider: where it runs.
     """
     known: dict[tuple[str, str], SiteCertificate] = {}
     made = []
@@ -37,11 +36,11 @@ def site_certificates(rewritten: Rewritten, kernels: Provider, provider: str) ->
             made.append(refused_site(name, outcome.reason, outcome.site.spec))
             continue
         original = outcome.site.spec if result.lossy else None
-        made.append(_checked(name, result.spec, rewritten.choices[name], kernels, provider, known, original))
+        made.append(_checked(name, result.spec, rewritten.choices[name], provider, known, original))
     return made
 
 
-def verified_sites(plan: Plan, kernels: Provider, provider: str) -> list[SiteCertificate]:
+def verified_sites(plan: Plan, provider: str) -> list[SiteCertificate]:
     """The sites of a plan, run again, as :func:`site_certificates` runs them.
 
     Raises:
@@ -57,7 +56,7 @@ def verified_sites(plan: Plan, kernels: Provider, provider: str) -> list[SiteCer
         spec = parse_spec(site.after)
         choice = Choice(row_named(spec, site.operator), site.reason, ())
         original = parse_spec(site.before) if site.before and is_lossy(site) else None
-        made.append(_checked(site.site, spec, choice, kernels, provider, known, original))
+        made.append(_checked(site.site, spec, choice, provider, known, original))
     return made
 
 
@@ -65,7 +64,6 @@ def _checked(
     name: str,
     spec: Spec,
     choice: Choice,
-    kernels: Provider,
     provider: str,
     known: dict[tuple[str, str], SiteCertificate],
     original: Spec | None,
@@ -73,7 +71,7 @@ def _checked(
     """A site compared with its Spec, once for equal Specs and operators."""
     key = (spec.fingerprint(), choice.row.operator)
     if key not in known:
-        runner = _site_runner(spec, choice, kernels, provider)
+        runner = _site_runner(spec, choice, provider)
         draws: tuple[Draw, ...] = (*DRAWS, *LONG)
         if choice.row.alone_or_first:  # it refuses the others
             draws = tuple(replace(draw, batch=1) for draw in draws)
@@ -82,10 +80,10 @@ def _checked(
 
 
 def _site_runner(
-    spec: Spec, choice: Choice, kernels: Provider, provider: str
+    spec: Spec, choice: Choice, provider: str
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A site alone, as a model in ONNX Runtime."""
-    loaded = session(onnx_ir.to_proto(alone(spec, choice.row, kernels)).SerializeToString(), provider)
+    loaded = session(onnx_ir.to_proto(alone(spec, choice.row)).SerializeToString(), provider)
     wanted = {entry.name for entry in loaded.get_inputs()}
 
     def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,8 +9,8 @@ nodes compute the Spec up to rounding; the tests hold every row to it on the tab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from attncompile.codegen.onnx.attend import (
@@ -44,7 +44,7 @@ from attncompile.codegen.onnx.reading import (
     scaled,
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
-from attncompile.codegen.onnx.tried import versions, why_not
+from attncompile.codegen.onnx.tried import why_not
 from attncompile.codegen.onnx.values import MICROSOFT
 from attncompile.ir.attend import NO_SINK, Attend
 from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
@@ -66,11 +66,10 @@ class Capability:
         operator: ONNX name, or ``decomposition``.
         domain: ``""`` for the standard, ``com.microsoft`` for ONNX Runtime's own.
         opset: lowest standard opset it needs.
-        objection: why an operation is beyond its definition, given the provider, or ``None``.
+        objection: why an operation is beyond its definition, or ``None``.
         build: makes the nodes.
         operation: what it stands for.
         features: what of the table a Spec needs; ``None`` for plain operators, which every version has.
-        documented: dtypes of its kernels as ONNX Runtime lists them, for a provider on which nothing was tried.
         parts: rows of the operators that it writes, where these are several or have another name.
         alone_or_first: it is for calls of one row, of one query, or with an empty cache; others are refused by it.
     """
@@ -78,11 +77,10 @@ class Capability:
     operator: str
     domain: str
     opset: int
-    objection: Callable[[Attend, Types, Provider], str | None] | Callable[[Scan, Types, Provider], str | None]
+    objection: Callable[[Attend, Types], str | None] | Callable[[Scan, Types], str | None]
     build: Callable[[Attend, Place], Made] | Callable[[Scan, Place], Made]
     operation: type[Attend] | type[Scan] = Attend
     features: Callable[[Attend, Types], tuple[str, ...]] | Callable[[Scan, Types], tuple[str, ...]] | None = None
-    documented: Mapping[Provider, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[Capability, ...] = ()
     alone_or_first: bool = False
 
@@ -102,7 +100,7 @@ class Capability:
             opset: of the model, which says which version of a standard operator runs.
             dtype: of queries in the model that is written in the end, where that is not the Spec's.
         """
-        reason = self.beyond(spec, provider)
+        reason = self.beyond(spec)
         if reason is not None:
             return reason
         found, types = self._operation(spec), spec.types()
@@ -110,13 +108,13 @@ class Capability:
         reasons = (row._untried(found, types, provider, version, opset, dtype) for row in self.parts or (self,))
         return next((why for why in reasons if why), None)
 
-    def beyond(self, spec: Spec, provider: Provider = "cpu") -> str | None:
+    def beyond(self, spec: Spec) -> str | None:
         """Why its definition does not hold this Spec, whatever the version of ONNX Runtime; ``None`` when it does."""
         found = self._operation(spec)
         if found is None:
             return f"{self.operator} stands for one {self.operation.keyword}, which this Spec does not hold"
         try:
-            return self.objection(found, spec.types(), provider)  # type: ignore[arg-type]
+            return self.objection(found, spec.types())  # type: ignore[arg-type]
         except RefusalError as refused:
             return str(refused.refusal)
 
@@ -135,9 +133,6 @@ class Capability:
         if self.features is None:
             return None
         dtype = dtype or types[found.query].dtype
-        if not versions(provider):
-            kernels = self.documented.get(provider, ())
-            return None if dtype in kernels else f"{self.operator} has no kernel for {dtype} on {provider}"
         needed = self.features(found, types)  # type: ignore[arg-type]
         return why_not(
             self.domain, self.operator, needed, dtype, version=version, provider=provider, opset=max(opset, self.opset)
@@ -186,7 +181,7 @@ def _shares_out_of_order(name: str, attend: Attend, types: Types) -> str | None:
     return f"{name} shares KV heads in order, here query head h reads KV head {attend.kv_head}"
 
 
-def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
+def _attention(attend: Attend, types: Types) -> str | None:
     reason = _fused("Attention", attend, types) or _shares_out_of_order("Attention", attend, types)
     if reason:
         return reason
@@ -197,7 +192,7 @@ def _attention(attend: Attend, types: Types, provider: Provider) -> str | None:
     return None
 
 
-def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
+def _multi_head(attend: Attend, types: Types) -> str | None:
     reason = _fused("MultiHeadAttention", attend, types)
     if reason:
         return reason
@@ -210,7 +205,7 @@ def _multi_head(attend: Attend, types: Types, provider: Provider) -> str | None:
     return None
 
 
-def _group_query(attend: Attend, types: Types, provider: Provider) -> str | None:
+def _group_query(attend: Attend, types: Types) -> str | None:
     reason, causal = _group_query_form(attend, types), causal_mask(attend, types)
     if reason or causal is None:
         return reason
@@ -277,7 +272,7 @@ def _build_group_query(attend: Attend, place: Place) -> Made:
     return group_query_attention(attend, place)
 
 
-def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
+def _linear(scan: Scan, types: Types) -> str | None:
     if scan.normalize:
         return "LinearAttention does not divide by the sum of the weights"
     if any(fixed(types[side].sizes[axis]) is None for side in (scan.query, scan.key, scan.value) for axis in (1, 3)):
@@ -290,7 +285,7 @@ def _linear(scan: Scan, types: Types, provider: Provider) -> str | None:
     return None
 
 
-def _never(_: object, __: Types, ___: Provider) -> str | None:
+def _never(_: object, __: Types) -> str | None:
     return None
 
 
@@ -298,11 +293,11 @@ def from_queries(least: int) -> Capability:
     """The row that takes GroupQueryAttention behind a cache for calls of at least so many queries."""
     row = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
 
-    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+    def objection(attend: Attend, types: Types) -> str | None:
         causal = causal_mask(attend, types)
         if causal is not None and not causal.cached:
             return "there are as many keys as queries, so nothing is cached"
-        return _group_query(attend, types, provider)
+        return _group_query(attend, types)
 
     def build(attend: Attend, place: Place) -> Made:
         causal = causal_mask(attend, place.types)
@@ -317,7 +312,7 @@ def in_place() -> Capability:
     """The row that takes past and present keys in one buffer, which it writes."""
     row = next(row for row in ATTEND_ROWS if row.operator == "GroupQueryAttention")
 
-    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+    def objection(attend: Attend, types: Types) -> str | None:
         reason, causal = _group_query_form(attend, types), causal_mask(attend, types)
         if reason or causal is None:
             return reason
@@ -325,9 +320,6 @@ def in_place() -> Capability:
             return "there are as many keys as queries, so nothing is cached"
         if simplify(causal.rest) != TRUE:
             return f"GroupQueryAttention in place is causal and hides nothing else, the mask is {attend.mask}"
-        form = group_query_form(attend)
-        if form is not None and form.bias is not None and not versions(provider):
-            return f"what GroupQueryAttention does with a bias on {provider} has not been tried"
         return None
 
     def features(attend: Attend, types: Types) -> tuple[str, ...]:
@@ -348,9 +340,6 @@ IN_PLACE = "GroupQueryAttention in place"
 FROM_QUERIES = "GroupQueryAttention from {least} queries on, else decomposition"
 """How plans and reports call the operator behind a cache."""
 
-_SINGLE: tuple[str, ...] = ("float32",)
-_HALVES: tuple[str, ...] = ("float16", "bfloat16")
-
 ATTEND_ROWS: tuple[Capability, ...] = (
     Capability(
         operator="Attention",
@@ -359,7 +348,6 @@ ATTEND_ROWS: tuple[Capability, ...] = (
         objection=_attention,
         build=attention,
         features=attention_features,
-        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
         operator="MultiHeadAttention",
@@ -368,7 +356,6 @@ ATTEND_ROWS: tuple[Capability, ...] = (
         objection=_multi_head,
         build=_build_multi_head,
         features=multi_head_features,
-        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
         operator="GroupQueryAttention",
@@ -377,7 +364,6 @@ ATTEND_ROWS: tuple[Capability, ...] = (
         objection=_group_query,
         build=_build_group_query,
         features=group_query_features,
-        documented={"cuda": _HALVES},
     ),
     Capability(operator="decomposition", domain="", opset=18, objection=_never, build=decomposition),
 )
@@ -391,7 +377,6 @@ SCAN_ROWS: tuple[Capability, ...] = (
         build=linear_attention,
         operation=Scan,
         features=linear_features,
-        documented={"cuda": _SINGLE + _HALVES},
     ),
     Capability(
         operator="decomposition", domain="", opset=18, objection=_never, build=parallel_scan, operation=Scan

@@ -12,7 +12,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from attncompile.codegen.onnx.attend import Made, Place, arranged, result, writer_of
-from attncompile.codegen.onnx.capabilities import Capability, Provider
+from attncompile.codegen.onnx.capabilities import Capability
 from attncompile.codegen.onnx.layouts import flat_groups
 from attncompile.codegen.onnx.values import Builder
 from attncompile.ir.attend import Attend
@@ -29,9 +29,9 @@ NAME = "{short} up to {limit} keys, else {long}"
 def by_length(short: Capability, long: Capability, limit: int) -> Capability:
     """A row that runs ``short`` up to ``limit`` keys and ``long`` beyond: both fused."""
 
-    def objection(attend: Attend, types: Types, provider: Provider) -> str | None:
+    def objection(attend: Attend, types: Types) -> str | None:
         for row in (short, long):
-            reason = row.objection(attend, types, provider)  # type: ignore[arg-type]
+            reason = row.objection(attend, types)  # type: ignore[arg-type]
             if reason is not None:
                 return reason
         return None

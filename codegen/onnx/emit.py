@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from attncompile.codegen.onnx.attend import Place
-from attncompile.codegen.onnx.capabilities import Capability, Provider
+from attncompile.codegen.onnx.capabilities import Capability
 from attncompile.codegen.onnx.expressions import Shared, Writer
 from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, flat_groups, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
@@ -31,7 +31,6 @@ def emit(
     row: Capability,
     build: Builder,
     shared: Shared,
-    provider: Provider = "cpu",
 ) -> dict[str, ir.Value]:
     """Write the Spec's nodes.
 
@@ -42,7 +41,6 @@ def emit(
         row: the operator for the Attend or Scan (:func:`attncompile.codegen.onnx.choose.choose`).
         build: where the nodes are collected; the caller inserts them.
         shared: one dictionary for all sites of the model, in graph order.
-        provider: for which the row was chosen.
 
     Returns:
         One value per output of the Spec, in the layout asked for.
@@ -50,7 +48,7 @@ def emit(
     Raises:
         RefusalError: when the row cannot compute this Spec, or an operation has no ONNX form.
     """
-    reason = row.beyond(spec, provider)
+    reason = row.beyond(spec)
     if reason is not None:
         raise RefusalError(Refusal("operator-cannot", reason))
     types = spec.types()
@@ -66,14 +64,12 @@ def emit(
     return {name: _output(place, name, outputs.get(name)) for name in spec.outputs}
 
 
-def alone(
-    spec: Spec, row: Capability, provider: Provider = "cpu", *, flat: bool = False, opset: int = OPSET
-) -> ir.Model:
+def alone(spec: Spec, row: Capability, *, flat: bool = False, opset: int = OPSET) -> ir.Model:
     """A model of its own that computes the Spec: one input per input of the Spec, one output per output, in order.
 
     Args:
         spec: what to compute.
-        row: the operator for the Attend or Scan; provider: for which it was chosen.
+        row: the operator for the Attend or Scan.
         flat: whether operands and outputs with heads are ``[B, I, H·D]``, as projections make and take them, rather
             than ``[B, H, I, D]``; what is cached always has heads.
         opset: the standard's version that the model has.
@@ -99,7 +95,7 @@ def alone(
         operands[value.name] = Operand(known, layout)
     build, types = Builder(graph, "site"), spec.types()
     wanted = {name: groups(types[name], heads=True) for name in spec.outputs}
-    made = emit(spec, operands, wanted, row, build, {}, provider)
+    made = emit(spec, operands, wanted, row, build, {})
     graph.extend(build.nodes)
     for name, output in made.items():
         output.dtype = NUMPY_TYPES[types[name].dtype]
