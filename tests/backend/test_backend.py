@@ -303,8 +303,6 @@ def test_inputs_keep_their_identity(checkpointed: bool, monkeypatch: pytest.Monk
         return collect(*args, **given)
 
     monkeypatch.setattr(aot_autograd, "run_functionalized_fw_and_collect_metadata", seen)
-    # a graph that another test has compiled is found by its hash, and not looked at again
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
 
     def compiled_by(backend: Any) -> list[int]:
         found.clear()
@@ -318,7 +316,8 @@ def test_inputs_keep_their_identity(checkpointed: bool, monkeypatch: pytest.Monk
             call["past_key_values"] = cache = StaticCache(model.config, max_cache_len=16)
             heads = model.config.num_key_value_heads
             cache.early_initialization(1, heads, model.config.head_dim, torch.float32, torch.device("cpu"))
-        with torch.set_grad_enabled(checkpointed):
+        # a graph that another test has compiled would be found by its hash, and not looked at again
+        with torch.set_grad_enabled(checkpointed), torch._functorch.config.patch(enable_autograd_cache=False):
             torch.compile(lambda: model(**call).logits, backend=backend, dynamic=False)()
         assert len(found) == 1
         return found[0]
