@@ -64,6 +64,8 @@ def session(
     chosen = [{} if defaults else dict(IN_FULL.get(name, {})) for name in names]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not defaults:  # nobody waits for it by the microsecond, and threads that spin take the processor from others
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if lean:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if threads is not None:

@@ -117,8 +117,11 @@ def test_the_folder_is_complete_and_pinned(packaged: Path) -> None:
 def test_a_package_runs_where_attncompile_is_not_installed(packaged: Path, tmp_path: Path) -> None:
     x, mask = own_call(3, 17)
     made = run_alone(packaged / "model.pt2", tmp_path, (x,), {"mask": mask})
+    model = own_model()
     with torch.no_grad():
-        assert torch.equal(made["out"], attncompile.load(packaged)(x, mask=mask)["out"])
+        expected, exact = model(x, mask, 0.5)["out"], model.double()(x.double(), mask, 0.5)["out"]
+    # not bit for bit what it gives here: a process adds up by as many threads as it has
+    require_as_good_as_eager(made["out"], exact, expected, 24, "the package")
 
 
 def test_a_package_is_called_as_the_model_is(packaged: Path) -> None:
