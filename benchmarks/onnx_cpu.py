@@ -53,7 +53,8 @@ LONG = 4096
 """Tokens from which on a call takes so long that three rounds are made of it, with two threads alone."""
 
 KIB = 1024
-"""Bytes in the unit of `getrusage` on Linux."""
+"""Bytes in the unit of `/proc/self/status`, whose high-water mark a process does not inherit, as it does that of
+`getrusage`."""
 
 
 
@@ -213,12 +214,12 @@ def _difference(one: Path, other: Path, feed: Feed) -> float:
 def peak_memory(path: Path, subject: str, batch: int, tokens: int) -> float:
     """Megabytes that a process of its own holds at most with the model, after two calls."""
     program = (
-        "import resource, sys, pathlib; from benchmarks.onnx_cpu import SUBJECTS, _fed, _session\n"
-        "path, subject, batch, tokens = sys.argv[1:]\n"
-        "begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys, pathlib; from benchmarks.onnx_cpu import SUBJECTS, _fed, _session\n"
+        "most = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+        "path, subject, batch, tokens = sys.argv[1:]; begun = most()\n"
         "session = _session(pathlib.Path(path), 2); feed = SUBJECTS[subject].feed(int(batch), int(tokens))\n"
         "for _ in range(2): session.run(None, _fed(session, feed))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, begun)"
+        "print(most(), begun)"
     )
     command = [sys.executable, "-c", program, str(path), subject, str(batch), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
