@@ -205,11 +205,11 @@ def test_a_tuned_tile_is_in_the_text_for_its_element_type_alone(name: str) -> No
     spec = {**ALL_BY_NAME, **DECODE_BY_NAME}[name].spec
     usual = generate(spec)
     kernel = {"causal": "dense", "scan": "scan", "int4-groups": "decode"}[name]
-    tile = Tile(32, 16, 2, 5)
+    tile = Tile(32, 16, 4, 5)
     tuned = generate(spec, TunedTile(kernel, "bfloat16", tile))  # type: ignore[arg-type]
     assert tuned.name == usual.name and tuned.digest != usual.digest
     changed = [each for each in tuned.source.splitlines() if each not in usual.source.splitlines()]
-    row = "(16, 2, 5)" if kernel == "decode" else "(32, 16, 2, 5)"
+    row = "(16, 4, 5)" if kernel == "decode" else "(32, 16, 4, 5)"
     assert changed == [f"    torch.bfloat16: {row},"]
 
 
