@@ -33,15 +33,12 @@ def made_by(text: str, choice: Choice, length: int, otherwise: Run) -> Run:
     Raises:
         ValueError: when there is no such kernel.
     """
-    spec = parsed(text)
     if choice.target == "sdpa":
-        return pytorch.lower(spec, "cuda", "sdpa").run
+        return pytorch.lower(parsed(text), "cuda", "sdpa").run
+    generated = _module_of(text, choice, length)
     if choice.target == "triton":
-        return load(generate(spec, choice.tile))
-    # here, because that package is made from this one's parts
-    from attncompile.codegen import gluon
-
-    module = load_module(gluon.generate_fastest(spec, choice.hopper, queries=length))
+        return load(generated)
+    module = load_module(generated)
 
     def run(*tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         try:
@@ -51,6 +48,15 @@ def made_by(text: str, choice: Choice, length: int, otherwise: Run) -> Run:
         return found
 
     return run
+
+
+def _module_of(text: str, choice: Choice, length: int) -> GeneratedModule:
+    if choice.target == "triton":
+        return generate(parsed(text), choice.tile)
+    # here, because that package is made from this one's parts
+    from attncompile.codegen import gluon
+
+    return gluon.generate_fastest(parsed(text), choice.hopper, queries=length)
 
 
 def alternatives(
@@ -81,7 +87,8 @@ def alternatives(
     in_turns = (each for each in chain.from_iterable(zip_longest(*by_target)) if each is not None)
 
     def alternative(choice: Choice) -> Alternative:
-        return Alternative(choice, lambda: made_by(text, choice, length, plain))
+        module_of = None if choice.target == "sdpa" else lambda: _module_of(text, choice, length)
+        return Alternative(choice, lambda: made_by(text, choice, length, plain), module_of)
 
     return tuple(alternative(choice) for choice in (*targets, *in_turns))
 

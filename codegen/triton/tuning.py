@@ -4,24 +4,25 @@
         model(**inputs)
 
 Every Spec that a GPU is asked for inside, at sizes that were not tuned before, is computed by some alternatives: other
-tiles of its kernel, the other target, PyTorch's own operator where that computes the same. They are compiled a few at
-a time, compared with what would have run, timed with what it is called with, and the fastest is kept
+tiles of its kernel, the other target, PyTorch's own operator where that computes the same. They are compiled at the
+same time, compared with what would have run, timed with what it is called with, and the fastest is kept
 (:mod:`attncompile.codegen.triton.tuned`) for this process and later ones.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from attncompile.codegen.triton.compiling import LONGEST, Workers
+from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.tuned import Choice, keep_choices
 
 Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
@@ -51,10 +52,12 @@ class Alternative:
     Attributes:
         choice: what would be kept.
         make: gives the function that computes it; raises where there is no such kernel.
+        module: gives what has to be compiled for it, raises as ``make`` does; ``None`` where nothing has to.
     """
 
     choice: Choice
     make: Callable[[], Run]
+    module: Callable[[], GeneratedModule] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Session:
     left: float
     progress: bool
     found: list[Tuned] = field(default_factory=list)
+    _workers: Workers = field(default_factory=Workers, repr=False)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.found)) or "nothing was tuned: no kernel ran that was not tuned before"
@@ -125,11 +129,18 @@ class Session:
         start = time.perf_counter()
         with _bar(self.progress, f"tuning {where}", len(alternatives)) as advance:
             seconds = max(0.0, self.left / SHARE)
-            tuned = tune(text, where, tensors, default, alternatives, seconds=seconds, codes=codes, advance=advance)
+            tuned = tune(
+                text, where, tensors, default, alternatives,
+                seconds=seconds, codes=codes, workers=self._workers, advance=advance,
+            )  # fmt: skip
         self.left -= time.perf_counter() - start
         self.found.append(tuned)
         keep_choices(text, tensors[0].device, {where: tuned.choice})
         return tuned.choice
+
+    def close(self) -> None:
+        """End the processes that compile."""
+        self._workers.close()
 
 
 _lock = threading.RLock()
@@ -176,6 +187,7 @@ def tuning(seconds: float = 60.0, *, progress: bool | None = None) -> Iterator[S
     finally:
         with _lock:
             _session = None
+        found.close()
 
 
 def tune(
@@ -187,6 +199,7 @@ def tune(
     *,
     seconds: float,
     codes: bool = False,
+    workers: Workers | None = None,
     clock: Clock | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Tuned:
@@ -200,6 +213,7 @@ def tune(
         alternatives: the most promising first.
         seconds: after which nothing new begins.
         codes: whether the Spec rounds operands to 8 bits.
+        workers: compile ahead; nobody unless given.
         clock: what times a call; GPU time, by replayed CUDA graphs where that is possible, unless given.
         advance: called after each alternative.
     """
@@ -212,7 +226,7 @@ def tune(
         wanted = _outputs(usual(*tensors))
         until = start + COMPILING * seconds
         untried = 0
-        for alternative, outcome in _compiled(alternatives, tensors, wanted, codes, until):
+        for alternative, outcome in _compiled(alternatives, tensors, wanted, codes, until, workers):
             advance()
             name = alternative.choice.describe()
             if outcome is None:
@@ -262,26 +276,60 @@ def _compiled(
     wanted: Sequence[torch.Tensor],
     codes: bool,
     until: float,
+    workers: Workers | None,
 ) -> Iterator[tuple[Alternative, Run | str | None]]:
     """Each alternative with its function, or why it is refused, or ``None`` when the time was over.
 
-    Several are compiled at the same time: most of that is work of other processes and of code that lets go of Python.
+    Workers compile ahead, and what crashes there does not run here.
     """
+    waiting: dict[Future[str | None], Alternative] = {}
+    remaining = iter(alternatives)
+    while True:
+        over = time.perf_counter() > until
+        while not over and len(waiting) < (workers.count if workers else 1):
+            alternative = next(remaining, None)
+            if alternative is None:
+                break
+            waiting[_compiling(alternative, tensors, workers)] = alternative
+        if not waiting:
+            break
+        done, _ = wait(waiting, None if workers is None else max(0.0, until - time.perf_counter()), FIRST_COMPLETED)
+        if not done:  # the time is over
+            yield from ((alternative, None) for alternative in waiting.values())
+            break
+        for future in done:
+            alternative = waiting.pop(future)
+            yield alternative, future.result() or _checked(alternative, tensors, wanted, codes)
+    yield from ((alternative, None) for alternative in remaining)
 
-    def attempt(alternative: Alternative) -> Run | str | None:
-        if time.perf_counter() > until:
-            return None
+
+def _compiling(
+    alternative: Alternative, tensors: Sequence[torch.Tensor], workers: Workers | None
+) -> Future[str | None]:
+    if alternative.module is not None and workers is not None:
         try:
-            with torch.no_grad():  # which each thread sets for itself
-                run = alternative.make()
-                return _apart(_outputs(run(*tensors)), wanted, codes) or run
-        except Exception as error:  # compilers and drivers raise what they like
-            return (str(error).splitlines() or [type(error).__name__])[0][:200]
+            return workers.submit(alternative.module(), tensors)
+        except ValueError as error:  # there is no such kernel
+            reason: str | None = _line(error)
+    else:
+        reason = None
+    told: Future[str | None] = Future()
+    told.set_result(reason)
+    return told
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "attncompile-tuning") as pool:
-        waiting: dict[Future[Run | str | None], Alternative] = {pool.submit(attempt, e): e for e in alternatives}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+
+def _checked(
+    alternative: Alternative, tensors: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], codes: bool
+) -> Run | str:
+    try:
+        run = alternative.make()
+        return _apart(_outputs(run(*tensors)), wanted, codes) or run
+    except Exception as error:  # compilers and drivers raise what they like
+        return _line(error)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST]
 
 
 def _apart(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], codes: bool) -> str | None:

@@ -7,7 +7,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 import attncompile
 from attncompile.codegen.triton.alternatives import alternatives
 from attncompile.codegen.triton.candidates import tiles_to_try
-from attncompile.codegen.triton.generate import generate
+from attncompile.codegen.triton.compiling import Workers
+from attncompile.codegen.triton.generate import GeneratedModule, generate
 from attncompile.codegen.triton.tiles import Tile, TunedTile
 from attncompile.codegen.triton.tuned import Choice, bucket, keep_choices, read_choices
 from attncompile.codegen.triton.tuning import Alternative, Run, session, tune
@@ -243,6 +245,40 @@ def test_hopper_tiles_that_fit() -> None:
     assert len({gluon.generate_fastest(spec, tile).source for tile in found}) == len(found)
 
 
+FINE = "import torch\n\n\ndef attend(*tensors):\n    print('noise')\n    return tensors[0]\n"
+RAISING = FINE.replace("return tensors[0]", "raise ValueError(str((tensors[0].stride(), tensors[1].sum().item())))")
+CRASHING = FINE.replace("return tensors[0]", "import os\n    os.abort()")
+
+
+def test_workers_say_what_went_wrong_and_survive_a_crash() -> None:
+    pytest.importorskip("triton")
+    tensors = [torch.ones(2, 3, 4).transpose(0, 1), torch.ones(5, dtype=torch.int32)]
+    workers = Workers(1)
+    try:
+        modules = [GeneratedModule(f"made_{n}", text, ()) for n, text in enumerate((FINE, RAISING, CRASHING, FINE))]
+        said = [workers.submit(module, tensors) for module in modules]
+        assert [each.result() for each in said] == [None, "((4, 12, 1), 0)", "its process crashed", None]
+    finally:
+        workers.close()
+
+
+def test_what_fails_in_a_worker_never_runs_here() -> None:
+    right = _query()
+    module = GeneratedModule("made", CRASHING, ())
+
+    class Refusing(Workers):
+        def submit(self, module: GeneratedModule, tensors: Sequence[torch.Tensor]) -> Future[str | None]:
+            told: Future[str | None] = Future()
+            told.set_result("its process crashed")
+            return told
+
+    options = [Alternative(FAST, _failing("it ran"), lambda: module), Alternative(SLOW, lambda: _giving(right, 1.0))]
+    default = Alternative(TABLE, lambda: _giving(right, 2.0))
+    found = tune(CAUSAL, "", [right], default, options, seconds=60, workers=Refusing(1), clock=_clock)
+    assert found.refused == {FAST.describe(): "its process crashed"}
+    assert found.choice.tile == SLOW.tile
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("causal-long", "gqa", "padding", "int8", "scan", "int4-channel"))
 def test_on_a_gpu(name: str) -> None:
@@ -252,7 +288,7 @@ def test_on_a_gpu(name: str) -> None:
     case = DECODE_BY_NAME[name] if stored else ALL_BY_NAME[name]
     checked = functools.partial(compare, place=stored_inputs) if stored else compare
     run = lower(case.spec, "cuda").run
-    with attncompile.tuning(seconds=20, progress=False) as session:
+    with attncompile.tuning(seconds=60, progress=False) as session:
         outcomes = checked(case, run, torch.float16, "cuda")
     print(session)
     (found,) = session.found
