@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, zip_longest
+from typing import Literal
 
 import torch
 
@@ -60,37 +60,41 @@ def _module_of(text: str, choice: Choice, length: int) -> GeneratedModule:
 
 
 def alternatives(
-    text: str, module: GeneratedModule, hopper: HopperTile | None, tensors: Sequence[torch.Tensor], length: int
+    text: str,
+    module: GeneratedModule,
+    tensors: Sequence[torch.Tensor],
+    length: int,
+    *,
+    runs: Literal["triton", "gluon", "sdpa"],
+    hopper: HopperTile | None = None,
 ) -> tuple[Alternative, ...]:
-    """What to try for a Spec's tensors, the most promising first.
+    """What to try for a Spec's tensors beside what runs without tuning, the most promising first.
 
     Args:
         text: of the Spec.
         module: in plain Triton, as the table says.
-        hopper: the table's tile of the kernel in Gluon, where that one runs.
         tensors: the Spec's inputs in order.
         length: about how many queries there are, for the table of Hopper tiles.
+        runs: what computes it without tuning.
+        hopper: the table's tile of the kernel in Gluon, where there is one for these tensors.
     """
     spec = parsed(text)
     plain = load(module)
-    targets = [Choice("triton")]
+    choices = [Choice("triton")]
     if plain_map(spec) is not None and pytorch.why_not(spec, "cuda", "sdpa") is None:
-        targets.append(Choice("sdpa"))
-    by_target: list[Iterator[Choice]] = [_plain_choices(spec, module, tensors)]
+        choices.append(Choice("sdpa"))
     if hopper is not None:
         from attncompile.codegen import gluon
 
-        tried = gluon.hopper_tiles_to_try(spec, hopper)
-        # a kernel in plain Triton is seldom ahead of it there: two of its tiles for each of them
-        by_target.insert(0, (Choice("gluon", hopper=tile) for tile in tried))
-        targets.insert(0, Choice("gluon"))
-    in_turns = (each for each in chain.from_iterable(zip_longest(*by_target)) if each is not None)
+        choices.insert(0, Choice("gluon"))
+        choices += [Choice("gluon", hopper=tile) for tile in gluon.hopper_tiles_to_try(spec, hopper)]
+    choices += _plain_choices(spec, module, tensors)
 
     def alternative(choice: Choice) -> Alternative:
         module_of = None if choice.target == "sdpa" else lambda: _module_of(text, choice, length)
         return Alternative(choice, lambda: made_by(text, choice, length, plain), module_of)
 
-    return tuple(alternative(choice) for choice in (*targets, *in_turns))
+    return tuple(alternative(choice) for choice in choices if choice != Choice(runs))
 
 
 def _plain_choices(spec: Spec, module: GeneratedModule, tensors: Sequence[torch.Tensor]) -> Iterator[Choice]:

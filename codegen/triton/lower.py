@@ -14,7 +14,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -227,11 +227,16 @@ class _Chosen:
         # what the table has needs no tile here: for no alternative it is kept as it is
         default = Alternative(Choice("table"), lambda: self._by_table)
         hopper = None
+        runs: Literal["triton", "gluon", "sdpa"] = "triton"
         queries = 0 if self._query is None else tensors[self._query].shape[2]
         if self._takes_hopper(tensors):
             found = _hopper(self._text, _length(queries))
-            hopper = None if isinstance(found, str) else found.skeleton.tile
-        others = alternatives(self._text, _generated(self._text), hopper, tensors, _length(queries))
+            if not isinstance(found, str):
+                runs, hopper = "gluon", found.skeleton.tile
+        if self._plain_map is not None and on_hopper(tensors[0].device) and self._plain_map.faster_in_sdpa(tensors):
+            runs = "sdpa"
+        module = _generated(self._text)
+        others = alternatives(self._text, module, tensors, _length(queries), runs=runs, hopper=hopper)
         rounds = any(isinstance(step, Quantize) for step in operators.parsed(self._text).operations)
         return session.tune(self._text, where, tensors, default, others, rounds)
 

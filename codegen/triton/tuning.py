@@ -244,10 +244,9 @@ def tune(
             timed[name] = clock(lambda run=run: run(*tensors))  # type: ignore[misc]
         best = _best(contenders, timed, tensors, clock)
     instead = timed[UNTUNED]
-    if best is None or timed[best[0]] > (1 - WORTH) * instead:
-        choice = replace(default.choice, milliseconds=instead, instead=instead)
-    else:
-        choice = replace(best[1].choice, milliseconds=timed[best[0]], instead=instead)
+    choice = replace((best or default).choice, milliseconds=instead, instead=instead)
+    if best is not None:
+        choice = replace(choice, milliseconds=timed[best.choice.describe()])
     return Tuned(text, where, choice, timed, refused, untried)
 
 
@@ -256,8 +255,12 @@ def _best(
     timed: dict[str, float],
     tensors: Sequence[torch.Tensor],
     clock: Clock,
-) -> tuple[str, Alternative, Run] | None:
-    """The fastest but the first, timed anew in turns with the first; ``timed`` gets the medians."""
+) -> Alternative | None:
+    """The fastest that is ahead of the first; ``timed`` gets the medians of those that were timed anew.
+
+    They take turns with the first. One is ahead when it is in every round, and in the middle one by :data:`WORTH`: a
+    GPU's clock wanders by more than that from one second to the next, with everything that runs on it.
+    """
     others = sorted((each for each in contenders[1:] if each[0] in timed), key=lambda each: timed[each[0]])
     finalists = [contenders[0], *others[:FINALISTS]]
     if len(finalists) == 1:
@@ -267,7 +270,12 @@ def _best(
         for name, _, run in finalists[:: 1 if number % 2 else -1]:
             rounds[name].append(clock(lambda run=run: run(*tensors)))  # type: ignore[misc]
     timed.update({name: sorted(found)[len(found) // 2] for name, found in rounds.items()})
-    return min(finalists[1:], key=lambda each: timed[each[0]])
+    usual = rounds[UNTUNED]
+    ratios = {name: sorted(a / b for a, b in zip(found, usual, strict=True)) for name, found in rounds.items()}
+    middle = ROUNDS // 2
+    ahead = [each for each in finalists[1:] if ratios[each[0]][-1] < 1 and ratios[each[0]][middle] <= 1 - WORTH]
+    best = min(ahead, key=lambda each: ratios[each[0]][middle], default=None)
+    return best[1] if best is not None else None
 
 
 def _compiled(

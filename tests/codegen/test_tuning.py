@@ -82,6 +82,20 @@ def test_the_fastest_is_taken() -> None:
     assert "triton 64 x 64, 4 warps, 3 stages, 1 ms instead of 2 (2.00x)" in str(found)
 
 
+def test_what_is_not_ahead_in_every_round_changes_nothing() -> None:
+    right = _query()
+    # compared, timed, and five times in turns
+    costs = iter([1.0, 1.0, 1.0, 1.0, 2.5, 1.0, 1.0])
+
+    def wandering(*tensors: torch.Tensor) -> torch.Tensor:
+        asked.append(next(costs))
+        return tensors[0]
+
+    default = Alternative(TABLE, lambda: _giving(right, 2.0))
+    found = tune(CAUSAL, "here", [right], default, [Alternative(FAST, lambda: wandering)], seconds=60, clock=_clock)
+    assert found.choice.target == "table" and found.timed[FAST.describe()] == 1.0
+
+
 def test_what_is_hardly_faster_changes_nothing() -> None:
     tensors = [_query()]
     options = [Alternative(FAST, lambda: _giving(tensors[0], 1.99))]
@@ -225,10 +239,11 @@ def test_what_is_tried_is_of_the_kernel_that_runs(text: str, queries: int, kerne
     heads = 8 if text is CAUSAL else 2
     shapes = [(1, 8, queries, 64), (1, heads, keys, 64), (1, heads, keys, 64)]
     tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-    found = alternatives(print_spec(spec), generate(spec), None, tensors, 1024)
+    found = alternatives(print_spec(spec), generate(spec), tensors, 1024, runs="triton")
     tiles = [each.choice.tile for each in found if each.choice.tile]
     assert {tile.kernel for tile in tiles} == {kernel} and {tile.element for tile in tiles} == {"bfloat16"}
-    assert "sdpa" in {each.choice.target for each in found}
+    assert Choice("sdpa") in [each.choice for each in found], "a full map and a causal one"
+    assert Choice("triton") not in [each.choice for each in found], "that runs anyway"
 
 
 def test_hopper_tiles_that_fit() -> None:
@@ -281,14 +296,16 @@ def test_what_fails_in_a_worker_never_runs_here() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("causal-long", "gqa", "padding", "int8", "scan", "int4-channel"))
-def test_on_a_gpu(name: str) -> None:
+def test_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from attncompile.codegen.triton.lower import _Chosen, lower
 
     stored = name in DECODE_BY_NAME
     case = DECODE_BY_NAME[name] if stored else ALL_BY_NAME[name]
+    # a handful, and time enough for them on the busiest machine
+    monkeypatch.setattr("attncompile.codegen.triton.lower.alternatives", lambda *a, **k: alternatives(*a, **k)[:4])
     checked = functools.partial(compare, place=stored_inputs) if stored else compare
     run = lower(case.spec, "cuda").run
-    with attncompile.tuning(seconds=60, progress=False) as session:
+    with attncompile.tuning(seconds=3000, progress=False) as session:
         outcomes = checked(case, run, torch.float16, "cuda")
     print(session)
     (found,) = session.found
