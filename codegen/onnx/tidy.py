@@ -12,7 +12,7 @@ from attncompile.codegen.onnx.cached import hand_over
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.layouts import drop_double_turns
 from attncompile.codegen.onnx.normalisation import OPSET, fuse_root_mean_square
-from attncompile.codegen.onnx.packing import pack
+from attncompile.codegen.onnx.packing import Begins, pack
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
 from attncompile.codegen.onnx.skips import fuse_skips
@@ -82,6 +82,7 @@ def tidy(
     version: str | None = None,
     longest: int | None = None,
     dtype: str | None = None,
+    begins: Begins | None = None,
 ) -> Tidied:
     """Rewrite the model in place, after its attention sites have been replaced; exact up to rounding.
 
@@ -89,6 +90,7 @@ def tidy(
         model: the model; provider: where it will run; version: of ONNX Runtime, the installed one where it is left out.
         longest: positions that the model has at most, where it says so.
         dtype: what its states are rounded to afterwards; float32 where it is left out.
+        begins: what is known of the first positions of calls.
 
     Projections of query, key and value become one where the attention takes them side by side. A split behind
     them is not written: on ONNX Runtime's CPU its copies cost more than the larger product saves (0.75 to 1.02x).
@@ -104,7 +106,7 @@ def tidy(
     skips = fuse_skips(model, provider, version, dtype or "float32") if provider == "cuda" else 0
     turns = drop_double_turns(model)
     passes.RemoveUnusedNodesPass()(model)
-    packed = pack(model, provider, version, longest, dtype or "float32")
+    packed = pack(model, provider, version, longest, dtype or "float32", begins)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
