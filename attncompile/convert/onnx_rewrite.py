@@ -141,7 +141,7 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider, version, longest, dtype, _begins(program.graph))
+    done = tidy(model, provider, version, longest, dtype, first_positions(program.graph))
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
@@ -203,7 +203,7 @@ def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Pro
     return f"it stays {operator}, which was measured {speed:.2f}x as fast as plain operators"
 
 
-def _begins(graph: Graph | None) -> Begins | None:
+def first_positions(graph: Graph | None) -> Begins | None:
     """What the sizes of a lifted graph prove of the first positions of its calls."""
     if graph is None:
         return None

@@ -17,6 +17,8 @@ from attncompile.codegen.onnx.capabilities import in_place
 from attncompile.codegen.onnx.choose import choose, row_named
 from attncompile.codegen.onnx.in_place import IN_PLACE, Counted
 from attncompile.codegen.onnx.packing import Packed, pack
+from attncompile.convert.onnx_rewrite import first_positions
+from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import parse_spec
 from tests.codegen.test_onnx_cached import FORMS, SIZES, assert_agrees, behind_a_cache, inputs, ungrouped, whole_keys
 
@@ -201,6 +203,28 @@ def counted(first: ir.Value, keys: ir.Value, new: ir.Value) -> bool:
 def test_rotary_maps_stay_where_their_first_position_is_not_proven() -> None:
     assert pack(layer(), longest=LONGEST) == Packed(0, 0)
     assert pack(layer(), longest=LONGEST, begins=lambda first, keys, new: False) == Packed(0, 0)
+
+
+@pytest.mark.parametrize("start,proven", [("0", True), ("1", False)])
+def test_a_first_position_is_proven_from_the_sizes_of_the_graph(start: str, proven: bool) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 18]>
+        positions (int64[B,S] ids, int64[B,T] mask, float[B,2,S,4] new) => (int64[N] made, float[B,2,S,4] same)
+        <int64 one = {{1}}, int64[1] last = {{0}}, int64 more = {{{start}}}> {{
+            keys = Shape<start=1, end=2>(mask)
+            queries = Shape<start=1, end=2>(ids)
+            apart = Sub(keys, queries)
+            past = Squeeze(apart, last)
+            first = Add(past, more)
+            length = Squeeze(queries, last)
+            end = Add(first, length)
+            made = Range(first, end, one)
+            same = Identity(new)
+        }}""")
+    begins = first_positions(onnx_graph(model))
+    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    assert begins is not None
+    assert begins(values["first"], values["keys"], values["new"]) is proven
+    assert not begins(values["first"], values["queries"], values["new"])
 
 
 def test_a_model_without_a_largest_position_keeps_its_rotary_maps() -> None:
