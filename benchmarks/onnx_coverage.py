@@ -90,10 +90,10 @@ def judged(stored: bytes, call: Call) -> Row:
         rewritten = rewrite_onnx(model, "model", (), "cpu", "fused", False, ())
     actual = in_runtime(onnx_ir.to_proto(rewritten.model).SerializeToString(), call)
     unequal = [one.site for one in site_certificates(rewritten, "cpu") if not one.passed]
-    return counted(rewritten) | {
-        "unequal": unequal,
-        "error_end_to_end": difference(list(expected.values()), [actual[name] for name in expected]),
-    }
+    apart: float | None = difference(list(expected.values()), [actual[name] for name in expected])
+    if any(node.op_type.startswith("Random") for node in rewritten.model.graph.all_nodes()):
+        apart = None  # ONNX Runtime draws other numbers as soon as a node has another place
+    return counted(rewritten) | {"unequal": unequal, "error_end_to_end": apart}
 
 
 def counted(rewritten: Rewritten) -> Row:
@@ -179,6 +179,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The counts of some rows, with the reasons of sites that did not become one operator, most frequent first."""
     whole = [row for row in rows if "error" not in row]
     lifted, one = sum(row["lifted"] for row in whole), sum(map(one_operator, whole))
+    ends = [row["error_end_to_end"] for row in whole if row["error_end_to_end"] is not None]
     reasons, operators = Counter[str](), Counter[str]()
     for row in whole:
         operators.update(row["operators"])
@@ -195,8 +196,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "share": round(one / lifted, 4) if lifted else None,
         "operators": dict(operators.most_common()),
         "sites beyond their tolerance": sum(len(row["unequal"]) for row in whole),
-        "models beyond 1e-3 end to end": sum(not row["error_end_to_end"] <= CLOSE for row in whole),
-        "largest difference end to end": max((row["error_end_to_end"] for row in whole), default=None),
+        "models beyond 1e-3 end to end": sum(not apart <= CLOSE for apart in ends),
+        "largest difference end to end": max(ends, default=None),
+        "models that draw random numbers": len(whole) - len(ends),
         "why plain operators": dict(reasons.most_common()),
     }  # fmt: skip
 

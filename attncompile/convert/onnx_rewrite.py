@@ -15,7 +15,7 @@ from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.packing import Begins
-from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy, wanted_opset
+from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
@@ -82,7 +82,7 @@ def rewrite_onnx(
         dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
     """
     opset_before = model.opset_imports.get("", 0)
-    wanted = wanted_opset(version, provider)
+    kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
     raised = raise_opset(model, wanted)
     program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
@@ -146,6 +146,11 @@ def rewrite_onnx(
     if not raised:
         told.append(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
+        )
+    elif kernelless and wanted < OPSET:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
+            f"{installed()} has no kernel for its {', '.join(kernelless)} there"
         )
     elif wanted < OPSET and opset_before < OPSET:
         told.append(

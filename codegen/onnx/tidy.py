@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
+import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 from onnxscript import version_converter
 
 from attncompile.codegen.onnx.cached import hand_over
@@ -57,6 +61,44 @@ def wanted_opset(version: str | None = None, provider: Provider = "cpu") -> int:
 
 PLAIN = 18
 """The opset that the plain operators are written in."""
+
+
+def suited_opset(model: ir.Model, version: str | None = None, provider: Provider = "cpu") -> int:
+    """The opset to bring a model to: :func:`wanted_opset`, but no further than its operators have kernels."""
+    wanted = wanted_opset(version, provider)
+    return min(wanted, max(PLAIN, model.opset_imports.get("", 0))) if without_kernel(model, wanted) else wanted
+
+
+def without_kernel(model: ir.Model, opset: int) -> list[str]:
+    """Standard operators of a model that the installed ONNX Runtime's CPU runs in the model's own opset, and has no
+    kernel for in this one (1.31: ``RoiAlign`` and what draws random numbers, from opset 22 on).
+    """
+    before = model.opset_imports.get("", 0)
+    names = {node.op_type for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")}
+    return sorted(name for name in names if _has_kernel(name, before) and not _has_kernel(name, opset))
+
+
+def _has_kernel(operator: str, opset: int) -> bool:
+    """A kernel runs the version that it was registered for, and others only where its range has an end."""
+    try:
+        since = onnx.defs.get_schema(operator, opset, "").since_version
+    except onnx.defs.SchemaError:
+        return False
+    return any(low == since or low <= since <= high < _ENDLESS for low, high in _kernels().get(operator, ()))
+
+
+_ENDLESS = 2**31 - 1
+
+
+@functools.cache
+def _kernels() -> Mapping[str, list[tuple[int, int]]]:
+    """Versions of the standard operators that have a kernel on the CPU, by name."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for kernel in runtime.get_all_opkernel_def():
+        if kernel.provider == "CPUExecutionProvider" and kernel.domain == "":
+            low, high = kernel.version_range
+            found.setdefault(kernel.op_name, []).append((low, high))
+    return found
 
 
 def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
