@@ -276,3 +276,11 @@ def saved(folder: Path) -> Path:
     """The checkpoint of a small model in a folder."""
     endless(wide).save_pretrained(folder / "checkpoint")
     return folder / "checkpoint"
+
+
+@pytest.mark.slow
+def test_norms_of_heads_stay_in_front_and_rotary_maps_go_in(tmp_path: Path) -> None:
+    out = written(lambda: tiny("qwen3", **GROUPED | {"head_dim": CHANNELS}), tmp_path)
+    found = operators(out / "model.onnx")
+    assert found.count("GroupQueryAttention") == 2 and "RotaryEmbedding" not in found
+    assert found.count("RMSNormalization") == 2 * (2 + 2) + 1
