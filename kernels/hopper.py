@@ -45,19 +45,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global"""
 
-RING = (
-    "barrier_text",
-    "signal",
-    "meet",
-    "unpacked",
-    "following",
-    "fill",
-    "own_sums",
-    "rescale_text",
-    "rescale_operands",
-    "rescaled",
-)
+RING = ("barrier_text", "signal", "meet", "unpacked", "following", "fill")
 """Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
+WEIGHING = {
+    "softmax": ("own_sums", "rescale_text", "rescale_operands", "rescaled"),
+    "sigmoid": ("reciprocal",),
+    "relu": (),
+}
+"""By normaliser, functions of :mod:`attncompile.kernels.hopper_device` that make weights."""
 NARROW_VALUES = ("packed", "four_weights", "kept", "power_exponent", "inverse_power")
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
@@ -125,6 +120,8 @@ class HopperForward:
         digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
             leave through the place of the queries, since the product's operand needs room.
         narrow: operands that are codes with scales, or ``None``.
+        normalizer: ``softmax``; or ``sigmoid`` or ``relu``, which make a weight from its score alone, so that there is
+            no greatest score to keep, no sum, and nothing to rescale.
     """
 
     tile: HopperTile
@@ -147,6 +144,12 @@ class HopperForward:
     boxes: Boxes | None = None
     digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
+    normalizer: str = "softmax"
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the normaliser sums over the keys."""
+        return self.normalizer == "softmax"
 
     @property
     def turned_values(self) -> bool:
@@ -195,7 +198,8 @@ class HopperForward:
 
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
-        tile, scale = self.tile, self.scale * LOG2E
+        unit, base = (1.0, "") if self.normalizer == "relu" else (LOG2E, " · log2(e)")
+        tile, scale = self.tile, self.scale * unit
         empty = "-(2.0**99)" if self._codes.in_exponent else f"-(2.0**99) * {scale!r}"
         products = 32 if self.narrow else 16
         weights = 32 if self.turned_values else 16
@@ -207,10 +211,16 @@ class HopperForward:
             ("BUFFERS", f"{tile.buffers}", "query tiles in shared memory"),
             ("CHANNELS", f"{self.channel_space}", f"of query and key: {self.channels}, padded"),
             ("FEATURES", f"{self.feature_space}", f"of value: {self.features}, padded"),
-            ("SCALE", f"{scale!r}", "constant factor of the logits · log2(e)"),
+            ("SCALE", f"{scale!r}", f"constant factor of the logits{base}"),
             ("HIDDEN", "-(2.0**100)", "a masked score: a power of two, so that HIDDEN · SCALE is exact"),
-            ("LOWEST", "-(2.0**98)", "scores lie above it"),
-            ("EMPTY", empty, "the peak of a row that saw no key lies below it"),
+            *(
+                (
+                    ("LOWEST", "-(2.0**98)", "scores lie above it"),
+                    ("EMPTY", empty, "the peak of a row that saw no key lies below it"),
+                )
+                if self.softmax
+                else ()
+            ),
             ("TURN", "6", "named barriers: a warpgroup may use the matrix unit"),
             ("KEY_FREE", "9", "a stage's keys are done with"),
             ("VALUE_FREE", "12", "a stage's values are done with"),
@@ -253,6 +263,9 @@ class HopperForward:
             "loaded": self.tile.loaded,
             "placed": self.narrow is not None and not self.tile.loaded,
             "narrow": self.narrow is not None,
+            "softmax": self.softmax,
+            "wide softmax": self.narrow is None and self.softmax,
+            "summed wide values": not self.turned_values and self.softmax,
             "wide": self.narrow is None,
             "narrow values": self.turned_values,
             "narrow values behind": self.turned_values and not self.tile.ahead,
@@ -283,6 +296,8 @@ class HopperForward:
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
+        if not self.softmax:
+            line = line.replace("new_peak, total, ", "").replace("peak, total, ", "").replace(", peak, total", "")
         ahead = self.tile.ahead
         line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
         line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
@@ -342,7 +357,7 @@ class HopperForward:
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
         score = [signature("s = score", self.score.parameters, "")] if self.score else []
-        if self.bounded:
+        if self.bounded and self.softmax:
             score.append("s = gl.maximum(s, LOWEST)")
         mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
         if self.inside:
@@ -357,8 +372,16 @@ class HopperForward:
             block_scales=self._codes.block_scales(),
             scaled=self._codes.scaled(edge=False),
             highest=self._codes.highest("highest", edge=False) if self.narrow else [],
-            exponentials=self._codes.exponentials("new_peak", edge=False),
+            exponentials=self._weights("new_peak", edge=False),
         )
+
+    def _weights(self, peak: str, *, edge: bool) -> list[str]:
+        """The weights of a block from its scores."""
+        if self.normalizer == "sigmoid":
+            return ["p = reciprocal(1.0 + gl.exp2(s * -SCALE))"]
+        if self.normalizer == "relu":
+            return ["p = gl.maximum(s * SCALE, 0.0)"]
+        return self._codes.exponentials(peak, edge=edge)
 
     def _consumer(self) -> str:
         unit = repr(WEIGHT_UNIT) if self.turned_values else ""
@@ -392,12 +415,12 @@ class HopperForward:
             ]
         return self._filled(
             CONSUMER,
-            sink=sink,
+            sink=sink if self.softmax else [],
             lse=[self._named(line) for line in lse] if self.lse else [],
             full=[self._named(line) for line in full],
             tile_scales=self._codes.tile_scales(),
-            first_highest=self._codes.highest("peak", edge=True),
-            first_exponentials=self._codes.exponentials("peak", edge=True),
+            first_highest=self._codes.highest("peak", edge=True) if self.softmax else [],
+            first_exponentials=self._weights("peak", edge=True),
             stored=[self._named(line) for line in stored],
         )
 
@@ -427,7 +450,7 @@ class HopperForward:
         spec = [function.source() for function in (self.score, self.visible, self.sink) if function]
         return "\n\n\n".join(
             [
-                *(hopper_function(name) for name in RING),
+                *(hopper_function(name) for name in (*RING, *WEIGHING[self.normalizer])),
                 *([hopper_function("query_factors")] if self.narrow else []),
                 *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
                 *([hopper_function("settled")] if self.tile.ahead else []),

@@ -211,6 +211,12 @@ def add_to(sums, block, values, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def reciprocal(x):
+    """1/x by the special-function unit: relative error at most 2^-23, and 0 where x is infinite."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def tanh(x):
     """Hyperbolic tangent by the special-function unit: relative error at most 2^-11."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

@@ -35,7 +35,7 @@ def step(
     stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT AND_SCORES,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
-    """One key block: its products with the queries, then its softmax while the block before meets its values.
+    """One key block: its products with the queries, then its weights while the block before meets its values.
 
     ``stage`` holds the values of the block before, ``more`` says whether another block
     follows. AHEAD
@@ -81,12 +81,12 @@ def step(
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     # <highest>
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide
+    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide softmax
     new_peak = gl.maximum(peak, highest)  # if narrow
-    factor = gl.exp2(peak - new_peak)
+    factor = gl.exp2(peak - new_peak)  # if softmax
     # <exponentials>
-    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if wide values
+    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)  # if softmax
+    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if summed wide values
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
     total = settled(total)  # if ahead
     last_stage, last_phase = following(later_stage, later_phase)  # if ahead
@@ -99,7 +99,7 @@ def step(
     accumulator, s = warpgroup_mma_wait(0, deps=[sums, products])  # if ahead
     kept(weights)  # if narrow values
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
-    accumulator = rescaled(accumulator, factor)
+    accumulator = rescaled(accumulator, factor)  # if softmax
     weights = CARRIED(p)
     return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase AND_SCORES
 '''
@@ -172,7 +172,7 @@ def consumer(
         s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
         # <first_highest>
         # <first_exponentials>
-        total = own_sums(p)  # if wide values
+        total = own_sums(p)  # if summed wide values
         total = own_sums(p) * value_inverse  # if narrow values
         weights = CARRIED(p)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
@@ -227,12 +227,12 @@ def consumer(
         accumulator, next_s = warpgroup_mma_wait(1, deps=[sums, next_products])  # if narrow values
         kept(weights)  # if narrow values
         signal(VALUE_FREE + last_stage, GROUPS * 128 + 32)
-        total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)
-        rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+        total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)  # if softmax
+        rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))  # if softmax
         # <sink>
         # <lse>
-        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
-        accumulator = accumulator * gl.expand_dims(factor, 1)
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)  # if softmax
+        accumulator = accumulator * gl.expand_dims(factor, 1)  # if softmax
         tma.store_wait(0)  # if staged apart
         out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged apart
         query_tiles.index(slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits

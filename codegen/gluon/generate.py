@@ -231,6 +231,7 @@ def _skeleton(
         boxes=boxes,
         digits=digits,
         narrow=narrow_operands(parts),
+        normalizer=attend.norm.kind,
     )
 
 

@@ -38,6 +38,7 @@ def _row(
     more: str = "",
     given: str = "",
     dtype: str = "bfloat16",
+    norm: str = "softmax",
 ) -> Case:
     """A row of 8 query heads, ``groups`` of which share a key head; its sizes are filled in by the test."""
     lines = [
@@ -47,10 +48,10 @@ def _row(
         f"mask   {mask}",
         *([f"kv_head h // {groups}"] if groups > 1 else []),
         *([more] if more.startswith("sink") else []),
-        "norm   softmax (float32)",
-        "lse    lse",
+        f"norm   {norm} (float32)",
+        *(["lse    lse"] if norm == "softmax" else []),
         *([given] if given else []),
-        "gives  out, lse",
+        *(["gives  out, lse"] if norm == "softmax" else []),
     ]
     return Case(name, "\n  ".join(lines), {})
 
@@ -81,6 +82,11 @@ ROWS = (
     _row("mla-192-128", 192, 1, "j ≤ i", "0.07·s", features=128),
     _row("narrow-16", 16, 2, "j ≤ i", "0.25·s", features=24),
     _row("half-96", 96, 2, "j ≤ i", dtype="float16"),
+    _row("sigmoid-64", 64, 2, "j ≤ i", norm="sigmoid"),
+    _row("sigmoid-128", 128, 4, score="0.125·s − 6.0", norm="sigmoid"),
+    _row("sigmoid-documents-128", 128, 1, "j ≤ i and document[b, j] = document[b, min(i, J − 1)]",
+         given="given  document[B,J]:int64", norm="sigmoid"),
+    _row("relu-window-96", 96, 2, "j ≤ i and j > i − 100", dtype="float16", norm="relu"),
 )  # fmt: skip
 SIZES = ((2, 1, 1), (1, 7, 13), (2, 64, 64), (1, 129, 128), (1, 130, 257), (3, 191, 191), (1, 777, 700))
 

@@ -20,6 +20,11 @@ FORMS = (
     *((form, 32, mask) for form in ("", "quantize.int8(values=true)", "quantize.int8") for mask in MASKS[:3:2]),
     *(("quantize.fp8", channels, mask) for channels in (32, 128) for mask in MASKS),
 )
+NORMALISERS = (
+    *(("sigmoid", channels, "s − 5.0", mask) for channels in (32, 128) for mask in MASKS),
+    ("sigmoid", 64, "s + slopes[h]·float(j − i)", "j ≤ i"),
+    *(("relu", channels, "s", mask) for channels, mask in zip((64, 96), MASKS[1:3], strict=True)),
+)
 EAGER = by_rank(("products", "copies", "partition 3", "partition 2", "partition 1", "partition 0"))
 """Copies and products end at once, and the copying warp is as far ahead as it can be."""
 
@@ -37,6 +42,9 @@ def _passes(spec: Spec, module: HopperModule, queries: int, keys: int, choose: C
     generator = torch.Generator().manual_seed(queries)
     tensors = {}
     for value in spec.inputs:
+        if value.name == "slopes":
+            tensors["slopes"] = torch.tensor([0.25, 0.0625])
+            continue
         heads, length = (2, queries) if value.name == "q" else (1, keys)
         channels = module.skeleton.channels
         tensors[value.name] = torch.randn(1, heads, length, channels, generator=generator).to(torch.bfloat16)
@@ -54,6 +62,20 @@ def test_every_query_meets_its_keys(form: str, channels: int, mask: str) -> None
     module = generate(spec, queries=16384)
     for choose, queries, keys in ((EAGER, 1, 1), (at_random(1), 130, 257), (LAZY, 500, 1200)):
         assert _passes(spec, module, queries, keys, choose), (queries, keys)
+
+
+@pytest.mark.parametrize("norm, channels, score, mask", NORMALISERS)
+def test_weights_without_a_sum(norm: str, channels: int, score: str, mask: str) -> None:
+    """Normalisers that make a weight from its score alone; a query that sees no key gives zeros."""
+    given = "\n  given  slopes[2]:float32" if "slopes" in score else ""
+    spec = parse_spec(
+        f"x   attend  q[B,2,I,{channels}]  k,v[B,1,J,{channels}]  bfloat16\n  score  0.125·({score})\n"
+        f"  mask   {mask}\n  kv_head h // 2\n  norm   {norm} (float32){given}"
+    )
+    for length in (1024, 16384):
+        module = generate(spec, queries=length)
+        for choose, queries, keys in ((EAGER, 1, 1), (LAZY, 130, 257), (at_random(2), 300, 700)):
+            assert _passes(spec, module, queries, keys, choose), (length, queries, keys)
 
 
 WAITS = (
