@@ -12,14 +12,14 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attncompile.codegen import pytorch
-from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.lowering import Lowering, SharedLists
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
@@ -29,7 +29,8 @@ from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
-from attncompile.ir import Quantize, Regroup, Spec, print_spec
+from attncompile.ir import Quantize, Regroup, Spec, print_spec, simplify
+from attncompile.ir.expr import loads
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -161,11 +162,45 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     unavailable = why_not_backward(spec)
     if unavailable:
         said += f"; gradients are computed by the reference, since {unavailable}"
-    return Lowering("triton", module.kernels[-1].name, said, module.source, run)
+    lists = shared_lists(spec) if on_hopper(device) else None
+    return Lowering("triton", module.kernels[-1].name, said, module.source, run, lists)
+
+
+def shared_lists(spec: Spec) -> SharedLists | None:
+    """What calls on a Hopper GPU may share where tensors decide which keys a mask leaves to visit, or ``None``."""
+    bound = operators.bind(spec)
+    attend = spec.attend()
+    if attend is None or _lists(bound.text) is None:
+        return None
+    reads = dict.fromkeys(load.tensor for load in loads(attend.mask))
+    return SharedLists(bound.text, tuple(reads), bound.lists)
+
+
+def _lists(text: str) -> operators.Lists | None:
+    """How the lists of a Spec's Hopper kernel are made, or ``None`` where calls share none."""
+    attend = operators.parsed(text).attend()
+    found = [_hopper(text, length) for length in LENGTHS] if attend is not None else []
+    rooms = [module.list_room for module in found if not isinstance(module, str)]
+    kept = [room for room in rooms if room is not None]
+    if attend is None or not kept or len(kept) < len(LENGTHS):
+        return None
+    types = operators.parsed(text).types()
+    sizes = (*types[attend.query].sizes[:3], types[attend.key].sizes[2])
+
+    def words(known: Mapping[str, Any]) -> Any:
+        extents = [operators.extent(simplify(size), known) for size in sizes]
+        return functools.reduce(torch.sym_max, [room.words(*extents) for room in kept])
+
+    return operators.Lists(words, _chosen(text).fill_lists)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(text: str) -> _Chosen:
+    return _Chosen(text)
 
 
 def _implementation(text: str) -> operators.Implementation:
-    return _Chosen(text).run
+    return _chosen(text).run
 
 
 class _Chosen:
@@ -197,18 +232,32 @@ class _Chosen:
             self._modules[length] = None if isinstance(found, str) else load_module(found)
         return self._modules[length]
 
-    def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """The outputs of the Spec."""
+    def _on_hopper(self, tensors: Sequence[torch.Tensor]) -> ModuleType | None:
+        """The Gluon module for these tensors, which are on a Hopper GPU; ``None`` where plain Triton computes them."""
+        if self._query is None:
+            return None
+        query = tensors[self._query]
+        queries = query.shape[2]
+        half = query.element_size() == 2
+        return self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
+
+    def fill_lists(self, memory: torch.Tensor, *tensors: torch.Tensor) -> None:
+        """Write the lists of key blocks that :meth:`run` takes; nothing where another kernel computes the tensors."""
+        module = self._on_hopper(tensors) if on_hopper(memory.device) else None
+        if module is not None:
+            module.mask_lists(memory, *tensors)
+
+    def run(
+        self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The outputs of the Spec; ``lists`` from :meth:`fill_lists` for the same mask and sizes."""
         if self._query is not None and on_hopper(tensors[0].device):
             if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
                 return self._sdpa(*tensors)
-            query = tensors[self._query]
-            queries = query.shape[2]
-            half = query.element_size() == 2
-            module = self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
+            module = self._on_hopper(tensors)
             if module is not None:
                 try:
-                    return module.attend(*tensors)
+                    return module.attend(*tensors) if lists is None else module.attend(*tensors, lists=lists)
                 except module.Refused:
                     if self._plain_map is not None:
                         return self._sdpa(*tensors)
@@ -288,4 +337,4 @@ def backward_implementation(text: str) -> operators.Backward | str:
     return why_not_backward(operators.parsed(text)) or _Gradients(text).run
 
 
-operators.register("cuda", _implementation, backward_implementation)
+operators.register("cuda", _implementation, backward_implementation, _lists)

@@ -356,7 +356,9 @@ def _modules() -> dict[str, Any]:
         return functions[0] if functions else lambda function: function
 
     gluon = SimpleNamespace(jit=jit, constexpr_function=lambda function: function)
-    triton = SimpleNamespace(jit=jit, cdiv=lambda a, b: -(-a // b))
+    triton = SimpleNamespace(
+        jit=jit, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+    )
     root = "triton.experimental.gluon"
     return {
         "triton": triton, "triton.language": SimpleNamespace(**numbers()),
@@ -403,15 +405,17 @@ def run_on_cpu(
     processors: int = 2,
     choose: Choose = LAZY,
     function: str = "attend",
+    **options: Any,
 ) -> Any:
     """What a launcher of a module gives.
 
     Args:
-        module: without lists of key blocks and without boxes.
+        module: without boxes.
         inputs: as its launcher takes them.
         processors: of the GPU: so few that each computes several tiles.
         choose: in which order what could happen at the same time does.
         function: the launcher.
+        options: further arguments of the launcher.
 
     Raises:
         Fault: where warps misunderstand one another.
@@ -428,4 +432,4 @@ def run_on_cpu(
         mock.patch.object(torch.cuda, "get_device_properties", lambda _: properties),
         mock.patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
     ):
-        return space[function](*inputs)
+        return space[function](*inputs, **options)

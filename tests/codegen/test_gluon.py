@@ -80,7 +80,14 @@ def test_only_a_softmax_keeps_a_peak_and_a_sum(norm: str, kept: tuple[str, ...])
     assert kept or not names & {"peak", "total", "rescaled", "own_sums", "EMPTY", "LOWEST", "factor"}
 
 
-@pytest.mark.parametrize("name, said", (("additive-bias", "bias[b, 0, i, j] is loaded for each pair"), ("alibi", None), ("sigmoid", "not been timed")))
+@pytest.mark.parametrize(
+    "name, said",
+    (
+        ("additive-bias", "bias[b, 0, i, j] is loaded for each pair"),
+        ("alibi", None),
+        ("sigmoid", "has not been timed"),
+    ),
+)
 def test_where_plain_triton_is_faster(name: str, said: str | None) -> None:
     found = slower(BY_NAME[name].spec)
     assert found is None if said is None else said in (found or "")

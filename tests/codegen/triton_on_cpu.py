@@ -85,6 +85,9 @@ class Pointer:
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.memory, self.offset + more)
 
+    def __sub__(self, less: Any) -> Pointer:
+        return Pointer(self.memory, self.offset - less)
+
     def _places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Offsets, and which of them count; no other is looked at."""
         offsets = torch.as_tensor(self.offset).as_subclass(torch.Tensor).long()
@@ -145,7 +148,8 @@ def numbers() -> dict[str, Any]:
         "cdiv": lambda a, b: (a + b - 1) // b, "program_id": lambda _: PROGRAM.number,
         "arange": lambda a, b, layout=None: register(torch.arange(a, int(b))),
         "exp2": lambda x: torch.exp2(x), "exp": torch.exp, "log2": torch.log2, "abs": torch.abs, "ceil": torch.ceil,
-        "max": lambda x, axis: torch.amax(x, axis), "sum": lambda x, axis: torch.sum(x, axis),
+        "max": lambda x, axis: torch.amax(x, axis), "min": lambda x, axis: torch.amin(x, axis),
+        "cumsum": lambda x, axis: torch.cumsum(x, axis), "sum": lambda x, axis: torch.sum(x, axis),
         "reshape": lambda x, shape: x.reshape([int(n) for n in shape]),
         "permute": lambda x, order: x.permute(order), "cast": lambda x, dtype: register(x).to(dtype),
         "load": lambda pointer, mask=None, other=0: pointer.load(mask, other),
