@@ -422,6 +422,10 @@ def _run_backward(
     """
     backward = _resolved_backward(spec, inputs[0].device.type)
     original = parsed(spec)
+    attend = original.attend()
+    for name, given in zip(original.outputs, gradients, strict=True):
+        if attend is not None and name in attend.taps and not is_absent(given):
+            raise RuntimeError(f"{name} of {original.name} has no gradient: detach it before it joins a loss")
     if isinstance(backward, str):
         _say_recomputed(spec, inputs[0].device.type)
         found: Sequence[torch.Tensor | None] = _recomputed(original, gradients, inputs)
@@ -472,7 +476,10 @@ def _recomputed(
     shown = _rows_with_keys(smooth, named, dtype)
     given = []
     for output, gradient in zip(outputs, gradients, strict=True):
-        gradient = torch.zeros_like(output) if is_absent(gradient) else gradient.to(output.dtype)
+        if is_absent(gradient):
+            given.append(torch.zeros_like(output))
+            continue
+        gradient = gradient.to(output.dtype)
         if shown is not None:
             gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
         given.append(gradient)

@@ -70,6 +70,8 @@ def why_not_spec(spec: Spec) -> str | None:
         return f"the Hopper kernel takes operands of 8 bits for softmax, not for {kind}"
     if parts.edit is not None:
         return f"the Hopper kernel has no edit of weights such as {parts.attend.weight}"
+    if parts.attend.taps:
+        return f"{', '.join(parts.attend.taps)} would take registers of the Hopper kernel; plain Triton gives them"
     rounded = {step.out: step for step in parts.rounding.steps} if parts.rounding else {}
     for name, found in ((parts.attend.query, parts.query), (parts.attend.value, parts.value)):
         channels = _constant(found.sizes[3])
