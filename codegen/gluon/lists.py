@@ -7,6 +7,7 @@ has to be known when a graph is traced, from symbols for sizes and without a GPU
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from attncompile.ir import Spec
 from attncompile.kernels.hopper import HopperForward
 from attncompile.kernels.hopper_marks import MOST_PROCESSORS, ROOM
 from attncompile.kernels.source import indented, signature
+
+SMALLEST_TILE = 128
+"""Queries of the smallest tile of :mod:`attncompile.codegen.gluon.tiles`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class ListRoom:
         if skeleton.marks is None or not skeleton.captured:
             return None  # lists that depend on sizes alone are kept by the module
         return cls(skeleton.tile.queries, skeleton.tile.keys, skeleton.marks.by_head)
+
+    def for_any_length(self) -> ListRoom:
+        """Room for the kernel of few queries too, whose tiles may be smaller."""
+        return dataclasses.replace(self, queries=min(self.queries, SMALLEST_TILE))
 
     def words(self, batch: Any, heads: Any, queries: Any, keys: Any) -> Any:
         """Numbers of 4 bytes at most; sizes may be symbols of a traced graph, and so is the result then."""

@@ -168,28 +168,28 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
 
 def shared_lists(spec: Spec) -> SharedLists | None:
     """What calls on a Hopper GPU may share where tensors decide which keys a mask leaves to visit, or ``None``."""
-    bound = operators.bind(spec)
     attend = spec.attend()
-    if attend is None or _lists(bound.text) is None:
+    reads = dict.fromkeys(load.tensor for load in loads(attend.mask)) if attend else {}
+    if not reads:
+        return None  # what depends on sizes alone is kept by the module
+    bound = operators.bind(spec)
+    if _lists(bound.text) is None:
         return None
-    reads = dict.fromkeys(load.tensor for load in loads(attend.mask))
     return SharedLists(bound.text, tuple(reads), bound.lists)
 
 
 def _lists(text: str) -> operators.Lists | None:
     """How the lists of a Spec's Hopper kernel are made, or ``None`` where calls share none."""
     attend = operators.parsed(text).attend()
-    found = [_hopper(text, length) for length in LENGTHS] if attend is not None else []
-    rooms = [module.list_room for module in found if not isinstance(module, str)]
-    kept = [room for room in rooms if room is not None]
-    if attend is None or not kept or len(kept) < len(LENGTHS):
+    found = _hopper(text, LENGTHS[-1]) if attend is not None else ""
+    room = None if isinstance(found, str) else found.list_room
+    if attend is None or room is None:
         return None
-    types = operators.parsed(text).types()
+    types, room = operators.parsed(text).types(), room.for_any_length()
     sizes = (*types[attend.query].sizes[:3], types[attend.key].sizes[2])
 
     def words(known: Mapping[str, Any]) -> Any:
-        extents = [operators.extent(simplify(size), known) for size in sizes]
-        return functools.reduce(torch.sym_max, [room.words(*extents) for room in kept])
+        return room.words(*(operators.extent(simplify(size), known) for size in sizes))
 
     return operators.Lists(words, _chosen(text).fill_lists)
 
@@ -209,6 +209,7 @@ class _Chosen:
     def __init__(self, text: str) -> None:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
+        self._taking_lists: set[ModuleType] = set()
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
@@ -229,7 +230,10 @@ class _Chosen:
         length = next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
         if length not in self._modules:
             found = _hopper(self._text, length)
-            self._modules[length] = None if isinstance(found, str) else load_module(found)
+            module = None if isinstance(found, str) else load_module(found)
+            self._modules[length] = module
+            if module is not None and not isinstance(found, str) and found.list_room is not None:
+                self._taking_lists.add(module)
         return self._modules[length]
 
     def _on_hopper(self, tensors: Sequence[torch.Tensor]) -> ModuleType | None:
@@ -244,7 +248,7 @@ class _Chosen:
     def fill_lists(self, memory: torch.Tensor, *tensors: torch.Tensor) -> None:
         """Write the lists of key blocks that :meth:`run` takes; nothing where another kernel computes the tensors."""
         module = self._on_hopper(tensors) if on_hopper(memory.device) else None
-        if module is not None:
+        if module in self._taking_lists:
             module.mask_lists(memory, *tensors)
 
     def run(
@@ -257,7 +261,8 @@ class _Chosen:
             module = self._on_hopper(tensors)
             if module is not None:
                 try:
-                    return module.attend(*tensors) if lists is None else module.attend(*tensors, lists=lists)
+                    shared = {} if lists is None or module not in self._taking_lists else {"lists": lists}
+                    return module.attend(*tensors, **shared)
                 except module.Refused:
                     if self._plain_map is not None:
                         return self._sdpa(*tensors)

@@ -203,6 +203,16 @@ def test_what_calls_on_a_hopper_gpu_share() -> None:
         assert shared_lists(_row(name, mask).spec) is None, name
 
 
+@pytest.mark.parametrize("name", [row.name for row in ROWS if "given" in row.text])
+def test_memory_suffices_for_few_queries(name: str) -> None:
+    """What is known from the kernel for many queries is enough for the one for few."""
+    spec = next(row for row in ROWS if row.name == name).spec
+    many, few = (generate(spec, queries=queries).list_room for queries in (16384, 1024))
+    assert many is not None and few is not None
+    for sizes in ((1, 1, 1, 1), (3, 7, 500, 700), (2, 8, 2048, 8192)):
+        assert many.for_any_length().words(*sizes) >= max(many.words(*sizes), few.words(*sizes))
+
+
 def test_lists_that_depend_on_sizes_alone_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.experimental.gluon")
     monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
