@@ -14,12 +14,13 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from attncompile.codegen import pytorch
 from attncompile.codegen.lowering import Lowering, SharedLists
+from attncompile.codegen.triton.alternatives import alternatives, made_by
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
@@ -29,12 +30,16 @@ from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
+from attncompile.codegen.triton.tuned import Choice, bucket, read_choices
+from attncompile.codegen.triton.tuning import Alternative, Session
+from attncompile.codegen.triton.tuning import session as tuning_session
 from attncompile.ir import Quantize, Regroup, Spec, print_spec, simplify
 from attncompile.ir.expr import loads
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
     from attncompile.codegen.gluon import HopperModule
+    from attncompile.codegen.gluon.lists import ListRoom
 
 FEWEST_QUERIES = 64
 """With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
@@ -173,34 +178,40 @@ def shared_lists(spec: Spec) -> SharedLists | None:
     if not reads:
         return None  # what depends on sizes alone is kept by the module
     bound = operators.bind(spec)
-    if _lists(bound.text) is None:
+    if _list_room(bound.text) is None:
         return None
     return SharedLists(bound.text, tuple(reads), bound.lists)
 
 
+def _list_room(text: str) -> ListRoom | None:
+    """What the lists of a Spec's Hopper kernel take, or ``None`` where calls share none."""
+    found = _hopper(text, LENGTHS[-1])
+    room = None if isinstance(found, str) else found.list_room
+    return room and room.for_any_length()
+
+
 def _lists(text: str) -> operators.Lists | None:
     """How the lists of a Spec's Hopper kernel are made, or ``None`` where calls share none."""
-    attend = operators.parsed(text).attend()
-    found = _hopper(text, LENGTHS[-1]) if attend is not None else ""
-    room = None if isinstance(found, str) else found.list_room
+    spec = operators.parsed(text)
+    attend, room = spec.attend(), _list_room(text) if spec.attend() else None
     if attend is None or room is None:
         return None
-    types, room = operators.parsed(text).types(), room.for_any_length()
+    types = spec.types()
     sizes = (*types[attend.query].sizes[:3], types[attend.key].sizes[2])
 
     def words(known: Mapping[str, Any]) -> Any:
         return room.words(*(operators.extent(simplify(size), known) for size in sizes))
 
-    return operators.Lists(words, _chosen(text).fill_lists)
+    return operators.Lists(words, _Chosen(text).fill_lists)
 
 
-@functools.lru_cache(maxsize=1024)
-def _chosen(text: str) -> _Chosen:
-    return _Chosen(text)
+def _length(queries: int) -> int:
+    """The one of :data:`LENGTHS` that stands for so many queries."""
+    return next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
 
 
 def _implementation(text: str) -> operators.Implementation:
-    return _chosen(text).run
+    return _Chosen(text).run
 
 
 class _Chosen:
@@ -210,6 +221,8 @@ class _Chosen:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
         self._taking_lists: set[ModuleType] = set()
+        self._choices: dict[torch.device, dict[str, Choice]] = {}
+        self._chosen: dict[tuple[torch.device, str], operators.Implementation] = {}
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
@@ -227,7 +240,7 @@ class _Chosen:
         return load(_generated(self._text))
 
     def _gluon(self, queries: int) -> ModuleType | None:
-        length = next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
+        length = _length(queries)
         if length not in self._modules:
             found = _hopper(self._text, length)
             module = None if isinstance(found, str) else load_module(found)
@@ -236,29 +249,75 @@ class _Chosen:
                 self._taking_lists.add(module)
         return self._modules[length]
 
-    def _on_hopper(self, tensors: Sequence[torch.Tensor]) -> ModuleType | None:
-        """The Gluon module for these tensors, which are on a Hopper GPU; ``None`` where plain Triton computes them."""
-        if self._query is None:
-            return None
-        query = tensors[self._query]
-        queries = query.shape[2]
-        half = query.element_size() == 2
-        return self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
-
     def fill_lists(self, memory: torch.Tensor, *tensors: torch.Tensor) -> None:
-        """Write the lists of key blocks that :meth:`run` takes; nothing where another kernel computes the tensors."""
-        module = self._on_hopper(tensors) if on_hopper(memory.device) else None
-        if module in self._taking_lists:
+        """Write the lists of key blocks that :meth:`run` takes; nothing where the tables name another kernel."""
+        if self._query is None or not self._takes_hopper(tensors):
+            return
+        module = self._gluon(tensors[self._query].shape[2])
+        if module is not None and module in self._taking_lists:
             module.mask_lists(memory, *tensors)
 
     def run(
         self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """The outputs of the Spec; ``lists`` from :meth:`fill_lists` for the same mask and sizes."""
+        """The outputs of the Spec; ``lists`` from :meth:`fill_lists` for the same mask and sizes.
+
+        They are those of the kernel that the tables name: one that was tuned may have other tiles, and makes its own.
+        """
+        device = tensors[0].device
+        choices = self._choices.get(device)
+        if choices is None:
+            choices = self._choices[device] = read_choices(self._text, device)
+        session = tuning_session()
+        if session is not None or choices:
+            where = bucket(self._text, tensors)
+            if session is not None and where not in choices:
+                choices[where] = self._tune(session, where, tensors)
+            if where in choices and choices[where].target != "table":
+                return self._tuned(device, where, tensors)(*tensors)
+        return self._by_table(*tensors, lists=lists)
+
+    def _tune(self, session: Session, where: str, tensors: Sequence[torch.Tensor]) -> Choice:
+        # what the table has needs no tile here: for no alternative it is kept as it is
+        default = Alternative(Choice("table"), lambda: self._by_table)
+        hopper = None
+        runs: Literal["triton", "gluon", "sdpa"] = "triton"
+        queries = 0 if self._query is None else tensors[self._query].shape[2]
+        if self._takes_hopper(tensors):
+            found = _hopper(self._text, _length(queries))
+            if not isinstance(found, str):
+                runs, hopper = "gluon", found.skeleton.tile
+        if self._plain_map is not None and on_hopper(tensors[0].device) and self._plain_map.faster_in_sdpa(tensors):
+            runs = "sdpa"
+        module = _generated(self._text)
+        others = alternatives(self._text, module, tensors, _length(queries), runs=runs, hopper=hopper)
+        rounds = any(isinstance(step, Quantize) for step in operators.parsed(self._text).operations)
+        return session.tune(self._text, where, tensors, default, others, rounds)
+
+    def _tuned(self, device: torch.device, where: str, tensors: Sequence[torch.Tensor]) -> operators.Implementation:
+        """The function that was chosen for a bucket, another than the tables'."""
+        found = self._chosen.get((device, where))
+        if found is None:
+            queries = 0 if self._query is None else tensors[self._query].shape[2]
+            found = made_by(self._text, self._choices[device][where], _length(queries), self._plain)
+            self._chosen[device, where] = found
+        return found
+
+    def _takes_hopper(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these tensors are for the kernel in Gluon, where there is one."""
+        if self._query is None or not on_hopper(tensors[0].device):
+            return False
+        query = tensors[self._query]
+        return query.element_size() == 2 and query.shape[2] >= FEWEST_QUERIES
+
+    def _by_table(
+        self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The outputs of the Spec, computed as the tables say."""
         if self._query is not None and on_hopper(tensors[0].device):
             if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
                 return self._sdpa(*tensors)
-            module = self._on_hopper(tensors)
+            module = self._gluon(tensors[self._query].shape[2]) if self._takes_hopper(tensors) else None
             if module is not None:
                 try:
                     shared = {} if lists is None or module not in self._taking_lists else {"lists": lists}
