@@ -307,6 +307,7 @@ def _functions() -> dict[str, Any]:
 
     return {
         "signal": signal, "meet": meet, "packed": packed, "four_weights": lambda words: words,
+        "paired": lambda p, element: p.to(element), "two_weights": lambda words, element: words,
         "kept": lambda weights: None, "settled": lambda total: total,
         "rescaled": lambda accumulator, factor: accumulator * factor.unsqueeze(1),
     }  # fmt: skip
