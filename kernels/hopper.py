@@ -53,6 +53,8 @@ WEIGHING = {
     "relu": (),
 }
 """By normaliser, functions of :mod:`attncompile.kernels.hopper_device` that make weights."""
+WIDE_VALUES = ("pair_text", "paired", "two_weights")
+"""Functions of :mod:`attncompile.kernels.hopper_device` for values of 16 bits."""
 NARROW_VALUES = ("packed", "four_weights", "kept", "power_exponent", "inverse_power")
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
@@ -75,6 +77,9 @@ class HopperTile:
         ahead: whether the products of the next key block run under the softmax of this one too, which takes the
             registers of two blocks' scores; only for values of 8 bits.
         loaded: whether queries of 8 bits are multiplied from registers.
+        settled: whether a step's exponentials are kept in front of its last wait, where a compiler would rather have
+            them behind it: next to nothing runs under them there.
+        chains: whether a row's greatest score is found by four chains of comparisons instead of one.
     """
 
     groups: int
@@ -88,6 +93,8 @@ class HopperTile:
     early: bool = False
     ahead: bool = False
     loaded: bool = False
+    settled: bool = False
+    chains: bool = False
 
     @property
     def queries(self) -> int:
@@ -247,7 +254,12 @@ class HopperForward:
     @property
     def _codes(self) -> CodeText:
         """The lines about scales."""
-        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head)
+        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head, self.tile.chains)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether a step's exponentials are kept in front of its last wait."""
+        return self.softmax and (self.tile.settled or self.tile.ahead)
 
     def _filled(self, template: str, **parts: list[str]) -> str:
         """A template with its markers replaced, in lines that fit; see :mod:`attncompile.kernels.hopper_text`."""
@@ -261,10 +273,10 @@ class HopperForward:
             "ahead": self.tile.ahead,
             "behind": not self.tile.ahead,
             "loaded": self.tile.loaded,
-            "placed": self.narrow is not None and not self.tile.loaded,
+            "placed": not self.tile.loaded,
+            "settled": self._settled,
             "narrow": self.narrow is not None,
             "softmax": self.softmax,
-            "wide softmax": self.narrow is None and self.softmax,
             "summed wide values": not self.turned_values and self.softmax,
             "wide": self.narrow is None,
             "narrow values": self.turned_values,
@@ -290,9 +302,8 @@ class HopperForward:
         launched = [name for name in self.pointers() if name == "lse" or name in scales]
         if self.digits:
             line = line.replace("out_tiles, ", "digit_tile, ")
-        own = ["query_tile", *(["digit_tile"] if self.digits else [])]
-        if scales and not self.tile.loaded:
-            own = ["query_tiles", "query_slot"]
+        own = ["query_tile"] if self.tile.loaded else ["query_tiles", "query_slot"]
+        own += ["digit_tile"] if self.digits else []
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
@@ -327,9 +338,11 @@ class HopperForward:
         line = line.replace("QUERY_BOX", query_box).replace("KEY_BOX", key_box)
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
-        operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
-        line = re.sub(r"CARRIED\((\w+)\)", r"packed(\1)" if self.turned_values else operand, line)
-        line = re.sub(r"OPERAND\((\w+)\)", r"four_weights(\1)", line)
+        carried, operand = r"paired(\1, value_tiles.dtype)", r"two_weights(\1, value_tiles.dtype)"
+        if self.turned_values:
+            carried, operand = r"packed(\1)", r"four_weights(\1)"
+        line = re.sub(r"CARRIED\((\w+)\)", carried, line)
+        line = re.sub(r"OPERAND\((\w+)\)", operand, line)
         line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
 
@@ -371,7 +384,7 @@ class HopperForward:
             STEP,
             block_scales=self._codes.block_scales(),
             scaled=self._codes.scaled(edge=False),
-            highest=self._codes.highest("highest", edge=False) if self.narrow else [],
+            highest=self._codes.highest("highest", edge=False) if self.softmax else [],
             exponentials=self._weights("new_peak", edge=False),
         )
 
@@ -452,8 +465,9 @@ class HopperForward:
             [
                 *(hopper_function(name) for name in (*RING, *WEIGHING[self.normalizer])),
                 *([hopper_function("query_factors")] if self.narrow else []),
-                *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
-                *([hopper_function("settled")] if self.tile.ahead else []),
+                *(hopper_function(name) for name in (NARROW_VALUES if self.turned_values else WIDE_VALUES)),
+                *([hopper_function("settled")] if self._settled else []),
+                *([hopper_function("highest_of")] if self.tile.chains and self.softmax else []),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),

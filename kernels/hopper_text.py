@@ -3,9 +3,9 @@
 ``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
 sizes, ``QUERY_PLACE KEY_PLACE VALUE_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX VALUE_BOX`` for its sizes,
 those of values as they are or turned over; ``SCALES`` for the scales that a step needs, ``QUERY_OPERAND`` for where the
-queries lie, ``OPERAND(p)`` for weights as an operand, ``PRODUCTS`` for the type of products of queries and keys,
-``OUT_DTYPE`` for that of results; a line ``# <name>`` for lines that depend on the Spec; a line that ends in
-``# if option`` is left out unless the option holds.
+queries lie, ``CARRIED(p)`` for weights as words that a step hands to the next, ``OPERAND(words)`` for these as an
+operand, ``PRODUCTS`` for the type of products of queries and keys, ``OUT_DTYPE`` for that of results; a line
+``# <name>`` for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless the option holds.
 """
 
 LOGITS = '''
@@ -44,7 +44,7 @@ def step(
     # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if placed
     # in one loop from the loop before, even where that one did not run.  # if placed
     query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if placed
-    weights = OPERAND(weights)  # if narrow values
+    weights = OPERAND(weights)
     if EDGE:  # if digits
         hidden = hidden_digits(start, first_row, b, h, CONTEXT)  # if digits
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
@@ -81,14 +81,13 @@ def step(
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     # <highest>
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide softmax
-    new_peak = gl.maximum(peak, highest)  # if narrow
+    new_peak = gl.maximum(peak, highest)  # if softmax
     factor = gl.exp2(peak - new_peak)  # if softmax
     # <exponentials>
     in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)  # if softmax
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if summed wide values
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
-    total = settled(total)  # if ahead
+    total = settled(total)  # if settled
     last_stage, last_phase = following(later_stage, later_phase)  # if ahead
     mbarrier.wait(key_ready.index(last_stage), last_phase, pred=more)  # if ahead
     later_stage, later_phase = following(next_stage, next_phase)  # if behind
@@ -147,8 +146,6 @@ def consumer(
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
         # What the next tile visits is known when it begins.  # if listed
         COUNTED = counted(next_tile, CONTEXT)  # if listed
-        slot = buffer * GROUPS + GROUP  # if digits
-        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
         query_slot = buffer * GROUPS + GROUP  # if placed
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]).load(OWN_ROWS)  # if loaded
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
@@ -201,7 +198,7 @@ def consumer(
         last_stage = stage
         next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if digits
         hidden = hidden_digits(first_block(COUNTED), next_row + 64 * GROUP, next_b, next_h, CONTEXT)  # if digits
-        weights = OPERAND(weights)  # if narrow values
+        weights = OPERAND(weights)
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
         values = value_tiles.index(last_stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
@@ -235,10 +232,10 @@ def consumer(
         accumulator = accumulator * gl.expand_dims(factor, 1)  # if softmax
         tma.store_wait(0)  # if staged apart
         out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged apart
-        query_tiles.index(slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits
+        query_tiles.index(query_slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits
         fence_async_shared()  # if staged
         copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged apart
-        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(slot))  # if digits
+        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(query_slot))  # if digits
         # <stored>
         s = warpgroup_mma_wait(0, deps=[next_s])  # if no digits
         s, hidden = warpgroup_mma_wait(0, deps=[next_s, hidden])  # if digits

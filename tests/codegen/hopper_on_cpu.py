@@ -237,7 +237,8 @@ def _functions() -> dict[str, Any]:
 
     return {
         "signal": _signal, "meet": _meet, "packed": packed, "four_weights": lambda words: words,
-        "tanh": torch.tanh, "reciprocal": lambda x: 1.0 / x,
+        "tanh": torch.tanh, "highest_of": lambda s: torch.amax(s, 1), "reciprocal": lambda x: 1.0 / x,
+        "paired": lambda p, element: p.to(element), "two_weights": lambda words, element: words,
         "kept": lambda weights: None, "settled": lambda total: total,
         "rescaled": lambda accumulator, factor: accumulator * factor.unsqueeze(1), "add_to": add_to,
     }  # fmt: skip

@@ -27,7 +27,7 @@ from attncompile.ir.types import bind_sizes
 from attncompile.passes import parse_passes, run_passes
 from tests.cases import BY_NAME, Case
 from tests.codegen.readable import check_text
-from tests.codegen.sass import instructions, unset_descriptors
+from tests.codegen.sass import instructions, rounds, unset_descriptors
 from tests.ir.rounding import operations, within_rounding
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
@@ -261,6 +261,12 @@ def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         code = instructions(kernel.texts["cubin"])
         assert sum(bool(each.describes()) for each in code) > 4
         assert not unset_descriptors(code)
+        steps = rounds(code)
+        assert len(steps) >= module.skeleton.tile.groups
+        # Weights would be joined by a PRMT for each word of two: a thread has words for a quarter of a block's keys.
+        # Loaded numbers of 16 bits are, and digits are rounded to them.
+        joined = max(sum(each.operation.startswith("PRMT") for each in step) for step in steps)
+        assert joined < module.skeleton.tile.keys // 4 or "bias" in dict(kernel.arguments)
 
 
 @pytest.mark.parametrize(
