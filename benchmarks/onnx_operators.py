@@ -1,6 +1,6 @@
 """Measure ONNX Runtime's attention operators against the plain decomposition; write the table that chooses.
 
-    python -m benchmarks.onnx_operators codegen/onnx/measured.tsv [--provider cuda]
+    python -m benchmarks.onnx_operators codegen/onnx/measured.tsv [--provider cuda] [--only cached|scan]
 
 Every operator that can compute a Spec runs in turn, round after round, in one session each with one thread;
 what counts is the processor time of the calling thread, which other programs on the machine do not lengthen
@@ -61,6 +61,9 @@ CACHES = (
 )
 """Past and new keys or values, and queries."""
 
+SCAN = "site   scan  q,k,v[B,8,I,64]  float32\n  decay  −exp2(−h − 5) + 1.0\n  scale  0.125\n"
+"""Linear attention with a decay of each head, as retention has it."""
+
 PROMPTS = (128, 512, 768, 1024, 2048)
 """Lengths at which a cache is measured, of a prompt and of what is cached before a step."""
 
@@ -88,7 +91,7 @@ def specs() -> list[Spec]:
                     f"  norm   softmax (float32)\n{given}"
                 )
             )
-    return found + [cached(*row) for row in CACHES]
+    return found + [cached(*row) for row in CACHES] + [parse_spec(SCAN)]
 
 
 def cached(keys: str, queries: str, heads: str) -> Spec:
@@ -196,16 +199,27 @@ def device(provider: Provider = "cpu") -> str:
     return platform.processor() or platform.machine()
 
 
-def main(target: Path, provider: Provider, *, only_cached: bool = False) -> None:
-    """Measure everything on a provider, or what has a cache, and put it into the table."""
+def part_of(spec: Spec) -> str:
+    """What of the table a Spec is measured for: ``cached``, ``scan``, or ``plain``."""
+    return "scan" if spec.scan() is not None else "cached" if mask_class(spec) == CACHED else "plain"
+
+
+def part_of_line(line: str) -> str:
+    """The same of a line of the table."""
+    mask, operator = line.split("\t")[4], line.split("\t")[7]
+    return "scan" if operator == "LinearAttention" else "cached" if mask in (CACHED, STEP) else "plain"
+
+
+def main(target: Path, provider: Provider, only: str | None = None) -> None:
+    """Measure everything on a provider, or a part of it, and put it into the table."""
     head = ("provider", "device", "onnxruntime", "date", "mask", "grouped", "length", "operator", "speed")
     fixed = (provider, device(provider), onnxruntime.__version__, datetime.date.today().isoformat())
     first = ["# written by benchmarks/onnx_operators.py: speed relative to the plain decomposition", "\t".join(head)]
     known = target.read_text(encoding="utf-8").splitlines()[len(first) :] if target.exists() else []
     lines: list[str] = []
     for spec in specs():
-        behind = mask_class(spec) == CACHED
-        if only_cached and not behind:
+        behind = part_of(spec) == "cached"
+        if only not in (None, part_of(spec)):
             continue
         cases = [(length, step) for step in (False, True) for length in PROMPTS] if behind else [
             (length, False) for length in LENGTHS
@@ -216,7 +230,7 @@ def main(target: Path, provider: Provider, *, only_cached: bool = False) -> None
                 lines.append("\t".join(map(str, (*cells, f"{row.speed:.2f}"))))
                 print(lines[-1], flush=True)
     kept = [line for line in known if not line.startswith(f"{provider}\t")]
-    same = [line for line in known if line not in kept and only_cached and line.split("\t")[4] not in (CACHED, STEP)]
+    same = [line for line in known if line not in kept and only not in (None, part_of_line(line))]
     whole = [*same, *lines, *kept] if provider == "cpu" else [*kept, *same, *lines]
     target.write_text("\n".join([*first, *whole]) + "\n", encoding="utf-8")
 
@@ -225,6 +239,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("table", type=Path, help="where the results go")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only-cached", action="store_true", help="rows behind a cache; the others stay")
+    parser.add_argument("--only", choices=("plain", "cached", "scan"), help="these rows; the others stay")
     given = parser.parse_args()
-    main(given.table, given.provider, only_cached=given.only_cached)
+    main(given.table, given.provider, given.only)

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 
 def generate(session: onnxruntime.InferenceSession, ids: list[int], ends: set[int], count: int) -> list[int]:
     """At most ``count`` tokens that follow, each the most likely one; the cache never moves."""
-    binding, kinds = session.io_binding(), {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    kinds = {"float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
+    binding = session.io_binding()
     for entry in session.get_inputs():
         if entry.name.startswith("past_key_values."):  # [batch, heads, capacity, channels]
-            room = np.zeros((1, entry.shape[1], len(ids) + count, entry.shape[3]), dtype=kinds[entry.type])
+            room = np.zeros((1, entry.shape[1], len(ids) + count, entry.shape[3]), dtype=kinds[entry.type[7:-1]])
             buffer = onnxruntime.OrtValue.ortvalue_from_numpy(room)
             binding.bind_ortvalue_input(entry.name, buffer)
             binding.bind_ortvalue_output(entry.name.replace("past_key_values", "present"), buffer)

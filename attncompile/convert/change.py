@@ -12,7 +12,7 @@ import onnx_ir
 import torch
 
 from attncompile.backend.site_module import to_spec_axes
-from attncompile.codegen.onnx.tidy import raise_opset
+from attncompile.codegen.onnx.tidy import raise_opset, suited_opset
 from attncompile.convert.calibration import Call
 from attncompile.convert.runtime import feeds, results, save, session
 from attncompile.frontends.capture import Captured
@@ -120,7 +120,7 @@ def changes_in_onnx(model: onnx_ir.Model, call: Call, provider: str, rewrites: S
 
 def name_values(model: onnx_ir.Model) -> None:
     """Bring a model to the opset and the names of values that its sites were lifted with, in place."""
-    raise_opset(model)
+    raise_opset(model, suited_opset(model))
     onnx_graph(model)
 
 

@@ -107,7 +107,8 @@ def _made_in(
     """See :func:`convert_onnx`; ``scratch`` is for exports, and for results that are compared."""
     precision = _precision(options, requested)
     if precision is not None:
-        require_possible(precision, options.provider, target)
+        shared, version = options.shared_buffer, options.onnxruntime
+        require_possible(precision, options.provider, target, shared=shared, version=version)
         opened = _in_float32(opened)
     parts, notes = _exported(opened, target, scratch, options)
     done = [make_part(part, target, requested, folder, options, precision, notes[part.file], scratch) for part in parts]
@@ -322,7 +323,7 @@ def verify_onnx(
     precision = parse_precision(plan.precision) if plan.precision else None
     if precision is not None:
         opened = _in_float32(opened)
-    rounds, text = precision is not None and precision.kind.budget is not None, source_text(source)
+    rounds, text = precision is not None and precision.budget is not None, source_text(source)
     parts, _ = parts_of(opened, source.cache, source.shared)
     lossy = rounds or plan_is_lossy(plan)
     entries: list[EndToEnd] = []

@@ -128,7 +128,7 @@ def make_part(
     """
     opened, provider = part.opened, options.provider
     doing = f" of the {part.name}" if part.name else ""
-    rounds, budget = precision is not None and precision.kind.budget is not None, budget_of(options, precision)
+    rounds, budget = precision is not None and precision.budget is not None, budget_of(options, precision)
     texts = texts_for(part, options.text) if rounds or options.text is not None else None
     if rounds and texts is not None:  # the same calls each time a result is judged
         texts = replace(texts, judged=texts.judged or calls(opened))
@@ -190,7 +190,7 @@ def make_part(
         def loaded(file: Path) -> Runs:
             return replace(compared_with, converted=partial(run, session(file, provider, lean=True)))
 
-        rounded = _round(part, rewritten, folder, precision, budget, texts, loaded, provider)
+        rounded = _round(part, rewritten, folder, precision, budget, texts, loaded, options)
         told, kept, changes = [*rounded.notes, _agreed(compared), *told], rounded.kept, {**changes, **rounded.changes}
         compared = compare_on(inputs, loaded(folder / part.file), budget)
         release()
@@ -217,7 +217,7 @@ def budget_of(options: Options, precision: Precision | None) -> float | None:
     """The largest relative change of an output: what was asked for, or the precision's own."""
     if options.budget is not None or precision is None:
         return options.budget
-    return precision.kind.budget
+    return precision.budget
 
 
 def finish_part(part: Part, folder: Path, scratch: Path) -> None:
@@ -247,14 +247,15 @@ def _round(
     budget: float,
     texts: Texts,
     loaded: Callable[[Path], Runs],
-    provider: str,
+    options: Options,
 ) -> _Rounded:
     """Put the model in the folder in another precision."""
+    provider, version = options.provider, options.onnxruntime
     with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
         plain = Path(scratch) / part.file
         for file in folder.glob(f"{part.file}*"):
             shutil.move(file, Path(scratch) / file.name)
-        made = round_model(part.opened, plain, folder / part.file, precision, budget, texts, loaded, provider)
+        made = round_model(part.opened, plain, folder / part.file, precision, budget, texts, loaded, provider, version)
         text = texts.judged[0]
         models = onnx_ir.load(plain), onnx_ir.load(folder / part.file)
         changes = rounding_changes(rewritten.program, *models, text, provider)

@@ -14,17 +14,19 @@ from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
-from attncompile.codegen.onnx.tidy import Tidied, raise_opset, tidy, wanted_opset
+from attncompile.codegen.onnx.packing import Begins
+from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
-from attncompile.frontends.graph import Graph
+from attncompile.frontends.graph import Fill, Graph
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
 from attncompile.ir import Refusal, RefusalError, Spec
-from attncompile.ir.expr import Const
+from attncompile.ir.expr import ZERO, Const
+from attncompile.ir.simplify import simplify
 from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
@@ -80,7 +82,7 @@ def rewrite_onnx(
         dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
     """
     opset_before = model.opset_imports.get("", 0)
-    wanted = wanted_opset(version, provider)
+    kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
     raised = raise_opset(model, wanted)
     program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
@@ -139,11 +141,16 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes):
             put_back(call)
-    done = tidy(model, provider, version, longest, dtype)
+    done = tidy(model, provider, version, longest, dtype, first_positions(program.graph))
     told = [f"around attention: {done}"]
     if not raised:
         told.append(
             f"the model stays at opset {model.opset_imports.get('', 0)}, because not all its nodes have a newer form"
+        )
+    elif kernelless and wanted < OPSET:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
+            f"{installed()} has no kernel for its {', '.join(kernelless)} there"
         )
     elif wanted < OPSET and opset_before < OPSET:
         told.append(
@@ -199,6 +206,22 @@ def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Pro
     if speed * WORTH_BRANCHING < 1.0:  # a call is not taken apart for a difference that measurements hardly show
         return None
     return f"it stays {operator}, which was measured {speed:.2f}x as fast as plain operators"
+
+
+def first_positions(graph: Graph | None) -> Begins | None:
+    """What the sizes of a lifted graph prove of the first positions of its calls."""
+    if graph is None:
+        return None
+    numbers = {node.output: node.value for node in graph.nodes if isinstance(node, Fill)}
+
+    def begins(first: onnx_ir.Value, keys: onnx_ir.Value, new: onnx_ir.Value) -> bool:
+        start, count = (numbers.get(value.name or "") for value in (first, keys))
+        info = graph.infos.get(new.name or "")
+        if start is None or count is None or info is None or len(info.shape) != 4:
+            return False
+        return simplify(start + info.shape[2] - count) == ZERO
+
+    return begins
 
 
 def _untouched(spec: Spec, result: PassResult) -> PassResult:

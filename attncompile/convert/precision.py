@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir
 from pydantic import Field
 
@@ -27,7 +28,8 @@ from attncompile.codegen.onnx.quantize import (
     plain_projections,
     static_rounding,
 )
-from attncompile.convert.providers import named_provider, session_providers
+from attncompile.codegen.onnx.stored import Bits, store_narrow, why_not_stored
+from attncompile.convert.providers import kernels_of, named_provider, session_providers
 from attncompile.convert.runtime import save
 from attncompile.frontends.errors import InputError
 from attncompile.passes import Options
@@ -38,11 +40,13 @@ COSINE_995, COSINE_95 = 0.1, 0.32
 """Relative changes at which two vectors of one length have cosines of 0.995 and 0.95."""
 
 
-class NoOptions(Options):
-    """A precision without options."""
+class CacheOptions(Options):
+    """Options of every precision."""
+
+    cache: Literal["float", "int8", "int4"] = Field("float", description="how keys and values are cached")
 
 
-class Int8Options(Options):
+class Int8Options(CacheOptions):
     """Options of ``int8``."""
 
     per_channel: bool = Field(True, description="one scale for each output channel of a weight")
@@ -54,7 +58,7 @@ class StaticOptions(Int8Options):
     calibration: Calibration = Field("minmax", description="how ranges are taken: minmax, entropy or percentile")
 
 
-class BlockOptions(Options):
+class BlockOptions(CacheOptions):
     """Options of ``int8-weights`` and ``int4``."""
 
     block: Literal[16, 32, 64, 128, 256] = Field(32, description="weights that share one scale")
@@ -84,7 +88,7 @@ class Kind:
     name: str
     summary: str
     budget: float | None
-    options: type[Options] = NoOptions
+    options: type[CacheOptions] = CacheOptions
     projections: bool = False
     calibrated: bool = False
     states: Narrow | None = None
@@ -100,7 +104,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
         Kind("int8-weights", "projections: weights of 8 bits in blocks (MatMulNBits)", COSINE_995, BlockOptions, True),
         Kind("int4", "projections: weights of 4 bits in blocks (MatMulNBits)", COSINE_95, Int4Options, True),
-        Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_995, NoOptions, True, True),
+        Kind("fp8", "projections: weights and states in float8 e4m3, for GPUs", COSINE_995, CacheOptions, True, True),
     )
 }
 
@@ -110,7 +114,7 @@ class Precision:
     """A precision with its options; prints as :func:`parse_precision` reads it."""
 
     kind: Kind
-    options: Options
+    options: CacheOptions
 
     def __str__(self) -> str:
         given = self.options.model_dump(exclude_defaults=True)
@@ -123,7 +127,21 @@ class Precision:
         return _NARROW.get(getattr(self.options, "states", ""), self.kind.states)
 
 
+    @property
+    def cache(self) -> Bits | None:
+        """Bits of an element of the cache; ``None`` where that is kept in the states' own dtype."""
+        return _BITS.get(self.options.cache)
+
+    @property
+    def budget(self) -> float | None:
+        """The largest relative change of an output unless the user gives another; none where nothing is rounded."""
+        budgets = [self.kind.budget, _CACHE_BUDGETS[self.cache] if self.cache is not None else None]
+        return max((budget for budget in budgets if budget is not None), default=None)
+
+
 _NARROW: Mapping[str, Narrow] = {"fp16": "float16", "bf16": "bfloat16"}
+_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
+_CACHE_BUDGETS: Mapping[Bits, float] = {8: COSINE_995, 4: COSINE_95}
 
 
 def parse_precision(text: str) -> Precision:
@@ -139,11 +157,29 @@ def parse_precision(text: str) -> Precision:
     if name not in KINDS:
         raise ValueError(f"there is no precision {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     kind = KINDS[name]
-    return Precision(kind, make_options(name, kind.options, read_arguments(name, given)))
+    options = make_options(name, kind.options, read_arguments(name, given))
+    assert isinstance(options, CacheOptions)  # as every kind's are
+    return Precision(kind, options)
 
 
-def require_possible(precision: Precision, provider: str, where: object) -> None:
-    """Raises InputError where a provider cannot run what a precision makes, whatever the model."""
+def require_possible(
+    precision: Precision, provider: str, where: object, *, shared: bool, version: str | None = None
+) -> None:
+    """Raises InputError where a provider cannot run what a precision makes, whatever the model.
+
+    Args:
+        precision: what is asked for; provider: where it runs; where: the model, for errors.
+        shared: whether past and present are to be one buffer.
+        version: of ONNX Runtime, the installed one if none.
+    """
+    if precision.cache is not None:
+        if not shared:
+            what = f"--precision {precision} keeps the cache in integers, which takes one buffer for past and present"
+            raise InputError(what, where, "give --shared-buffer (in Python shared_buffer=True) too")
+        dtype = precision.states or "float32"
+        reason = why_not_stored(precision.cache, kernels_of(provider), version, dtype)
+        if reason is not None:
+            raise InputError(f"--precision {precision}: {reason}", where, f"leave cache={precision.options.cache} out")
     if precision.kind.name == "fp8" and named_provider(provider) == "CPUExecutionProvider":
         raise InputError(
             "--precision fp8 is for GPUs: ONNX Runtime's CPU provider loads no products of float8",
@@ -184,6 +220,7 @@ def write_precise(
     calibration: Iterable[Feed],
     provider: str,
     where: object,
+    ranges: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """Write the model of a file in another precision; how many projections were rounded, or nodes narrowed.
 
@@ -194,10 +231,35 @@ def write_precise(
         calibration: inputs to take ranges from, where the precision needs them.
         provider: where it will run.
         where: the model, for errors.
+        ranges: of what is cached, where that is kept in integers
+            (:func:`attncompile.convert.cached_ranges.cached_ranges`).
 
     Raises:
         InputError: when the provider has no kernels for the precision.
     """
+    if precision.cache is None or ranges is None:
+        return _write_rounded(source, target, precision, names, calibration, provider, where)
+    with tempfile.TemporaryDirectory(prefix="attncompile-") as scratch:
+        made, done = source, 0
+        if precision.kind.budget is not None:
+            made = Path(scratch) / target.name
+            done = _write_rounded(source, made, precision, names, calibration, provider, where)
+        model = onnx_ir.load(made)
+        done = max(done, store_narrow(model, ranges, precision.cache))
+        save(model, target)
+    return done
+
+
+def _write_rounded(
+    source: Path,
+    target: Path,
+    precision: Precision,
+    names: Collection[str],
+    calibration: Iterable[Feed],
+    provider: str,
+    where: object,
+) -> int:
+    """What :func:`write_precise` does to weights and states."""
     options: Any = precision.options
     with _quietly():
         if precision.states is not None and not precision.kind.projections:

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir
 
 from attncompile.codegen.onnx.quantize import Feed
+from attncompile.convert.cached_ranges import cached_ranges
 from attncompile.convert.calibration import Call, calls, running_text, text_calls
 from attncompile.convert.change import Change, difference, observed
 from attncompile.convert.comparison import Runs, measured_quality
@@ -87,6 +88,7 @@ def round_model(
     texts: Texts,
     loaded: Loaded,
     provider: str,
+    version: str | None = None,
 ) -> Rounded:
     """Write the model of a file in another precision, as much of it as the budget lets.
 
@@ -94,10 +96,12 @@ def round_model(
         opened: the original; source: its rewritten float32 model; target: where the result goes.
         precision: what to make; budget: the largest relative change of an output.
         texts: what to take ranges from and to judge by; the latter not empty.
-        loaded: makes runs of a result's file; provider: where it runs.
+        loaded: makes runs of a result's file; provider: where it runs; version: of ONNX Runtime, the installed one
+            if none.
 
     Raises:
-        InputError: when the budget does not hold even with half of the projections in float32.
+        InputError: when the budget does not hold even with half of the projections in float32, or the cache cannot be
+            kept as the precision says.
     """
     with tempfile.TemporaryDirectory(prefix="attncompile-") as folder:
         scratch = Path(folder)
@@ -106,12 +110,18 @@ def round_model(
         names = prepared(model, precision, opened.name)
         save(model, plain)
         del model
+        ranges = None
+        if precision.cache is not None:
+            # eight bits have steps to spare for tokens that no text has, four do not
+            more = calls(opened, 3) if precision.cache == 8 or not texts.calibration else ()
+            dtype, read = precision.states or "float32", (*texts.calibration, *more)
+            ranges = cached_ranges(plain, read, precision.cache, provider, version, dtype, opened.name)
 
         def attempt(kept: Collection[str]) -> tuple[int, Quality]:
             _remove(target)
             left = [name for name in names if name not in set(kept)]
             calibration = _calibration(opened, texts, plain, provider)
-            done = write_precise(plain, target, precision, left, calibration, provider, opened.name)
+            done = write_precise(plain, target, precision, left, calibration, provider, opened.name, ranges)
             release()
             return done, measured_quality(loaded(target), texts.judged)
 
@@ -164,8 +174,11 @@ def _told(
     quality: Quality,
     modules: Mapping[str, str],
 ) -> Iterator[str]:
+    if precision.cache is not None:
+        yield f"{precision}: keys and values are cached in {precision.cache} bits, with a scale for each channel"
     if not precision.kind.projections:
-        yield f"{precision}: {precision.kind.summary} ({done} nodes)"
+        if precision.kind.budget is not None:
+            yield f"{precision}: {precision.kind.summary} ({done} nodes)"
         return
     rest = precision.states or "float32"
     yield f"{precision}: {done} of {total} {precision.kind.summary}; attention products stay in {rest}"

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir
 import onnxruntime
 import torch
 
+from attncompile.codegen.onnx.stored import Codes, codes_of
 from attncompile.convert.calibration import Call
 from attncompile.convert.providers import IN_FULL, session_providers
 from attncompile.frontends.errors import InputError
@@ -45,9 +47,19 @@ def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> No
     onnx_ir.save(model, path, **beside)
 
 
+class Session(onnxruntime.InferenceSession):
+    """A session that knows how the model keeps its cache.
+
+    Attributes:
+        codes: of a cache in integers, by the names of inputs and outputs; calls have it in floats.
+    """
+
+    codes: Mapping[str, Codes] = {}
+
+
 def session(
     model: Path | bytes, provider: str, threads: int | None = None, *, lean: bool = False, defaults: bool = False
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """A session on the provider, for a file or for a model's bytes.
 
     It computes in the dtypes that the model says: what a provider rounds on its own, as CUDA does float32 products to
@@ -73,7 +85,7 @@ def session(
         options.intra_op_num_threads = threads
     try:
         given = str(model) if isinstance(model, Path) else model
-        loaded = onnxruntime.InferenceSession(given, options, providers=list(names), provider_options=chosen)
+        loaded = Session(given, options, providers=list(names), provider_options=chosen)
     except Exception as error:
         name = model if isinstance(model, Path) else "the model"
         raise InputError(
@@ -85,7 +97,16 @@ def session(
             f"onnxruntime {onnxruntime.__version__}",
             "what is missing stands in ONNX Runtime's log; install it, or choose --provider cpu",
         )
+    if any(entry.type in _INTEGERS and entry.name.startswith(CACHED) for entry in loaded.get_inputs()):
+        kept = onnx_ir.load(model) if isinstance(model, Path) else onnx_ir.from_proto(onnx.load_from_string(model))
+        loaded.codes = codes_of(kept)
     return loaded
+
+
+CACHED = "past_key_values."
+"""How inputs of the cache begin."""
+
+_INTEGERS = ("tensor(int8)", "tensor(uint8)")
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
@@ -171,7 +192,11 @@ def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndar
         name: (tensors[name] if by_name else leaf).detach().cpu()
         for name, leaf in zip(entries, leaves if not by_name else entries, strict=False)
     }
-    return {name: _array(tensor, entries[name]) for name, tensor in given.items()}
+    codes = loaded.codes if isinstance(loaded, Session) else {}
+    return {
+        name: codes[name].encode(tensor.float().numpy()) if name in codes else _array(tensor, entries[name])
+        for name, tensor in given.items()
+    }
 
 
 def _array(tensor: torch.Tensor, kind: str) -> np.ndarray:
@@ -208,7 +233,7 @@ def _value(array: np.ndarray, kind: str) -> onnxruntime.OrtValue:
 
 
 def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Tensor]:
-    """The float outputs of a model in ONNX Runtime, by name.
+    """The float outputs of a model in ONNX Runtime, by name; a cache in integers as the floats that it stands for.
 
     Raises:
         RuntimeError: when ONNX Runtime does not run the call; its own errors share no other base.
@@ -217,4 +242,7 @@ def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Ten
         found = results(loaded, feeds(loaded, call))
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+    codes = loaded.codes if isinstance(loaded, Session) else {}
+    for name in codes.keys() & found.keys():
+        found[name] = torch.from_numpy(codes[name].decode(found[name].numpy()))
     return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}

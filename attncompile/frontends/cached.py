@@ -28,6 +28,9 @@ PRESENT = "present."
 EXAMPLE_PAST = 14
 """Cached positions of the example that a model is exported with."""
 
+ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
+"""What helps where a model has no cache to convert with."""
+
 Past = Sequence[dict[str, torch.Tensor]]
 """``key`` and ``value`` of each layer, ``[B, G, P, D]``."""
 
@@ -281,10 +284,6 @@ def with_cache(opened: OpenedModel) -> CachedModel:
     return made
 
 
-ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
-"""What helps where a model has no cache to convert with."""
-
-
 def why_no_cache(opened: OpenedModel, arguments: Set[str]) -> str | None:
     """Why a model is none of transformers that generates and takes these arguments of its forward."""
     model = opened.model
@@ -315,8 +314,8 @@ def _require_steps(cached: CachedModel) -> None:
     require_equal_steps(at_once, stepped, cached.name)
 
 
-def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str) -> None:
-    """Raises InputError unless a step's logits are those of the whole sequence.
+def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str, advice: str = ADVICE) -> None:
+    """Raises InputError, with the advice, unless a step's logits are those of the whole sequence.
 
     Judged by half of the digits of the model's dtype: rounding stays far below that, and a cache that is not read does
     not.
@@ -325,7 +324,7 @@ def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str)
     apart = float((at_once - stepped).abs().max())
     if not apart <= allowed:
         reason = f"a step behind its cache gives other logits than the whole sequence does (by {apart:.2g})"
-        raise InputError(reason, name, ADVICE)
+        raise InputError(reason, name, advice)
 
 
 __all__ = [

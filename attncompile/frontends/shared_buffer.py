@@ -40,7 +40,10 @@ ROOM = 11
 UNUSED = 7.0
 """What lies there: a number that would be noticed if it were read."""
 
-SEPARATE = "leave --shared-buffer (in Python shared_buffer=True) out: past and present are then two tensors"
+LEAVE_OUT = "leave --shared-buffer (in Python shared_buffer=True) out"
+"""What helps where a model has no cache at all."""
+
+SEPARATE = f"{LEAVE_OUT}: past and present are then two tensors"
 """What helps where a model cannot keep its cache in one buffer."""
 
 
@@ -143,7 +146,10 @@ def with_shared_buffer(opened: OpenedModel) -> SharedModel:
         InputError: when it has no cache as :func:`attncompile.frontends.cached.with_cache` has it, or does not start
             from embedded tokens.
     """
-    cached = with_cache(opened)
+    try:
+        cached = with_cache(opened)
+    except InputError as error:  # without the option a model that generates gets what cache it can have, others none
+        raise InputError(error.what, opened.name, LEAVE_OUT) from error
     if "inputs_embeds" not in inspect.signature(opened.model.forward).parameters:
         reason = f"{type(opened.model).__name__} takes no inputs_embeds, so rows with padding could not be told"
         raise InputError(reason, opened.name, SEPARATE)
@@ -165,7 +171,7 @@ def with_shared_buffer(opened: OpenedModel) -> SharedModel:
         except Exception as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"it does not run on a buffer for its cache ({said})", opened.name, SEPARATE) from error
-    require_equal_steps(at_once, stepped, opened.name)
+    require_equal_steps(at_once, stepped, opened.name, SEPARATE)
     return made
 
 

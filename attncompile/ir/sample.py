@@ -20,12 +20,28 @@ def symbolic_sizes(spec: Spec) -> tuple[str, ...]:
 
 
 def example_sizes(spec: Spec, length: int = 7) -> dict[str, int]:
-    """A value for every symbolic size: batch ``B`` is 2, the others are different lengths from ``length``
-    on.
+    """A value for every symbolic size: batch ``B`` is 2, the others are different lengths from ``length`` on, or from
+    the next one on with which every axis has an element (``I − 37`` has none at 37, ``B // (I // 16)`` is none at 7).
     """
-    others = [name for name in symbolic_sizes(spec) if name != "B"]
-    lengths = {name: length + 4 * number for number, name in enumerate(others)}
-    return {name: lengths.get(name, 2) for name in symbolic_sizes(spec)}
+    names = symbolic_sizes(spec)
+    others = [name for name in names if name != "B"]
+
+    def at(first: int) -> dict[str, int]:
+        lengths = {name: first + 4 * number for number, name in enumerate(others)}
+        return {name: lengths.get(name, 2) for name in names}
+
+    def filled(first: int) -> bool:
+        sizes = at(first)
+        try:
+            return all(concrete(size, sizes) > 0 for value in spec.inputs for size in value.type.sizes)
+        except RuntimeError:  # torch's for a division by zero
+            return False
+
+    return at(next((first for first in range(length, length + LONGEST_SHIFT) if filled(first)), length))
+
+
+LONGEST_SHIFT = 4096
+"""How many lengths are tried for one at which no axis of a Spec is empty."""
 
 
 def random_tensors(

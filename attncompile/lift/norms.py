@@ -72,7 +72,8 @@ def recognise_norm(graph: Graph, value: str, axis: int) -> Norm | None:
     if not graph.is_readable(value):
         return None
     for source, reduces in cuts(graph, value):
-        if graph.infos[source].shape != graph.infos[value].shape or not graph.is_readable(source):
+        known = graph.infos.get(source)  # nothing is known of a value without a rank
+        if known is None or known.shape != graph.infos[value].shape or not graph.is_readable(source):
             continue
         if reduces:
             norm = _compared(graph, source, value, axis)

@@ -166,9 +166,12 @@ def _confirmed(element: Expr, position: Position, distances: Mapping[Load, torch
     # the element as a linear form of the neighbours: the coefficient of one is the form's value at 1 there
     # and 0 elsewhere
     total = torch.zeros(position.channels, dtype=torch.float64)
-    for load, distance in distances.items():
-        alone = substitute(element, {other: Const(1.0 if other == load else 0.0) for other in distances})
-        source = (channels + distance).clamp(0, position.channels - 1)
-        total = total + evaluate(alone, environment).expand(position.channels) * x[source]
-    cos, sin = evaluate(position.cos, environment), evaluate(position.sin, environment)
+    try:
+        for load, distance in distances.items():
+            alone = substitute(element, {other: Const(1.0 if other == load else 0.0) for other in distances})
+            source = (channels + distance).clamp(0, position.channels - 1)
+            total = total + evaluate(alone, environment).expand(position.channels) * x[source]
+        cos, sin = evaluate(position.cos, environment), evaluate(position.sin, environment)
+    except RuntimeError:  # a size of 2 makes a divisor zero: nothing is confirmed at such sizes
+        return False
     return bool(torch.allclose(total, x * cos + partner * sin, rtol=1e-9, atol=1e-9))

@@ -50,7 +50,7 @@ def call(
     smooth: bool = False,
     bias: str = "",
     empty: float = 0.0,
-    holes: bool = False,
+    holes: float = 0.0,
     without_past: bool = False,
     turned: str = "",
     positions: bool = False,
@@ -68,7 +68,7 @@ def call(
         room: further positions of the cache's buffer behind what is cached; shared: written in place.
         ragged: rows of different lengths, padded on the right.
         smooth: a logit 0 more in the normaliser; sink: one of each head.
-        bias: shape of the bias; empty: a number that all of a row's biases are; holes: some are -inf.
+        bias: shape of the bias; empty: a number that all of a row's biases are; holes: a number that some are.
         without_past: a cache is given that holds nothing.
         turned: ``half`` or ``interleaved`` rotary positions; positions: given as an input.
         quantised: how the cache is, such as ``int8 PER_TENSOR``.
@@ -165,14 +165,14 @@ def call(
 
 
 def _bias(
-    shape: str, batch: int, new: int, total: int, dtype: torch.dtype, empty: float, holes: bool
+    shape: str, batch: int, new: int, total: int, dtype: torch.dtype, empty: float, holes: float
 ) -> torch.Tensor:
     by_row, by_head = BIAS_SHAPES[shape]
     made = draw("bias", batch if by_row else 1, HEADS if by_head else 1, new, total, dtype=dtype, scale=2.0)
     if empty:
         made[:, :, new // 2] = empty
     if holes:  # never the first key, which all see
-        made[..., 1::3] = -math.inf
+        made[..., 1::3] = holes
     return made
 
 
@@ -234,8 +234,12 @@ def attempts() -> Iterator[Attempt]:
     yield row("attention_bias and softcap", {"cap": 0.5}, bias="[B, H, I, J]")
     yield row("attention_bias and sink", {"bias": "[B, H, I, J]"}, sink=True)
     yield row("attention_bias and window", {"bias": "[B, H, I, J]"}, window=4)
-    yield row("attention_bias of -inf for some keys", {"bias": "[B, 1, I, J]"}, holes=True)
+    yield row("attention_bias of -inf for some keys", {"bias": "[B, 1, I, J]"}, holes=-math.inf)
     yield row("attention_bias of -inf for a whole row: zero", {}, bias="[B, 1, I, J]", empty=-math.inf)
+    hidden: dict[str, Any] = {"bias": "[B, 1, I, J]", "empty": -math.inf, "holes": -math.inf}
+    yield row("attention_bias of -inf for a whole row, and sink: zero", hidden, sink=True)
+    capped: dict[str, Any] = {"bias": "[B, 1, I, J]", "cap": 0.5}
+    yield row("attention_bias of -2^100 for some keys, and softcap", capped, holes=-(2.0**100))
     yield row("packed query, key and value", packed=True)
     yield row("packed query, key and value behind a cache", past=1, packed=True)
     yield row("rotary", {}, turned="half")
@@ -246,8 +250,23 @@ def attempts() -> Iterator[Attempt]:
     yield row("rotary, packed", {"packed": True}, packed=True, turned="half")
     yield row("norm of queries and keys", {}, norm=True)
     yield row("norm of queries and keys, and rotary", {"turned": "half"}, turned="half", norm=True)
+    yield row("norm of queries and keys behind a cache", step, norm=True)
+    both: dict[str, Any] = {"past": 1, "packed": True, "turned": "half"}
+    yield row("norm of queries and keys, rotary, packed, behind a cache", both, norm=True)
     yield row("causal = 0", {}, causal=False)
     for kind in ("int8 PER_TENSOR", "int8 PER_CHANNEL", "int4 PER_TENSOR", "int4 PER_CHANNEL"):
         yield row(f"cache in {kind}", past=1, quantised=kind)
+    for kind in ("int8 PER_CHANNEL", "int4 PER_CHANNEL"):
+        yield row(f"a prompt with an empty cache, cache in {kind}", without_past=True, quantised=kind)
+        yield row(f"a step behind a cache, cache in {kind}", past=1, batch=3, quantised=kind)
+        yield row(f"several queries behind a cache, one row, cache in {kind}", **several, quantised=kind)
+        yield row(f"a cache written in place, cache in {kind}", past=1, room=6, shared=True, quantised=kind)
+        narrow: dict[str, Any] = {**several, "quantised": kind}
+        yield row(f"window, cache in {kind}", narrow, window=4)
+        yield row(f"softcap, cache in {kind}", narrow, cap=0.5)
+        yield row(f"sink of each head, cache in {kind}", narrow, sink=True)
+        yield row(f"attention_bias, cache in {kind}", narrow, bias="[1, H, I, J]")
+        yield row(f"packed query, key and value, cache in {kind}", **narrow, packed=True)
+        yield row(f"rotary, cache in {kind}", narrow, turned="half")
     yield row("map before the softmax as a result", past=1, tap=1)
     yield row("map after the softmax as a result", past=1, tap=2)

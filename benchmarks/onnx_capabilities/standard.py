@@ -14,6 +14,9 @@ from benchmarks.onnx_capabilities.formulas import attention, flat, positions_vis
 
 HEADS, BATCH, CHANNELS = 4, 2, 16
 VERSIONS = (23, 24, 25)
+ABOVE_LOWEST = -3.4028232635611926e38
+"""The float32 next to the lowest."""
+
 MASK_SHAPES = {
     "[I, J]": lambda new, total: (new, total),
     "[1, 1, I, J]": lambda new, total: (1, 1, new, total),
@@ -159,10 +162,16 @@ def _of(version: int) -> Iterator[Attempt]:
     yield row("boolean mask and is_causal", {"causal": True}, mask="[B, 1, I, J]", boolean=True)
     yield row("additive mask and is_causal", {"causal": True}, mask="[B, 1, I, J]")
     yield row("additive mask and softcap", {"cap": 0.5}, mask="[B, 1, I, J]")
+    yield row("boolean mask and softcap", {"mask": "[B, 1, I, J]", "boolean": True}, cap=0.5)
+    large = ("float32", "bfloat16", "float64")  # float16 holds no such number
+    capped: dict[str, Any] = {"mask": "[B, 1, I, J]", "cap": 0.5}
+    yield row("boolean mask and softcap, nothing seen in a row: zero", capped, boolean=True, empty=-1.0)
+    yield row("additive mask and softcap, -2^100 for a whole row: the mean", capped, dtypes=large, empty=-(2.0**100))
+    yield row("additive mask of the number above the lowest for a whole row: the mean", {}, dtypes=("float32",),
+              mask="[B, 1, I, J]", empty=ABOVE_LOWEST)  # fmt: skip
     yield row("boolean mask, nothing seen in a row: zero", {}, mask="[B, 1, I, J]", boolean=True, empty=-1.0)
     yield row("additive mask of -inf for some keys", {"mask": "[B, 1, I, J]"}, holes=True)
     yield row("additive mask of -inf for a whole row: zero", {}, mask="[B, 1, I, J]", empty=-math.inf)
-    large = ("float32", "bfloat16", "float64")  # float16 holds no such number
     mean = "additive mask of -2^100 for a whole row: the mean"
     yield row(mean, {}, dtypes=large, mask="[B, 1, I, J]", empty=-(2.0**100))
     yield row("boolean mask shorter than the keys", {}, mask="[B, 1, I, J]", boolean=True, shorter=3)

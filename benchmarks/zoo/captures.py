@@ -256,7 +256,7 @@ def _lift_onnx(model: onnx_ir.Model, call: Call, finding: Finding) -> Finding:
     """Lift an exported model, and run it as it was and with every lifted site in the operators that we write for it."""
     stored = onnx_ir.to_proto(model).SerializeToString()
     try:
-        expected = _in_runtime(stored, call)
+        expected = in_runtime(stored, call)
     except (InputError, RuntimeError) as error:
         raise ValueError(f"the exported model does not run: {error}") from error
     start = time.perf_counter()
@@ -267,14 +267,14 @@ def _lift_onnx(model: onnx_ir.Model, call: Call, finding: Finding) -> Finding:
         fresh = onnx_ir.from_proto(onnx.load_from_string(stored))
         rewritten = rewrite_onnx(fresh, "model", (), "cpu", "fused", False, ())
         finding.replaced = len(rewritten.choices)
-        actual = _in_runtime(onnx_ir.to_proto(rewritten.model).SerializeToString(), call)
+        actual = in_runtime(onnx_ir.to_proto(rewritten.model).SerializeToString(), call)
         finding.error = difference(list(expected.values()), [actual[name] for name in expected])
     except Exception as error:  # what was found stays found
         finding.unchecked = said(error)
     return finding
 
 
-def _in_runtime(model: bytes, call: Call) -> dict[str, torch.Tensor]:
+def in_runtime(model: bytes, call: Call) -> dict[str, torch.Tensor]:
     """The outputs in ONNX Runtime on the CPU; random numbers start afresh."""
     onnxruntime.set_seed(0)
     return run_onnx(session(model, "cpu", threads=1), call)
@@ -314,10 +314,8 @@ class _Positional(torch.nn.Module):
         return tuple(tensor for tensor in _tensors(result) if tensor.numel())
 
 
-def onnx_torchscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> Finding:
-    """The ONNX model from the TorchScript exporter, opset 17, with dynamic batch and sequence axes."""
-    finding = Finding(graphs=1)
-    start = time.perf_counter()
+def torchscript_onnx(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> onnx_ir.Model:
+    """The model as the TorchScript exporter writes it, opset 17, with dynamic batch and sequence axes."""
     flat = _Positional(model, kwargs).eval()
     tensors = tuple(kwargs[name] for name in flat.names)
     axes = dict(zip(flat.names, dynamic_axes_of((), {name: kwargs[name] for name in flat.names}), strict=True))
@@ -326,7 +324,14 @@ def onnx_torchscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Argume
         torch.onnx.export(
             flat, tensors, cast(Any, buffer), input_names=flat.names, dynamic_axes=axes, opset_version=17, dynamo=False
         )
-    exported = onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+    return onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+def onnx_torchscript(model: torch.nn.Module, args: Sequence[Any], kwargs: Arguments) -> Finding:
+    """The ONNX model from the TorchScript exporter."""
+    finding = Finding(graphs=1)
+    start = time.perf_counter()
+    exported = torchscript_onnx(model, args, kwargs)
     finding.capture_s = time.perf_counter() - start
     return _lift_onnx(exported, Call(tuple(args), kwargs, "example"), finding)
 

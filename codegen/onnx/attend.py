@@ -27,6 +27,7 @@ from attncompile.codegen.onnx.layouts import (
     state_shape,
 )
 from attncompile.codegen.onnx.reading import (
+    ABOVE_LOWEST,
     MASKED,
     CausalMask,
     GroupQueryForm,
@@ -36,6 +37,7 @@ from attncompile.codegen.onnx.reading import (
     group_query_form,
     group_size,
     may_be_infinite,
+    may_swallow,
     scaled,
 )
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
@@ -143,12 +145,19 @@ def head_count(place: Place, name: str) -> int:
 
 
 def additive_mask(
-    writer: Writer, mask: Expr, low: float, bias: Expr | None = None, *, square: bool = False
+    writer: Writer,
+    mask: Expr,
+    low: float,
+    bias: Expr | None = None,
+    *,
+    square: bool = False,
+    least: float | None = None,
 ) -> ir.Value | None:
     """``bias + where(mask, 0, low)``, or ``None`` when there is neither; one value for all sites that agree.
 
     Args:
         square: expand it over queries and keys, which the fused operators demand.
+        least: what anything below is raised to.
     """
     if mask == TRUE and bias is None:
         return None
@@ -161,9 +170,11 @@ def additive_mask(
             masked = build("Where", writer.write(mask), zero, lowest)
             whole = masked if whole is None else build("Add", whole, masked)
         assert whole is not None  # one of the two is there
+        if least is not None:
+            whole = build("Max", whole, build.constant(least, writer.dtype))
         return _expanded(writer, whole, mask, bias) if square else whole
 
-    meaning = (writer.key(mask), repr(low), writer.key(bias) if bias is not None else None, writer.dtype)
+    meaning = (writer.key(mask), repr(low), writer.key(bias) if bias is not None else None, repr(least), writer.dtype)
     return writer.once(("additive mask", _map_size(writer) if square else None, *meaning), make)
 
 
@@ -382,16 +393,17 @@ def attention(attend: Attend, place: Place) -> Made:
     flat = flat and not _given_in_heads(attend, place)
     wanted = flat_groups if flat else single_groups
     parts = [arranged(writer, place, name, wanted) for name in names]
-    score, mask, low = scaled(attend), simplify(attend.mask), additive_fill(attend)
+    score, mask, low = group_query_form(attend), simplify(attend.mask), additive_fill(attend)
     assert score is not None and low is not None  # the capability row has looked
     if score.bias is None and mask != TRUE and math.isinf(low):
         extra: ir.Value | None = boolean_mask(writer, mask)
     else:
-        extra = additive_mask(writer, mask, low if math.isinf(low) else max(low, MASKED), score.bias, square=True)
+        fill, least = low if math.isinf(low) else max(low, MASKED), ABOVE_LOWEST if may_swallow(score.bias) else None
+        extra = additive_mask(writer, mask, fill, score.bias, square=True, least=least)
     heads: dict[str, Any] = {}
     if flat:
         heads = {"q_num_heads": head_count(place, attend.query), "kv_num_heads": head_count(place, attend.key)}
-    out = build("Attention", *parts, extra, scale=score.scale, **heads)
+    out = build("Attention", *parts, extra, scale=score.scale, softcap=score.cap, **heads)
     return result(place, attend.out, out, wanted(_axes(place, attend.out)), attend.query)
 
 
@@ -472,12 +484,14 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
     score, causal, low = group_query_form(attend), causal_mask(attend, place.types), additive_fill(attend)
     assert score is not None and causal is not None and low is not None
     sizes = extents(attend, place.types)
-    rest = simplify(causal.rest)
+    rest, mask = simplify(causal.rest), simplify(attend.mask)
+    capped = score.cap is not None
     if rest == TRUE:
         bias = additive_mask(writer, TRUE, low, score.bias, square=True)
     else:
-        # the whole mask, not only the rest: rows that see no key must look empty to the operator
-        bias = additive_mask(writer, simplify(attend.mask), -math.inf, score.bias, square=True)
+        # the whole mask, not only the rest: rows that see no key must look empty to the operator, which with a soft cap
+        # gives NaN for them, so that these are filled in afterwards
+        bias = additive_mask(writer, mask, MASKED if capped else -math.inf, score.bias, square=True)
 
     def total() -> ir.Value:
         return build("Cast", writer.size(sizes["j"]), to=int(ir.DataType.INT32))
@@ -505,13 +519,13 @@ def group_query_attention(attend: Attend, place: Place) -> Made:
         outputs=3,
         **group_query_attributes(attend, place, score, causal),
     )
-    if rest != TRUE and not math.isinf(low) and not never_empty(attend, place.types):
-        # a finite fill: such a row weighs all keys alike, where the operator gives zero
-        out = build(
-            "Add",
-            out,
-            build("Mul", _rows(writer, simplify(attend.mask), seen=False), _mean(attend, place, parts[2])),
-        )
+    if rest != TRUE and attend.sink == NO_SINK and not never_empty(attend, place.types):
+        if capped:
+            out = build("Mul", out, _rows(writer, mask, seen=True))
+        if not math.isinf(low):
+            # a finite fill: such a row weighs all keys alike, where the operator gives zero
+            mean = build("Mul", _rows(writer, mask, seen=False), _mean(attend, place, parts[2]))
+            out = build("Add", out, mean)
     return result(place, attend.out, out, flat_groups(_axes(place, attend.out)), attend.query)
 
 

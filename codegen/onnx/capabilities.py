@@ -35,6 +35,7 @@ from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import (
     CausalMask,
     additive_fill,
+    capped,
     causal_mask,
     fixed,
     group_query_form,
@@ -42,6 +43,7 @@ from attncompile.codegen.onnx.reading import (
     may_be_infinite,
     may_swallow,
     scaled,
+    unweighted,
 )
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
 from attncompile.codegen.onnx.tried import why_not
@@ -119,7 +121,10 @@ class Capability:
             return str(refused.refusal)
 
     def _operation(self, spec: Spec) -> Attend | Scan | None:
-        return spec.attend() if self.operation is Attend else spec.scan()
+        if self.operation is Scan:
+            return spec.scan()
+        attend = spec.attend()
+        return None if attend is None else unweighted(attend)[0]
 
     def _untried(
         self,
@@ -139,12 +144,13 @@ class Capability:
         )
 
 
-def _fused(name: str, attend: Attend, types: Types) -> str | None:
-    """What no fused operator but GroupQueryAttention can do."""
+def _fused(name: str, attend: Attend, types: Types, *, caps: bool = False) -> str | None:
+    """What no fused operator but GroupQueryAttention can do, except for soft caps."""
     if attend.sink != NO_SINK:
         return f"{name} is not given sinks ({attend.sink})"
-    if scaled(attend) is None:
-        return f"{name} takes a constant scale and an additive bias, the score is {attend.score}"
+    if scaled(attend) is None and not (caps and capped(attend) is not None):
+        more = " or a soft cap" if caps else ""
+        return f"{name} takes a constant scale with an additive bias{more}, the score is {attend.score}"
     return _any_fused(name, attend, types)
 
 
@@ -168,8 +174,6 @@ def _any_fused(name: str, attend: Attend, types: Types) -> str | None:
     tensor = mask != TRUE or (score is not None and score.bias is not None)
     if tensor and attend.norm.empty == "zero" and score is not None and may_be_infinite(score.bias):
         return f"{name}: the bias may hold -inf, and rows of nothing else must be zero"
-    if score is not None and may_swallow(score.bias):
-        return f"{name}: the bias may swallow every score of a row, and operators differ on such rows"
     return None
 
 
@@ -184,7 +188,7 @@ def _shares_out_of_order(name: str, attend: Attend, types: Types) -> str | None:
 
 
 def _attention(attend: Attend, types: Types) -> str | None:
-    reason = _fused("Attention", attend, types) or _shares_out_of_order("Attention", attend, types)
+    reason = _fused("Attention", attend, types, caps=True) or _shares_out_of_order("Attention", attend, types)
     if reason:
         return reason
     low, score = additive_fill(attend), scaled(attend)
@@ -214,9 +218,7 @@ def _group_query(attend: Attend, types: Types) -> str | None:
     if causal.cached:
         return _over_a_cache(attend, causal)
     if may_be_empty(attend, types):
-        if attend.sink != NO_SINK:
-            return "GroupQueryAttention: what it gives with sinks for a query that sees no key has not been verified"
-        if math.isinf(additive_fill(attend) or 0) and attend.norm.empty == "nan":
+        if attend.sink == NO_SINK and math.isinf(additive_fill(attend) or 0) and attend.norm.empty == "nan":
             return "GroupQueryAttention gives zero for a query that sees no key, here it is NaN"
         if _reads_head(attend):
             return "GroupQueryAttention: some queries may see no key, and the mask differs by head"
@@ -250,6 +252,8 @@ def _group_query_form(attend: Attend, types: Types) -> str | None:
         return f"GroupQueryAttention never visits masked keys, but a fill of {low:g} leaves them a weight"
     if score.bias is not None and may_be_infinite(score.bias):
         return "GroupQueryAttention: the bias may hold -inf, and rows of nothing else are not defined"
+    if may_swallow(score.bias):
+        return "GroupQueryAttention: the bias may swallow every score of a row, and it gives zero for such rows"
     return None
 
 

@@ -169,7 +169,7 @@ def choose(
     Args:
         spec: what to compute.
         provider: ``cpu`` or ``cuda``.
-        prefer: ``fastest`` by measurement, the fastest ``fused`` operator, or the ``decomposed`` form.
+        prefer: ``fastest`` by measurement, the one ``fused`` operator that is fastest, or the ``decomposed`` form.
         lengths: lengths the model will be used with; each counts alike.
         opset: the model's standard opset.
         switch: whether two operators may be switched by length at run time; a site in a branch is in such a
@@ -217,7 +217,7 @@ def choose(
         return Choice(fused[0], f"{fused[0].operator} fits; its speed on {provider} was not measured", refused)
     best = max(known, key=lambda row: speeds[row.operator] or 0.0)
     speed = speeds[best.operator] or 0.0
-    pair = _pair(spec, known, provider, lengths) if switch else None
+    pair = _pair(spec, known, provider, lengths) if switch and prefer == "fastest" else None
     if pair is not None and pair[1] > max(speed, 1.0) * WORTH_BRANCHING:
         best, speed = pair
     if prefer == "fastest" and speed <= 1.0:

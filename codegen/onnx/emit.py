@@ -12,7 +12,7 @@ from attncompile.codegen.onnx.capabilities import Capability
 from attncompile.codegen.onnx.expressions import Shared, Writer
 from attncompile.codegen.onnx.layouts import Groups, Operand, arrange, flat_groups, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
-from attncompile.codegen.onnx.reading import fixed
+from attncompile.codegen.onnx.reading import fixed, unweighted
 from attncompile.codegen.onnx.steps import STEPS
 from attncompile.codegen.onnx.values import MICROSOFT, NUMPY_TYPES, Builder
 from attncompile.ir.attend import Attend
@@ -54,7 +54,12 @@ def emit(
     types = spec.types()
     place = Place(build, types, dict(inputs), shared)
     for operation in spec.operations:
-        if isinstance(operation, Attend | Scan):
+        if isinstance(operation, Attend):
+            plain, factor = unweighted(operation)
+            made = row.build(plain, place)  # type: ignore[arg-type]
+            if factor != 1.0:
+                made[plain.out] = _times(build, made[plain.out], factor, types[plain.out].dtype)
+        elif isinstance(operation, Scan):
             made = row.build(operation, place)  # type: ignore[arg-type]
         elif type(operation) in STEPS:
             made = STEPS[type(operation)](operation, place)
@@ -62,6 +67,13 @@ def emit(
             raise RefusalError(Refusal("no-onnx-form", f"the operation {operation.keyword} has no ONNX form"))
         place.operands.update(made)
     return {name: _output(place, name, outputs.get(name)) for name in spec.outputs}
+
+
+def _times(build: Builder, operand: Operand, factor: float, dtype: str) -> Operand:
+    """A result multiplied by a constant."""
+    value = build("Mul", operand.value, build.constant(factor, dtype))
+    value.shape, value.dtype = operand.value.shape, operand.value.dtype
+    return Operand(value, operand.groups)
 
 
 def alone(spec: Spec, row: Capability, *, flat: bool = False, opset: int = OPSET) -> ir.Model:

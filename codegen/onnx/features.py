@@ -15,6 +15,7 @@ from attncompile.codegen.onnx.reading import (
     group_query_form,
     group_size,
     may_be_infinite,
+    may_swallow,
     scaled,
 )
 from attncompile.ir.attend import NO_SINK, Attend
@@ -55,9 +56,11 @@ def _of_sizes(attend: Attend, types: Types) -> list[str]:
 
 def attention_features(attend: Attend, types: Types) -> tuple[str, ...]:
     """Of the standard ``Attention``."""
-    mask, score, low = simplify(attend.mask), scaled(attend), additive_fill(attend)
+    mask, score, low = simplify(attend.mask), group_query_form(attend), additive_fill(attend)
     bias = score.bias if score is not None else None
     found = [FLAT, SPLIT, "scale"]
+    capped = score is not None and score.cap is not None
+    found += ["softcap"] if capped else []
     shared = group_size(attend, types) != 1
     if shared:
         found += ["fewer KV heads", f"fewer KV heads, {SPLIT}"]
@@ -68,14 +71,20 @@ def attention_features(attend: Attend, types: Types) -> tuple[str, ...]:
     boolean = bias is None and infinite
     kind = "boolean mask" if boolean else "additive mask"
     found.append(f"{kind} {map_shape(mask, bias)}")
+    found += [f"{kind} and softcap"] if capped else []
     if _more_keys(attend, types):
         found.append(f"{kind} with more keys than queries")
     if shared:
         found.append(f"{kind} and fewer KV heads")
+    if may_swallow(bias):
+        found.append("additive mask of the number above the lowest for a whole row: the mean")
     if not boolean and (may_be_infinite(bias) or (mask != TRUE and infinite)):
         found.append("additive mask of -inf for some keys")
     empty = may_be_empty(attend, types)
-    if boolean and empty:
+    if capped and empty:
+        nothing = "-2^100 for a whole row: the mean" if not boolean else "nothing seen in a row: zero"
+        found.append(f"{kind} and softcap, {nothing}")
+    elif boolean and empty:
         found.append("boolean mask, nothing seen in a row: zero")
     elif may_be_infinite(bias) or (empty and infinite):
         found.append("additive mask of -inf for a whole row: zero")
@@ -106,6 +115,8 @@ def multi_head_features(attend: Attend, types: Types) -> tuple[str, ...]:
     zeroed = attend.norm.empty == "zero" and infinite and may_be_empty(attend, types)
     if (infinite and mask != TRUE and not zeroed) or may_be_infinite(bias):
         found.append("attention_bias of -inf for some keys")
+    if may_swallow(bias):
+        found.append("attention_bias of -3.4e38 for a whole row: the mean")
     if may_be_empty(attend, types):
         if zeroed:
             found.append("attention_bias of -2^100 for a whole row: the mean")
@@ -144,10 +155,13 @@ def group_query_features(attend: Attend, types: Types) -> tuple[str, ...]:
     found += ["attention_bias and window"] if window else []
     found += ["attention_bias and sink"] if sink else []
     found += ["attention_bias and softcap"] if form.cap is not None else []
-    if hidden:
+    if hidden and form.cap is not None:
+        found.append("attention_bias of -2^100 for some keys, and softcap")
+    elif hidden:
         found.append("attention_bias of -inf for some keys")
         if may_be_empty(attend, types):
             found.append("attention_bias of -inf for a whole row: zero")
+            found += ["attention_bias of -inf for a whole row, and sink: zero"] if sink else []
     return tuple(found)
 
 

@@ -41,7 +41,7 @@ from attncompile.ir.expr import TRUE
 from attncompile.ir.rows import extents
 
 IN_PLACE = "attncompile.in_place"
-"""In the ``meta`` of a node that was written here."""
+"""In the ``meta`` of a node that was written here: a :class:`Counted`, or ``None`` where the graph has no buffer."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,18 @@ class Buffer:
     before: ir.Value
     keys: ir.Value
     after: ir.Value
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the operator counts positions by.
+
+    Attributes:
+        keys: how many keys there are with the new ones; new: the new keys ``[B, G, I, D]``, before any layout.
+    """
+
+    keys: ir.Value
+    new: ir.Value
 
 
 def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Made:
@@ -98,7 +110,7 @@ def group_query_in_place(attend: Attend, causal: CausalMask, place: Place) -> Ma
     known: list[ir.Value | None] = [buffer.after for buffer in held]
     known = known or [split[name].whole for name in sides]
     build.nodes[-1].meta[CONCATENATED] = tuple(known)
-    build.nodes[-1].meta[IN_PLACE] = True
+    build.nodes[-1].meta[IN_PLACE] = Counted(held[0].keys, split[attend.key].new) if held else None
     for value, same in zip(present, known, strict=True):
         value.dtype = NUMPY_TYPES[place.types[attend.key].dtype]
         value.shape = same.shape if same is not None else None
@@ -143,4 +155,4 @@ def _sliced(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     return data, start
 
 
-__all__ = ["IN_PLACE", "group_query_in_place"]
+__all__ = ["IN_PLACE", "Counted", "group_query_in_place"]

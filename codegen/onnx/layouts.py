@@ -47,6 +47,22 @@ def heads_of(value: ir.Value) -> Heads | None:
     return split_of(turned[0].inputs[0])
 
 
+def flattened(build: Builder, value: ir.Value) -> Heads | None:
+    """A turned view ``[B, H, S, D]`` of ``[B, S, H, D]`` that some operator makes, as the flat tensor of it, which is a
+    view too; ``None`` for any other value, or sizes that are not known.
+    """
+    turned = _order(value)
+    if turned is None or turned[1] != TURN or turned[0].inputs[0] is None:
+        return None
+    split = turned[0].inputs[0]
+    sizes, heads, channels = dimensions(split), known_axis(split, 2), known_axis(split, 3)
+    if sizes is None or sizes[1] is None or heads is None or channels is None:
+        return None
+    flat = build("Reshape", split, build.constant([0, 0, heads * channels]))
+    flat.shape, flat.dtype = ir.Shape((sizes[0], sizes[1], heads * channels)), value.dtype
+    return Heads(flat, heads, channels)
+
+
 def split_of(value: ir.Value) -> Heads | None:
     """The flat tensor behind a value of shape ``[B, S, H, D]`` that only splits its last axis."""
     split = producer(value, "Reshape")

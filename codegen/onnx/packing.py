@@ -2,9 +2,9 @@
 
 The operator turns queries and keys itself where it is given the tables of all positions: a new token's is the number of
 keys before it. That is so in a graph whose tables are made of a ``Range`` of the new positions and nothing else, row by
-row; its rows are computed once for all positions that the model has, and become weights. That the ``Range`` begins with
-the number of cached keys is not read off the graph: it shows when the result is compared behind caches of several
-lengths, as every result is, and another beginning drops the operator.
+row; its rows are computed once for all positions that the model has, and become weights. The ``Range`` must begin with
+the number of cached keys: whether it does is a question to the sizes of the graph as it was lifted, and where they do
+not prove it, the maps stay in front of the operator.
 
 Query, key and value are then products of one tensor with three weights, and may be one product: the operator takes the
 three side by side.
@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from attncompile.codegen.onnx.in_place import IN_PLACE
+from attncompile.codegen.onnx.in_place import IN_PLACE, Counted
 from attncompile.codegen.onnx.tried import versions, why_not
 from attncompile.codegen.onnx.values import (
     MICROSOFT,
@@ -53,12 +53,17 @@ class Packed:
     projections: int
 
 
+Begins = Callable[[ir.Value, ir.Value, ir.Value], bool]
+"""Whether it is proven that a first position is the number of keys less that of the new ones ``[B, G, I, D]``."""
+
+
 def pack(
     model: ir.Model,
     provider: str = "cpu",
     version: str | None = None,
     longest: int | None = None,
     dtype: str = "float32",
+    begins: Begins | None = None,
 ) -> Packed:
     """Rewrite the ``GroupQueryAttention`` nodes that this package wrote for buffers, in place.
 
@@ -66,11 +71,14 @@ def pack(
         model: the model; provider: where it will run; version: of ONNX Runtime, the installed one if none.
         longest: positions that the model has at most; rotary maps stay where it does not say.
         dtype: that the operator will run in.
+        begins: what is known of first positions; rotary maps stay where nothing is.
     """
     right = partial(_right, provider=provider, version=version, dtype=dtype)
     nodes = [node for node in model.graph if IN_PLACE in node.meta and None not in node.inputs[:5]]
-    tables: dict[ir.Value, ir.Value | None] = {}
-    turned = [node for node in nodes if _take_rotary(model, node, tables, right, longest or 0)]
+    tables: dict[ir.Value, _Table | None] = {}
+    turned = []
+    if begins is not None and longest:
+        turned = [node for node in nodes if _take_rotary(model, node, tables, right, longest, begins)]
     merged = [node for node in nodes if _merge(model, node, right, rotary=node in turned)]
     return Packed(2 * len(turned), 3 * len(merged))
 
@@ -120,12 +128,14 @@ def _rotary_of(value: ir.Value | None, heads: int) -> _Rotary | None:
 def _take_rotary(
     model: ir.Model,
     node: ir.Node,
-    tables: dict[ir.Value, ir.Value | None],
+    tables: dict[ir.Value, _Table | None],
     right: Right,
     longest: int,
+    begins: Begins,
 ) -> bool:
     """Let the operator turn queries and keys, where both are turned by stored tables; whether it does."""
-    if not longest or not right(("rotary", "rotary behind a cache")):
+    counted = node.meta[IN_PLACE]
+    if not isinstance(counted, Counted) or not right(("rotary", "rotary behind a cache")):
         return False
     counts = [node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads")]
     found = [_rotary_of(node.inputs[place], count) for place, count in zip((QUERY, KEY), counts, strict=True)]
@@ -138,16 +148,26 @@ def _take_rotary(
     cosines, sines = (tables[table] for table in (query.cosines, query.sines))
     if cosines is None or sines is None:
         return False
+    if not all(begins(table.first, counted.keys, counted.new) for table in (cosines, sines)):
+        return False
     node.resize_inputs(max(len(node.inputs), SINES + 1))
     maps = [node.inputs[place].producer() for place in (QUERY, KEY)]  # type: ignore[union-attr]
-    for place, value in ((QUERY, query.before), (KEY, key.before), (COSINES, cosines), (SINES, sines)):
+    for place, value in ((QUERY, query.before), (KEY, key.before), (COSINES, cosines.rows), (SINES, sines.rows)):
         node.replace_input_with(place, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     model.graph.remove([one for one in maps if one is not None], safe=True)
     return True
 
 
-def _stored(model: ir.Model, table: ir.Value, longest: int) -> ir.Value | None:
+@dataclass(frozen=True)
+class _Table:
+    """Cosines or sines of all positions as a weight, and the position that a call's first row is of."""
+
+    rows: ir.Value
+    first: ir.Value
+
+
+def _stored(model: ir.Model, table: ir.Value, longest: int) -> _Table | None:
     """A table ``[S, D/2]`` of the new positions as a weight ``[longest, D/2]`` of all positions; ``None`` where it is
     made of something else.
     """
@@ -155,9 +175,10 @@ def _stored(model: ir.Model, table: ir.Value, longest: int) -> ir.Value | None:
     ranges = [node for node in nodes or () if node.op_type == "Range" and node.domain == ""]
     if nodes is None or len(ranges) != 1 or number(ranges[0].inputs[2]) != 1.0:
         return None
+    start = ranges[0].inputs[0]
     rows = _rows(model, table, ranges[0].outputs[0], nodes)
     first_row = rows(np.zeros(1, dtype=np.int64)) if rows is not None else None
-    if rows is None or first_row is None or longest * first_row.size > LARGEST_TABLE:
+    if start is None or rows is None or first_row is None or longest * first_row.size > LARGEST_TABLE:
         return None
     if 2 * first_row.size % CHANNELS:
         return None
@@ -176,7 +197,7 @@ def _stored(model: ir.Model, table: ir.Value, longest: int) -> ir.Value | None:
         const_value=ir.tensor(whole, name=name),
     )
     model.graph.register_initializer(made)
-    return made
+    return _Table(made, start)
 
 
 def _makers(value: ir.Value) -> list[ir.Node] | None:
@@ -324,4 +345,4 @@ def _side_by_side(model: ir.Model, build: Builder, values: Sequence[ir.Value]) -
     return made
 
 
-__all__ = ["Packed", "pack"]
+__all__ = ["Begins", "Packed", "pack"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncompile.ir.affine import affine
 from attncompile.ir.attend import Attend, grouped
 from attncompile.ir.blocks import key_bounds
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, conjunction, walk
+from attncompile.ir.expr import WEIGHT, Apply, Const, Expr, Index, Load, conjunction, walk
 from attncompile.ir.operation import Types
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import ABSORBING, extents
@@ -17,6 +17,9 @@ from attncompile.ir.simplify import simplify
 MASKED = -(2.0**100)
 """The finite number that stands for "masked" where an operator gives -inf or the lowest float a meaning
 of its own."""
+
+ABOVE_LOWEST = -3.4028232635611926e38
+"""The float32 next to the lowest, which is that of a mask written as ``3.4e38·(mask − 1)``."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ def scaled(attend: Attend) -> Scaled | None:
     if found is None or not isinstance(found.slope, Const) or float(found.slope.value) == 0.0:
         return None
     return Scaled(float(found.slope.value), None if found.offset == Const(0.0) else found.offset)
+
+
+def unweighted(attend: Attend) -> tuple[Attend, float]:
+    """An Attend whose weights are multiplied by a constant without that, and the constant; as it is, and 1, if not.
+
+    The product with the values is linear, so the constant may as well stand behind it.
+    """
+    found = affine(attend.weight, WEIGHT)
+    if found is None or not isinstance(found.slope, Const) or found.offset != Const(0.0):
+        return attend, 1.0
+    return replace(attend, weight=WEIGHT), float(found.slope.value)
 
 
 def additive_fill(attend: Attend) -> float | None:

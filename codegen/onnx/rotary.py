@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attncompile.codegen.onnx.layouts import Heads, heads_of, to_heads
+from attncompile.codegen.onnx.layouts import Heads, flattened, heads_of, to_heads
 from attncompile.codegen.onnx.tried import why_not
 from attncompile.codegen.onnx.values import (
     MICROSOFT,
@@ -210,7 +210,7 @@ def fuse_rotary(model: ir.Model, provider: str = "cpu", version: str | None = No
         if batched and not (standard and known and all(table.rows == (sizes[0], sizes[2]) for table in tables)):
             continue
         build = Builder(graph, f"{node.name}.rotary")
-        view = heads_of(x)
+        view = heads_of(x) or flattened(build, x)  # a norm of each head stands between projection and turn
         values, domain = [table.value for table in tables], "" if batched else MICROSOFT
         # ONNX Runtime's own: every row of the tables in order, from the first
         arguments = values if batched else [build.constant([0]), *values]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
+import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 from onnxscript import version_converter
 
 from attncompile.codegen.onnx.cached import hand_over
 from attncompile.codegen.onnx.capabilities import Provider
 from attncompile.codegen.onnx.layouts import drop_double_turns
 from attncompile.codegen.onnx.normalisation import OPSET, fuse_root_mean_square
-from attncompile.codegen.onnx.packing import pack
+from attncompile.codegen.onnx.packing import Begins, pack
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
 from attncompile.codegen.onnx.skips import fuse_skips
@@ -59,6 +63,44 @@ PLAIN = 18
 """The opset that the plain operators are written in."""
 
 
+def suited_opset(model: ir.Model, version: str | None = None, provider: Provider = "cpu") -> int:
+    """The opset to bring a model to: :func:`wanted_opset`, but no further than its operators have kernels."""
+    wanted = wanted_opset(version, provider)
+    return min(wanted, max(PLAIN, model.opset_imports.get("", 0))) if without_kernel(model, wanted) else wanted
+
+
+def without_kernel(model: ir.Model, opset: int) -> list[str]:
+    """Standard operators of a model that the installed ONNX Runtime's CPU runs in the model's own opset, and has no
+    kernel for in this one (1.31: ``RoiAlign`` and what draws random numbers, from opset 22 on).
+    """
+    before = model.opset_imports.get("", 0)
+    names = {node.op_type for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")}
+    return sorted(name for name in names if _has_kernel(name, before) and not _has_kernel(name, opset))
+
+
+def _has_kernel(operator: str, opset: int) -> bool:
+    """A kernel runs the version that it was registered for, and others only where its range has an end."""
+    try:
+        since = onnx.defs.get_schema(operator, opset, "").since_version
+    except onnx.defs.SchemaError:
+        return False
+    return any(low == since or low <= since <= high < _ENDLESS for low, high in _kernels().get(operator, ()))
+
+
+_ENDLESS = 2**31 - 1
+
+
+@functools.cache
+def _kernels() -> Mapping[str, list[tuple[int, int]]]:
+    """Versions of the standard operators that have a kernel on the CPU, by name."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for kernel in runtime.get_all_opkernel_def():
+        if kernel.provider == "CPUExecutionProvider" and kernel.domain == "":
+            low, high = kernel.version_range
+            found.setdefault(kernel.op_name, []).append((low, high))
+    return found
+
+
 def raise_opset(model: ir.Model, opset: int = OPSET) -> bool:
     """Bring the model to at least this standard opset; whether it is there now.
 
@@ -82,6 +124,7 @@ def tidy(
     version: str | None = None,
     longest: int | None = None,
     dtype: str | None = None,
+    begins: Begins | None = None,
 ) -> Tidied:
     """Rewrite the model in place, after its attention sites have been replaced; exact up to rounding.
 
@@ -89,6 +132,7 @@ def tidy(
         model: the model; provider: where it will run; version: of ONNX Runtime, the installed one where it is left out.
         longest: positions that the model has at most, where it says so.
         dtype: what its states are rounded to afterwards; float32 where it is left out.
+        begins: what is known of the first positions of calls.
 
     Projections of query, key and value become one where the attention takes them side by side. A split behind
     them is not written: on ONNX Runtime's CPU its copies cost more than the larger product saves (0.75 to 1.02x).
@@ -104,7 +148,7 @@ def tidy(
     skips = fuse_skips(model, provider, version, dtype or "float32") if provider == "cuda" else 0
     turns = drop_double_turns(model)
     passes.RemoveUnusedNodesPass()(model)
-    packed = pack(model, provider, version, longest, dtype or "float32")
+    packed = pack(model, provider, version, longest, dtype or "float32", begins)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)

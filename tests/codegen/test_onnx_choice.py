@@ -57,7 +57,7 @@ def test_wishes_are_followed() -> None:
 
 
 def test_impossible_wish_is_explained() -> None:
-    assert choose(BY_NAME["softcap"].spec, prefer="fused").row.operator == "GroupQueryAttention"
+    assert choose(BY_NAME["softcap"].spec, prefer="fused").row.operator == "Attention"
     choice = choose(BY_NAME["temperature"].spec, prefer="fused")
     assert choice.row.operator == "decomposition"
     assert "constant scale" in choice.reason

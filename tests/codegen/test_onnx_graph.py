@@ -17,7 +17,7 @@ from attncompile.codegen.onnx.normalisation import fuse_root_mean_square
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
 from attncompile.codegen.onnx.skips import fuse_skips
-from attncompile.codegen.onnx.tidy import raise_opset, tidy
+from attncompile.codegen.onnx.tidy import raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.values import Builder, dimensions
 
 BATCH, LENGTH, HEADS, CHANNELS = 2, 7, 3, 8
@@ -119,12 +119,16 @@ def test_old_opset_keeps_the_spelling() -> None:
     assert fuse_root_mean_square(model) == 1
 
 
-def rotary(*, repeat: bool = True, swapped: bool = False) -> Make:
+def rotary(*, repeat: bool = True, swapped: bool = False, normed: bool = False) -> Make:
     half = CHANNELS // 2
 
     def make(build: Builder, x: ir.Value) -> ir.Value:
         heads = build("Reshape", x, build.constant([0, 0, HEADS, CHANNELS]))
         heads.shape = ir.Shape(("B", "S", HEADS, CHANNELS))
+        if normed:
+            heads.dtype = x.dtype
+            heads = rms(build, heads, weights(build, CHANNELS))
+            heads.shape, heads.dtype = ir.Shape(("B", "S", HEADS, CHANNELS)), x.dtype
         turned = build("Transpose", heads, perm=(0, 2, 1, 3))
         length = build("Squeeze", build("Shape", x, start=1, end=2))
         places = build("Cast", build("Range", build.constant(0), length, build.constant(1)), to=1)
@@ -302,3 +306,27 @@ def test_output_keeps_its_name_and_shape() -> None:
     tidy(model)
     assert [value.name for value in model.graph.outputs] == ["out"]
     assert dimensions(model.graph.outputs[0]) == ("B", "S", WIDTH)
+
+
+def test_an_opset_without_a_kernel_is_not_taken() -> None:
+    """ONNX Runtime 1.31 draws random numbers below opset 22 alone."""
+    text = """<ir_version: 8, opset_import: ["" : 17]> drawn (float[N] x) => (float[N] z) {
+        y = RandomUniformLike(x)
+        z = Relu(y)
+    }"""
+    model = ir.from_onnx_text(text)
+    assert without_kernel(model, 23) == ["RandomUniformLike"] and suited_opset(model) == 18
+    assert raise_opset(model, suited_opset(model)) and without_kernel(model, 21) == []
+    plain = ir.from_onnx_text(text.replace("RandomUniformLike", "Abs"))
+    assert without_kernel(plain, 23) == [] and suited_opset(plain) == 23
+
+
+def test_a_rotary_map_behind_a_norm_of_each_head_takes_flat_operands() -> None:
+    model = model_of(rotary(normed=True))
+    before = run(model, state())
+    assert fuse_root_mean_square(model) == 1 and fuse_rotary(model) == 1
+    tidy(model)
+    np.testing.assert_allclose(run(model, state()), before, rtol=WIDTH * EPS, atol=WIDTH * EPS)
+    (turned,) = (node for node in model.graph if node.op_type == "RotaryEmbedding")
+    assert turned.attributes.get_int("num_heads", 0) == HEADS
+    assert len(turned.inputs[0].shape) == 3

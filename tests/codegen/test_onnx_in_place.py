@@ -15,8 +15,10 @@ from onnx_ir.passes import common as passes
 from attncompile.codegen.onnx.capabilities import IN_PLACE as NAME
 from attncompile.codegen.onnx.capabilities import in_place
 from attncompile.codegen.onnx.choose import choose, row_named
-from attncompile.codegen.onnx.in_place import IN_PLACE
+from attncompile.codegen.onnx.in_place import IN_PLACE, Counted
 from attncompile.codegen.onnx.packing import Packed, pack
+from attncompile.convert.onnx_rewrite import first_positions
+from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import parse_spec
 from tests.codegen.test_onnx_cached import FORMS, SIZES, assert_agrees, behind_a_cache, inputs, ungrouped, whole_keys
 
@@ -141,7 +143,7 @@ def layer(*, biased: bool = False, other: str = "") -> ir.Model:
     passes.IdentityEliminationPass()(model)
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
-            node.meta[IN_PLACE] = True
+            node.meta[IN_PLACE] = Counted(node.inputs[6], node.inputs[1])
     return model
 
 
@@ -170,7 +172,7 @@ CALLS = ((1, 0, 1), (2, 0, 9), (1, 11, 5), (3, 20, 1), (1, 0, LONGEST), (1, LONG
 @pytest.mark.parametrize("biased", [False, True])
 def test_rotary_maps_and_projections_become_one_operator_and_one_product(biased: bool) -> None:
     model = layer(biased=biased)
-    assert pack(model, longest=LONGEST) == Packed(2, 3)
+    assert pack(model, longest=LONGEST, begins=counted) == Packed(2, 3)
     passes.RemoveUnusedNodesPass()(model)
     found = [node.op_type for node in model.graph]
     assert found == ["MatMul", *(["Add"] if biased else []), "GroupQueryAttention"]
@@ -187,18 +189,50 @@ def test_rotary_maps_and_projections_become_one_operator_and_one_product(biased:
 def test_what_is_not_the_same_stays(other: str, packed: Packed) -> None:
     """Tables that no position has by itself, positions that are not counted by one, products of two tensors."""
     model = layer(other=other)
-    assert pack(model, longest=LONGEST) == packed
+    assert pack(model, longest=LONGEST, begins=counted) == packed
     if other != "step":  # its positions are too few for the queries
         for before, after in zip(results(layer(other=other), 1, 11, 5), results(model, 1, 11, 5), strict=True):
             require_reordered(after, before)
 
 
+def counted(first: ir.Value, keys: ir.Value, new: ir.Value) -> bool:
+    """The proof for the layers above, whose inputs are what their names say."""
+    return (first.name, keys.name, new.name) == ("past", "count", "k_turned")
+
+
+def test_rotary_maps_stay_where_their_first_position_is_not_proven() -> None:
+    assert pack(layer(), longest=LONGEST) == Packed(0, 0)
+    assert pack(layer(), longest=LONGEST, begins=lambda first, keys, new: False) == Packed(0, 0)
+
+
+@pytest.mark.parametrize("start,proven", [("0", True), ("1", False)])
+def test_a_first_position_is_proven_from_the_sizes_of_the_graph(start: str, proven: bool) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 18]>
+        positions (int64[B,S] ids, int64[B,T] mask, float[B,2,S,4] new) => (int64[N] made, float[B,2,S,4] same)
+        <int64 one = {{1}}, int64[1] last = {{0}}, int64 more = {{{start}}}> {{
+            keys = Shape<start=1, end=2>(mask)
+            queries = Shape<start=1, end=2>(ids)
+            apart = Sub(keys, queries)
+            past = Squeeze(apart, last)
+            first = Add(past, more)
+            length = Squeeze(queries, last)
+            end = Add(first, length)
+            made = Range(first, end, one)
+            same = Identity(new)
+        }}""")
+    begins = first_positions(onnx_graph(model))
+    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    assert begins is not None
+    assert begins(values["first"], values["keys"], values["new"]) is proven
+    assert not begins(values["first"], values["queries"], values["new"])
+
+
 def test_a_model_without_a_largest_position_keeps_its_rotary_maps() -> None:
-    assert pack(layer()) == Packed(0, 0)
+    assert pack(layer(), begins=counted) == Packed(0, 0)
 
 
 def test_nodes_of_others_are_left_alone() -> None:
     model = layer()
     for node in model.graph:
         node.meta.pop(IN_PLACE, None)
-    assert pack(model, longest=LONGEST) == Packed(0, 0)
+    assert pack(model, longest=LONGEST, begins=counted) == Packed(0, 0)

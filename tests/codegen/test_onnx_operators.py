@@ -73,7 +73,7 @@ def test_every_spec_has_a_decomposition(case: Case) -> None:
 @pytest.mark.parametrize(
     "name,operator,reason",
     [
-        ("softcap", "Attention", "constant scale"),
+        ("softcap", "MultiHeadAttention", "constant scale"),
         ("log-sum-exp", "MultiHeadAttention", "log-sum-exp"),
         ("gqa", "MultiHeadAttention", "one KV head per query head"),
         ("gqa-strided", "GroupQueryAttention", "in order"),

@@ -137,7 +137,7 @@ def test_a_small_model_may_have_its_weights_in_a_file_beside_it(tmp_path: Path) 
 def test_a_window_becomes_an_attribute_and_is_told(llama_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "window"
     passes = "fuse,sparsify.window(size=8, sinks=0)"
-    conversion = attncompile.convert(llama_folder, out, passes=passes, prefer="fused", cache=False)
+    conversion = attncompile.convert(llama_folder, out, passes=passes, prefer="fastest", cache=False)
     found = (node for node in ir.load(out / "model.onnx").graph.all_nodes() if node.op_type == "GroupQueryAttention")
     windows = [node.attributes["local_window_size"].as_int() for node in found]
     assert len(windows) == 2 and len(set(windows)) == 1

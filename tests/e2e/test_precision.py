@@ -109,8 +109,9 @@ def test_a_language_model_of_float16_generates(llama: Path, tmp_path: Path) -> N
 WRONG = {
     "int5": "there is no precision 'int5' (did you mean 'int8'?); there are fp32, fp16",
     "int4(block=33)": "int4: block must be one of 16, 32, 64, 128 or 256, got 33",
-    "int8(block=32)": "int8 has no option 'block'; its options are per_channel",
-    "fp16(x=1)": "fp16 has no option 'x'; it has none",
+    "int8(block=32)": "int8 has no option 'block'; its options are cache, per_channel",
+    "fp16(x=1)": "fp16 has no option 'x'; its options are cache",
+    "fp32(cache=int3)": "fp32: cache must be one of 'float', 'int8' or 'int4', got 'int3'",
     "int4,int8": "give one precision, not 'int4,int8'",
     "": "give one precision",
     "int4(": "cannot read the precision 'int4(' from column 1",

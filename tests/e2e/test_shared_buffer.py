@@ -209,6 +209,11 @@ def test_what_has_no_such_cache_is_refused(tmp_path: Path) -> None:
         attncompile.convert(tmp_path / "llama", out, to="torch", shared_buffer=True)
     with pytest.raises(InputError, match="an encoder-decoder's caches are not kept in one buffer"):
         attncompile.convert(tmp_path / "t5", out, shared_buffer=True)
+    sizes = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=32)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="BertModel does not generate") as encoder:
+        attncompile.convert(tmp_path / "bert", out, shared_buffer=True)
+    assert encoder.value.advice == "leave --shared-buffer (in Python shared_buffer=True) out"
     assert not out.exists()
 
 
@@ -219,3 +224,63 @@ def test_the_example_generates_in_place(llama: Path) -> None:
     wanted = expected(wide(), ids, mask, 8)[0].tolist()
     assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
     assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
+
+
+CACHES = {"int8": ("tensor(int8)", CHANNELS), "int4": ("tensor(uint8)", CHANNELS // 2)}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_in_integers_is_judged_by_its_budget_and_written_in_place(cache: str, tmp_path: Path) -> None:
+    made = attncompile.convert(
+        saved(tmp_path), tmp_path / "out", shared_buffer=True, precision=f"fp32(cache={cache})", budget=1.0
+    )
+    loaded = session(tmp_path / "out" / "model.onnx", "cpu")
+    shapes = {entry.name: (entry.type, entry.shape[-1]) for entry in (*loaded.get_inputs(), *loaded.get_outputs())}
+    assert {shapes[name] for name in shapes if name.startswith(("past", "present"))} == {CACHES[cache]}
+    assert shapes["logits"][0] == "tensor(float)"
+    changes = [entry for entry in made.certificate.end_to_end if entry.metric == "relative change of logits"]
+    assert changes and 0 < changes[0].after <= changes[0].tolerance == 1.0
+    bits = cache.removeprefix("int")
+    assert any(f"keys and values are cached in {bits} bits" in note for note in made.report.notes)
+    assert attncompile.verify(tmp_path / "out").passed
+    example = runpy.run_path(str(EXAMPLES / "generate_in_place.py"))
+    raw = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    tokens = example["generate"](raw, prompts(1, 9, 0)[0][0].tolist(), set(), 8)
+    assert len(tokens) == 8
+    with pytest.raises(InputError, match=rf"--precision fp32\(cache={cache}\) changes an output by .* over the budget"):
+        attncompile.convert(
+            tmp_path / "checkpoint", tmp_path / "no", shared_buffer=True, precision=f"fp32(cache={cache})", budget=1e-6
+        )
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_cache_in_integers_beside_narrow_weights_and_states(tmp_path: Path) -> None:
+    out = written(wide, tmp_path, precision="int8-weights(block=16, cache=int8)", budget=1.0)
+    assert "MatMulNBits" in operators(out / "model.onnx")
+    kinds = {entry.type for entry in session(out / "model.onnx", "cpu").get_inputs() if entry.name.startswith("past")}
+    assert kinds == {"tensor(int8)"}
+
+
+def test_a_cache_in_integers_is_refused_where_nothing_keeps_one(tmp_path: Path) -> None:
+    folder, out = saved(tmp_path), tmp_path / "out"
+    with pytest.raises(InputError, match="give --shared-buffer"):
+        attncompile.convert(folder, out, precision="fp32(cache=int8)")
+    with pytest.raises(InputError, match=r"ONNX Runtime 1\.24 refuses GroupQueryAttention in float32 on cpu"):
+        attncompile.convert(folder, out, shared_buffer=True, precision="fp32(cache=int8)", onnxruntime="1.24")
+    with pytest.raises(InputError, match="the cache of 2 of 2 layers is kept by plain operators"):
+        attncompile.convert(folder, out, shared_buffer=True, precision="fp32(cache=int8)", prefer="decomposed")
+    assert not out.exists()
+
+
+def saved(folder: Path) -> Path:
+    """The checkpoint of a small model in a folder."""
+    endless(wide).save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.mark.slow
+def test_norms_of_heads_stay_in_front_and_rotary_maps_go_in(tmp_path: Path) -> None:
+    out = written(lambda: tiny("qwen3", **GROUPED | {"head_dim": CHANNELS}), tmp_path)
+    found = operators(out / "model.onnx")
+    assert found.count("GroupQueryAttention") == 2 and "RotaryEmbedding" not in found
+    assert found.count("RMSNormalization") == 2 * (2 + 2) + 1
