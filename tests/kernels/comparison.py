@@ -178,7 +178,8 @@ def _exponents(spec: Spec, tensors: dict[str, torch.Tensor]) -> float:
     attend = spec.attend()
     assert attend is not None
     logits = attend.logits(tensors, _sizes(spec, tensors), torch.float64).logsumexp(-1)
-    return torch.finfo(torch.float32).eps * float(logits[logits.isfinite()].abs().max())
+    finite = logits[logits.isfinite()]  # none where no row sees a key
+    return torch.finfo(torch.float32).eps * float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _sizes(spec: Spec, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
