@@ -274,6 +274,27 @@ def test_global_state_is_left_as_it_was_found(rest: str, verify: str) -> None:
     assert [name for name in before if before[name] != after[name]] == []
 
 
+LOGGED = """
+import torch
+import attncompile
+from tests.backend.test_hygiene import inputs_of, model_of
+
+model = model_of(1)
+compiled = attncompile.compile(model, rest="eager", dynamic=False)
+with torch.no_grad():
+    for length in (11, 12):
+        compiled(inputs_of(model, length))
+"""
+
+
+def test_torch_logs_says_what_was_done_and_why_again(tmp_path: Path) -> None:
+    run_apart(LOGGED, TORCH_LOGS="attncompile,recompiles", TORCH_LOGS_OUT=str(tmp_path / "log"))
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    places = [said.find(text) for text in (": blockwise (", "Recompiling function", "expected 11, actual 12")]
+    assert -1 < places[0] < places[1] < places[2] < said.rfind(": blockwise ("), said
+    assert said.count(": blockwise (") == 2
+
+
 CACHED = """
 import json, sys
 import torch, torch._inductor.config
