@@ -103,6 +103,22 @@ def test_tokens_equal_those_of_the_model_as_it_is(kind: str, cache: str, search:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "cache"), [("llama", None), ("llama", "static"), ("mistral", "static"), ("gemma2", None)]
+)
+def test_prompts_that_are_padded_on_the_right(kind: str, cache: str | None) -> None:
+    model, call = small(kind), tokens(3, 9, "right")
+    options = {"do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = generated(model, call, **options)
+        model.forward = compiled(model)
+        with torch.inference_mode():
+            assert torch.equal(generated(model, call, **options), expected)
+    require_rewritten(model)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "autocast"])

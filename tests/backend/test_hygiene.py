@@ -321,9 +321,9 @@ print(json.dumps({
 """
 
 
-def cached_run(folder: Path, *arguments: str) -> dict[str, Any]:
+def cached_run(folder: Path, *arguments: str, **environment: str) -> dict[str, Any]:
     """A process that compiles with Inductor's caches in a folder."""
-    printed = run_apart(CACHED, *arguments, TORCHINDUCTOR_CACHE_DIR=str(folder))
+    printed = run_apart(CACHED, *arguments, TORCHINDUCTOR_CACHE_DIR=str(folder), **environment)
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return answer
 
@@ -335,8 +335,11 @@ def require_cached(first: dict[str, Any], second: dict[str, Any]) -> None:
     require_same(torch.tensor(second["result"]), model_of(1), inputs_of(model_of(1)))
 
 
-def test_a_second_process_with_caches_rewrites_too(tmp_path: Path) -> None:
-    require_cached(cached_run(tmp_path / "cache"), cached_run(tmp_path / "cache"))
+@pytest.mark.parametrize("precompiles", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_second_process_with_caches_rewrites_too(tmp_path: Path, precompiles: str) -> None:
+    """With ``torch._dynamo.config.caching_precompile`` too, which keeps Dynamo's own work and asks for no back end."""
+    first, second = (cached_run(tmp_path / "cache", TORCH_CACHING_PRECOMPILE=precompiles) for _ in range(2))
+    require_cached(first, second)
 
 
 @pytest.mark.slow

@@ -188,6 +188,31 @@ def test_an_explanation_is_written_to_a_file(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn" in (tmp_path / "attention.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        ({"options": {"mode": "reduce-overhead"}}, {"triton.cudagraphs": True}),
+        ({"options": {"cudagraphs": True}}, {"triton.cudagraphs": True}),
+        ({"options": {"mode": "max-autotune-no-cudagraphs"}}, {"max_autotune": True}),
+        ({}, {}),
+    ],
+    ids=str,
+)
+def test_modes_and_cuda_graphs_are_for_the_rest(
+    how: dict[str, Any], wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def inductor(module: torch.fx.GraphModule, inputs: Any, settings: dict[str, Any] | None) -> Callable[..., Any]:
+        given.append(settings or {})
+        return module.forward
+
+    monkeypatch.setattr(backend, "inductor", inductor)
+    calls(torch.compile(small_llama(), backend=backend.attncompile, **how))
+    assert len(given) == 1 and wanted.items() <= given[0].items() and bool(wanted) == bool(given[0])
+
+
 def test_torch_logs_has_a_line_for_each_site(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "attncompile"):
         calls(attncompile.compile(small_llama(), dynamic=True, rest="eager"))
