@@ -135,6 +135,15 @@ def test_what_is_right_passes_every_verification(attention: str, dtype: torch.dt
     assert all(site.operator != "original" for site in attncompile.explain(compiled).sites)
 
 
+def test_what_autocast_makes_of_a_site_passes_verification() -> None:
+    model = small_llama("eager")
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verify="full")
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        calls(compiled)
+    assert all(site.operator != "original" for site in attncompile.explain(compiled).sites)
+
+
 def test_a_cache_that_is_written_in_place_is_written_once_under_verification() -> None:
     def step(cache: torch.Tensor, new: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         cache.index_add_(2, place, new)
