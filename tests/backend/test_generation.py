@@ -180,8 +180,10 @@ def test_one_compilation_serves_all_lengths_and_another_all_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
-def test_encoder_decoders_generate_the_same(kind: str) -> None:
+def test_encoder_decoders_generate_the_same(kind: str, cache: str, search: str) -> None:
     torch.manual_seed(0)
     sizes = {
         "t5": {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 6, "vocab_size": 99,
@@ -204,7 +206,11 @@ def test_encoder_decoders_generate_the_same(kind: str) -> None:
     else:
         model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
         call = tokens(2, 9, "right")
-    expected = generated(model, call, do_sample=False)
+    options = {**SEARCHES[search], "cache_implementation": cache if cache != "dynamic" else None,
+               "disable_compile": True}  # fmt: skip
+    expected = generated(model, call, **options)
     model.forward = compiled(model)
-    assert torch.equal(generated(model, call, do_sample=False), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        assert torch.equal(generated(model, call, **options), expected)
     require_rewritten(model)
