@@ -37,11 +37,13 @@ __all__ = [
     "lift",
     "load",
     "parse_spec",
+    "tuning",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from attncompile.api import compile, convert, explain, lift, load, verify
+    from attncompile.codegen.triton.tuning import tuning
     from attncompile.convert.artifact import Conversion
     from attncompile.frontends.errors import CaptureError, InputError
     from attncompile.ir import Refusal, RefusalError, Spec, parse_spec
@@ -62,6 +64,7 @@ _HOMES = {
     "explain": "attncompile.api",
     "load": "attncompile.api",
     "parse_spec": "attncompile.ir",
+    "tuning": "attncompile.codegen.triton.tuning",
 }
 _CALLED_PACKAGES = ("convert", "lift", "verify")
 

@@ -75,6 +75,7 @@ def test_public_names_are_there_and_counted() -> None:
         "lift",
         "load",
         "parse_spec",
+        "tuning",
         "verify",
     ]
     for name in attncompile.__all__:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx_ir
 from pydantic import Field
 
-from attncompile.codegen.onnx.narrow import Narrow, narrowed, without_kernels
+from attncompile.codegen.onnx.narrow import CACHE, Narrow, narrowed, without_kernels
 from attncompile.codegen.onnx.quantize import (
     Calibration,
     Feed,
@@ -94,7 +94,7 @@ KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("fp32", "float32 throughout", None),
-        Kind("fp16", "float16; positions, masks, softmax, long sums and logits in float32", 0.01, states="float16"),
+        Kind("fp16", "float16; positions, masks, softmax and long sums in float32", 0.01, states="float16"),
         Kind("bf16", "bfloat16, with the same exceptions", 0.05, states="bfloat16"),
         Kind("int8", "projections: INT8 weights, states rounded to UINT8 in each call", COSINE_995, Int8Options, True),
         Kind("int8-static", "projections: the same, ranges from calibration", COSINE_995, StaticOptions, True, True),
@@ -223,7 +223,9 @@ def _write_narrow(
     source: Path, target: Path, narrow: Narrow, provider: str, precision: Precision, where: object
 ) -> int:
     model = onnx_ir.load(source)
-    count = narrowed(model, narrow)
+    cached = any((value.name or "").startswith(CACHE) for value in model.graph.inputs)
+    # the logits of 8192 positions over Llama's vocabulary are 4.2 GB in float32
+    count = narrowed(model, narrow, keep=("logits",) if cached and provider == "cuda" else ())
     if narrow == "bfloat16":  # float16 is cast where a kernel is missing
         names = session_providers(provider)
         missing = without_kernels(model, narrow, names)

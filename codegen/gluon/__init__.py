@@ -2,6 +2,7 @@
 
 from attncompile.codegen.gluon import backward
 from attncompile.codegen.gluon.backward import HopperGradients, generate_backward, why_not_backward
+from attncompile.codegen.gluon.candidates import hopper_tiles_to_try
 from attncompile.codegen.gluon.generate import HopperModule, generate, generate_fastest
 from attncompile.codegen.gluon.structure import arranged, slower, why_not_installed, why_not_spec
 
@@ -13,6 +14,7 @@ __all__ = [
     "generate",
     "generate_backward",
     "generate_fastest",
+    "hopper_tiles_to_try",
     "slower",
     "why_not_backward",
     "why_not_installed",

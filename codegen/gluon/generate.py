@@ -146,7 +146,7 @@ def generate(
     return HopperModule(f"hopper_{spec.fingerprint()}", source, (kernel,), skeleton, elements)
 
 
-def generate_fastest(spec: Spec, *, queries: int = SHORT) -> HopperModule:
+def generate_fastest(spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT) -> HopperModule:
     """The Gluon module that is expected to be fastest.
 
     Where the mask is a neighbourhood on a grid of fixed size, that is one whose tiles are boxes of the grid, if these
@@ -155,20 +155,20 @@ def generate_fastest(spec: Spec, *, queries: int = SHORT) -> HopperModule:
 
     Args:
         spec: as it is called; its inputs and results stay the same.
-        queries: as in :func:`generate`.
+        tile, queries: as in :func:`generate`.
 
     Raises:
         ValueError: when there is no kernel for the Spec; says why.
     """
     if regrouped_parts(spec):
-        return generate(spec, queries=queries, in_place=True)
+        return generate(spec, tile, queries=queries, in_place=True)
     moved = arranged(spec, in_place=True)
     if moved is spec or why_not_spec(moved):
-        return generate(spec, queries=queries)
-    module = generate(moved, queries=queries, in_place=True)
+        return generate(spec, tile, queries=queries)
+    module = generate(moved, tile, queries=queries, in_place=True)
     if module.skeleton.boxes is not None:
         return module
-    return generate(arranged(spec), queries=queries)
+    return generate(arranged(spec), tile, queries=queries)
 
 
 def _skeleton(

@@ -6,7 +6,7 @@ What stays in float32:
   number of float16;
 - reductions, powers, exponentials and softmax (:data:`WIDE`), and the scores in front of a softmax up to their product;
 - operators whose specification has no form for the narrow type, and the bodies of loops;
-- inputs and outputs, logits among them, but not the cache, which is kept narrow.
+- inputs and outputs, logits among them unless it is said otherwise, but not the cache, which is kept narrow.
 
 A cast stands wherever a value crosses. Normalisations as one operator compute in float32 inside.
 """
@@ -41,19 +41,29 @@ WIDE = frozenset({*SCORES, *_FUNCTIONS, *LOOPS, *(f"Reduce{name}" for name in _R
 POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip", "Tanh", "Neg"})
 """What may stand between a product and the softmax of its scores."""
 
+SIZES = ("Shape", "Size")
+"""Operators that read no number of their operand: a cast in front of them would copy a whole cache for its sizes."""
+
 CACHE = ("past_key_values.", "present.")
 """How inputs and outputs begin that keep the narrow type."""
 
 
-def narrowed(model: ir.Model, narrow: Narrow) -> int:
-    """Rewrite the model in place; how many of its nodes compute in the narrow type."""
+def narrowed(model: ir.Model, narrow: Narrow, *, keep: tuple[str, ...] = ()) -> int:
+    """Rewrite the model in place; how many of its nodes compute in the narrow type.
+
+    Args:
+        model: in float32.
+        narrow: the type.
+        keep: names of outputs that stay narrow too, beside the cache.
+    """
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _state_types(model.graph, model)
     work = _Work(model, TYPES[narrow], _narrow_nodes(model, narrow))
     for value in model.graph.inputs:
         if value.dtype is FLOAT and (value.name or "").startswith(CACHE):
             value.dtype = work.kind
-    work.graph(model.graph, outputs={v: (v.name or "").startswith(CACHE) for v in model.graph.outputs})
+    stays = {v: (v.name or "").startswith(CACHE) or v.name in keep for v in model.graph.outputs}
+    work.graph(model.graph, outputs=stays)
     passes.RemoveUnusedNodesPass()(model)
     return len(work.chosen)
 
@@ -83,6 +93,8 @@ class _Work:
                 for body in bodies:
                     self.graph(body, {value: node in self.chosen for value in body.outputs})
             for place, value in enumerate(node.inputs):
+                if node.op_type in SIZES and node.domain == "":
+                    continue
                 if value is not None and value.dtype in (FLOAT, self.kind) and value.dtype is not target:
                     node.replace_input_with(place, self._in(value, target, node, cast))
             if node in self.chosen:
@@ -356,4 +368,4 @@ def without_kernels(model: ir.Model, narrow: Narrow, providers: tuple[str, ...])
     return sorted(set(missing))
 
 
-__all__ = ["Narrow", "narrowed", "without_kernels"]
+__all__ = ["CACHE", "Narrow", "narrowed", "without_kernels"]

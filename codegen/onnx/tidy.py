@@ -15,6 +15,7 @@ from attncompile.codegen.onnx.normalisation import OPSET, fuse_root_mean_square
 from attncompile.codegen.onnx.packing import pack
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
+from attncompile.codegen.onnx.skips import fuse_skips
 from attncompile.codegen.onnx.tried import newest_opset
 
 
@@ -28,6 +29,7 @@ class Tidied:
         residuals: residual sums kept apart from the LayerNormalization behind them.
         turns: pairs of head transposes that cancelled.
         packed: projections that became one product for each attention.
+        skips: sums that the normalisation behind them computes.
     """
 
     normalisations: int
@@ -35,13 +37,15 @@ class Tidied:
     residuals: int
     turns: int
     packed: int = 0
+    skips: int = 0
 
     def __str__(self) -> str:
         told = (
             f"{self.normalisations} RMS normalisations and {self.rotary} rotary maps became operators, "
             f"{self.residuals} residual sums rewritten, {self.turns} double transposes removed"
         )
-        return f"{told}, {self.packed} projections packed by three" if self.packed else told
+        told += f", {self.packed} projections packed by three" if self.packed else ""
+        return told + (f", {self.skips} sums joined with their normalisation" if self.skips else "")
 
 
 def wanted_opset(version: str | None = None, provider: Provider = "cpu") -> int:
@@ -96,6 +100,8 @@ def tidy(
     passes.RemoveUnusedNodesPass()(model)
     # the slow kernel that this avoids is the CPU's
     residuals = sum_residuals(model) if provider == "cpu" else 0
+    # a launch fewer is worth nothing on a CPU
+    skips = fuse_skips(model, provider, version, dtype or "float32") if provider == "cuda" else 0
     turns = drop_double_turns(model)
     passes.RemoveUnusedNodesPass()(model)
     packed = pack(model, provider, version, longest, dtype or "float32")
@@ -105,4 +111,4 @@ def tidy(
     passes.RemoveUnusedOpsetsPass()(model)
     for node in model.graph.all_nodes():  # that pass does not look into bodies
         model.opset_imports.setdefault(node.domain, 1)
-    return Tidied(normalisations, rotary, residuals, turns, packed.projections)
+    return Tidied(normalisations, rotary, residuals, turns, packed.projections, skips)

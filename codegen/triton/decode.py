@@ -29,7 +29,7 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.storage import Storage, decode_reason, group_of, storage_of
 from attncompile.codegen.triton.structure import Dense, dense
-from attncompile.codegen.triton.tiles import Tile, decode_tile
+from attncompile.codegen.triton.tiles import Tile, TunedTile, decode_tile, with_tuned
 from attncompile.codegen.triton.visits import ROWS, KeyRange, Visits, extreme, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, apply, conjuncts, loads, substitute, symbols
@@ -64,7 +64,7 @@ def _storages(spec: Spec, parts: Dense) -> tuple[Storage, Storage]:
     return found[0], found[1]
 
 
-def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
+def decode_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple[Kernel, ...]]:
     """Source and kernels of a Spec whose keys or values come from a store."""
     parts = dense(spec)
     binding = Binding.of(spec, captured_tensors(*decode_expressions(spec, parts)))
@@ -76,7 +76,7 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
     )
     functions = _functions(spec, parts, binding)
     skeleton = decode_skeleton(spec, parts, binding, lengths, *functions)
-    tiles = decode_tiles(skeleton)
+    tiles = decode_tiles(skeleton, tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     own = [function.source() for function in functions if function]
     text = "\n\n\n".join([*own, skeleton.source()])
@@ -86,7 +86,7 @@ def decode_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         *_outputs(parts, binding, lengths, skeleton, query),
         "if out.numel() == 0:",
         f"    {_returned(spec, parts)}",
-        *decode_launch(spec, parts, binding, lengths, skeleton),
+        *decode_launch(spec, parts, binding, lengths, skeleton, tiles),
     ]
     source = join(
         documentation(spec, inputs),
@@ -124,7 +124,12 @@ class FewQueries:
 
 
 def few_queries(
-    spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length], forward: DenseForward
+    spec: Spec,
+    parts: Dense,
+    binding: Binding,
+    lengths: tuple[Length, Length, Length],
+    forward: DenseForward,
+    tuned: TunedTile | None = None,
 ) -> FewQueries | None:
     """The decode kernels beside a dense one, with the functions of its Spec; ``None`` where they do not fit, and where
     there are always as many queries as keys.
@@ -135,9 +140,9 @@ def few_queries(
     skeleton = decode_skeleton(
         spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink
     )
-    tiles = decode_tiles(skeleton)
+    tiles = decode_tiles(skeleton, tuned)
     text = skeleton.source()
-    launch = decode_launch(spec, parts, binding, lengths, skeleton, inside=8)
+    launch = decode_launch(spec, parts, binding, lengths, skeleton, tiles, inside=8)
     return FewQueries(
         f"With at most {FEW_QUERIES} queries and at least {LONG_CACHE} keys the keys are cut into parts.",
         f"FEW_QUERIES, LONG_CACHE = {FEW_QUERIES}, {LONG_CACHE}  # what the kernel that cuts the keys is for\n"
@@ -320,15 +325,16 @@ def _term(
     return Term(function_of(name, expr, scope), reads)
 
 
-def decode_tiles(skeleton: Decode) -> dict[str, Tile]:
+def decode_tiles(skeleton: Decode, tuned: TunedTile | None = None) -> dict[str, Tile]:
     """How the first kernel is launched, by element type of the query."""
     stores = (skeleton.key, skeleton.value)
     wide = any(each.form == "real" and len(each.parts) > 1 for each in stores)
     four_bits = all(each.form == "int4" and each.factored for each in stores)
-    return {
+    found = {
         dtype: decode_tile(sum(each.bytes_of_a_key(size) for each in stores), wide, four_bits and size == 2)
         for dtype, size in OPERAND_DTYPES.items()
     }
+    return with_tuned(found, "decode", tuned)
 
 
 def decode_tiles_text(tiles: Mapping[str, Tile], *, tables: bool = False) -> str:
@@ -365,6 +371,7 @@ def decode_launch(
     binding: Binding,
     lengths: tuple[Length, Length, Length],
     skeleton: Decode,
+    tiles: Mapping[str, Tile],
     inside: int = 4,
 ) -> list[str]:
     """Launcher lines that run both kernels and return; outputs are allocated. They will be indented by ``inside``."""
@@ -373,7 +380,6 @@ def decode_launch(
     heads, queries, keys = (length.value for length in lengths)
     batch, key_heads = binding.size(parts.query.sizes[0]), binding.size(parts.key.sizes[1])
     own = {pointer: binding.tensors[name] for name, pointer in binding.pointers.items()}
-    tiles = decode_tiles(skeleton)
     values = {length.name: length.value for length in lengths} | {"key_heads": key_heads}
     captured = [own[name] for name, _ in skeleton.captured]
     merged = [own[name] for name, _ in skeleton.sink_captured()]

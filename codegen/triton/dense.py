@@ -34,7 +34,7 @@ from attncompile.codegen.triton.rounding import (
 )
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.structure import Dense, dense
-from attncompile.codegen.triton.tiles import Tile, dense_tile
+from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_tuned
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Expr, Index, Load, loads, symbols, walk
@@ -46,7 +46,7 @@ HEAVY = 12
 """With more operators than this in score and mask, more warps share a tile."""
 
 
-def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
+def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple[Kernel, ...]]:
     """Source and kernels of a Spec with one attention, which has a kernel."""
     parts = dense(spec)
     binding = Binding.of(spec, captured_tensors(*_expressions(parts)))
@@ -57,11 +57,11 @@ def dense_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
         binding.length("J", parts.key.sizes[2]),
     )
     skeleton = _skeleton(spec, parts, binding, lengths)
-    tiles = _tiles(skeleton, parts)
+    tiles = with_tuned(_tiles(skeleton, parts), "dense", tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     kernel_text = skeleton.source()
     rounding = rounding_texts(parts)
-    few = few_queries(spec, parts, binding, lengths, skeleton)
+    few = few_queries(spec, parts, binding, lengths, skeleton, tuned)
     source = join(
         documentation(spec, inputs, *([few.note] if few else [])),
         *([few.tables] if few else []),

@@ -14,6 +14,7 @@ from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.scan import scan_module
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import is_wide, why_not_spec
+from attncompile.codegen.triton.tiles import TunedTile
 from attncompile.ir import Spec
 
 
@@ -37,10 +38,14 @@ class GeneratedModule:
         return hashlib.sha256(self.source.encode()).hexdigest()
 
 
-def generate(spec: Spec) -> GeneratedModule:
+def generate(spec: Spec, tuned: TunedTile | None = None) -> GeneratedModule:
     """The Triton module of a Spec.
 
     The same Spec gives the same text; the Spec's name is no part of it.
+
+    Args:
+        spec: one attention or one scan.
+        tuned: a tile in the place of the one that :mod:`attncompile.codegen.triton.tiles` has.
 
     Raises:
         ValueError: when there is no kernel for the Spec; says why.
@@ -51,13 +56,13 @@ def generate(spec: Spec) -> GeneratedModule:
     spec = dataclasses.replace(spec, name="attention")
     moved = regrouped_parts(spec)
     if moved:
-        inner = generate(moved.attention)
+        inner = generate(moved.attention, tuned)
         source, moving = around(spec, moved, inner.source)
         kernels = (*moving, *inner.kernels)
     else:
         by_parts = reads_storage(spec) or is_wide(spec)
         make = scan_module if spec.scan() else decode_module if by_parts else dense_module
-        source, kernels = make(spec)
+        source, kernels = make(spec, tuned)
     return GeneratedModule(f"{spec.operations[-1].keyword}_{spec.fingerprint()}", source, kernels)
 
 

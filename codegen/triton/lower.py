@@ -14,12 +14,13 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from attncompile.codegen import pytorch
 from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.triton.alternatives import alternatives, made_by
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.generate import GeneratedModule, generate
@@ -29,6 +30,9 @@ from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.codegen.triton.storage import reads_storage
 from attncompile.codegen.triton.structure import gives_zeros, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD
+from attncompile.codegen.triton.tuned import Choice, bucket, read_choices
+from attncompile.codegen.triton.tuning import Alternative, Session
+from attncompile.codegen.triton.tuning import session as tuning_session
 from attncompile.ir import Quantize, Regroup, Spec, print_spec
 from attncompile.kernels import operators
 
@@ -164,6 +168,11 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     return Lowering("triton", module.kernels[-1].name, said, module.source, run)
 
 
+def _length(queries: int) -> int:
+    """The one of :data:`LENGTHS` that stands for so many queries."""
+    return next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
+
+
 def _implementation(text: str) -> operators.Implementation:
     return _Chosen(text).run
 
@@ -174,6 +183,8 @@ class _Chosen:
     def __init__(self, text: str) -> None:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
+        self._choices: dict[torch.device, dict[str, Choice]] = {}
+        self._chosen: dict[tuple[torch.device, str], operators.Implementation] = {}
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
@@ -191,7 +202,7 @@ class _Chosen:
         return load(_generated(self._text))
 
     def _gluon(self, queries: int) -> ModuleType | None:
-        length = next((each for each in LENGTHS if queries <= 2 * each), LENGTHS[-1])
+        length = _length(queries)
         if length not in self._modules:
             found = _hopper(self._text, length)
             self._modules[length] = None if isinstance(found, str) else load_module(found)
@@ -199,13 +210,62 @@ class _Chosen:
 
     def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec."""
+        device = tensors[0].device
+        choices = self._choices.get(device)
+        if choices is None:
+            choices = self._choices[device] = read_choices(self._text, device)
+        session = tuning_session()
+        if session is not None or choices:
+            where = bucket(self._text, tensors)
+            if session is not None and where not in choices:
+                choices[where] = self._tune(session, where, tensors)
+            if where in choices:
+                return self._tuned(device, where, tensors)(*tensors)
+        return self._by_table(*tensors)
+
+    def _tune(self, session: Session, where: str, tensors: Sequence[torch.Tensor]) -> Choice:
+        # what the table has needs no tile here: for no alternative it is kept as it is
+        default = Alternative(Choice("table"), lambda: self._by_table)
+        hopper = None
+        runs: Literal["triton", "gluon", "sdpa"] = "triton"
+        queries = 0 if self._query is None else tensors[self._query].shape[2]
+        if self._takes_hopper(tensors):
+            found = _hopper(self._text, _length(queries))
+            if not isinstance(found, str):
+                runs, hopper = "gluon", found.skeleton.tile
+        if self._plain_map is not None and on_hopper(tensors[0].device) and self._plain_map.faster_in_sdpa(tensors):
+            runs = "sdpa"
+        module = _generated(self._text)
+        others = alternatives(self._text, module, tensors, _length(queries), runs=runs, hopper=hopper)
+        rounds = any(isinstance(step, Quantize) for step in operators.parsed(self._text).operations)
+        return session.tune(self._text, where, tensors, default, others, rounds)
+
+    def _tuned(self, device: torch.device, where: str, tensors: Sequence[torch.Tensor]) -> operators.Implementation:
+        """The function that was chosen for a bucket."""
+        found = self._chosen.get((device, where))
+        if found is None:
+            choice = self._choices[device][where]
+            if choice.target == "table":
+                found = self._by_table
+            else:
+                queries = 0 if self._query is None else tensors[self._query].shape[2]
+                found = made_by(self._text, choice, _length(queries), self._plain)
+            self._chosen[device, where] = found
+        return found
+
+    def _takes_hopper(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these tensors are for the kernel in Gluon, where there is one."""
+        if self._query is None or not on_hopper(tensors[0].device):
+            return False
+        query = tensors[self._query]
+        return query.element_size() == 2 and query.shape[2] >= FEWEST_QUERIES
+
+    def _by_table(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The outputs of the Spec, computed as the tables say."""
         if self._query is not None and on_hopper(tensors[0].device):
             if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
                 return self._sdpa(*tensors)
-            query = tensors[self._query]
-            queries = query.shape[2]
-            half = query.element_size() == 2
-            module = self._gluon(queries) if half and queries >= FEWEST_QUERIES else None
+            module = self._gluon(tensors[self._query].shape[2]) if self._takes_hopper(tensors) else None
             if module is not None:
                 try:
                     return module.attend(*tensors)

@@ -23,21 +23,22 @@ from attncompile.codegen.triton.module import (
     tiles_text,
 )
 from attncompile.codegen.triton.structure import scan
-from attncompile.codegen.triton.tiles import scan_tile
+from attncompile.codegen.triton.tiles import TunedTile, scan_tile, with_tuned
 from attncompile.ir import Scan, Spec, simplify
 from attncompile.ir.expr import TRUE
 from attncompile.kernels.scan import ScanForward
 from attncompile.kernels.source import signature
 
 
-def scan_module(spec: Spec) -> tuple[str, tuple[Kernel, ...]]:
+def scan_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple[Kernel, ...]]:
     """Source and kernels of a Spec with one scan, which has a kernel."""
     operation, types = scan(spec), spec.types()
     binding = Binding.of(spec, captured_tensors(operation.decay, operation.mask))
     _, heads, positions = types[operation.query].sizes[:3]
     lengths = (binding.length("H", heads), binding.length("I", positions))
     skeleton = _skeleton(spec, operation, binding, lengths)
-    tiles = {dtype: scan_tile(skeleton.padded_channels(), size) for dtype, size in OPERAND_DTYPES.items()}
+    found = {dtype: scan_tile(skeleton.padded_channels(), size) for dtype, size in OPERAND_DTYPES.items()}
+    tiles = with_tuned(found, "scan", tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     kernel_text = skeleton.source()
     source = join(

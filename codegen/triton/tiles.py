@@ -1,12 +1,15 @@
 """Block sizes, warps and pipeline stages by head size and dtype.
 
 Chosen so that no kernel of the tested set spills registers on sm_90 and all fit into 160 KiB of shared
-memory; on a device with less the launcher lowers the number of stages. Tuning per device is not done here.
+memory; on a device with less the launcher lowers the number of stages. What a device is measured to do better
+with takes the place of a row: :mod:`attncompile.codegen.triton.tuning`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,27 @@ class Tile:
     keys: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class TunedTile:
+    """A tile in the place of the one that the table has.
+
+    Attributes:
+        kernel: which of a module's kernels.
+        element: element type of the operands, such as ``bfloat16``.
+        tile: of a decode kernel the queries do not count.
+    """
+
+    kernel: Literal["dense", "decode", "scan"]
+    element: str
+    tile: Tile
+
+
+def with_tuned(tiles: Mapping[str, Tile], kernel: str, tuned: TunedTile | None) -> dict[str, Tile]:
+    """The tiles of a kernel by element type, with the tuned one if it is of this kernel."""
+    changed = {tuned.element: tuned.tile} if tuned is not None and tuned.kernel == kernel else {}
+    return {**tiles, **changed}
 
 
 _DENSE: tuple[tuple[int, int, Tile], ...] = (  # head channels up to, bytes of an element

@@ -16,6 +16,7 @@ from attncompile.codegen.onnx.layouts import Operand, arrange, drop_double_turns
 from attncompile.codegen.onnx.normalisation import fuse_root_mean_square
 from attncompile.codegen.onnx.residuals import sum_residuals
 from attncompile.codegen.onnx.rotary import fuse_rotary
+from attncompile.codegen.onnx.skips import fuse_skips
 from attncompile.codegen.onnx.tidy import raise_opset, tidy
 from attncompile.codegen.onnx.values import Builder, dimensions
 
@@ -178,6 +179,64 @@ def test_residual_sum_keeps_the_fused_kernel_out(tmp_path: Path) -> None:
     sum_residuals(rewritten)
     assert "SkipLayerNormalization" in optimised_operators(plain, tmp_path)
     assert "SkipLayerNormalization" not in optimised_operators(rewritten, tmp_path)
+
+
+def pre_norm(build: Builder, x: ir.Value) -> ir.Value:
+    """Two blocks of a decoder: each normalises a sum, which goes on into the next one."""
+    total = x
+    for _ in range(2):
+        total = build("Add", build("MatMul", total, weights(build, WIDTH, WIDTH)), total)
+        normal = build("RMSNormalization", total, weights(build, WIDTH), axis=-1, epsilon=1e-3)
+        total = build("Add", total, build("MatMul", normal, weights(build, WIDTH, WIDTH)))
+    return build("RMSNormalization", total, weights(build, WIDTH), axis=-1, epsilon=1e-6)
+
+
+def joined(model: ir.Model, **options: str) -> int:
+    return fuse_skips(model, "cuda", "1.31", **options)
+
+
+def test_a_sum_goes_into_the_normalisation_behind_it() -> None:
+    model = assert_same_after(pre_norm, joined, 3)
+    assert operators(model).count("SkipSimplifiedLayerNormalization") == 3
+    assert "RMSNormalization" not in operators(model) and operators(model).count("Add") == 1
+    assert [node.attributes.get_float("epsilon") for node in model.graph if "Skip" in node.op_type][:2] == [
+        pytest.approx(1e-3), pytest.approx(1e-3)
+    ]  # fmt: skip
+
+
+def broadcast_sum(build: Builder, x: ir.Value) -> ir.Value:
+    return build("RMSNormalization", build("Add", x, weights(build, WIDTH)), weights(build, WIDTH), axis=-1)
+
+
+def no_sum(build: Builder, x: ir.Value) -> ir.Value:
+    return build("RMSNormalization", build("Mul", x, x), weights(build, WIDTH), axis=-1)
+
+
+def sum_of_rows(build: Builder, x: ir.Value) -> ir.Value:
+    flat = build("Reshape", x, build.constant([-1, WIDTH]))
+    normal = build("RMSNormalization", build("Add", flat, flat), weights(build, WIDTH), axis=-1)
+    return build("Reshape", normal, build.constant([BATCH, LENGTH, WIDTH]))
+
+
+@pytest.mark.parametrize("make", [broadcast_sum, no_sum, sum_of_rows])
+def test_other_sums_stay(make: Make) -> None:
+    assert_same_after(make, joined, 0)
+
+
+def test_a_sum_that_is_a_result_stays() -> None:
+    model = model_of(lambda build, x: build("Add", x, x))
+    total = model.graph.outputs[0]
+    build = Builder(model.graph, "more")
+    build("RMSNormalization", total, weights(build, WIDTH), axis=-1)
+    model.graph.extend(build.nodes)
+    assert joined(model) == 0
+
+
+def test_sums_are_joined_where_that_was_found_right() -> None:
+    assert joined(model_of(pre_norm), dtype="float16") == 3
+    assert fuse_skips(model_of(pre_norm), "cpu", "1.22", dtype="bfloat16") == 0
+    assert tidy(model_of(pre_norm), "cpu").skips == 0
+    assert tidy(model_of(pre_norm), "cuda", "1.31").skips == 3
 
 
 def optimised_operators(model: ir.Model, folder: Path) -> list[str]:

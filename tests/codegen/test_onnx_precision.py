@@ -211,7 +211,21 @@ def test_a_huge_constant_stays_finite_in_float16() -> None:
     assert np.isfinite(run(model, state())).all()
 
 
-def test_the_cache_is_narrow_and_logits_are_not() -> None:
+def test_sizes_are_read_without_a_cast() -> None:
+    def make(build: Builder, x: ir.Value) -> ir.Value:
+        state = build("MatMul", x, build.constant(WEIGHT, "float32"))
+        return build("Reshape", state, build("Shape", state))
+
+    model = model_of(make)
+    narrowed(model, "float16")
+    (shape,) = [node for node in model.graph if node.op_type == "Shape"]
+    producer = shape.inputs[0].producer() if shape.inputs[0] is not None else None
+    assert producer is not None and producer.op_type == "MatMul"
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+@pytest.mark.parametrize("keep", [(), ("out",)])
+def test_the_cache_is_narrow_and_logits_are_where_it_is_said(keep: tuple[str, ...]) -> None:
     model = model_of(lambda build, x: build("MatMul", x, build.constant(WEIGHT, "float32")))
     past = ir.Value(
         name="past_key_values.0.key", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "P", WIDTH])
@@ -222,12 +236,12 @@ def test_the_cache_is_narrow_and_logits_are_not() -> None:
     node.outputs[0].shape = ir.Shape(["B", "T", WIDTH])
     model.graph.append(node)
     model.graph.outputs.append(node.outputs[0])
-    narrowed(model, "float16")
+    narrowed(model, "float16", keep=keep)
     kinds = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     assert kinds == {
         "x": ir.DataType.FLOAT,
         "past_key_values.0.key": ir.DataType.FLOAT16,
-        "out": ir.DataType.FLOAT,
+        "out": ir.DataType.FLOAT16 if keep else ir.DataType.FLOAT,
         "present.0.key": ir.DataType.FLOAT16,
     }
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
