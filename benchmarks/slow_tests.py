@@ -2,7 +2,7 @@
 
     python -m pytest -m slow tests/backend --junitxml backend.xml
     python -m pytest -m slow tests/e2e/test_real.py --junitxml real.xml
-    python -m benchmarks.slow_tests results.json backend.xml real.xml
+    python -m benchmarks.slow_tests results.json backend.xml real.xml [--note TEXT]
 
 They take hours and some need packages that CI does not install, so CI does not run them: this says which passed, with
 which versions. A test that stands in several of pytest's files counts as it is in the last. Nothing is measured: the
@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Read pytest's files and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--note", default="", help="what else the reader should know")
     parser.add_argument("files", type=Path, nargs="+", help="files that pytest --junitxml has written")
     options = parser.parse_args(arguments)
     try:
@@ -128,6 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {**machine(), **_versions(), "commit": commit.stdout.strip()}
+    if options.note:
+        facts["note"] = options.note
     options.output.write_text(json.dumps({**facts, **found}, indent=1) + "\n", encoding="utf-8")
     print({status: found[status] for status in ("passed", "failed", "skipped")})
 

@@ -28,14 +28,14 @@ def test_counts_reasons_and_a_second_run(tmp_path: Path) -> None:
         "tests/backend/test_one.py::test_b": "failed: assert 1 == 2",
         "tests/e2e/test_two.py::test_c": "skipped: could not import 'hqq'",
     }
-    slow_tests.main([str(tmp_path / "out.json"), *map(str, files)])
+    slow_tests.main([str(tmp_path / "out.json"), *map(str, files), "--note", "in two parts"])
     both = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert (both["passed"], both["failed"], both["skipped"]) == (2, 0, 1)
     assert both["rows"][0] == {
         "file": "tests/backend/test_one.py", "passed": 2, "failed": 0, "skipped": 0, "seconds": 5,
     }  # fmt: skip
     assert next(iter(both["longest"])) == "tests/backend/test_one.py::test_a[x]"
-    assert both["torch"] and both["python"]
+    assert both["torch"] and both["python"] and both["note"] == "in two parts"
 
 
 @pytest.mark.parametrize("text", ["", "no markup", "<testsuite/>"])
