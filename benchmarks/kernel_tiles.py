@@ -30,7 +30,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "": {},
     " early": {"early": True},
     " no turns": {"turns": False},
-    " early no turns": {"early": True, "turns": False},
+    " settled": {"settled": True},
+    " chains": {"chains": True},
+    " settled chains": {"settled": True, "chains": True},
 }
 
 

@@ -3,11 +3,12 @@
     python -m benchmarks.kernels benchmarks/results/kernels_peers_h200.json [--rows causal] [--rounds 7] [--fa4]
 
 Peers: cuDNN and FlashAttention-2 through PyTorch's SDPA, FlexAttention compiled, our plain Triton, our Gluon kernel;
-FlashAttention-4 with ``--fa4`` where ``flash-attn-4`` is installed. Every round runs each of them once, so that the
-card's clock and temperature treat all alike, as a replayed CUDA graph, so that kernels are timed and not the
-host (how long a call keeps that busy stands beside it); what cannot be captured is timed by calls, and its result says
-so in ``timed``. Medians of the rounds are reported. FLOPs count visible pairs only, for all alike. Each result is
-compared with cuDNN's or, where that has no such variant, with plain Triton's.
+FlashAttention-4 with ``--fa4`` where ``flash-attn-4`` is installed, compiled beforehand like ours where it has a cache
+on disk (``FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1``). Every round runs each of them once, so that the card's clock and
+temperature treat all alike, as a replayed CUDA graph, so that kernels are timed and not the host (how long a call keeps
+that busy stands beside it); what cannot be captured is timed by calls, and its result says so in ``timed``. Medians of
+the rounds are reported. FLOPs count visible pairs only, for all alike. Each result is compared with cuDNN's or, where
+that has no such variant, with plain Triton's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import concurrent.futures
 import functools
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +35,8 @@ from benchmarks.report import Report, add_processes, arguments, chosen, parse, s
 from benchmarks.timing import Timed, graphed, interleaved, repeats_of, summary
 
 WINDOW, CAP, DOCUMENT, SINKS = 1024, 30.0, 2048, 4
+FLASH4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+"""Set to 1, FlashAttention-4 keeps what it compiles on disk."""
 
 
 @dataclass(frozen=True)
@@ -319,23 +323,29 @@ def measure(work: Work, rounds: int, others: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
-def _warm(work: Work) -> None:
-    """Fill Triton's cache with one row's kernels: called in processes of its own, many at a time."""
+def _warm(work: Work, others: tuple[str, ...]) -> None:
+    """Fill caches with one row's kernels: called in processes of its own, many at a time."""
     tensors = tensors_of(work)  # Inductor's cache knows sizes
-    for make in (our_gluon, plain_triton, *([flex] if "flex" in work.peers else [])):
+    for name in ("gluon", "triton", *(name for name in ("flex",) if name in work.peers), *others):
         try:
-            make(work, tensors)()
+            MAKERS[name](work, tensors)()
         except Exception as error:
             print(f"{work.name}: {error}", flush=True)
     torch.cuda.synchronize()
 
 
-def warm_up(works: tuple[Work, ...], processes: int) -> None:
-    """Compile the kernels of these rows, one for each distinct Spec."""
+def warm_up(works: tuple[Work, ...], processes: int, others: tuple[str, ...] = ()) -> None:
+    """Compile the kernels of these rows, one for each distinct Spec.
+
+    Args:
+        works: the rows.
+        processes: that compile at the same time.
+        others: further names whose kernels are kept in a cache on disk.
+    """
     distinct = {(work.spec().fingerprint(), work.length < 4096, "flex" in work.peers): work for work in works}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        list(pool.map(_warm, distinct.values()))
+        list(pool.map(functools.partial(_warm, others=others), distinct.values()))
 
 
 def main() -> None:
@@ -346,10 +356,11 @@ def main() -> None:
     options = parse(parser)
     works = chosen(WORKS, options.rows)
     report = Report(options.output, {"rounds": options.rounds})
-    warm_up(works, options.processes)
+    others = ("flash4",) if options.fa4 else ()
+    warm_up(works, options.processes, others if os.environ.get(FLASH4_CACHE) == "1" else ())
     for work in works:
         rounds = options.rounds if work.length <= 16384 else max(3, options.rounds // 2)
-        row = measure(work, rounds, ("flash4",) if options.fa4 else ())
+        row = measure(work, rounds, others)
         report.add(row)
         rates = {name: shown(result, "{tflops:.0f}") for name, result in row["results"].items()}
         worst = max((r.get("difference", 0.0) for r in row["results"].values()), default=math.nan)

@@ -255,7 +255,7 @@ def _record(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
         }
         seconds = {name: made.result() for name, made in making.items()}
     models = {name: Loaded(folder / name, chosen.provider) for name in ("ours", "shared", "builder")}
-    apart = difference(models, min(512, chosen.context))
+    apart = difference(models, min(1024, chosen.context))  # beyond where a conversion switches operators
     print(f"logits apart: {apart}", flush=True)
     called: dict[Call, dict[str, Loaded]] = {
         "growing": models,

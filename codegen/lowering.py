@@ -11,6 +11,21 @@ Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
 @dataclass(frozen=True)
+class SharedLists:
+    """What calls of equal Specs with the same mask and sizes may share: blocks of keys that tensors leave to visit.
+
+    Attributes:
+        key: equal for calls that may share, if sizes and the tensors that are read are equal too.
+        reads: names of the inputs on whose elements it depends.
+        make: takes the Spec's inputs in order; gives what ``run`` takes as ``lists=``.
+    """
+
+    key: str
+    reads: tuple[str, ...]
+    make: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Lowering:
     """A Spec on a target.
 
@@ -24,6 +39,7 @@ class Lowering:
         source: generated source text, when there is any.
         run: takes the Spec's inputs in the order of ``spec.inputs`` (operands as ``[b,h,i,d]``, of any
             strides) and returns its outputs in order, a single tensor when there is one.
+        lists: what several calls may share, where there is such a thing.
     """
 
     target: str
@@ -31,3 +47,4 @@ class Lowering:
     reason: str
     source: str | None
     run: Run
+    lists: SharedLists | None = None

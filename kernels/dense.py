@@ -78,6 +78,7 @@ class DenseForward:
         runs: limits of the key loops.
         latest_first: start with the last queries: where they have the most keys.
         lse: whether the log-sum-exp is stored.
+        taps: which of ``peak`` and ``entropy`` are stored, in this order.
         captured: identifier and number of axes of each captured tensor.
         lengths: identifiers of the numbers of heads, queries and keys.
         sizes: identifiers of other sizes.
@@ -104,6 +105,16 @@ class DenseForward:
     features: int
     clamped: bool
     narrow: NarrowOperands | None = None
+    taps: tuple[str, ...] = ()
+
+    def tap_pointers(self) -> tuple[str, ...]:
+        """Pointers to the taps of rows."""
+        return tuple({"peak": "peaks", "entropy": "entropies"}[tap] for tap in self.taps)
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the sum of weights times exponents is kept."""
+        return "entropy" in self.taps
 
     @property
     def turned_values(self) -> bool:
@@ -130,6 +141,7 @@ class DenseForward:
             *scales,
             "out",
             *(("lse",) if self.lse else ()),
+            *self.tap_pointers(),
             *(name for name, _ in self.captured),
         )
 
@@ -158,6 +170,7 @@ class DenseForward:
         if not self.softmax:
             return ()
         update = "update_narrow" if self.turned_values else "update_edited" if self.edit else "update"
+        update = "update_tapped" if self.tapped else update
         return (update, *(["join_sink"] if self.sink else []))
 
     def source(self) -> str:
@@ -230,6 +243,7 @@ class DenseForward:
             lines += [
                 'peak = tl.full([BLOCK_I], float("-inf"), tl.float32)',
                 "total = tl.zeros([BLOCK_I], tl.float32)",
+                *(["moment = tl.zeros([BLOCK_I], tl.float32)"] if self.tapped else []),
             ]
         return lines
 
@@ -292,13 +306,15 @@ class DenseForward:
                 "accumulator",
                 "peak",
                 "total",
+                *(["moment"] if self.tapped else []),
                 "logits",
-                *(["factor"] if self.edit else []),
+                *(["factor"] if self.edit else ["1.0"] if self.tapped else []),
                 "value_tile",
                 *(["value_scales"] if self.turned_values else []),
                 repr(self.scale * LOG2E),
             ]
-            call = signature(f"accumulator, peak, total = {self.device_functions()[0]}", arguments, "", inside=8)
+            results = "accumulator, peak, total, moment" if self.tapped else "accumulator, peak, total"
+            call = signature(f"{results} = {self.device_functions()[0]}", arguments, "", inside=8)
             return [*self._factor(), *call.splitlines()]
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
         weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
@@ -315,7 +331,8 @@ class DenseForward:
 
     def _store(self) -> list[str]:
         queries = self.lengths[1]
-        lines = []
+        lines = ["# Before a sink joins them.", "row_peak = peak"] if self.taps else []
+        lines += ["row_total = total"] if self.tapped else []
         if self.sink:
             lines += [
                 *signature("sink_logit = sink", self.sink.parameters, "", inside=4).splitlines(),
@@ -338,6 +355,28 @@ class DenseForward:
             lines += [
                 f"lse += tl.cast(program // blocks, tl.int64) * {queries}",
                 f"tl.store(lse + rows, (peak + tl.log2(total)) * {1 / LOG2E!r}, mask=rows < {queries})",
+            ]
+        return [*lines, *self._store_taps()]
+
+    def _store_taps(self) -> list[str]:
+        queries = self.lengths[1]
+        store = f"tl.cast(program // blocks, tl.int64) * {queries}"
+        lines = []
+        if "peak" in self.taps:
+            lines += [
+                f"peaks += {store}",
+                f"tl.store(peaks + rows, row_peak * {1 / LOG2E!r}, mask=rows < {queries})",
+            ]
+        if self.tapped:
+            lines += [
+                "# What the keys have of the whole weight; a sink has the rest, and counts for nothing here.",
+                "share = tl.exp2(row_peak - peak) / total" if self.sink else "share = 1.0 / total",
+                "entropy = (peak - row_peak + tl.log2(total)) * (row_total * share) - moment * share"
+                if self.sink
+                else "entropy = tl.log2(total) - moment * share",
+                f"entropy = tl.where(row_total > 0.0, entropy * {1 / LOG2E!r}, 0.0)",
+                f"entropies += {store}",
+                f"tl.store(entropies + rows, entropy, mask=rows < {queries})",
             ]
         return lines
 

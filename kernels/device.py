@@ -56,6 +56,26 @@ def update(accumulator, peak, total, logits, value_tile, SCALE: tl.constexpr):
 
 
 @triton.jit
+def update_tapped(accumulator, peak, total, moment, logits, factor, value_tile, SCALE: tl.constexpr):
+    """One step of the online softmax as ``update_edited``, with the sum of weights times exponents below the peak.
+
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * SCALE)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    exponents = logits * SCALE - shift[:, None]
+    weights = tl.exp2(exponents)
+    rescale = tl.exp2(peak - shift)
+    below = tl.where(peak == float("-inf"), 0.0, peak - shift)
+    moment = (moment + total * below) * rescale + tl.sum(tl.where(weights > 0.0, weights * exponents, 0.0), 1)
+    total = total * rescale + tl.sum(weights, 1)
+    accumulator = accumulator * rescale[:, None]
+    edited = (weights * factor).to(value_tile.dtype)
+    accumulator = tl.dot(edited, value_tile, accumulator, input_precision="ieee")
+    return accumulator, new_peak, total, moment
+
+
+@triton.jit
 def update_edited(accumulator, peak, total, logits, factor, value_tile, SCALE: tl.constexpr):
     """One step of the online softmax; the factor edits the weights after they are summed.
 

@@ -45,19 +45,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global"""
 
-RING = (
-    "barrier_text",
-    "signal",
-    "meet",
-    "unpacked",
-    "following",
-    "fill",
-    "own_sums",
-    "rescale_text",
-    "rescale_operands",
-    "rescaled",
-)
+RING = ("barrier_text", "signal", "meet", "unpacked", "following", "fill")
 """Functions of :mod:`attncompile.kernels.hopper_device` that every kernel calls."""
+WEIGHING = {
+    "softmax": ("own_sums", "rescale_text", "rescale_operands", "rescaled"),
+    "sigmoid": ("reciprocal",),
+    "relu": (),
+}
+"""By normaliser, functions of :mod:`attncompile.kernels.hopper_device` that make weights."""
+WIDE_VALUES = ("pair_text", "paired", "two_weights")
+"""Functions of :mod:`attncompile.kernels.hopper_device` for values of 16 bits."""
 NARROW_VALUES = ("packed", "four_weights", "kept", "power_exponent", "inverse_power")
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
@@ -80,6 +77,9 @@ class HopperTile:
         ahead: whether the products of the next key block run under the softmax of this one too, which takes the
             registers of two blocks' scores; only for values of 8 bits.
         loaded: whether queries of 8 bits are multiplied from registers.
+        settled: whether a step's exponentials are kept in front of its last wait, where a compiler would rather have
+            them behind it: next to nothing runs under them there.
+        chains: whether a row's greatest score is found by four chains of comparisons instead of one.
     """
 
     groups: int
@@ -93,6 +93,8 @@ class HopperTile:
     early: bool = False
     ahead: bool = False
     loaded: bool = False
+    settled: bool = False
+    chains: bool = False
 
     @property
     def queries(self) -> int:
@@ -125,6 +127,8 @@ class HopperForward:
         digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
             leave through the place of the queries, since the product's operand needs room.
         narrow: operands that are codes with scales, or ``None``.
+        normalizer: ``softmax``; or ``sigmoid`` or ``relu``, which make a weight from its score alone, so that there is
+            no greatest score to keep, no sum, and nothing to rescale.
     """
 
     tile: HopperTile
@@ -147,6 +151,12 @@ class HopperForward:
     boxes: Boxes | None = None
     digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
+    normalizer: str = "softmax"
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the normaliser sums over the keys."""
+        return self.normalizer == "softmax"
 
     @property
     def turned_values(self) -> bool:
@@ -195,7 +205,8 @@ class HopperForward:
 
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
-        tile, scale = self.tile, self.scale * LOG2E
+        unit, base = (1.0, "") if self.normalizer == "relu" else (LOG2E, " · log2(e)")
+        tile, scale = self.tile, self.scale * unit
         empty = "-(2.0**99)" if self._codes.in_exponent else f"-(2.0**99) * {scale!r}"
         products = 32 if self.narrow else 16
         weights = 32 if self.turned_values else 16
@@ -207,10 +218,16 @@ class HopperForward:
             ("BUFFERS", f"{tile.buffers}", "query tiles in shared memory"),
             ("CHANNELS", f"{self.channel_space}", f"of query and key: {self.channels}, padded"),
             ("FEATURES", f"{self.feature_space}", f"of value: {self.features}, padded"),
-            ("SCALE", f"{scale!r}", "constant factor of the logits · log2(e)"),
+            ("SCALE", f"{scale!r}", f"constant factor of the logits{base}"),
             ("HIDDEN", "-(2.0**100)", "a masked score: a power of two, so that HIDDEN · SCALE is exact"),
-            ("LOWEST", "-(2.0**98)", "scores lie above it"),
-            ("EMPTY", empty, "the peak of a row that saw no key lies below it"),
+            *(
+                (
+                    ("LOWEST", "-(2.0**98)", "scores lie above it"),
+                    ("EMPTY", empty, "the peak of a row that saw no key lies below it"),
+                )
+                if self.softmax
+                else ()
+            ),
             ("TURN", "6", "named barriers: a warpgroup may use the matrix unit"),
             ("KEY_FREE", "9", "a stage's keys are done with"),
             ("VALUE_FREE", "12", "a stage's values are done with"),
@@ -237,7 +254,12 @@ class HopperForward:
     @property
     def _codes(self) -> CodeText:
         """The lines about scales."""
-        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head)
+        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head, self.tile.chains)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether a step's exponentials are kept in front of its last wait."""
+        return self.softmax and (self.tile.settled or self.tile.ahead)
 
     def _filled(self, template: str, **parts: list[str]) -> str:
         """A template with its markers replaced, in lines that fit; see :mod:`attncompile.kernels.hopper_text`."""
@@ -251,8 +273,11 @@ class HopperForward:
             "ahead": self.tile.ahead,
             "behind": not self.tile.ahead,
             "loaded": self.tile.loaded,
-            "placed": self.narrow is not None and not self.tile.loaded,
+            "placed": not self.tile.loaded,
+            "settled": self._settled,
             "narrow": self.narrow is not None,
+            "softmax": self.softmax,
+            "summed wide values": not self.turned_values and self.softmax,
             "wide": self.narrow is None,
             "narrow values": self.turned_values,
             "narrow values behind": self.turned_values and not self.tile.ahead,
@@ -277,12 +302,13 @@ class HopperForward:
         launched = [name for name in self.pointers() if name == "lse" or name in scales]
         if self.digits:
             line = line.replace("out_tiles, ", "digit_tile, ")
-        own = ["query_tile", *(["digit_tile"] if self.digits else [])]
-        if scales and not self.tile.loaded:
-            own = ["query_tiles", "query_slot"]
+        own = ["query_tile"] if self.tile.loaded else ["query_tiles", "query_slot"]
+        own += ["digit_tile"] if self.digits else []
         if not self.tile.staged:
             line = line.replace("out_tiles, ", "")
             launched += [name for name in self.strides() if name.startswith("out_stride_")]
+        if not self.softmax:
+            line = line.replace("new_peak, total, ", "").replace("peak, total, ", "").replace(", peak, total", "")
         ahead = self.tile.ahead
         line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
         line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
@@ -312,9 +338,11 @@ class HopperForward:
         line = line.replace("QUERY_BOX", query_box).replace("KEY_BOX", key_box)
         for marker, text in (("HEADS", heads), ("QUERIES", queries), ("LENGTH_J", keys)):
             line = line.replace(marker, text)
-        operand = r"gl.convert_layout(\1.to(value_tiles.dtype), WEIGHTS, assert_trivial=True)"
-        line = re.sub(r"CARRIED\((\w+)\)", r"packed(\1)" if self.turned_values else operand, line)
-        line = re.sub(r"OPERAND\((\w+)\)", r"four_weights(\1)", line)
+        carried, operand = r"paired(\1, value_tiles.dtype)", r"two_weights(\1, value_tiles.dtype)"
+        if self.turned_values:
+            carried, operand = r"packed(\1)", r"four_weights(\1)"
+        line = re.sub(r"CARRIED\((\w+)\)", carried, line)
+        line = re.sub(r"OPERAND\((\w+)\)", operand, line)
         line = line.replace("PRODUCTS", self._codes.products).replace("OUT_DTYPE", self._out_dtype)
         return line.replace("KV_HEAD", self.kv_head).replace("EXTENT", str(self.features))
 
@@ -342,7 +370,7 @@ class HopperForward:
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
         score = [signature("s = score", self.score.parameters, "")] if self.score else []
-        if self.bounded:
+        if self.bounded and self.softmax:
             score.append("s = gl.maximum(s, LOWEST)")
         mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
         if self.inside:
@@ -356,9 +384,17 @@ class HopperForward:
             STEP,
             block_scales=self._codes.block_scales(),
             scaled=self._codes.scaled(edge=False),
-            highest=self._codes.highest("highest", edge=False) if self.narrow else [],
-            exponentials=self._codes.exponentials("new_peak", edge=False),
+            highest=self._codes.highest("highest", edge=False) if self.softmax else [],
+            exponentials=self._weights("new_peak", edge=False),
         )
+
+    def _weights(self, peak: str, *, edge: bool) -> list[str]:
+        """The weights of a block from its scores."""
+        if self.normalizer == "sigmoid":
+            return ["p = reciprocal(1.0 + gl.exp2(s * -SCALE))"]
+        if self.normalizer == "relu":
+            return ["p = gl.maximum(s * SCALE, 0.0)"]
+        return self._codes.exponentials(peak, edge=edge)
 
     def _consumer(self) -> str:
         unit = repr(WEIGHT_UNIT) if self.turned_values else ""
@@ -392,12 +428,12 @@ class HopperForward:
             ]
         return self._filled(
             CONSUMER,
-            sink=sink,
+            sink=sink if self.softmax else [],
             lse=[self._named(line) for line in lse] if self.lse else [],
             full=[self._named(line) for line in full],
             tile_scales=self._codes.tile_scales(),
-            first_highest=self._codes.highest("peak", edge=True),
-            first_exponentials=self._codes.exponentials("peak", edge=True),
+            first_highest=self._codes.highest("peak", edge=True) if self.softmax else [],
+            first_exponentials=self._weights("peak", edge=True),
             stored=[self._named(line) for line in stored],
         )
 
@@ -427,10 +463,11 @@ class HopperForward:
         spec = [function.source() for function in (self.score, self.visible, self.sink) if function]
         return "\n\n\n".join(
             [
-                *(hopper_function(name) for name in RING),
+                *(hopper_function(name) for name in (*RING, *WEIGHING[self.normalizer])),
                 *([hopper_function("query_factors")] if self.narrow else []),
-                *(hopper_function(name) for name in NARROW_VALUES if self.turned_values),
-                *([hopper_function("settled")] if self.tile.ahead else []),
+                *(hopper_function(name) for name in (NARROW_VALUES if self.turned_values else WIDE_VALUES)),
+                *([hopper_function("settled")] if self._settled else []),
+                *([hopper_function("highest_of")] if self.tile.chains and self.softmax else []),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),

@@ -31,12 +31,14 @@ class CodeText:
         scored: whether a score function comes between products and exponentials.
         keys: identifier of the number of keys.
         kv_head: source of the KV head over ``h``.
+        chains: as in :class:`attncompile.kernels.hopper.HopperTile`.
     """
 
     narrow: NarrowOperands | None
     scored: bool
     keys: str
     kv_head: str
+    chains: bool
 
     @property
     def products(self) -> str:
@@ -107,7 +109,7 @@ class CodeText:
     def highest(self, name: str, *, edge: bool) -> list[str]:
         """The rows' greatest exponent in this block."""
         factor = "" if self.in_exponent else " * SCALE"
-        lines = [f"{name} = gl.max(s, axis=1){factor}"]
+        lines = [f"{name} = {'highest_of(s)' if self.chains else 'gl.max(s, axis=1)'}{factor}"]
         if self.in_exponent and not edge:
             lines += ["if not EDGE:", f"    {name} = {name} * row_scale"]
         if self._narrow_values:

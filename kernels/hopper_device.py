@@ -76,6 +76,44 @@ def own_sums(p):
     return gl.sum(gl.sum(gl.reshape(p, [QUERIES, KEYS // 8, 4, 2]), axis=3), axis=1)
 
 
+@gluon.constexpr_function
+def pair_text(element):
+    """PTX: two float32 numbers, rounded to 16 bits, in a word."""
+    return f"cvt.rn.{'bf16' if element == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def paired(p, element: gl.constexpr):
+    """Weights rounded to 16 bits, those of neighbouring keys in a word: a thread of an accumulator holds both.
+
+    A step hands words to the next: numbers of 16 bits would be taken apart and joined again.
+    """
+    QUERIES: gl.constexpr = p.shape[0]
+    KEYS: gl.constexpr = p.shape[1]
+    text: gl.constexpr = pair_text(element)
+    even, odd = gl.split(gl.reshape(p, [QUERIES, KEYS // 2, 2]))
+    return gl.inline_asm_elementwise(text, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def two_weights(words, element: gl.constexpr):
+    """Paired weights as an operand."""
+    QUERIES: gl.constexpr = words.shape[0]
+    KEYS: gl.constexpr = words.shape[1] * 2
+    even = (words & 0xFFFF).to(gl.int16).to(element, bitcast=True)
+    odd = (words >> 16).to(gl.int16).to(element, bitcast=True)
+    return gl.convert_layout(gl.reshape(gl.join(even, odd), [QUERIES, KEYS]), WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def highest_of(s):
+    """The rows' greatest scores, by four chains of comparisons in a thread that do not wait for one another."""
+    QUERIES: gl.constexpr = s.shape[0]
+    KEYS: gl.constexpr = s.shape[1]
+    within = gl.max(gl.reshape(s, [QUERIES, KEYS // 16, 16]), axis=1)
+    return gl.convert_layout(gl.max(within, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)
+
+
 @gluon.jit
 def packed(p):
     """Weights as e4m3, four in a word: of each 16 keys, word t holds columns 2t, 2t + 1, 8 + 2t and 9 + 2t.
@@ -208,6 +246,12 @@ def add_to(sums, block, values, GROUP: gl.constexpr):
     place = sums + (block.to(gl.int64) * GROUPS + GROUP) * (128 * COUNT)
     places = place.to(gl.int64) + thread.to(gl.int64) * 16
     gl.inline_asm_elementwise(text, operands, [values, places], dtype=gl.int8, is_pure=False, pack=COUNT)
+
+
+@gluon.jit
+def reciprocal(x):
+    """1/x by the special-function unit: relative error at most 2^-23, and 0 where x is infinite."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -265,26 +265,37 @@ def kept_lists(device, *sizes, make):
 """Where a mask loads nothing: its lists depend on sizes alone."""
 
 HOST = '''\
-def block_lists(like, lists, blocks, arguments):
-    """For each tile: how many blocks lie on an edge of the mask, how many it visits, and which; see ``mark_blocks``."""
-    room = min(blocks, ROOM.value)
-    counts = torch.empty((lists, 2), dtype=torch.int32, device=like.device)
-    places = torch.empty((lists, room), dtype=torch.int32, device=like.device)
+def list_parts(memory, like, lists, shared, blocks, rows):
+    """For each tile how many blocks lie on an edge of the mask and how many it visits, which, and who computes it.
+
+    All in one stretch of memory, each from a multiple of 16 bytes on.
+    """
+    room, width = min(blocks, ROOM.value), triton.cdiv(lists * shared, rows) + 2
+    first = triton.cdiv(2 * rows * width, 4) * 4
+    second = first + triton.cdiv(2 * lists, 4) * 4
+    if memory is None:
+        memory = torch.empty(second + lists * room, dtype=torch.int32, device=like.device)
+    counts = memory[first : first + 2 * lists].view(lists, 2)
+    places = memory[second : second + lists * room].view(lists, room)
+    return counts, places, memory[: 2 * rows * width].view(torch.int64).view(rows, width)
+
+
+def block_lists(counts, places, arguments):
+    """Write for each tile how many blocks it visits, and which; see ``mark_blocks``."""
     space = triton.next_power_of_2(BLOCK_I.value)
     launch(
-        mark_blocks, (lists,), counts, places, room, *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space,
-        KEYS=BLOCK_J.value, CHUNK=CHUNK.value, num_warps=1 if CHUNK.value > 16 else 4,
+        mark_blocks, (counts.shape[0],), counts, places, places.shape[1], *arguments, ROWS=BLOCK_I.value,
+        ROW_SPACE=space, KEYS=BLOCK_J.value, CHUNK=CHUNK.value, num_warps=1 if CHUNK.value > 16 else 4,
     )
-    return counts, places
 
 
-def dealt(counts, tiles, heads, shared, rows):
-    """The work list of each thread block; see ``order_tiles``."""
-    lists = counts.shape[0]
-    width = triton.cdiv(lists * shared, rows) + 2
-    work = torch.empty((rows, width), dtype=torch.int64, device=counts.device)
+def deal(counts, work, tiles, heads, shared):
+    """Write the work list of each thread block; see ``order_tiles``."""
+    lists, (rows, width) = counts.shape[0], work.shape
     programs = triton.cdiv(max(lists, rows * width - lists * shared), 8)
     launch(
         order_tiles, (programs,), counts, work, tiles, heads, lists, shared, rows, width, SPACE=8, CHUNK=1024
-    )
-    return work'''
+    )'''
+
+MOST_PROCESSORS = 256
+"""Thread blocks that the work is dealt to at most: what lists take is known without a GPU."""

@@ -3,9 +3,9 @@
 ``CONTEXT`` stands for the arguments that expressions may read, ``HEADS QUERIES LENGTH_J`` for the identifiers of
 sizes, ``QUERY_PLACE KEY_PLACE VALUE_PLACE`` for where a tile begins and ``QUERY_BOX KEY_BOX VALUE_BOX`` for its sizes,
 those of values as they are or turned over; ``SCALES`` for the scales that a step needs, ``QUERY_OPERAND`` for where the
-queries lie, ``OPERAND(p)`` for weights as an operand, ``PRODUCTS`` for the type of products of queries and keys,
-``OUT_DTYPE`` for that of results; a line ``# <name>`` for lines that depend on the Spec; a line that ends in
-``# if option`` is left out unless the option holds.
+queries lie, ``CARRIED(p)`` for weights as words that a step hands to the next, ``OPERAND(words)`` for these as an
+operand, ``PRODUCTS`` for the type of products of queries and keys, ``OUT_DTYPE`` for that of results; a line
+``# <name>`` for lines that depend on the Spec; a line that ends in ``# if option`` is left out unless the option holds.
 """
 
 LOGITS = '''
@@ -35,7 +35,7 @@ def step(
     stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT AND_SCORES,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
-    """One key block: its products with the queries, then its softmax while the block before meets its values.
+    """One key block: its products with the queries, then its weights while the block before meets its values.
 
     ``stage`` holds the values of the block before, ``more`` says whether another block
     follows. AHEAD
@@ -44,7 +44,7 @@ def step(
     # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if placed
     # in one loop from the loop before, even where that one did not run.  # if placed
     query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if placed
-    weights = OPERAND(weights)  # if narrow values
+    weights = OPERAND(weights)
     if EDGE:  # if digits
         hidden = hidden_digits(start, first_row, b, h, CONTEXT)  # if digits
     mbarrier.wait(key_ready.index(next_stage), next_phase)  # if early
@@ -81,14 +81,13 @@ def step(
     # <scaled>
     s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
     # <highest>
-    new_peak = gl.maximum(peak, gl.max(s, axis=1) * SCALE)  # if wide
-    new_peak = gl.maximum(peak, highest)  # if narrow
-    factor = gl.exp2(peak - new_peak)
+    new_peak = gl.maximum(peak, highest)  # if softmax
+    factor = gl.exp2(peak - new_peak)  # if softmax
     # <exponentials>
-    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if wide values
+    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)  # if softmax
+    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if summed wide values
     total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
-    total = settled(total)  # if ahead
+    total = settled(total)  # if settled
     last_stage, last_phase = following(later_stage, later_phase)  # if ahead
     mbarrier.wait(key_ready.index(last_stage), last_phase, pred=more)  # if ahead
     later_stage, later_phase = following(next_stage, next_phase)  # if behind
@@ -99,7 +98,7 @@ def step(
     accumulator, s = warpgroup_mma_wait(0, deps=[sums, products])  # if ahead
     kept(weights)  # if narrow values
     signal(VALUE_FREE + stage, GROUPS * 128 + 32)
-    accumulator = rescaled(accumulator, factor)
+    accumulator = rescaled(accumulator, factor)  # if softmax
     weights = CARRIED(p)
     return weights, accumulator, new_peak, total, next_stage, next_phase, later_stage, later_phase AND_SCORES
 '''
@@ -147,8 +146,6 @@ def consumer(
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
         # What the next tile visits is known when it begins.  # if listed
         COUNTED = counted(next_tile, CONTEXT)  # if listed
-        slot = buffer * GROUPS + GROUP  # if digits
-        query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS])  # if wide
         query_slot = buffer * GROUPS + GROUP  # if placed
         query_tile = query_tiles.index(buffer * GROUPS + GROUP).reshape([64, CHANNELS]).load(OWN_ROWS)  # if loaded
         signal(KEY_FREE + stage, GROUPS * 128 + 32)
@@ -172,7 +169,7 @@ def consumer(
         s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
         # <first_highest>
         # <first_exponentials>
-        total = own_sums(p)  # if wide values
+        total = own_sums(p)  # if summed wide values
         total = own_sums(p) * value_inverse  # if narrow values
         weights = CARRIED(p)
         accumulator = gl.zeros([64, FEATURES], gl.float32, OUTPUT)
@@ -201,7 +198,7 @@ def consumer(
         last_stage = stage
         next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if digits
         hidden = hidden_digits(first_block(COUNTED), next_row + 64 * GROUP, next_b, next_h, CONTEXT)  # if digits
-        weights = OPERAND(weights)  # if narrow values
+        weights = OPERAND(weights)
         meet(TURN + GROUP, 256)  # if turns
         values = value_tiles.index(last_stage).reshape([BLOCK_J, FEATURES])  # if wide values
         values = value_tiles.index(last_stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
@@ -227,18 +224,18 @@ def consumer(
         accumulator, next_s = warpgroup_mma_wait(1, deps=[sums, next_products])  # if narrow values
         kept(weights)  # if narrow values
         signal(VALUE_FREE + last_stage, GROUPS * 128 + 32)
-        total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)
-        rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+        total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, SCORES), assert_trivial=True)  # if softmax
+        rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))  # if softmax
         # <sink>
         # <lse>
-        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)
-        accumulator = accumulator * gl.expand_dims(factor, 1)
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT), assert_trivial=True)  # if softmax
+        accumulator = accumulator * gl.expand_dims(factor, 1)  # if softmax
         tma.store_wait(0)  # if staged apart
         out_tiles.index(GROUP).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if staged apart
-        query_tiles.index(slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits
+        query_tiles.index(query_slot).reshape([64, FEATURES]).store(accumulator.to(OUT_DTYPE))  # if digits
         fence_async_shared()  # if staged
         copy_out(out, QUERY_PLACE(b, h, first_row), out_tiles.index(GROUP))  # if staged apart
-        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(slot))  # if digits
+        copy_out(out, QUERY_PLACE(b, h, first_row), query_tiles.index(query_slot))  # if digits
         # <stored>
         s = warpgroup_mma_wait(0, deps=[next_s])  # if no digits
         s, hidden = warpgroup_mma_wait(0, deps=[next_s, hidden])  # if digits

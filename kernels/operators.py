@@ -5,6 +5,10 @@ the device: a target registers an implementation for its device type with :func:
 the Spec's types. ``attncompile::infer`` is the same without a derivative, for calls whose gradients nobody records: it
 takes the host less time.
 
+``attncompile::block_lists(spec, inputs) -> lists`` is what several calls may share: which blocks of keys a mask of
+tensors lets a kernel visit. A graph makes the lists once and hands them to every ``run`` or ``infer`` with the same
+mask and sizes; a call without them makes its own.
+
 ``attncompile::run_backward(spec, wanted, gradients, inputs, outputs) -> gradients`` is its derivative. Where the device
 type has kernels for it they are used: the forward pass then also gives the log-sum-exp of a softmax, which they need.
 Otherwise the Spec's reference is computed again in PyTorch: correct, not fast, and with the whole attention map in
@@ -17,7 +21,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +41,22 @@ Backward = Callable[
 """Takes the names of the inputs whose gradients are wanted, the gradients of the outputs, the inputs and the outputs;
 returns a gradient for each input, ``None`` where it is not wanted."""
 
+
+@dataclass(frozen=True)
+class Lists:
+    """How a device makes what calls of a Spec with the same mask and sizes may share.
+
+    Attributes:
+        words: how many numbers of 4 bytes it takes, from the sizes by name; these may be symbols of a traced graph.
+        fill: writes it into memory of that size; takes that, then a Spec's inputs in order.
+    """
+
+    words: Callable[[Mapping[str, Any]], Any]
+    fill: Callable[..., None]
+
+
 _implementations: dict[str, Callable[[str], Implementation]] = {}
+_lists: dict[str, Callable[[str], Lists | None]] = {}
 _backwards: dict[str, Callable[[str], Backward | str]] = {}
 
 LOWEST = -1e30
@@ -48,6 +67,7 @@ def register(
     device_type: str,
     implementation: Callable[[str], Implementation],
     backward: Callable[[str], Backward | str] | None = None,
+    lists: Callable[[str], Lists | None] | None = None,
 ) -> None:
     """Say what computes Specs on a device type.
 
@@ -57,12 +77,18 @@ def register(
             type.
         backward: from a Spec's text to what computes its gradients, or to the reason why nothing but the
             reference does; called as ``implementation`` is.
+        lists: from a Spec's text to how its lists are made, or ``None`` for a Spec without any; the functions
+            that ``implementation`` gives then take them as ``lists=``.
     """
     _implementations[device_type] = implementation
     _backwards.pop(device_type, None)
     if backward is not None:
         _backwards[device_type] = backward
+    _lists.pop(device_type, None)
+    if lists is not None:
+        _lists[device_type] = lists
     _resolved.cache_clear()
+    resolved_lists.cache_clear()
     _resolved_backward.cache_clear()
 
 
@@ -116,6 +142,13 @@ def _resolved_backward(text: str, device_type: str) -> Backward | str:
     return f"there are no backward kernels for {device_type}" if found is None else found(text)
 
 
+@functools.lru_cache(maxsize=1024)
+def resolved_lists(text: str, device_type: str) -> Lists | None:
+    """How lists of a Spec's text are made on a device type, or ``None`` where there are none."""
+    found = _lists.get(device_type)
+    return None if found is None else found(text)
+
+
 def why_recomputed(spec: Spec | str, device_type: str) -> str | None:
     """Why gradients of a Spec are computed by its reference on a device type, or ``None`` where there are kernels.
 
@@ -164,18 +197,28 @@ class Bound:
     order: tuple[int, ...]
     takes: str
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def lists(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """What calls with the same mask and sizes may share, for ``lists=``; only where the device has such lists."""
+        return torch.ops.attncompile.block_lists(self.text, self._ordered(tensors))
+
+    def _ordered(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if len(tensors) != len(self.order):
             raise ValueError(f"{self.takes}, got {len(tensors)}")
-        inputs = [tensors[position] for position in self.order]
+        return [tensors[position] for position in self.order]
+
+    def __call__(
+        self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        inputs = self._ordered(tensors)
+        shared = () if lists is None else (lists,)
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if recorded and self.training and tensors[0].device.type in _backwards:
-            outputs = torch.ops.attncompile.run(self.training, inputs)
+            outputs = torch.ops.attncompile.run(self.training, inputs, *shared)
         # nothing tells an exported program whether gradients are recorded where it runs
         elif recorded or torch.compiler.is_exporting():
-            outputs = torch.ops.attncompile.run(self.text, inputs)
+            outputs = torch.ops.attncompile.run(self.text, inputs, *shared)
         else:
-            outputs = torch.ops.attncompile.infer(self.text, inputs)
+            outputs = torch.ops.attncompile.infer(self.text, inputs, *shared)
         return outputs[0] if self.outputs == 1 else tuple(outputs[: self.outputs])
 
 
@@ -209,17 +252,22 @@ def run(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor
 
 _LIBRARY = torch.library.Library("attncompile", "FRAGMENT")
 # not torch.library.custom_op: its wrappers take longer on the host than a short kernel on the GPU
-_LIBRARY.define("run(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.define("infer(str spec, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in ("run", "infer"):
+    _LIBRARY.define(
+        f"{_name}(str spec, Tensor[] inputs, Tensor? lists=None) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+    )
+_LIBRARY.define("block_lists(str spec, Tensor[] inputs) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "run_backward(str spec, bool[] wanted, Tensor[] gradients, Tensor[] inputs, Tensor[] outputs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _run(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The outputs of a Spec, see :func:`run`."""
-    found = _resolved(spec, inputs[0].device.type)(*inputs)
+def _run(spec: str, inputs: Sequence[torch.Tensor], lists: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The outputs of a Spec, see :func:`run`; ``lists`` from ``block_lists``."""
+    device_type = inputs[0].device.type
+    shared = {} if lists is None or device_type not in _lists else {"lists": lists}
+    found = _resolved(spec, device_type)(*inputs, **shared)
     outputs = (found,) if isinstance(found, torch.Tensor) else found
     # every implementation gives the strides that tracing was told
     made = zip(outputs, _results(spec), strict=True)
@@ -278,30 +326,43 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _extent(size: Expr, sizes: dict[str, Any]) -> Any:
+def extent(size: Expr, sizes: Mapping[str, Any]) -> Any:
+    """A size by those of symbols, which may be symbols of a traced graph.
+
+    Raises:
+        ValueError: for an expression that no result has as a size.
+    """
     match size:
         case Const(value):
             return int(value)
         case Size(name):
             return sizes[name]
         case Apply("add", arguments):
-            return sum(_extent(a, sizes) for a in arguments)
+            return sum(extent(a, sizes) for a in arguments)
         case Apply("mul", arguments):
-            return math.prod(_extent(a, sizes) for a in arguments)
+            return math.prod(extent(a, sizes) for a in arguments)
         case Apply("floordiv", (left, right)):
-            return _extent(left, sizes) // _extent(right, sizes)
+            return extent(left, sizes) // extent(right, sizes)
     raise ValueError(f"cannot compute the size {size} of a result")
 
 
-def _traced(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _sizes(spec: str, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The Spec's symbols, by the shapes of its inputs."""
     sizes: dict[str, Any] = {}
     for value, tensor in zip(parsed(spec).inputs, inputs, strict=True):
-        for axis, extent in zip(value.type.axes, tensor.shape, strict=True):
+        for axis, size in zip(value.type.axes, tensor.shape, strict=True):
             if isinstance(axis.size, Size):
-                sizes.setdefault(axis.size.name, extent)
+                sizes.setdefault(axis.size.name, size)
+    return sizes
+
+
+def _traced(
+    spec: str, inputs: Sequence[torch.Tensor], lists: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    sizes = _sizes(spec, inputs)
     made = []
     for result in _results(spec):
-        shape = [_extent(size, sizes) for size in result.sizes]
+        shape = [extent(size, sizes) for size in result.sizes]
         four = len(shape) == 4
         # sizes may be symbols, which decide no maximum: PyTorch finds the strides itself
         stored = [shape[0], shape[2], shape[1], shape[3]] if four else shape
@@ -313,6 +374,33 @@ def _traced(spec: str, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 for _name in ("run", "infer"):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attncompile::{_name}", _traced, lib=_LIBRARY)
+
+
+def _room(spec: str, inputs: Sequence[torch.Tensor]) -> tuple[Lists, torch.Tensor]:
+    """How lists are made, and memory for them."""
+    device = inputs[0].device
+    found = resolved_lists(spec, device.type)
+    if found is None:
+        raise RuntimeError(f"no lists of blocks are made for {parsed(spec).name} on {device.type}")
+    return found, torch.empty(found.words(_sizes(spec, inputs)), dtype=torch.int32, device=device)
+
+
+@torch.library.impl("attncompile::block_lists", "CompositeExplicitAutograd", lib=_LIBRARY)
+def _block_lists(spec: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lists of blocks for every call of the Spec with these captured tensors and sizes.
+
+    Args:
+        spec: the text.
+        inputs: of the Spec; of query, key and value only the sizes matter.
+    """
+    found, memory = _room(spec, inputs)
+    found.fill(memory, *inputs)
+    return memory
+
+
+@torch.library.register_fake("attncompile::block_lists", lib=_LIBRARY)
+def _(spec: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _room(spec, inputs)[1]
 
 
 @torch.library.impl("attncompile::run_backward", "CompositeExplicitAutograd", lib=_LIBRARY)
@@ -334,6 +422,10 @@ def _run_backward(
     """
     backward = _resolved_backward(spec, inputs[0].device.type)
     original = parsed(spec)
+    attend = original.attend()
+    for name, given in zip(original.outputs, gradients, strict=True):
+        if attend is not None and name in attend.taps and not is_absent(given):
+            raise RuntimeError(f"{name} of {original.name} has no gradient: detach it before it joins a loss")
     if isinstance(backward, str):
         _say_recomputed(spec, inputs[0].device.type)
         found: Sequence[torch.Tensor | None] = _recomputed(original, gradients, inputs)
@@ -384,7 +476,10 @@ def _recomputed(
     shown = _rows_with_keys(smooth, named, dtype)
     given = []
     for output, gradient in zip(outputs, gradients, strict=True):
-        gradient = torch.zeros_like(output) if is_absent(gradient) else gradient.to(output.dtype)
+        if is_absent(gradient):
+            given.append(torch.zeros_like(output))
+            continue
+        gradient = gradient.to(output.dtype)
         if shown is not None:
             gradient = torch.where(shown.reshape(*shown.shape, *[1] * (gradient.dim() - 3)), gradient, 0.0)
         given.append(gradient)
@@ -433,8 +528,8 @@ def _rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor], dtype: torch.d
     return (attend.logits(tensors, sizes, dtype) > LOWEST).any(-1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output: Any) -> None:
-    spec, tensors = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    spec, tensors, _ = inputs
     ctx.spec = spec
     ctx.set_materialize_grads(False)
     ctx.count = len(tensors)
@@ -442,13 +537,14 @@ def _setup_context(ctx: Any, inputs: tuple[str, Sequence[torch.Tensor]], output:
     ctx.save_for_backward(*tensors, *kept)
 
 
-def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[None, list[torch.Tensor | None]]:
+def _backward(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     inputs, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     given = [inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients]
-    needed = ctx.needs_input_grad[1]
+    _, needed, *rest = ctx.needs_input_grad
+    further: list[None] = [None] * len(rest)  # a gradient for each argument of the call: lists may be none of them
     wanted = [bool(need) and _is_real(t) for need, t in zip(needed, inputs, strict=True)]
     found = torch.ops.attncompile.run_backward(ctx.spec, wanted, given, list(inputs), list(outputs))
-    return None, [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    return None, [gradient if want else None for gradient, want in zip(found, wanted, strict=True)], *further
 
 
 torch.library.register_autograd("attncompile::run", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -66,8 +66,8 @@ def why_not(spec: Spec, options: DecayOptions) -> str | None:
         return f"a scan has a constant scale and no bias, the score is {attend.score}"
     if attend.sink != NO_SINK:
         return f"a scan has no place for the sink {attend.sink}"
-    if attend.lse or attend.weight != WEIGHT:
-        return "a scan has no normalised weights to edit or sum"
+    if attend.lse or attend.taps or attend.weight != WEIGHT:
+        return "a scan has no normalised weights to edit, sum or tell of"
     return None
 
 

@@ -65,8 +65,8 @@ def _why_not_smooth(attend: Attend) -> str | None:
     split = affine(attend.score)
     if split is None or Index("j") in symbols(split.slope):
         return f"smoothing moves the scores of a row together, which {attend.score} does not pass on; {hint}"
-    if attend.lse:
-        return f"smoothing moves the log-sum-exp, which it also gives; {hint}"
+    if attend.lse or attend.peak:
+        return f"smoothing moves the {'log-sum-exp' if attend.lse else 'peak'}, which it also gives; {hint}"
     if attend.sink != Const(-math.inf):
         return f"smoothing moves the logits of all keys, but not the sink {attend.sink}; {hint}"
     fill = affine(attend.fill)

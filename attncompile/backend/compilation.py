@@ -170,7 +170,7 @@ def _sizes(program: Program, decision: Decision) -> dict[str, int]:
     given = [program.graph.infos[binding.value] for binding in region.inputs]
     try:
         shapes = [[concrete(size, hints) for size in info.shape] for info in given]
-        module = SiteModule(spec, region, lowering, given, (), False)
+        module = SiteModule(spec, region, lowering, given, ())
         tensors = module.spec_tensors(tuple(torch.empty(shape, device="meta") for shape in shapes))
     except (ValueError, RuntimeError):  # a size that only data decide
         return {}

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
+from typing import Literal
 
 import torch
 
-from attncompile.backend.site_module import MaskModule, SiteModule
+from attncompile.backend.site_module import SharedModule, SiteModule
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import mask_inputs
 from attncompile.frontends.aten_builder import Unstated, arguments_of
@@ -120,25 +121,27 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
     result = torch.fx.GraphModule(module, graph)
     result.meta.update(copy.copy(module.meta))
     by_name = {node.name: copies[node] for node in module.graph.nodes if node in copies}
-    keys = [_mask_key(decision) for decision in decisions]
-    masks: dict[object, torch.fx.Node] = {}
+    keys = [_shared_key(program, decision) for decision in decisions]
+    made_once: dict[object, torch.fx.Node] = {}
     for number, decision in enumerate(decisions):
         region = decision.site.region
         if decision.lowering is None or region is None or decision.spec is None:
             continue
         targets = [by_name[binding.value] for binding in region.outputs]
-        shared = keys[number] is not None and keys.count(keys[number]) > 1
+        key = keys[number]
+        shares = key.what if key is not None and keys.count(key) > 1 else ""
         infos = [program.graph.infos[binding.value] for binding in region.outputs]
         given = [program.graph.infos[binding.value] for binding in region.inputs]
-        site = SiteModule(decision.spec, region, decision.lowering, given, infos, shared)
+        site = SiteModule(decision.spec, region, decision.lowering, given, infos, shares)
         arguments = [by_name[entry.value] for entry in region.inputs]
         first = min(region.outputs, key=lambda entry: program.graph.position[entry.value])
         with graph.inserting_before(by_name[first.value]):
-            if shared:
-                if keys[number] not in masks:
-                    result.add_submodule(f"mask_{len(masks)}", MaskModule(site))
-                    masks[keys[number]] = graph.call_module(f"mask_{len(masks)}", tuple(arguments))
-                arguments.append(masks[keys[number]])
+            if shares:
+                if key not in made_once:
+                    name = f"{shares}_{len(made_once)}"
+                    result.add_submodule(name, SharedModule(site))
+                    made_once[key] = graph.call_module(name, tuple(arguments))
+                arguments.append(made_once[key])
             result.add_submodule(f"attend_{number}", site)
             call = graph.call_module(f"attend_{number}", tuple(arguments))
             results = [call]
@@ -153,17 +156,39 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
     return result
 
 
-def _mask_key(decision: Decision) -> object | None:
-    """What sites must have in common to share a mask: its definition, the captured tensors and the sizes."""
-    if decision.lowering is None or decision.lowering.operator not in ("sdpa", "blockwise") or decision.spec is None:
-        return None
-    key, region = mask_inputs(decision.spec), decision.site.region
-    if key is None or region is None:
+@dataclass(frozen=True)
+class _SharedKey:
+    """What sites must have in common to share something.
+
+    Attributes:
+        what: an additive ``mask``, or ``lists`` of the blocks of keys that a mask leaves to visit.
+        definition: of the mask, or of all that decides about the lists.
+        captured: nodes of the graph whose elements it is made from, in order.
+        sizes: of queries and keys, for lists in the graph's own symbols.
+    """
+
+    what: Literal["mask", "lists"]
+    definition: str
+    captured: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+
+def _shared_key(program: Program, decision: Decision) -> _SharedKey | None:
+    """What a site may share with others that have the same; ``None`` where it makes everything itself."""
+    region, lowering, spec = decision.site.region, decision.lowering, decision.spec
+    if lowering is None or spec is None or region is None:
         return None
     natives = {entry.name: entry.value for entry in region.inputs}
-    types = decision.spec.types()
+    types = spec.types()
+    attend = spec.attend()
+    if lowering.lists is not None and attend is not None:
+        sizes = tuple(str(program.graph.infos[natives[name]].shape) for name in (attend.query, attend.key))
+        return _SharedKey("lists", lowering.lists.key, tuple(natives[name] for name in lowering.lists.reads), sizes)
+    key = mask_inputs(spec) if lowering.operator in ("sdpa", "blockwise") else None
+    if key is None:
+        return None
     sizes = tuple(str(types[name]) for name in ("q", "k"))
-    return key.text, tuple(natives[name] for name in key.captured), sizes
+    return _SharedKey("mask", key.text, tuple(natives[name] for name in key.captured), sizes)
 
 
 def _drop_dead(graph: torch.fx.Graph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -113,7 +114,8 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
 class SiteModule(torch.nn.Module):
     """Computes a site with its lowering.
 
-    Called with the native tensors of ``region.inputs`` in order, and a shared mask when ``takes_mask``.
+    Called with the native tensors of ``region.inputs`` in order, and what it shares with other sites, if it does:
+    ``shares`` names the option of the lowering that takes it.
     """
 
     def __init__(
@@ -123,11 +125,11 @@ class SiteModule(torch.nn.Module):
         lowering: Lowering,
         given: Sequence[Info],
         natives: Sequence[Info],
-        takes_mask: bool,
+        shares: Literal["", "mask", "lists"] = "",
     ) -> None:
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
-        self.given, self.natives, self.takes_mask = tuple(given), tuple(natives), takes_mask
+        self.given, self.natives, self.shares = tuple(given), tuple(natives), shares
         self.types = spec.types()
         self.operands = {name for operation in spec.operations for name in operation.operands()}
 
@@ -151,7 +153,7 @@ class SiteModule(torch.nn.Module):
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         tensors = native[: len(self.region.inputs)]
-        options = {"mask": native[-1]} if self.takes_mask else {}
+        options = {self.shares: native[-1]} if self.shares else {}
         result = self.lowering.run(*self.spec_tensors(tensors), **options)
         made = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         shapes = zip(self.given, tensors, strict=True)
@@ -165,8 +167,8 @@ class SiteModule(torch.nn.Module):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-class MaskModule(torch.nn.Module):
-    """Builds the additive mask that several sites share, from the native tensors of one of them."""
+class SharedModule(torch.nn.Module):
+    """Makes what several sites share, from the native tensors of one of them: an additive mask, or lists of blocks."""
 
     def __init__(self, site: SiteModule) -> None:
         super().__init__()
@@ -174,7 +176,11 @@ class MaskModule(torch.nn.Module):
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | None:
         site = self.inputs_of[0]
+        given = site.spec_tensors(native)
+        if site.shares == "lists":
+            assert site.lowering.lists is not None
+            return site.lowering.lists.make(*given)
         tensors: Mapping[str, torch.Tensor] = {
-            binding.name: tensor for binding, tensor in zip(site.region.inputs, site.spec_tensors(native), strict=True)
+            binding.name: tensor for binding, tensor in zip(site.region.inputs, given, strict=True)
         }
         return visible_mask(site.spec, tensors)

@@ -131,6 +131,10 @@ class Attend(Operation):
         kv_head: KV head that a query head reads, an integer expression over ``h``.
         norm: the normaliser.
         out, lse: result names; an empty ``lse`` is not computed.
+        peak, entropy, mass: taps, names of further results of a softmax; empty where they are not computed. What they
+            say of the weights ``w`` over the keys, before any edit, is told without the map: ``peak[b,h,i] = max_j
+            logit_j``, ``entropy[b,h,i] = −Σ_j w_j · ln w_j`` in nats, ``mass[b,h,j] = Σ_i w_ij``. A query without any
+            visible key has peak −∞ and entropy 0, and adds nothing to the mass of keys. Taps have no gradient.
 
     Follows: Vaswani et al. 2017 (arXiv:1706.03762), grouped heads as in arXiv:2305.13245, sinks as in gpt-oss
     (arXiv:2508.10925); a sink of 0 is softmax1 (Miller 2023).
@@ -151,6 +155,14 @@ class Attend(Operation):
     divisor: Expr = TOTAL
     out: str = result("out")
     lse: str = result("")
+    peak: str = result("")
+    entropy: str = result("")
+    mass: str = result("")
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the results that tell of the weights."""
+        return tuple(name for name in (self.peak, self.entropy, self.mass) if name)
 
     def map_elements(self, types: Types, sizes: Mapping[str, int]) -> int:
         """Number of scores: every query of every head with every key.
@@ -174,6 +186,11 @@ class Attend(Operation):
         self.check_kv_heads(self.kv_head, query.axes[1].size, self.key, key.axes[1])
         if self.lse and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a log-sum-exp, the normaliser is {self.norm}")
+        if self.taps and not self.norm.plain_softmax:
+            raise ValueError(
+                f"attend: only a softmax whose weights are not rounded has taps ({', '.join(self.taps)}), the "
+                f"normaliser is {self.norm}"
+            )
         if self.sink != NO_SINK and self.norm.kind != "softmax":
             raise ValueError(f"attend: only softmax has a sink ({self.sink}), the normaliser is {self.norm}")
         if self.divisor != TOTAL and self.norm.kind not in DIVIDING:
@@ -189,6 +206,9 @@ class Attend(Operation):
         made = {self.out: TensorType(axes, query.dtype)}
         if self.lse:
             made[self.lse] = TensorType(query.axes[:3], "float32")
+        made |= {name: TensorType(query.axes[:3], "float32") for name in (self.peak, self.entropy) if name}
+        if self.mass:
+            made[self.mass] = TensorType((*query.axes[:2], key.axes[2]), "float32")
         return made
 
     def environment(
@@ -238,6 +258,7 @@ class Attend(Operation):
             else:
                 weights = torch.softmax(logits, dim=-1)
             weights = weights[..., :keys]
+            made |= self._tapped(logits[..., :keys], weights)
             if self.norm.weights:
                 weights = weights * e4m3.weight_rounding(logits[..., :keys])
         else:
@@ -253,6 +274,17 @@ class Attend(Operation):
         value = tensors[self.value].to(dtype)[:, self.kv_heads(logits.shape[1], logits.device, sizes)]
         made[self.out] = torch.einsum("bhij,bhje->bhie", weights, value)
         return made
+
+    def _tapped(self, logits: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The taps, from the logits and the weights of the keys."""
+        empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+        weights, logits = weights.detach().masked_fill(empty, 0.0), logits.detach()
+        given = {
+            self.peak: torch.nn.functional.pad(logits, (0, 1), value=-math.inf).amax(dim=-1),
+            self.entropy: torch.special.entr(weights).sum(dim=-1),
+            self.mass: weights.sum(dim=-2),
+        }
+        return {name: tensor for name, tensor in given.items() if name}
 
     def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
         query, value = types[self.query], types[self.value]

@@ -262,6 +262,8 @@ def why_not_regrouped(spec: Spec) -> str | None:
         return "it is not one attention alone"
     if attend.lse:
         return "it gives the log-sum-exp in the order of the tokens"
+    if attend.taps:
+        return f"it gives {', '.join(attend.taps)} in the order of the tokens"
     types = spec.types()
     lengths = {simplify(types[name].sizes[2]) for name in (attend.query, attend.key)}
     length = next(iter(lengths))

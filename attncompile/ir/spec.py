@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
 import typing
@@ -49,6 +50,11 @@ class Spec:
         Raises:
             ValueError: quoting the Spec, with the operation at fault marked.
         """
+        return dict(self._types)
+
+    @functools.cached_property
+    def _types(self) -> dict[str, TensorType]:
+        """What :meth:`types` gives, found out once: whoever makes a kernel of a Spec asks forty times."""
         if not self.name or self.name != " ".join(self.name.split()):
             raise ValueError(f"{self.name!r} cannot name a Spec: it must be one line without double spaces")
         if not self.operations:

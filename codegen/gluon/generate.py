@@ -10,7 +10,8 @@ from attncompile.codegen.gluon.boxes import boxes_of
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
-from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines
+from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines, list_lines
+from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
 from attncompile.codegen.gluon.structure import arranged, may_be_infinite, padded, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
@@ -69,6 +70,11 @@ class HopperModule(GeneratedModule):
     elements: dict[str, str]
     moving: tuple[Kernel, ...] = ()
 
+    @property
+    def list_room(self) -> ListRoom | None:
+        """What lists of key blocks take that calls may share, or ``None`` where there are none."""
+        return None if self.moving else ListRoom.of(self.skeleton)
+
 
 def generate(
     spec: Spec, tile: HopperTile | None = None, *, queries: int = SHORT, in_place: bool = False
@@ -112,6 +118,7 @@ def generate(
     kernel_text = skeleton.source()
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
+    shared = list_lines(parts, binding, lengths, skeleton, moved) if ListRoom.of(skeleton) else None
     lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
     counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
     rounding = rounding_texts(parts)
@@ -128,7 +135,13 @@ def generate(
         host(parts),
         *([boxes.host()] if boxes else []),
         *(lists if skeleton.marks else [WORK_LIST, counted]),
-        launcher(spec, inputs, launch_lines(spec, parts, binding, lengths, skeleton, moved)),
+        *([shared.function(spec, binding)] if shared else []),
+        launcher(
+            spec,
+            inputs,
+            launch_lines(spec, parts, binding, lengths, skeleton, moved),
+            LISTS_GIVEN if shared else None,
+        ),
     )
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
     types = spec.types()
@@ -231,6 +244,7 @@ def _skeleton(
         boxes=boxes,
         digits=digits,
         narrow=narrow_operands(parts),
+        normalizer=attend.norm.kind,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from attncompile.codegen.gluon.lists import ListLines
 from attncompile.codegen.triton.expressions import Dialect, Scope, print_triton
 from attncompile.codegen.triton.module import Binding, Length, allocation, expectations
 from attncompile.codegen.triton.moved import Regrouped
@@ -136,7 +137,8 @@ def work_list(device, batch, heads, queries, *sizes):
 
 _WORDS = """
     HALF ROUNDED Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
-    counts places lists tiles blocks block_lists dealt rows start stop first_start first_stop
+    counts places lists tiles blocks block_lists list_parts mask_lists memory deal rows
+    start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""
@@ -186,6 +188,31 @@ def key_count(found: Visits, binding: Binding, keys: str, sizes: Iterable[str]) 
     )
 
 
+def list_lines(
+    parts: Dense,
+    binding: Binding,
+    lengths: tuple[Length, Length, Length],
+    skeleton: HopperForward,
+    moved: Regrouped | None = None,
+) -> ListLines:
+    """The launcher's lines about lists; arguments as of :func:`launch_lines`."""
+    values = _values(parts, binding, lengths)
+    return ListLines.of(parts, binding, lengths, skeleton, _operands(parts, binding, moved)[0], values)
+
+
+def _operands(parts: Dense, binding: Binding, moved: Regrouped | None) -> list[str]:
+    """Parameters of query, key and value, as they are before anything is done to them."""
+    attend, rounding = parts.attend, parts.rounding
+    before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
+    before |= {step.out: step.tensor for step in rounding.steps} if rounding else {}
+    return [binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)]
+
+
+def _values(parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length]) -> dict[str, str]:
+    """What stands for the kernel's sizes in the launcher."""
+    return {length.name: length.value for length in lengths} | {"key_heads": binding.size(parts.key.sizes[1])}
+
+
 def launch_lines(
     spec: Spec,
     parts: Dense,
@@ -208,16 +235,11 @@ def launch_lines(
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
     rounding = parts.rounding
-    before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
-    before |= {step.out: step.tensor for step in rounding.steps} if rounding else {}
-    query, key, value = (
-        binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)
-    )
+    query, key, value = _operands(parts, binding, moved)
     copied = ("query_codes", "key_codes") if rounding else (query, key)
     tokens = binding.size(spec.types()[moved.after.out].sizes[2]) if moved else queries
     captured = [binding.tensors[name] for name in binding.pointers]
-    values = {length.name: length.value for length in lengths}
-    values |= {"key_heads": binding.size(parts.key.sizes[1])}
+    values = _values(parts, binding, lengths)
     sizes = [values.get(name, name) for name in skeleton.integers()]
     channels, features = "CHANNELS.value", "FEATURES.value"
     described = {"query": "64", "key": "BLOCK_J.value"}
@@ -250,43 +272,9 @@ def launch_lines(
     listed = signature(
         "work = work_list", [f"{query}.device", batch, heads, queries, *sizes], "", inside=4
     ).splitlines()
-    read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
     marked: list[str] = []
     if skeleton.marks:
-        by_head = skeleton.marks.by_head
-        listed_tiles, shared = (f"{batch} * {heads} * tiles", "1") if by_head else (f"{batch} * tiles", heads)
-        processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
-        made = [
-            *signature(
-                "counts, places = block_lists",
-                [query, listed_tiles, "blocks", f"({', '.join(read)},)"],
-                "",
-                inside=8,
-            ).splitlines(),
-            f"work = dealt(counts, tiles, {heads}, {shared}, rows)",
-        ]
-        marked = [
-            f"    tiles = triton.cdiv({queries}, BLOCK_I.value)",
-            f"    blocks = triton.cdiv({lengths[2].value}, BLOCK_J.value)",
-            f"    rows = min({processors}, {batch} * {heads} * tiles)",
-        ]
-        if captured:
-            marked += [f"    {line}" for line in made]
-        else:
-            marked += [
-                "",
-                "    def lists():",
-                *(f"        {line}" for line in made),
-                "        return counts, places, work",
-                "",
-                *signature(
-                    "counts, places, work = kept_lists",
-                    [f"{query}.device", *dict.fromkeys((batch, heads, queries, *sizes)), "make=lists"],
-                    "",
-                    4,
-                    inside=4,
-                ).splitlines(),
-            ]
+        marked = list_lines(parts, binding, lengths, skeleton, moved).before(bool(captured))
     return [
         *expectations(spec, binding, query),
         *(

@@ -13,7 +13,7 @@ from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, Apply, Const, Expr, Load, walk
 from attncompile.ir.rearrange import regrouped
-from attncompile.kernels.hopper import HopperTile
+from attncompile.kernels.hopper import WEIGHING, HopperTile
 
 GRANULE = 8
 """Channels in 16 bytes: rows of fewer, or of no multiple, cannot be copied by TMA."""
@@ -63,10 +63,15 @@ def why_not_spec(spec: Spec) -> str | None:
     if not {operation.keyword for operation in spec.operations} <= {"attend", "quantize"}:
         return f"the Hopper kernel computes one attend, not {', '.join(o.keyword for o in spec.operations)}"
     parts = dense(spec)
-    if parts.attend.norm.kind != "softmax":
-        return f"the Hopper kernel normalises by softmax, not by {parts.attend.norm.kind}"
+    kind = parts.attend.norm.kind
+    if kind not in WEIGHING:
+        return f"the Hopper kernel normalises by {', '.join(WEIGHING)}, not by {kind}"
+    if kind != "softmax" and parts.rounding:
+        return f"the Hopper kernel takes operands of 8 bits for softmax, not for {kind}"
     if parts.edit is not None:
         return f"the Hopper kernel has no edit of weights such as {parts.attend.weight}"
+    if parts.attend.taps:
+        return f"{', '.join(parts.attend.taps)} would take registers of the Hopper kernel; plain Triton gives them"
     rounded = {step.out: step for step in parts.rounding.steps} if parts.rounding else {}
     for name, found in ((parts.attend.query, parts.query), (parts.attend.value, parts.value)):
         channels = _constant(found.sizes[3])
@@ -131,6 +136,8 @@ def slower(spec: Spec) -> str | None:
     """
     moved = regrouped_parts(spec)
     parts = dense(moved.attention if moved else spec)
+    if (kind := parts.attend.norm.kind) != "softmax":
+        return f"its kernel for weights by {kind} has not been timed on a GPU"
     if parts.rounding and not parts.rounding.value:
         return "with values of 16 bits its kernel for queries and keys of 8 has not been timed on a GPU"
     tile = tile_for(parts, light=False, keys=keys_of_cells(parts.score, parts.mask))

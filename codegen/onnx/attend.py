@@ -245,6 +245,9 @@ def decomposition(attend: Attend, place: Place) -> Made:
         counted = logits if attend.sink == NO_SINK else _with_sink(attend, writer, logits)
         sums = build("ReduceLogSumExp", counted, build.constant([3]), keepdims=0)
         made[attend.lse] = Operand(sums, single_groups(axes[:3]))
+    if attend.taps:
+        what = f"{', '.join(attend.taps)} of the weights"
+        raise RefusalError(Refusal("no-onnx-form", f"{what} have no ONNX form", hint="leave them out of the Spec"))
     return made
 
 

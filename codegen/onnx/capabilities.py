@@ -154,6 +154,8 @@ def _any_fused(name: str, attend: Attend, types: Types) -> str | None:
         return f"{name} normalises by softmax only, this is {attend.norm}"
     if attend.lse:
         return f"{name} does not give the log-sum-exp"
+    if attend.taps:
+        return f"{name} does not give {', '.join(attend.taps)}"
     if simplify(attend.weight) != WEIGHT:
         return f"{name} cannot edit the weights ({attend.weight})"
     if additive_fill(attend) is None:

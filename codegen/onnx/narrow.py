@@ -99,7 +99,7 @@ class _Work:
                     node.replace_input_with(place, self._in(value, target, node, cast))
             if node in self.chosen:
                 for output in node.outputs:
-                    if output.dtype is FLOAT:
+                    if output.dtype is FLOAT and output.name:
                         output.dtype = self.kind
                 if node.domain == "" and node.op_type == "Attention":
                     node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", int(FLOAT))
@@ -296,7 +296,9 @@ def _has_form(node: ir.Node, narrow: Narrow, model: ir.Model) -> bool:
             if value is not None and value.dtype is FLOAT
         )
 
-    return fits(node.inputs, known.operands) and fits(node.outputs, known.results)
+    # what nobody reads has no name, and the type that the specification gives it, whatever the others have
+    named = [output if output.name else None for output in node.outputs]
+    return fits(node.inputs, known.operands) and fits(named, known.results)
 
 
 @dataclass(frozen=True)

@@ -286,8 +286,8 @@ def _dtype(operation: Operation, tensors: Tensors) -> torch.dtype:
 def _reference(operation: Operation, tensors: Tensors, sizes: Sizes, mask: torch.Tensor | None) -> Tensors:
     dtype = _dtype(operation, tensors)
     made = operation.reference(tensors, sizes, torch.promote_types(dtype, torch.float32))
-    lse = operation.lse if isinstance(operation, Attend) else ""
-    return {name: tensor if name == lse else tensor.to(dtype) for name, tensor in made.items()}
+    wide = (operation.lse, *operation.taps) if isinstance(operation, Attend) else ()
+    return {name: tensor if name in wide else tensor.to(dtype) for name, tensor in made.items()}
 
 
 def _scan(operation: Scan, tensors: Tensors, sizes: Sizes, mask: torch.Tensor | None) -> Tensors:

@@ -144,6 +144,8 @@ def flex_form(attend: Attend, kinds: Mapping[str, TensorType]) -> FlexForm | Ref
     weight = affine(attend.weight, WEIGHT)
     if weight is None or weight.offset != Const(0.0) or Index("j") in symbols(weight.slope):
         return refuse(f"the edit {attend.weight} of each weight")
+    if attend.taps:
+        return refuse(f"what tells of the weights ({', '.join(attend.taps)})")
     if attend.lse and weight.slope != Const(1.0):
         return refuse("the log-sum-exp beside an edit of the weights")
     sizes = extents(attend, kinds)

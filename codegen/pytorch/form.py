@@ -98,6 +98,8 @@ def additive_form(attend: Attend, types: Mapping[str, TensorType]) -> AdditiveFo
         return refuse(f"the sink {attend.sink}")
     if attend.lse:
         return refuse("the log-sum-exp as a result")
+    if attend.taps:
+        return refuse(f"what tells of the weights ({', '.join(attend.taps)})")
     score, weight, fill = affine(attend.score), affine(attend.weight, WEIGHT), affine(attend.fill)
     if score is None or Index("j") in symbols(score.slope) or score.slope == Const(0.0):
         return refuse(f"a score that is not linear in s: {attend.score}")

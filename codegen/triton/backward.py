@@ -25,13 +25,13 @@ from attncompile.codegen.triton.module import (
     tiles_text,
 )
 from attncompile.codegen.triton.names import BACKWARD_NAMES, KERNEL_NAMES, LAUNCHER_NAMES
-from attncompile.codegen.triton.runs import key_runs
+from attncompile.codegen.triton.runs import grows, key_runs, query_runs
 from attncompile.codegen.triton.structure import Dense, dense, is_wide, why_not_spec
 from attncompile.codegen.triton.tiles import LARGEST_HEAD, Tile, backward_tile, on_hip
-from attncompile.codegen.triton.visits import BLOCK, ROW_FIRST, ROW_LAST, Visits, possible, visits
+from attncompile.codegen.triton.visits import BLOCK, possible, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.derivative import derivative, real_loads
-from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, loads, substitute, symbols
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Index, loads, symbols
 from attncompile.ir.types import DTYPES
 from attncompile.kernels.backward import DenseBackward, KernelText
 from attncompile.kernels.backward_captured import pair_kernel, preparation
@@ -189,14 +189,11 @@ def _skeleton(
     attend, types, extents = parts.attend, spec.types(), scope.extents
     queries, keys = parts.query.sizes[2], parts.key.sizes[2]
     by_query = visits(parts.mask, queries, keys)
-    # the queries that see a block of keys: the same question with the roles exchanged
-    exchanged = simplify(substitute(parts.mask, {Index("i"): Index("j"), Index("j"): Index("i")}))
-    by_key = visits(exchanged, keys, queries)
     names = ("row_first", "row_last", "key_first", "key_last")
     block = dataclasses.replace(scope, indices={n: n for n in ("b", "h", *names)})
-    turned = dict(zip(names, (*names[2:], *names[:2]), strict=True))
     key_limits, key_text = key_runs(by_query, block)
-    query_limits, query_text = key_runs(by_key, dataclasses.replace(scope, indices={"b": "b", "h": "h", **turned}))
+    # the queries that see a block of keys: the same question with the roles exchanged
+    query_limits, query_text, by_key = query_runs(parts.mask, queries, keys, scope)
     slope = derivative(parts.score, SCORE)
     constant_slope = float(slope.value) if isinstance(slope, Const) else 1.0
     functions = {
@@ -225,8 +222,8 @@ def _skeleton(
         reads=reads,
         key_runs=key_limits,
         query_runs=query_limits,
-        last_rows_first=_grows(by_query),
-        last_keys_first=_grows(by_key),
+        last_rows_first=grows(by_query),
+        last_keys_first=grows(by_key),
         captured=tuple((pointer, len(types[name].axes)) for name, pointer in binding.pointers.items()),
         gradients=tuple(element.gradient for element in found),
         lengths=tuple(length.name for length in lengths.values()),  # type: ignore[arg-type]
@@ -236,11 +233,6 @@ def _skeleton(
         clamped=any(loads(expr) for expr in (*expressions_of(parts).values(), parts.mask)),
         lse_gradient=bool(attend.lse) and attend.lse in spec.outputs,
     )
-
-
-def _grows(found: Visits) -> bool:
-    """Whether later blocks visit more."""
-    return ROW_LAST in symbols(found.main.stop) and ROW_FIRST not in symbols(found.main.start)
 
 
 def _head_loop(kv_head: Expr, text: str, parts: Dense, lengths: Mapping[str, Length]) -> tuple[str | None, str | None]:

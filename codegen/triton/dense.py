@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from attncompile.codegen.triton.decode import few_queries
@@ -32,7 +33,7 @@ from attncompile.codegen.triton.rounding import (
     rounding_lines,
     rounding_texts,
 )
-from attncompile.codegen.triton.runs import key_runs
+from attncompile.codegen.triton.runs import grows, key_runs, query_runs
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_tuned
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
@@ -41,6 +42,7 @@ from attncompile.ir.expr import SCORE, TRUE, Apply, Expr, Index, Load, loads, sy
 from attncompile.kernels import quantize
 from attncompile.kernels.dense import DenseForward
 from attncompile.kernels.source import signature
+from attncompile.kernels.taps import ColumnMass
 
 HEAVY = 12
 """With more operators than this in score and mask, more warps share a tile."""
@@ -59,7 +61,8 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
     skeleton = _skeleton(spec, parts, binding, lengths)
     tiles = with_tuned(_tiles(skeleton, parts), "dense", tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
-    kernel_text = skeleton.source()
+    mass = _mass(spec, parts, binding, skeleton)
+    kernel_text = "\n\n\n".join([skeleton.source(), *([mass.source()] if mass else [])])
     rounding = rounding_texts(parts)
     few = few_queries(spec, parts, binding, lengths, skeleton, tuned)
     source = join(
@@ -72,9 +75,9 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
         *rounding,
         kernel_text,
         *([few.source] if few else []),
-        launcher(spec, inputs, _launch(spec, parts, binding, lengths, skeleton, few.launch if few else [])),
+        launcher(spec, inputs, _launch(spec, parts, binding, lengths, skeleton, few.launch if few else [], mass)),
     )
-    kernels = _kernels(parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles)
+    kernels = _kernels(parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles, mass)
     return source, (*(few.kernels if few else ()), *kernels)
 
 
@@ -107,7 +110,8 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         kv_head=kv_head,
         runs=runs,
         latest_first=ROW_LAST in symbols(found.main.stop) and ROW_FIRST not in symbols(found.main.start),
-        lse=bool(attend.lse) and attend.lse in spec.outputs,
+        lse=attend.lse in spec.outputs or attend.mass in spec.outputs,
+        taps=tuple(tap for tap in ("peak", "entropy") if getattr(attend, tap) in spec.outputs),
         captured=tuple((pointer, len(types[name].axes)) for name, pointer in binding.pointers.items()),
         lengths=(lengths[0].name, lengths[1].name, lengths[2].name),
         sizes=tuple(s for s in binding.sizes.values() if mentions(s, runs_text, kv_head, *parameters)),
@@ -116,6 +120,19 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         clamped=any(loads(expr) for expr in _expressions(parts)),
         narrow=narrow_operands(parts),
     )
+
+
+def _mass(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward) -> ColumnMass | None:
+    """The kernel that sums the weights of each key, where the Spec gives that."""
+    attend = parts.attend
+    if attend.mass not in spec.outputs:
+        return None
+    (batch, heads, queries), keys = parts.query.sizes[:3], parts.key.sizes[2]
+    extents = {"b": batch, "h": heads, "i": queries, "j": keys}
+    scope = Scope({}, binding.sizes, binding.pointers, spec.types(), extents)
+    runs, text, found = query_runs(parts.mask, queries, keys, scope)
+    sizes = tuple(s for s in binding.sizes.values() if s in skeleton.sizes or mentions(s, text))
+    return ColumnMass(dataclasses.replace(skeleton, sizes=sizes), runs, grows(found))
 
 
 def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
@@ -139,6 +156,7 @@ def _launch(
     lengths: tuple[Length, Length, Length],
     skeleton: DenseForward,
     few: list[str],
+    mass: ColumnMass | None,
 ) -> list[str]:
     attend = parts.attend
     heads, queries = lengths[0].value, lengths[1].value
@@ -152,19 +170,34 @@ def _launch(
     values = {length.name: length.value for length in lengths}
     values |= {"key_heads": binding.size(parts.key.sizes[1])}
     arguments = [
-        *(query, key, value, *scales, "out", *(("lse",) if skeleton.lse else ()), *captured),
+        *(query, key, value, *scales, "out", *(("lse",) if skeleton.lse else ()), *skeleton.tap_pointers(), *captured),
         *(f"*{name}.stride()" for name in (query, key, value, "out", *captured)),
         *(values.get(name, name) for name in skeleton.integers()),
         *("BLOCK_I=queries", "BLOCK_J=keys", "num_warps=warps", "num_stages=stages", "enable_fp_fusion=True"),
     ]
-    lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={like}.device)"
-    results = {attend.out: "out", attend.lse: "lse"}
+    rows, options = f"({batch}, {heads}, {queries})", f"dtype=torch.float32, device={like}.device"
+    lse = [f"{name} = torch.empty({rows}, {options})" for name in ("lse",) if skeleton.lse]
+    lse += [f"{name} = torch.empty({rows}, {options})" for name in skeleton.tap_pointers()]
+    results = {attend.out: "out", attend.lse: "lse", attend.peak: "peaks", attend.entropy: "entropies"}
+    results |= {attend.mass: "mass"}
+    summed: list[str] = []
+    if mass:
+        length = lengths[2].value
+        lse.append(f"mass = torch.zeros(({batch}, {heads}, {length}), {options})")
+        given = [
+            *(query, key, "lse", "mass", *captured),
+            *(f"*{name}.stride()" for name in (query, key, *captured)),
+            *(values.get(name, name) for name in mass.forward.integers()),
+            *("BLOCK_I=queries", "BLOCK_J=keys", "num_warps=warps", "num_stages=stages"),
+        ]
+        blocks = f"(triton.cdiv({length}, keys) * {batch} * {heads},)"
+        summed = signature("launch", ["column_mass", blocks, *given], "", 4, inside=4).splitlines()
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
     grid = f"triton.cdiv({queries}, queries) * {batch} * {heads}"
     return [
         *expectations(spec, binding, like),
         allocation("out", batch, queries, heads, skeleton.features, like),
-        *([lse] if skeleton.lse else []),
+        *lse,
         "if out.numel() == 0:",
         f"    {returned}",
         *few,
@@ -175,23 +208,34 @@ def _launch(
         '    raise ValueError("keys or values lie too far apart in memory; call contiguous() on them first")',
         f"with torch.cuda.device_of({like}):",
         *signature("launch", ["attend_forward", f"({grid},)", *arguments], "", 4, inside=4).splitlines(),
+        *summed,
         returned,
     ]
 
 
-def _pointer_types(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward) -> tuple[tuple[str, str], ...]:
+def _pointer_types(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseForward) -> dict[str, str]:
+    """Element type of each pointer that a kernel may have."""
     product = skeleton.narrow.dtype if skeleton.narrow else "operand"
     value = "float8_e4m3" if skeleton.turned_values else "operand"
     own = {"query": product, "key": product, "value": value, "out": "operand"}
-    own |= dict.fromkeys(("query_scale", "key_scale", "value_scale", "lse"), "float32")
+    own |= dict.fromkeys(("query_scale", "key_scale", "value_scale", "lse", "peaks", "entropies", "mass"), "float32")
     types = spec.types()
     captured = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    return tuple((pointer, (own | captured)[pointer]) for pointer in skeleton.pointers())
+    return own | captured
 
 
 def _kernels(
-    parts: Dense, pointers: tuple[tuple[str, str], ...], skeleton: DenseForward, tiles: Mapping[str, Tile]
+    parts: Dense,
+    types: Mapping[str, str],
+    skeleton: DenseForward,
+    tiles: Mapping[str, Tile],
+    mass: ColumnMass | None,
 ) -> tuple[Kernel, ...]:
     constants = {dtype: {"BLOCK_I": tile.queries, "BLOCK_J": tile.keys} for dtype, tile in tiles.items()}
-    own = Kernel("attend_forward", pointers, skeleton.strides(), skeleton.integers(), constants, tiles)
-    return (*rounding_kernels(parts, skeleton.channels, skeleton.features), own)
+    made = []
+    for name, kernel in (("column_mass", mass), ("attend_forward", skeleton)):
+        if kernel is not None:
+            pointers = tuple((pointer, types[pointer]) for pointer in kernel.pointers())
+            integers = (kernel.forward if isinstance(kernel, ColumnMass) else kernel).integers()
+            made.append(Kernel(name, pointers, kernel.strides(), integers, constants, tiles))
+    return (*rounding_kernels(parts, skeleton.channels, skeleton.features), *made)

@@ -12,14 +12,14 @@ import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from attncompile.codegen import pytorch
-from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.lowering import Lowering, SharedLists
 from attncompile.codegen.triton.alternatives import alternatives, made_by
 from attncompile.codegen.triton.backward import generate_backward, why_not_backward
 from attncompile.codegen.triton.cache import load, load_module
@@ -33,11 +33,13 @@ from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.codegen.triton.tuned import Choice, bucket, read_choices
 from attncompile.codegen.triton.tuning import Alternative, Session
 from attncompile.codegen.triton.tuning import session as tuning_session
-from attncompile.ir import Quantize, Regroup, Spec, print_spec
+from attncompile.ir import Quantize, Regroup, Spec, print_spec, simplify
+from attncompile.ir.expr import loads
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
     from attncompile.codegen.gluon import HopperModule
+    from attncompile.codegen.gluon.lists import ListRoom
 
 FEWEST_QUERIES = 64
 """With fewer queries a tile of the Hopper kernel is half empty, and plain Triton has smaller ones."""
@@ -165,7 +167,42 @@ def lower(spec: Spec, device: torch.device | str) -> Lowering:
     unavailable = why_not_backward(spec)
     if unavailable:
         said += f"; gradients are computed by the reference, since {unavailable}"
-    return Lowering("triton", module.kernels[-1].name, said, module.source, run)
+    lists = shared_lists(spec) if on_hopper(device) else None
+    return Lowering("triton", module.kernels[-1].name, said, module.source, run, lists)
+
+
+def shared_lists(spec: Spec) -> SharedLists | None:
+    """What calls on a Hopper GPU may share where tensors decide which keys a mask leaves to visit, or ``None``."""
+    attend = spec.attend()
+    reads = dict.fromkeys(load.tensor for load in loads(attend.mask)) if attend else {}
+    if not reads:
+        return None  # what depends on sizes alone is kept by the module
+    bound = operators.bind(spec)
+    if _list_room(bound.text) is None:
+        return None
+    return SharedLists(bound.text, tuple(reads), bound.lists)
+
+
+def _list_room(text: str) -> ListRoom | None:
+    """What the lists of a Spec's Hopper kernel take, or ``None`` where calls share none."""
+    found = _hopper(text, LENGTHS[-1])
+    room = None if isinstance(found, str) else found.list_room
+    return room and room.for_any_length()
+
+
+def _lists(text: str) -> operators.Lists | None:
+    """How the lists of a Spec's Hopper kernel are made, or ``None`` where calls share none."""
+    spec = operators.parsed(text)
+    attend, room = spec.attend(), _list_room(text) if spec.attend() else None
+    if attend is None or room is None:
+        return None
+    types = spec.types()
+    sizes = (*types[attend.query].sizes[:3], types[attend.key].sizes[2])
+
+    def words(known: Mapping[str, Any]) -> Any:
+        return room.words(*(operators.extent(simplify(size), known) for size in sizes))
+
+    return operators.Lists(words, _Chosen(text).fill_lists)
 
 
 def _length(queries: int) -> int:
@@ -183,6 +220,7 @@ class _Chosen:
     def __init__(self, text: str) -> None:
         self._text = text
         self._modules: dict[int, ModuleType | None] = {}
+        self._taking_lists: set[ModuleType] = set()
         self._choices: dict[torch.device, dict[str, Choice]] = {}
         self._chosen: dict[tuple[torch.device, str], operators.Implementation] = {}
         spec = operators.parsed(text)
@@ -205,11 +243,27 @@ class _Chosen:
         length = _length(queries)
         if length not in self._modules:
             found = _hopper(self._text, length)
-            self._modules[length] = None if isinstance(found, str) else load_module(found)
+            module = None if isinstance(found, str) else load_module(found)
+            self._modules[length] = module
+            if module is not None and not isinstance(found, str) and found.list_room is not None:
+                self._taking_lists.add(module)
         return self._modules[length]
 
-    def run(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """The outputs of the Spec."""
+    def fill_lists(self, memory: torch.Tensor, *tensors: torch.Tensor) -> None:
+        """Write the lists of key blocks that :meth:`run` takes; nothing where the tables name another kernel."""
+        if self._query is None or not self._takes_hopper(tensors):
+            return
+        module = self._gluon(tensors[self._query].shape[2])
+        if module is not None and module in self._taking_lists:
+            module.mask_lists(memory, *tensors)
+
+    def run(
+        self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The outputs of the Spec; ``lists`` from :meth:`fill_lists` for the same mask and sizes.
+
+        They are those of the kernel that the tables name: one that was tuned may have other tiles, and makes its own.
+        """
         device = tensors[0].device
         choices = self._choices.get(device)
         if choices is None:
@@ -219,9 +273,9 @@ class _Chosen:
             where = bucket(self._text, tensors)
             if session is not None and where not in choices:
                 choices[where] = self._tune(session, where, tensors)
-            if where in choices:
+            if where in choices and choices[where].target != "table":
                 return self._tuned(device, where, tensors)(*tensors)
-        return self._by_table(*tensors)
+        return self._by_table(*tensors, lists=lists)
 
     def _tune(self, session: Session, where: str, tensors: Sequence[torch.Tensor]) -> Choice:
         # what the table has needs no tile here: for no alternative it is kept as it is
@@ -241,15 +295,11 @@ class _Chosen:
         return session.tune(self._text, where, tensors, default, others, rounds)
 
     def _tuned(self, device: torch.device, where: str, tensors: Sequence[torch.Tensor]) -> operators.Implementation:
-        """The function that was chosen for a bucket."""
+        """The function that was chosen for a bucket, another than the tables'."""
         found = self._chosen.get((device, where))
         if found is None:
-            choice = self._choices[device][where]
-            if choice.target == "table":
-                found = self._by_table
-            else:
-                queries = 0 if self._query is None else tensors[self._query].shape[2]
-                found = made_by(self._text, choice, _length(queries), self._plain)
+            queries = 0 if self._query is None else tensors[self._query].shape[2]
+            found = made_by(self._text, self._choices[device][where], _length(queries), self._plain)
             self._chosen[device, where] = found
         return found
 
@@ -260,7 +310,9 @@ class _Chosen:
         query = tensors[self._query]
         return query.element_size() == 2 and query.shape[2] >= FEWEST_QUERIES
 
-    def _by_table(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def _by_table(
+        self, *tensors: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec, computed as the tables say."""
         if self._query is not None and on_hopper(tensors[0].device):
             if self._plain_map is not None and self._plain_map.faster_in_sdpa(tensors):
@@ -268,7 +320,8 @@ class _Chosen:
             module = self._gluon(tensors[self._query].shape[2]) if self._takes_hopper(tensors) else None
             if module is not None:
                 try:
-                    return module.attend(*tensors)
+                    shared = {} if lists is None or module not in self._taking_lists else {"lists": lists}
+                    return module.attend(*tensors, **shared)
                 except module.Refused:
                     if self._plain_map is not None:
                         return self._sdpa(*tensors)
@@ -348,4 +401,4 @@ def backward_implementation(text: str) -> operators.Backward | str:
     return why_not_backward(operators.parsed(text)) or _Gradients(text).run
 
 
-operators.register("cuda", _implementation, backward_implementation)
+operators.register("cuda", _implementation, backward_implementation, _lists)

@@ -336,16 +336,20 @@ def join(documentation: str, *sections: str) -> str:
     return f"{documentation}\n\n{imports}\n\n" + "\n\n\n".join(sections) + "\n"
 
 
-def launcher(spec: Spec, inputs: list[str], body: list[str]) -> str:
+def launcher(spec: Spec, inputs: list[str], body: list[str], further: tuple[str, str] | None = None) -> str:
     """The function ``attend`` as text.
 
     Args:
         spec: for the documentation of arguments and results.
         inputs: parameters, in the order of the Spec's inputs.
         body: lines.
+        further: a parameter that may be left out, and what it is.
     """
     types = spec.types()
     arguments = [f"        {name}: {value.type}" for name, value in zip(inputs, spec.inputs, strict=True)]
+    if further:
+        inputs = [*inputs, f"{further[0]}=None"]
+        arguments.append(f"        {further[0]}: {further[1]}")
     results = "; ".join(f"{name} {types[name]}" for name in spec.outputs)
     lines = [
         signature("def attend", inputs, ":"),

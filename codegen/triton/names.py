@@ -40,7 +40,7 @@ BACKWARD_NAMES = _words("""
 """Names of the backward module."""
 
 LAUNCHER_NAMES = _words("""
-    out lse queries keys warps stages chunk features
+    out lse queries keys warps stages chunk features entropies mass
     query_codes key_codes value_codes query_scale key_scale value_scale
     block rows programs splits peaks totals partial
 """)
@@ -61,6 +61,7 @@ KERNEL_NAMES = _words("""
     query_tile_0 query_tile_1 query_tile_2 query_tile_3 accumulator_0 accumulator_1 accumulator_2 accumulator_3
     query_peak query_shift query_excess part_offsets UNIT RAISED BITS excess too_much far_lanes
     key_start value_start
+    entropies mass key_mass row_lse row_shift row_peak row_total moment entropy share
     rescale largest by_key by_channel key_terms value_terms value_scales shift part_peak part_total new_peak BLOCK_S
 """) | frozenset(
     f"{name}_{number}"

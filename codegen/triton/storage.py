@@ -111,6 +111,8 @@ def decode_reason(spec: Spec) -> str | None:
         return "the decode kernel computes one attend"
     if not attend.norm.plain_softmax:
         return f"the decode kernel normalises by softmax, not by {attend.norm}"
+    if attend.taps:
+        return f"the decode kernel does not give {', '.join(attend.taps)}"
     types = spec.types()
     if group_of(attend, types[attend.query].sizes[1], types[attend.key].sizes[1]) is None:
         return f"the query heads of kv_head {attend.kv_head} are neither neighbours nor equally far apart"

@@ -95,7 +95,7 @@ NORMALIZERS = ("softmax", "sigmoid", "relu")
 
 def operations_reason(spec: Spec) -> str | None:
     """Why the operations of the Spec have no kernel, or ``None``."""
-    names = [operation.keyword for operation in spec.operations]
+    names = names_of(spec)
     if names == ["scan"] or names == ["attend"]:
         return None
     if reads_storage(spec):
@@ -132,6 +132,11 @@ def _rounding_reason(spec: Spec, attend: Attend) -> str | None:
     return None
 
 
+def names_of(spec: Spec) -> list[str]:
+    """What its operations are called, in order."""
+    return [operation.keyword for operation in spec.operations]
+
+
 def why_not_spec(spec: Spec) -> str | None:
     """Why there is no Triton kernel for the Spec, whatever the device, or ``None``."""
     moved = regrouped_parts(spec)
@@ -162,6 +167,8 @@ def why_not_spec(spec: Spec) -> str | None:
         return f"the Spec gives {', '.join(unknown)}, which is no result of the {operation.keyword}"
     expressions: tuple[Expr, ...] = operation.expressions()
     if attend is not None:
+        if attend.taps and names_of(spec) != ["attend"]:
+            return f"the kernels give {', '.join(attend.taps)} of one attend alone"
         if attend.norm.kind not in NORMALIZERS:
             return f"the kernels normalise by softmax, sigmoid or relu, not by {attend.norm.kind}"
         narrow = attend.value not in {value.name for value in spec.inputs} and not reads_storage(spec)

@@ -53,6 +53,23 @@ class Instruction:
         return frozenset(range(first + 2 if in_registers else first, first + 4))
 
 
+def rounds(code: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between the ends of each loop with a matrix product and no such loop inside: steps over key blocks."""
+    places = {each.address: number for number, each in enumerate(code)}
+    found = []
+    for number, each in enumerate(code):
+        target = each.target() if each.operation.startswith("BRA") else None
+        if target in places and target <= each.address:
+            found.append((places[target], number))
+    products = [number for number, each in enumerate(code) if each.operation.startswith("HGMMA")]
+    multiplying = [(first, last) for first, last in found if any(first <= number <= last for number in products)]
+    return [
+        code[first : last + 1]
+        for first, last in multiplying
+        if not any((first, last) != other and first <= other[0] and other[1] <= last for other in multiplying)
+    ]
+
+
 def instructions(cubin: bytes) -> list[Instruction]:
     """The instructions of a kernel."""
     tool = cuobjdump()

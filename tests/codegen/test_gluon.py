@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 from pathlib import Path
@@ -23,9 +24,10 @@ from attncompile.ir.evaluate import Environment, evaluate
 from attncompile.ir.expr import Load
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import bind_sizes
+from attncompile.passes import parse_passes, run_passes
 from tests.cases import BY_NAME, Case
 from tests.codegen.readable import check_text
-from tests.codegen.sass import instructions, unset_descriptors
+from tests.codegen.sass import instructions, rounds, unset_descriptors
 from tests.ir.rounding import operations, within_rounding
 from tests.kernels.cases import ALL_BY_NAME, ALL_CASES
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
@@ -45,7 +47,6 @@ def test_module_text(case: Case) -> None:
 @pytest.mark.parametrize(
     "name, said",
     (
-        ("sigmoid", "softmax, not by sigmoid"),
         ("head-mask", "no edit of weights"),
         ("int8", "a scale for 64 positions"),
         ("channels-3-7", "multiples of 8"),
@@ -59,7 +60,34 @@ def test_refusals_name_the_cause(name: str, said: str) -> None:
         generate(ALL_BY_NAME[name].spec)
 
 
-@pytest.mark.parametrize("name, said", (("additive-bias", "bias[b, 0, i, j] is loaded for each pair"), ("alibi", None)))
+def test_operands_of_8_bits_are_for_softmax() -> None:
+    spec = parse_spec(
+        "x   attend  q,k,v[B,2,I,64]  bfloat16\n  score  0.125·s\n  mask   j ≤ i\n  norm   softmax (float32)"
+    )
+    rounded = run_passes(spec, parse_passes("quantize.int8")).spec
+    assert why_not_spec(rounded) is None
+    rounded = parse_spec(str(rounded).replace("softmax", "sigmoid"))
+    assert "operands of 8 bits for softmax, not for sigmoid" in (why_not_spec(rounded) or "")
+
+
+@pytest.mark.parametrize("norm, kept", (("softmax", ("peak", "total", "rescaled")), ("sigmoid", ()), ("relu", ())))
+def test_only_a_softmax_keeps_a_peak_and_a_sum(norm: str, kept: tuple[str, ...]) -> None:
+    spec = parse_spec(
+        f"x   attend  q,k,v[B,2,I,64]  bfloat16\n  score  0.125·s\n  mask   j ≤ i\n  norm   {norm} (float32)"
+    )
+    names = {node.id for node in ast.walk(ast.parse(generate(spec).source)) if isinstance(node, ast.Name)}
+    assert names & {"peak", "total", "rescaled", "own_sums", "EMPTY", "LOWEST"} >= set(kept)
+    assert kept or not names & {"peak", "total", "rescaled", "own_sums", "EMPTY", "LOWEST", "factor"}
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    (
+        ("additive-bias", "bias[b, 0, i, j] is loaded for each pair"),
+        ("alibi", None),
+        ("sigmoid", "has not been timed"),
+    ),
+)
 def test_where_plain_triton_is_faster(name: str, said: str | None) -> None:
     found = slower(BY_NAME[name].spec)
     assert found is None if said is None else said in (found or "")
@@ -198,6 +226,11 @@ COMPILED = {
         mask   j ≤ i and blocks[h, i // 128, j // 128]
         norm   softmax (float32)
         given  blocks[4,(I+127)//128,(I+127)//128]:bool"""),
+    "sigmoid": parse_spec("""x   attend  q[B,16,I,128]  k,v[B,4,J,128]  bfloat16
+        score  0.09·s − 6.0
+        mask   j ≤ i + J − I
+        kv_head h // 4
+        norm   sigmoid (float32)"""),
     **{
         name: next(row for row in NEIGHBOURHOODS if row.name == row_name).moved(128, 128)
         for name, row_name in (("plane", "plane"), ("volume", "wider-than-the-grid"), ("copied", "dilated"))
@@ -228,6 +261,12 @@ def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         code = instructions(kernel.texts["cubin"])
         assert sum(bool(each.describes()) for each in code) > 4
         assert not unset_descriptors(code)
+        steps = rounds(code)
+        assert len(steps) >= module.skeleton.tile.groups
+        # Weights would be joined by a PRMT for each word of two: a thread has words for a quarter of a block's keys.
+        # Loaded numbers of 16 bits are, and digits are rounded to them.
+        joined = max(sum(each.operation.startswith("PRMT") for each in step) for step in steps)
+        assert joined < module.skeleton.tile.keys // 4 or "bias" in dict(kernel.arguments)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from attncompile.codegen.triton.cache import load, load_module
 from attncompile.codegen.triton.lower import on_hopper
 from attncompile.ir import parse_spec
 from attncompile.passes import parse_passes, run_passes
+from attncompile.verify import derive_tolerance, require_within
 from tests.cases import BY_NAME, Case
 from tests.kernels.cases import ALL_CASES
 from tests.kernels.comparison import aligned_inputs, compare, measured
@@ -38,6 +39,7 @@ def _row(
     more: str = "",
     given: str = "",
     dtype: str = "bfloat16",
+    norm: str = "softmax",
 ) -> Case:
     """A row of 8 query heads, ``groups`` of which share a key head; its sizes are filled in by the test."""
     lines = [
@@ -47,10 +49,10 @@ def _row(
         f"mask   {mask}",
         *([f"kv_head h // {groups}"] if groups > 1 else []),
         *([more] if more.startswith("sink") else []),
-        "norm   softmax (float32)",
-        "lse    lse",
+        f"norm   {norm} (float32)",
+        *(["lse    lse"] if norm == "softmax" else []),
         *([given] if given else []),
-        "gives  out, lse",
+        *(["gives  out, lse"] if norm == "softmax" else []),
     ]
     return Case(name, "\n  ".join(lines), {})
 
@@ -81,6 +83,11 @@ ROWS = (
     _row("mla-192-128", 192, 1, "j ≤ i", "0.07·s", features=128),
     _row("narrow-16", 16, 2, "j ≤ i", "0.25·s", features=24),
     _row("half-96", 96, 2, "j ≤ i", dtype="float16"),
+    _row("sigmoid-64", 64, 2, "j ≤ i", norm="sigmoid"),
+    _row("sigmoid-128", 128, 4, score="0.125·s − 6.0", norm="sigmoid"),
+    _row("sigmoid-documents-128", 128, 1, "j ≤ i and document[b, j] = document[b, min(i, J − 1)]",
+         given="given  document[B,J]:int64", norm="sigmoid"),
+    _row("relu-window-96", 96, 2, "j ≤ i and j > i − 100", dtype="float16", norm="relu"),
 )  # fmt: skip
 SIZES = ((2, 1, 1), (1, 7, 13), (2, 64, 64), (1, 129, 128), (1, 130, 257), (3, 191, 191), (1, 777, 700))
 
@@ -191,3 +198,51 @@ def test_what_it_cannot_read_runs_in_plain_triton() -> None:
         tensors = {"q": view, "k": view, "v": view}
         (outcome,) = measured(case.spec, tensors, lowering.run(view, view, view), view.dtype)
         assert outcome.passed, (said, outcome)
+
+
+def test_calls_share_lists_in_a_graph_that_is_captured() -> None:
+    """Lists are made in two kernels for both calls, and again at each replay: the mask may have changed by then."""
+    row = next(row for row in ROWS if row.name == "documents-64")
+    text = row.text.replace("\n  lse    lse", "").replace("\n  gives  out, lse", "")
+    case = Case(row.name, text, {"B": 2, "I": 1500, "J": 1500}, ranges={"document": (0, 9)})
+    lowering = lower(case.spec, "cuda")
+    assert lowering.lists is not None and lowering.lists.reads == ("document",)
+    tensors = {name: tensor.cuda() for name, tensor in case.tensors(1, torch.bfloat16).items()}
+    tensors["document"] = tensors["document"].sort(-1).values
+
+    def layers() -> list[torch.Tensor]:
+        lists = lowering.lists.make(*tensors.values())
+        return [lowering.run(*tensors.values(), lists=lists) for _ in range(2)]
+
+    for found in layers():  # compiled now
+        assert torch.equal(found, lowering.run(*tensors.values()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = layers()
+    for documents in (3, 30):
+        changed = torch.randint(0, documents, (2, 1500), device="cuda").sort(-1).values
+        tensors["document"].copy_(changed)
+        graph.replay()
+        for found in recorded:
+            (outcome,) = measured(case.spec, tensors, found, torch.bfloat16)
+            assert outcome.passed, (documents, outcome)
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_layers_of_a_compiled_model_share_lists(dynamic: bool) -> None:
+    """Through torch.compile, two layers of which the second reads what the first gives, at every length."""
+    import attncompile
+
+    def layers(x: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        shown = document[:, None, :, None] == document[:, None, None, :]
+        for _ in range(2):
+            x = torch.nn.functional.scaled_dot_product_attention(x, x * 0.5, x + 1.0, attn_mask=shown)
+        return x
+
+    compiled = attncompile.compile(layers, dynamic=dynamic)
+    for length in (300, 1000):
+        document = torch.randint(0, 5, (2, length), device="cuda").sort(-1).values
+        x = torch.randn(2, 4, length, 64, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            found, eager, best = compiled(x, document), layers(x, document), layers(x.double(), document)
+        require_within(found, best, derive_tolerance(best, eager, length).bound, f"{length} tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,13 +13,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from attncompile.codegen.gluon import generate
 from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.codegen.triton.cache import load_module
+from attncompile.codegen.triton.lower import lower, shared_lists
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.ir.evaluate import evaluate
 from tests.cases import Case
+from tests.codegen.hopper_on_cpu import run_on_cpu
+from tests.kernels.comparison import measured
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,8 +105,11 @@ def answer(room: int = 0) -> None:
         values = {"H": 2, **sizes}
         strides = [step for tensor in captured for step in tensor.stride()]
         read = [*captured, *strides, *(values[name] for name in skeleton.integers())]
-        counts, places = loaded.block_lists(tensors["q"], sizes["B"] * heads * tiles, blocks, read)
-        work = loaded.dealt(counts, tiles, 2, 2 // heads, 5)
+        counts, places, work = loaded.list_parts(
+            None, tensors["q"], sizes["B"] * heads * tiles, 2 // heads, blocks, 5
+        )
+        loaded.block_lists(counts, places, read)
+        loaded.deal(counts, work, tiles, 2, 2 // heads)
         assert places.shape[1] == (room or blocks)
         shown = evaluate(attend.mask, attend.environment(tensors, sizes, tensors["q"].dtype))
         shown = shown.expand(sizes["B"], 2, sizes["I"], sizes["J"])
@@ -159,6 +167,50 @@ def test_lists_hold_every_block_that_is_seen(tmp_path: Path) -> None:
 def test_lists_without_room_for_all_blocks_visit_every_block_between_the_limits(tmp_path: Path) -> None:
     for name, faults, complete, _, _ in found(tmp_path, room=2):
         assert not faults and complete, (name, faults)
+
+
+SHARED = ("documents", "padding", "by-head", "given-causal")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_calls_share_lists(name: str) -> None:
+    """Lists that are handed in give what a call's own give; those of another mask are what is read."""
+    row = next(row for row in ROWS if row.name == name)
+    case = dataclasses.replace(row, sizes={"B": 1, "I": 300, "J": 400})
+    module = generate(case.spec)
+    room = module.list_room
+    assert room is not None
+    tensors = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in sorted_documents(case).items()}
+    memory = torch.full((room.words(1, 2, 300, 400),), -7, dtype=torch.int32)
+    run_on_cpu(module, [memory, *tensors.values()], function="mask_lists")
+    found = run_on_cpu(module, list(tensors.values()), lists=memory)
+    assert all(outcome.passed for outcome in measured(case.spec, tensors, found, torch.bfloat16))
+    assert torch.equal(found, run_on_cpu(module, list(tensors.values())))
+    others = {n: torch.zeros_like(t) for n, t in tensors.items() if not t.is_floating_point()}
+    if name == "padding":  # where nothing is visible nothing is visited: lists, and not the mask, decide that
+        run_on_cpu(module, [memory, *{**tensors, **others}.values()], function="mask_lists")
+        hidden = run_on_cpu(module, list(tensors.values()), lists=memory)
+        assert not torch.equal(hidden, found)
+
+
+def test_what_calls_on_a_hopper_gpu_share() -> None:
+    documents = next(row for row in ROWS if row.name == "documents").spec
+    with mock.patch("attncompile.codegen.triton.lower.on_hopper", lambda _: True):
+        found = lower(documents, "cuda").lists
+    assert found is not None and found.reads == ("document",) and "document" in found.key
+    assert lower(documents, "cuda").lists is None  # another GPU
+    for name, mask in (("limits", "j ≤ i"), ("sizes", "j ≤ i and (j < 4 or j > i − 90 or j // 128 = 2)")):
+        assert shared_lists(_row(name, mask).spec) is None, name
+
+
+@pytest.mark.parametrize("name", [row.name for row in ROWS if "given" in row.text])
+def test_memory_suffices_for_few_queries(name: str) -> None:
+    """What is known from the kernel for many queries is enough for the one for few."""
+    spec = next(row for row in ROWS if row.name == name).spec
+    many, few = (generate(spec, queries=queries).list_room for queries in (16384, 1024))
+    assert many is not None and few is not None
+    for sizes in ((1, 1, 1, 1), (3, 7, 500, 700), (2, 8, 2048, 8192)):
+        assert many.for_any_length().words(*sizes) >= max(many.words(*sizes), few.words(*sizes))
 
 
 def test_lists_that_depend_on_sizes_alone_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

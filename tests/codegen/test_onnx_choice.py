@@ -137,5 +137,5 @@ def test_a_provider_without_a_kernel_for_the_dtype_is_told() -> None:
 def test_operators_are_chosen_in_the_dtype_that_is_written() -> None:
     """The Spec is float32; the model is rounded to float16 after its sites were replaced."""
     choice = choose(BEHIND_A_CACHE, "cuda", version="1.31", dtype="float16")
-    assert choice.row.operator == "GroupQueryAttention", "in steps too: there a launch costs more than what it does"
+    assert "GroupQueryAttention" in choice.row.operator
     assert "GroupQueryAttention" not in choose(BEHIND_A_CACHE, "cpu", version="1.31", dtype="bfloat16").row.operator

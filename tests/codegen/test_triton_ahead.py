@@ -55,6 +55,22 @@ def test_compiles_for_sm_90(name: str) -> None:
         )  # that one has seventeen transcendental terms
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_kernels_that_tell_of_weights(target: Target) -> None:
+    spec = parse_spec("""x   attend  q[B,16,I,128]  k,v[B,4,I,128]  bfloat16
+        score  0.09·s
+        mask   j ≤ i
+        kv_head h // 4
+        norm   softmax (float32)
+        peak   highest
+        entropy spread
+        mass   got
+        gives  out, highest, spread, got""")
+    kernels = compile_ahead(generate(spec), target, "bfloat16")
+    assert [kernel.kernel for kernel in kernels] == ["column_mass", "attend_forward"]
+    assert target is not SM90 or all(kernel.spills in (0, None) for kernel in kernels)
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if t is not SM90], ids=str)
 def test_compiles_for_other_gpus(target: Target) -> None:
     for name in ("grouped-everything", "int8", "scan-decays", "scan-padding"):

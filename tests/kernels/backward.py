@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -100,6 +100,27 @@ def compare_backward(
         finally:
             for table, before in zip(tables, usual, strict=True):
                 table.update(before)
+    return measured_gradients(spec, tensors, given, got, dtype, results.get(training.attend().lse))
+
+
+def measured_gradients(
+    spec: Spec,
+    tensors: Tensors,
+    given: list[torch.Tensor],
+    got: Sequence[torch.Tensor | None],
+    dtype: torch.dtype,
+    lse: torch.Tensor | None,
+) -> list[Outcome]:
+    """How far gradients are from the reference in float64, and how far they may be.
+
+    Args:
+        spec: what was differentiated.
+        tensors: its inputs by name.
+        given: gradients of its outputs.
+        got: what a kernel gives for each input; ``None`` for those that are not real.
+        dtype: of the real inputs.
+        lse: log-sum-exp that the kernel made its weights from, if it did.
+    """
     exact = reference_gradients(spec, tensors, given, torch.float64)
     plain = reference_gradients(spec, tensors, given, dtype)
     outcomes = []
@@ -110,7 +131,7 @@ def compare_backward(
         best = exact[value.name]
         assert gradient.shape == best.shape and gradient.dtype == tensors[value.name].dtype
         allowed = distance(plain[value.name], best) + slack(
-            spec, tensors, given[0], dtype, value.name, best, results.get(training.attend().lse)
+            spec, tensors, given[0], dtype, value.name, best, lse
         )
         outcomes.append(Outcome(value.name, distance(gradient, best), allowed))
     return outcomes

@@ -139,16 +139,20 @@ def measured(
     plain = spec.interpret(tensors, dtype)
     shown = rows_with_keys(spec, tensors)
     narrow = narrow_slack(spec, tensors)
+    attend = spec.attend()
+    taps = attend.taps if attend else ()  # these say themselves what a row without keys gives
     sizes = _sizes(spec, tensors)
     made = []
     for name, output, best, eager in zip(spec.outputs, outputs, exact, plain, strict=True):
         assert output.shape == best.shape, f"{name} is {tuple(output.shape)}, should be {tuple(best.shape)}"
         best, eager = best.clone(), eager.double()
-        if shown is not None:
+        if shown is not None and name not in taps:
             empty = ~shown.reshape(*shown.shape, *[1] * (best.dim() - 3)).expand_as(best)
             best[empty] = 0.0 if best.dim() == 4 else -math.inf
             eager = torch.where(empty, best, eager)
         allowed = distance(eager, best) + slack(spec, sizes, dtype, output.dtype, best) + narrow
+        if attend is not None and name == attend.mass:
+            allowed += _exponents(spec, tensors) * max(1.0, float(best.max()))
         made.append(Outcome(name, distance(output, best), allowed))
     return made
 
@@ -167,6 +171,14 @@ def slack(
     finite = best[best.isfinite()]
     size = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
     return math.sqrt(terms) * max(torch.finfo(dtype).eps, torch.finfo(stored).eps) * size
+
+
+def _exponents(spec: Spec, tensors: dict[str, torch.Tensor]) -> float:
+    """How far off, relatively, a weight ``exp(logit − lse)`` is: as far as its exponent in float32."""
+    attend = spec.attend()
+    assert attend is not None
+    logits = attend.logits(tensors, _sizes(spec, tensors), torch.float64).logsumexp(-1)
+    return torch.finfo(torch.float32).eps * float(logits[logits.isfinite()].abs().max())
 
 
 def _sizes(spec: Spec, tensors: dict[str, torch.Tensor]) -> dict[str, int]:

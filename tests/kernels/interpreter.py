@@ -21,8 +21,9 @@ from tests.cases import Case
 from tests.kernels.backward_cases import BACKWARD_BY_NAME
 from tests.kernels.decode_cases import DECODE_BY_NAME
 from tests.kernels.neighbourhood_cases import NEIGHBOURHOODS_BY_NAME
+from tests.kernels.taps_cases import TAPS_BY_NAME
 
-BY_NAME: dict[str, Case] = {**BACKWARD_BY_NAME, **DECODE_BY_NAME}
+BY_NAME: dict[str, Case] = {**BACKWARD_BY_NAME, **DECODE_BY_NAME, **TAPS_BY_NAME}
 
 ROOT = Path(__file__).resolve().parents[2]
 
