@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attncompile.backend.rewrite import draws
+from attncompile.backend.site_module import autocast_dtype
 
 
 def why_not_compared(module: torch.fx.GraphModule) -> str | None:
@@ -22,8 +23,9 @@ class ComparedOnce:
 
     Both results carry rounding errors, and how far those reach is measured: the graph runs a third time, with every
     real input moved by up to a unit in its last place, which is all but as good an input as the one that was given. A
-    result that is at most twice as far away is as good too. The comparison is made once and costs two runs of
-    the graph without gradients, and copies of what the graph was given.
+    result that is at most twice as far away is as good too. Where autocast is on, it rounds the operands of products:
+    units are those of its dtype then, for inputs of two axes and more, and for results. The comparison is made once
+    and costs two runs of the graph without gradients, and copies of what the graph was given.
     """
 
     def __init__(
@@ -69,8 +71,14 @@ def _copy(tensor: torch.Tensor, moves: bool) -> torch.Tensor:
     if moves and copy.is_floating_point():
         generator = torch.Generator(device=copy.device).manual_seed(0)
         shift = torch.rand(copy.shape, device=copy.device, generator=generator, dtype=_wide(copy)) * 2 - 1
-        copy = (copy.to(_wide(copy)) * (1 + torch.finfo(copy.dtype).eps * shift)).to(copy.dtype)
+        unit = _unit(copy) if copy.dim() > 1 else torch.finfo(copy.dtype).eps
+        copy = (copy.to(_wide(copy)) * (1 + unit * shift)).to(copy.dtype)
     return copy
+
+
+def _unit(tensor: torch.Tensor) -> float:
+    """How far apart the numbers next to 1 are, of those that products compute with."""
+    return torch.finfo(autocast_dtype(tensor) or tensor.dtype).eps
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -102,7 +110,7 @@ def _difference(
             return f"result {number} is NaN or infinite elsewhere than it was"
         first, second, third = (tensor[finite & near.isfinite()].to(_wide(wanted)) for tensor in (one, wanted, near))
         distance, natural = float((first - second).norm()), float((third - second).norm())
-        allowed = 2 * natural + torch.finfo(wanted.dtype).eps * float(second.norm())
+        allowed = 2 * natural + _unit(wanted) * float(second.norm())
         if not distance <= allowed:
             return f"result {number} is off by {distance:.3g} (norm), where rounding explains {allowed:.3g}"
     return None

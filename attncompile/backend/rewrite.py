@@ -207,6 +207,8 @@ def _drop_dead(graph: torch.fx.Graph) -> None:
 
 def _unseen_memory(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     """The operations on tensors that are written to in place, but that nothing reads afterwards: old scores, say."""
+    if not any(written_arguments(node) for node in graph.nodes):
+        return []
     memory = Memory()
     sharing: dict[object, list[torch.fx.Node]] = {}
     calls = [node for node in graph.nodes if node.op != "call_module"]  # whose results are new, whatever tracing saw

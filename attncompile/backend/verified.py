@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attncompile.backend.rewrite import Decision
+from attncompile.backend.site_module import autocast_dtype
 from attncompile.ir import Spec
 from attncompile.ir.sample import example_sizes
 from attncompile.ir.some_rows import rows_that_fit
@@ -124,7 +125,9 @@ def _certificate(
     if key not in seen:
         rows = rows_that_fit(decision.spec, example_sizes(decision.spec, DRAWS[-1].length), LARGEST)
         draws = DRAWS if rows is None else DRAWS[-2:]  # what is large takes long, and its sizes do not differ
-        seen[key] = certificates([decision], device, None, draws)[0] if rows != 0 else None
+        # what autocast makes of operands is what will run; the operator is inside autocast here too
+        narrow = autocast_dtype(torch.empty(0, dtype=dtype_of(decision.spec), device=device))
+        seen[key] = certificates([decision], device, narrow, draws)[0] if rows != 0 else None
     return seen[key]
 
 

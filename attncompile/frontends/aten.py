@@ -117,8 +117,9 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
         versions.made(name): tuple(value for other, value in found.items() if other not in numbers)
         for name, found in versions.reads.items()
     }
-    read |= {after: change.read for after, change in versions.changes.items()}
-    evaluator = AtenEvaluator(captured.graph_module, inputs, versions, assumed)
+    made_of = {after: producer[after].inputs for after in versions.changes}
+    read |= made_of
+    evaluator = AtenEvaluator(captured.graph_module, inputs, versions, made_of, assumed)
     return Graph(
         infos,
         tuple(nodes),

@@ -29,6 +29,8 @@ class AtenEvaluator:
         module: the graph.
         inputs: its inputs and constants.
         versions: of values whose memory is written to.
+        made_of: per version that a write leaves, the values that its elements are those of: a write that reaches all of
+            a value leaves nothing of what was there.
         equal: sizes that are the same.
         number: what becomes of the whole numbers that the nodes hold; ``None`` leaves them.
     """
@@ -36,6 +38,7 @@ class AtenEvaluator:
     module: torch.fx.GraphModule
     inputs: Mapping[str, GraphInput]
     versions: Versions
+    made_of: Mapping[str, tuple[str, ...]]
     equal: Mapping[Expr, Expr]
     number: Callable[[int], int] | None = None
 
@@ -54,7 +57,7 @@ class AtenEvaluator:
             if name in self.versions.changes:
                 needed.add(name)
                 change = self.versions.changes[name]
-                stack += [change.before] if self._writes_nothing(change, nodes) else change.read
+                stack += [change.before] if self._writes_nothing(change, nodes) else self.made_of[name]
                 continue
             node = nodes[name.split("#")[0]]
             if is_number(node):
@@ -98,7 +101,7 @@ class AtenEvaluator:
         """What a node makes, in order: the name of each value, what makes it, and what that reads."""
         yield self.versions.made(node.name), node, tuple(self.versions.reads[node.name].values())
         for change in self.versions.by_writer.get(node.name, ()):
-            yield change.after, change, change.read
+            yield change.after, change, self.made_of[change.after]
 
     def _run(self, node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
         reads, written = self.versions.reads[node.name], altered_arguments(node)
@@ -161,9 +164,10 @@ class AtenEvaluator:
         """The version of a value that a write leaves: both views are taken again, of the places in their memory.
 
         Raises:
-            ValueError: when nothing says how the value and what was written share memory.
+            ValueError: when nothing says how the value and what was written share memory, or a write that reaches all
+                of a value does not at these sizes.
         """
-        if self._writes_nothing(change, nodes):
+        if self._writes_nothing(change, nodes) or self.made_of[change.after] == (change.before,):
             return known[change.before]
         value, target = (nodes[self.versions.root(name)] for name in (change.after, change.writer))
         ways = common_view(value, target) if change.written else None
@@ -176,8 +180,13 @@ class AtenEvaluator:
         count = math.prod(shape)
         places = torch.empty_strided(shape, strides, dtype=torch.int64).copy_(torch.arange(count).view(shape))
         read, wrote = (self._view(way, places, sizes) for way in ways)
-        before, written = known[change.before], known[change.written]
+        written = known[change.written]
         origin = torch.full([count], -1).index_put((wrote.reshape(-1),), torch.arange(wrote.numel()))[read]
+        if change.before not in self.made_of[change.after]:
+            if bool((origin < 0).any()):
+                raise ValueError(f"{change.writer} does not write all of {value.name!r} at these sizes")
+            return written.reshape(-1)[origin]
+        before = known[change.before]
         return torch.where(origin < 0, before, written.reshape(-1)[origin]) if written.numel() else before
 
     def _view(self, way: Sequence[torch.fx.Node], places: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:

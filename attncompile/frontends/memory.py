@@ -91,11 +91,14 @@ class Versions:
 
 def written_arguments(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
     """The nodes whose elements an operation changes."""
-    return () if str(node.target).split(".")[1:2] == ["detach_"] else altered_arguments(node)
+    altered = altered_arguments(node)
+    return () if altered and str(node.target).split(".")[1:2] == ["detach_"] else altered
 
 
 def altered_arguments(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
     """The nodes that an operation works on in place; ``detach_`` changes their gradient's history alone."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return ()
     return tuple(argument for argument, alias in _arguments(node) if alias is not None and alias.is_write)
 
 
@@ -181,6 +184,14 @@ class Memory:
     def __init__(self) -> None:
         self._parent: dict[object, object] = {}
 
+    @classmethod
+    def of(cls, graph: torch.fx.Graph) -> Memory:
+        """The memory of all nodes of a graph."""
+        memory = cls()
+        for node in graph.nodes:
+            memory.place(node)
+        return memory
+
     def _root(self, item: object) -> object:
         while self._parent.setdefault(item, item) is not item:
             item = self._parent[item]
@@ -222,15 +233,15 @@ def entangled_results(graph: torch.fx.Graph, versions: Versions) -> dict[str, st
     told apart from the value's own memory by what is written and read later.
     """
     time = {node: number for number, node in enumerate(graph.nodes)}
-    memory = Memory()
-    for node in graph.nodes:
-        memory.place(node)
+    writers = [(node, target) for node in graph.nodes for target in written_arguments(node)]
+    if not writers:
+        return {}
+    memory = Memory.of(graph)
     written: dict[object, list[tuple[torch.fx.Node, torch.fx.Node]]] = {}
-    for node in graph.nodes:
-        for target in written_arguments(node):
-            written.setdefault(memory.place_of(target), []).append((node, target))
+    for node, target in writers:
+        written.setdefault(memory.place_of(target), []).append((node, target))
     members: dict[object, list[torch.fx.Node]] = {}
-    for node in graph.nodes if written else ():
+    for node in graph.nodes:
         members.setdefault(memory.place_of(node), []).append(node)
     found: dict[str, str] = {}
     for place, writes in written.items():
@@ -254,15 +265,12 @@ def entangled_results(graph: torch.fx.Graph, versions: Versions) -> dict[str, st
 
 def lasting_writes(graph: torch.fx.Graph, versions: Versions) -> frozenset[str]:
     """The values that operations leave in memory that the caller may hold: that of an input, parameter or constant."""
-    memory = Memory()
-    for node in graph.nodes:
-        memory.place(node)
+    writers = [(node, target) for node in graph.nodes for target in written_arguments(node)]
+    if not writers:
+        return frozenset()
+    memory = Memory.of(graph)
     held = {memory.place_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
-    return frozenset(
-        versions.made(node.name)
-        for node in graph.nodes
-        if any(memory.place_of(target) in held for target in written_arguments(node))
-    )
+    return frozenset(versions.made(node.name) for node, target in writers if memory.place_of(target) in held)
 
 
 def _seen_after(node: torch.fx.Node, time: Mapping[torch.fx.Node, int], moment: int) -> bool:

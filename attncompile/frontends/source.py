@@ -1,5 +1,6 @@
 """Where a node comes from: stack traces become one source line, Dynamo's source names become dotted paths."""
 
+import functools
 import linecache
 import re
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def innermost_model_frame(stack_trace: str | None) -> SourceLine | None:
     return (outside or found)[-1] if found else None
 
 
+@functools.lru_cache(maxsize=1024)
 def _inside_machinery(file: str) -> bool:
     """True for a file of an installed package of `_MACHINERY`, and for code that has no file
     (``<string>``)."""

@@ -1,4 +1,4 @@
-"""Valid and invalid calls of a compiled model, drawn at random: the results, or the error, of the model as it is."""
+"""Valid and invalid calls of compiled models, drawn at random: the results, or the error, of the model as it is."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
 
 import attncompile
 from attncompile.verify import derive_tolerance, require_within
-from tests.backend.test_backend import small_llama
+from tests.backend.test_generation import small
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,8 @@ class Call:
         dtype: of the mask.
         cache: none, a dynamic one, or a static one with room for so many tokens.
         weights: ``nan`` puts a NaN among the projections of the keys.
+        kind: of the decoder; two of them have a window, one a score that is not linear.
+        model: dtype of the decoder.
     """
 
     batch: int
@@ -44,6 +47,8 @@ class Call:
     dtype: torch.dtype
     cache: str | int
     weights: str
+    kind: str
+    model: torch.dtype
 
 
 MASKS = ("none", "ones", "left", "right", "empty row", "holes", "too long", "too short")
@@ -60,6 +65,8 @@ CALLS = st.builds(
     dtype=st.sampled_from([torch.int64, torch.bool, torch.float32]),
     cache=st.sampled_from(["none", "none", "dynamic", 4, 12]),
     weights=st.sampled_from(["plain", "plain", "plain", "nan"]),
+    kind=st.sampled_from(["llama", "mistral", "gemma2"]),
+    model=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]),
 )
 
 
@@ -77,6 +84,20 @@ def mask_of(call: Call) -> torch.Tensor | None:
     elif call.mask == "holes":
         mask[:, 1::3] = 0
     return mask.to(call.dtype)
+
+
+class InFloat64(TorchFunctionMode):
+    """What a model computes in float32 whatever its dtype, in float64: norms, and the softmax of transformers' own
+    attention, where the lowest float64 of a mask becomes −∞, and a row of padding NaN.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if given.get("dtype") is torch.float32:
+            given["dtype"] = torch.float64
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*(torch.float64 if value is torch.float32 else value for value in args), **given)
 
 
 def outcome(model: Any, forward: Any, call: Call) -> torch.Tensor | str:
@@ -120,6 +141,10 @@ def test_any_call_gives_what_the_model_gives(call: Call) -> None:
     check(call)
 
 
+def test_a_padded_row_of_a_model_that_spells_out_its_attention() -> None:
+    check(Call(2, 2, "left", torch.int64, "none", "plain", "gemma2", torch.float32))
+
+
 @pytest.mark.slow
 @hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=ALL_CHECKS)
 @hypothesis.given(call=CALLS)
@@ -129,7 +154,7 @@ def test_very_many_calls_give_what_the_model_gives(call: Call) -> None:
 
 def check(call: Call) -> None:
     torch._dynamo.reset()
-    model = small_llama("sdpa")
+    model = small(call.kind, "eager" if call.kind == "gemma2" else "sdpa").to(call.model)
     if call.weights == "nan":
         with torch.no_grad():
             model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
@@ -139,4 +164,35 @@ def check(call: Call) -> None:
         found = outcome(model, attncompile.compile(model.forward, dynamic=True, rest="eager"), call)
     mask = mask_of(call)
     model = model.double()
-    compared(call, None if mask is None else mask.bool(), found, expected, outcome(model, model.forward, call))
+    with InFloat64():
+        exact = outcome(model, model.forward, call)
+    compared(call, None if mask is None else mask.bool(), found, expected, exact)
+
+
+# --- what PyTorch itself does not compute -------------------------------------------------------------------
+
+
+def spelled_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(query @ key.mT, dim=-1) @ value
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("attention", [spelled_out, torch.nn.functional.scaled_dot_product_attention])
+def test_a_dtype_that_the_model_refuses_is_refused(attention: Any, dtype: torch.dtype) -> None:
+    operands = [torch.randn(1, 2, 5, 8).to(dtype) for _ in range(3)]
+
+    def run(*given: torch.Tensor) -> Any:
+        return attention(*given)
+
+    with pytest.raises(RuntimeError):
+        run(*operands)
+    with pytest.raises(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attncompile.compile(run, rest="eager")(*operands)
+
+
+def test_a_device_without_memory_gives_what_the_model_gives() -> None:
+    operands = [torch.randn(1, 2, 5, 8, device="meta") for _ in range(3)]
+    with pytest.warns(attncompile.backend.FallbackWarning, match="device 'meta' is not supported"):
+        found = attncompile.compile(spelled_out, rest="eager")(*operands)
+    assert (found.device.type, found.shape) == ("meta", (1, 2, 5, 8))

@@ -103,6 +103,22 @@ def test_tokens_equal_those_of_the_model_as_it_is(kind: str, cache: str, search:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "cache"), [("llama", None), ("llama", "static"), ("mistral", "static"), ("gemma2", None)]
+)
+def test_prompts_that_are_padded_on_the_right(kind: str, cache: str | None) -> None:
+    model, call = small(kind), tokens(3, 9, "right")
+    options = {"do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = generated(model, call, **options)
+        model.forward = compiled(model)
+        with torch.inference_mode():
+            assert torch.equal(generated(model, call, **options), expected)
+    require_rewritten(model)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", ["no_grad", "inference_mode", "autocast"])
@@ -164,8 +180,10 @@ def test_one_compilation_serves_all_lengths_and_another_all_steps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
-def test_encoder_decoders_generate_the_same(kind: str) -> None:
+def test_encoder_decoders_generate_the_same(kind: str, cache: str, search: str) -> None:
     torch.manual_seed(0)
     sizes = {
         "t5": {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 6, "vocab_size": 99,
@@ -188,7 +206,11 @@ def test_encoder_decoders_generate_the_same(kind: str) -> None:
     else:
         model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
         call = tokens(2, 9, "right")
-    expected = generated(model, call, do_sample=False)
+    options = {**SEARCHES[search], "cache_implementation": cache if cache != "dynamic" else None,
+               "disable_compile": True}  # fmt: skip
+    expected = generated(model, call, **options)
     model.forward = compiled(model)
-    assert torch.equal(generated(model, call, do_sample=False), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        assert torch.equal(generated(model, call, **options), expected)
     require_rewritten(model)

@@ -274,6 +274,27 @@ def test_global_state_is_left_as_it_was_found(rest: str, verify: str) -> None:
     assert [name for name in before if before[name] != after[name]] == []
 
 
+LOGGED = """
+import torch
+import attncompile
+from tests.backend.test_hygiene import inputs_of, model_of
+
+model = model_of(1)
+compiled = attncompile.compile(model, rest="eager", dynamic=False)
+with torch.no_grad():
+    for length in (11, 12):
+        compiled(inputs_of(model, length))
+"""
+
+
+def test_torch_logs_says_what_was_done_and_why_again(tmp_path: Path) -> None:
+    run_apart(LOGGED, TORCH_LOGS="attncompile,recompiles", TORCH_LOGS_OUT=str(tmp_path / "log"))
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    places = [said.find(text) for text in (": blockwise (", "Recompiling function", "expected 11, actual 12")]
+    assert -1 < places[0] < places[1] < places[2] < said.rfind(": blockwise ("), said
+    assert said.count(": blockwise (") == 2
+
+
 CACHED = """
 import json, sys
 import torch, torch._inductor.config
@@ -300,9 +321,9 @@ print(json.dumps({
 """
 
 
-def cached_run(folder: Path, *arguments: str) -> dict[str, Any]:
+def cached_run(folder: Path, *arguments: str, **environment: str) -> dict[str, Any]:
     """A process that compiles with Inductor's caches in a folder."""
-    printed = run_apart(CACHED, *arguments, TORCHINDUCTOR_CACHE_DIR=str(folder))
+    printed = run_apart(CACHED, *arguments, TORCHINDUCTOR_CACHE_DIR=str(folder), **environment)
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return answer
 
@@ -314,8 +335,11 @@ def require_cached(first: dict[str, Any], second: dict[str, Any]) -> None:
     require_same(torch.tensor(second["result"]), model_of(1), inputs_of(model_of(1)))
 
 
-def test_a_second_process_with_caches_rewrites_too(tmp_path: Path) -> None:
-    require_cached(cached_run(tmp_path / "cache"), cached_run(tmp_path / "cache"))
+@pytest.mark.parametrize("precompiles", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_second_process_with_caches_rewrites_too(tmp_path: Path, precompiles: str) -> None:
+    """With ``torch._dynamo.config.caching_precompile`` too, which keeps Dynamo's own work and asks for no back end."""
+    first, second = (cached_run(tmp_path / "cache", TORCH_CACHING_PRECOMPILE=precompiles) for _ in range(2))
+    require_cached(first, second)
 
 
 @pytest.mark.slow

@@ -76,6 +76,15 @@ def keys_changed_before_and_afterwards(q, k, v):
     return out, key
 
 
+def window_moved_on(q, k, v):
+    key = k.clone()
+    moved = key.roll(-1, 1)
+    moved[:, torch.tensor([-1])] = q[:, :1]
+    key.copy_(moved)
+    moved[:, :] = v
+    return core(q, key, moved)
+
+
 def scores_changed_in_place(q, k, v):
     logits = dot(heads(q), heads(k))
     logits *= 0.5
@@ -93,7 +102,7 @@ def result_divided_in_place(q, k, v):
 FUNCTIONS: tuple[Callable[..., object], ...] = (
     result_changed_in_place, result_changed_through_a_view, view_of_a_result_that_is_changed,
     result_copied_before_it_is_changed, result_copied_into_a_buffer, keys_changed_before, keys_changed_afterwards,
-    keys_changed_before_and_afterwards, scores_changed_in_place, result_divided_in_place,
+    keys_changed_before_and_afterwards, window_moved_on, scores_changed_in_place, result_divided_in_place,
 )  # fmt: skip
 
 

@@ -135,6 +135,15 @@ def test_what_is_right_passes_every_verification(attention: str, dtype: torch.dt
     assert all(site.operator != "original" for site in attncompile.explain(compiled).sites)
 
 
+def test_what_autocast_makes_of_a_site_passes_verification() -> None:
+    model = small_llama("eager")
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verify="full")
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        calls(compiled)
+    assert all(site.operator != "original" for site in attncompile.explain(compiled).sites)
+
+
 def test_a_cache_that_is_written_in_place_is_written_once_under_verification() -> None:
     def step(cache: torch.Tensor, new: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         cache.index_add_(2, place, new)
@@ -186,6 +195,31 @@ def test_an_explanation_is_written_to_a_file(tmp_path: Path) -> None:
     compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", explain=tmp_path / "attention.txt")
     calls(compiled)
     assert "model.layers.0.self_attn" in (tmp_path / "attention.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ({"mode": "reduce-overhead"}, {"triton.cudagraphs": True}),
+        ({"options": {"mode": "reduce-overhead"}}, {"triton.cudagraphs": True}),
+        ({"options": {"cudagraphs": True}}, {"triton.cudagraphs": True}),
+        ({"options": {"mode": "max-autotune-no-cudagraphs"}}, {"max_autotune": True}),
+        ({}, {}),
+    ],
+    ids=str,
+)
+def test_modes_and_cuda_graphs_are_for_the_rest(
+    how: dict[str, Any], wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def inductor(module: torch.fx.GraphModule, inputs: Any, settings: dict[str, Any] | None) -> Callable[..., Any]:
+        given.append(settings or {})
+        return module.forward
+
+    monkeypatch.setattr(backend, "inductor", inductor)
+    calls(torch.compile(small_llama(), backend=backend.attncompile, **how))
+    assert len(given) == 1 and wanted.items() <= given[0].items() and bool(wanted) == bool(given[0])
 
 
 def test_torch_logs_has_a_line_for_each_site(caplog: pytest.LogCaptureFixture) -> None:

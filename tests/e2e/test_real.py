@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+import wave
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import attncompile
 from attncompile.backend import FallbackWarning
 from attncompile.frontends.checkpoint import open_model
+from attncompile.verify import derive_tolerance, require_within
 
 
 @pytest.mark.parametrize(("name", "sites"), [("minilm-int8.onnx", 6), ("paraphrase-minilm-l3.onnx", 3)])
@@ -76,13 +81,49 @@ def test_smollm2_continues_twenty_texts_like_eager(smollm2_folder: Path, texts_f
 
 
 @pytest.mark.slow
-def test_whisper_transcribes_like_eager(whisper_folder: Path) -> None:
-    opened = open_model(whisper_folder)
-    model = opened.model.eval()
-    _, kwargs = opened.example(1, 4)
-    features = kwargs["input_features"]
+def test_whisper_transcribes_like_eager(whisper_folder: Path, speech_file: Path) -> None:
+    model = open_model(whisper_folder).model.eval()
+    with wave.open(str(speech_file)) as opened:
+        rate, samples = opened.getframerate(), opened.readframes(opened.getnframes())
+    sound = np.frombuffer(samples, dtype=np.int16) / 32768
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(whisper_folder)
+    texts = [extractor(sound[start * rate :], sampling_rate=rate, return_tensors="pt") for start in (0, 4, 7)]
+    features = torch.cat([text["input_features"] for text in texts])
     with torch.no_grad(), warnings.catch_warnings():
-        expected = model.generate(features, max_new_tokens=16, do_sample=False)
+        expected = {beams: model.generate(features, num_beams=beams, do_sample=False) for beams in (1, 3)}
         warnings.simplefilter("error", FallbackWarning)
         model.forward = attncompile.compile(model.forward, dynamic=True, rest="eager")
-        assert torch.equal(model.generate(features, max_new_tokens=16, do_sample=False), expected)
+        for beams, tokens in expected.items():
+            assert torch.equal(model.generate(features, num_beams=beams, do_sample=False), tokens), beams
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whisper_folder)
+    text = tokenizer.decode(expected[1][0], skip_special_tokens=True).strip()
+    assert text == "Ever tried, ever failed. No matter, try again. Fail again. Fail better."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rest", ["eager", "inductor"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_minilm_embeds_like_eager(minilm_folder: Path, texts_folder: Path, attention: Any, rest: Any) -> None:
+    opened = open_model(minilm_folder, attn_implementation=attention)
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    wide = open_model(minilm_folder, attn_implementation=attention).model.eval().double()
+    text = (texts_folder / "essays.txt").read_text(encoding="utf-8")
+    compiled = attncompile.compile(model, dynamic=True, rest=rest)
+    for count, length in ((20, 300), (3, 1500)):
+        pieces = [text[2000 * number :][: length * (number + 1) // count] for number in range(count)]
+        call = tokenizer(pieces, return_tensors="pt", padding=True, truncation=True, max_length=256)
+        kept = call["attention_mask"][..., None]
+
+        def embedded(run: Any, call: Any = call, kept: torch.Tensor = kept) -> torch.Tensor:
+            with torch.no_grad():
+                states = run(**call).last_hidden_state
+            mean = (states * kept).sum(1) / kept.sum(1)
+            return torch.nn.functional.normalize(mean, dim=-1)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FallbackWarning)
+            found = embedded(compiled)
+        exact, plain = embedded(wide), embedded(model)
+        require_within(found, exact, derive_tolerance(exact, plain, model.config.intermediate_size).bound, "embeddings")
+    sites = attncompile.explain(compiled).sites
+    assert len(sites) == model.config.num_hidden_layers and all(site.operator == "sdpa" for site in sites)

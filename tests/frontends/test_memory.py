@@ -286,6 +286,21 @@ def test_what_a_write_of_no_elements_puts_down_is_not_needed() -> None:
     assert torch.equal(run, 2 * x)
 
 
+def test_what_a_write_of_all_elements_covers_is_not_needed() -> None:
+    def function(x, y):
+        z = x.roll(-1, 1)
+        z[:, :].copy_(y)
+        return z * 2
+
+    graph = aten_graph(captured(function))
+    (written,) = [node for node in graph.nodes if isinstance(node, Move) and node.what == "written"]
+    assert graph.native_inputs[written.output] == written.inputs
+    y = torch.randn(INPUTS["y"]().shape, dtype=torch.float64)
+    sizes = {str(size): extent for size, extent in zip(graph.infos["y"].shape, y.shape, strict=True)}
+    (run,) = graph.evaluate(list(graph.outputs), {"y": y}, sizes).values()
+    assert torch.equal(run, 2 * y)
+
+
 def test_views_are_followed_to_the_tensor_that_owns_the_memory() -> None:
     def function(x):
         z = x.clone()
