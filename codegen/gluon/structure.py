@@ -133,8 +133,8 @@ def slower(spec: Spec) -> str | None:
     Measured on an H200: a bias for each pair takes plain Triton 242 TF/s, the Hopper kernel 191 (64 channels, 4096
     keys): its warpgroups lack the registers for so many addresses. An element that a whole tile shares costs nothing.
     With values in e4m3 it is 1.4 to 3.4 times as fast as SageAttention 1, which is plain Triton. Beside plain Triton it
-    takes weights by sigmoid 1.7 times as fast with 128 channels, 1.0 to 1.2 with 64; by relu 1.6 to 1.7, and 1.2 to 1.6;
-    queries and keys of 8 bits with values of 16 1.8 to 1.9 times, and 1.3 to 1.4.
+    takes weights by sigmoid 1.7 times as fast with 128 channels, 1.0 to 1.2 with 64; by relu 1.6 to 1.7, and 1.2 to
+    1.6; queries and keys of 8 bits with values of 16 1.8 to 1.9 times, and 1.3 to 1.4.
     """
     moved = regrouped_parts(spec)
     parts = dense(moved.attention if moved else spec)
