@@ -130,7 +130,7 @@ def arranged(spec: Spec, in_place: bool = False) -> Spec:
 def slower(spec: Spec) -> str | None:
     """Why plain Triton is faster, or safer, although there is a Hopper kernel; or ``None``.
 
-    Measured on an H200: a bias for each pair takes plain Triton 242 TF/s, the Hopper kernel 191 (64 channels, 4096
+    Measured on an H200: a bias for each pair takes plain Triton 244 TF/s, the Hopper kernel 198 (64 channels, 4096
     keys): its warpgroups lack the registers for so many addresses. An element that a whole tile shares costs nothing.
     With values in e4m3 it is 1.4 to 3.4 times as fast as SageAttention 1, which is plain Triton. Beside plain Triton it
     takes weights by sigmoid 1.7 times as fast with 128 channels, 1.0 to 1.2 with 64; by relu 1.6 to 1.7, and 1.2 to
