@@ -87,7 +87,8 @@ def test_a_call_reads_what_another_that_was_put_back_gives() -> None:
 
 
 def test_a_call_that_nobody_measured_stays() -> None:
-    model = ir.from_proto(case("test_flexattention_soft_cap").model)
+    """In float64 no other operator is right, and how fast this one is beside plain ones is not known."""
+    model = ir.from_proto(case("test_flexattention_double").model)
     before = form(model)
     (outcome,) = rewrite_onnx(model, "flex", (), "cpu", "fastest", False, ()).outcomes
     assert "FlexAttention" in outcome.reason and "already plain" not in outcome.reason
