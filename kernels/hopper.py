@@ -59,6 +59,10 @@ NARROW_VALUES = ("packed", "four_weights", "kept", "power_exponent", "inverse_po
 """Functions of :mod:`attncompile.kernels.hopper_device` for values in e4m3."""
 
 
+MOST_STAGES = 3
+"""Each stage has named barriers of its own, and as many lie between the first of the keys' and of the values'."""
+
+
 @dataclass(frozen=True)
 class HopperTile:
     """How the kernel divides its work.

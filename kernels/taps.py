@@ -56,7 +56,7 @@ class ColumnMass:
             f"mass += tl.cast(program // blocks, tl.int64) * {keys}",
             "key_offsets = tl.cast(keys, tl.int64)[:, None] * key_stride_j + channels[None, :] * key_stride_d",
             f"key_tile = tl.load(key + key_offsets, mask=(keys < {keys})[:, None]{real}, other=0)",
-            "query_offsets = lanes[:, None] * query_stride_i + channels[None, :] * query_stride_d",
+            "query_offsets = tl.cast(lanes, tl.int64)[:, None] * query_stride_i + channels[None, :] * query_stride_d",
             "key_mass = tl.zeros([BLOCK_J], tl.float32)",
         ]
         for group in key_loops(self.runs, queries, self._step, QUERIES):

@@ -12,7 +12,7 @@ from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.structure import dense
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import Const
-from attncompile.kernels.hopper import HopperTile
+from attncompile.kernels.hopper import MOST_STAGES, HopperTile
 
 _REGISTERS = {2: (240, 168), 3: (160, 128)}
 """By warpgroups that compute: registers of their threads, and of all threads when the block starts."""
@@ -44,7 +44,7 @@ def _tiles(table: HopperTile, fixed: bool) -> list[HopperTile]:
     choices = itertools.product(
         (table.groups,) if fixed else tuple(_REGISTERS),
         (table.keys,) if fixed else (64, 128),
-        (1, 2, 3, 4),
+        range(1, MOST_STAGES + 1),
         (1, 2),
         (False, True),
         (False, True),

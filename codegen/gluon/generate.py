@@ -40,7 +40,7 @@ from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
 from attncompile.ir.expr import SCORE, TRUE, Apply, Const, loads, walk
 from attncompile.ir.simplify import Simplifier
-from attncompile.kernels.hopper import IMPORTS, RESERVED, HopperForward, HopperTile
+from attncompile.kernels.hopper import IMPORTS, MOST_STAGES, RESERVED, HopperForward, HopperTile
 from attncompile.kernels.hopper_boxes import WORDS, Boxes
 from attncompile.kernels.hopper_digits import MOST
 from attncompile.kernels.hopper_digits import WORDS as DIGIT_WORDS
@@ -101,6 +101,8 @@ def generate(
     attention = moved.attention if moved else spec
     parts = dense(attention)
     tile = tile or _tile(parts, queries)
+    if not 1 <= tile.stages <= MOST_STAGES:
+        raise ValueError(f"a tile of {tile.stages} stages: there are barriers for 1 to {MOST_STAGES}")
     boxes = boxes_of(spec, moved, tile, GLUON) if moved and in_place else None
     if moved and boxes is None:
         inner = generate(attention, tile)

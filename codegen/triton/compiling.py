@@ -8,6 +8,7 @@ has what this process needs. What a worker says goes through a pipe of its own: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -59,14 +60,21 @@ class Workers:
         self._idle.put(worker)
         return said or None
 
-    def close(self) -> None:
-        """End the processes, whatever they are at."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def stop(self) -> None:
+        """End the processes, whatever they are at, and begin anew with the next job."""
+        pool, self._pool = self._pool, ThreadPoolExecutor(self.count, "attncompile-compiling")
+        pool.shutdown(wait=False, cancel_futures=True)
         for worker in self._all:
             worker.close()
-        self._pool.shutdown()
+        pool.shutdown()
         for worker in self._all:
             worker.close()  # one may have started in between
+        self._idle, self._all = queue.SimpleQueue(), []
+
+    def close(self) -> None:
+        """End the processes, whatever they are at."""
+        self.stop()
+        self._pool.shutdown()
 
 
 class _Worker:
@@ -89,7 +97,7 @@ class _Worker:
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
             line = self._replies.readline()
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # it was killed, and its pipes closed
             return None
         return str(json.loads(line)["error"]) if line else None
 
@@ -97,6 +105,10 @@ class _Worker:
         """Kill it."""
         self._process.kill()
         self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # what was being written goes nowhere
+                self._process.stdin.close()
+        self._replies.close()
 
 
 def compiled(job: dict[str, Any]) -> str:
@@ -107,8 +119,8 @@ def compiled(job: dict[str, Any]) -> str:
         with torch.no_grad():
             run = load(GeneratedModule(job["name"], job["source"], ()))
             run(*(_zeros(shape, strides, dtype, job["device"]) for shape, strides, dtype in job["tensors"]))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.device(job["device"]).type == "cuda":
+                torch.cuda.synchronize(job["device"])
     except Exception as error:  # compilers and drivers raise what they like
         return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST]
     return ""

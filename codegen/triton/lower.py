@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -262,19 +263,24 @@ class _Chosen:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The outputs of the Spec; ``lists`` from :meth:`fill_lists` for the same mask and sizes.
 
-        They are those of the kernel that the tables name: one that was tuned may have other tiles, and makes its own.
+        They are those of the kernel that the tables name: with lists that is the one that runs, and nothing is tuned.
         """
         device = tensors[0].device
         choices = self._choices.get(device)
         if choices is None:
             choices = self._choices[device] = read_choices(self._text, device)
         session = tuning_session()
-        if session is not None or choices:
+        # lists were made for the kernel that the tables name
+        if (session is not None or choices) and lists is None:
             where = bucket(self._text, tensors)
-            if session is not None and where not in choices:
+            if session is not None and session.wants(self._text, where, choices.get(where)):
                 choices[where] = self._tune(session, where, tensors)
-            if where in choices and choices[where].target != "table":
-                return self._tuned(device, where, tensors)(*tensors)
+            tuned = self._tuned(device, where, tensors)
+            if tuned is not None:
+                try:
+                    return tuned(*tensors)
+                except Exception as error:
+                    self._set_aside(device, where, error)
         return self._by_table(*tensors, lists=lists)
 
     def _tune(self, session: Session, where: str, tensors: Sequence[torch.Tensor]) -> Choice:
@@ -291,17 +297,36 @@ class _Chosen:
             runs = "sdpa"
         module = _generated(self._text)
         others = alternatives(self._text, module, tensors, _length(queries), runs=runs, hopper=hopper)
-        rounds = any(isinstance(step, Quantize) for step in operators.parsed(self._text).operations)
+        # queries and keys of 8 bits are the same codes for all; only weights are rounded by what a block holds
+        rounds = sum(isinstance(step, Quantize) for step in operators.parsed(self._text).operations) > 2
         return session.tune(self._text, where, tensors, default, others, rounds)
 
-    def _tuned(self, device: torch.device, where: str, tensors: Sequence[torch.Tensor]) -> operators.Implementation:
-        """The function that was chosen for a bucket, another than the tables'."""
+    def _tuned(
+        self, device: torch.device, where: str, tensors: Sequence[torch.Tensor]
+    ) -> operators.Implementation | None:
+        """The function that was chosen for a bucket; ``None`` where that is what the tables say."""
+        choice = self._choices[device].get(where)
+        if choice is None or choice.target == "table":
+            return None
         found = self._chosen.get((device, where))
         if found is None:
             queries = 0 if self._query is None else tensors[self._query].shape[2]
-            found = made_by(self._text, self._choices[device][where], _length(queries), self._plain)
+            try:
+                found = made_by(self._text, choice, _length(queries), self._plain)
+            except Exception as error:
+                self._set_aside(device, where, error)
+                return None
             self._chosen[device, where] = found
         return found
+
+    def _set_aside(self, device: torch.device, where: str, error: Exception) -> None:
+        """Go on as the tables say where a kept choice does not run: it may come from another machine's folder."""
+        choice = self._choices[device].pop(where, Choice("table"))
+        self._choices[device][where] = Choice("table")
+        self._chosen.pop((device, where), None)
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        text = f"what tuning chose for {where} ({choice.describe()}) does not run, so the tables decide: {said}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _takes_hopper(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these tensors are for the kernel in Gluon, where there is one."""

@@ -2,7 +2,7 @@
 
 A file for each Spec, device and set of versions holds a choice for each *bucket*: the sizes of a call, each rounded up
 to a power of two, and the element type of its operands. Only :mod:`attncompile.codegen.triton.tuning` writes them. A
-choice says how a kernel is launched and never what it computes, so one from another machine could be slow, not wrong.
+choice says how a kernel is launched and never what it computes; one that does not run is left aside with a warning.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Choice:
         tile: how the kernel in Triton is launched, when not as the table says.
         hopper: how the kernel in Gluon divides its work, when not as the table says.
         milliseconds: of a call; instead: of what would have been called without this.
+        untried: alternatives that the time did not reach: with some, tuning goes on the next time.
     """
 
     target: Literal["table", "triton", "gluon", "sdpa"]
@@ -45,6 +46,7 @@ class Choice:
     hopper: HopperTile | None = None
     milliseconds: float = 0.0
     instead: float = 0.0
+    untried: int = 0
 
     def describe(self) -> str:
         """Target and tile in a few words."""

@@ -15,6 +15,7 @@ import contextlib
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ import torch
 
 from attncompile.codegen.triton.compiling import LONGEST, Workers
 from attncompile.codegen.triton.generate import GeneratedModule
+from attncompile.codegen.triton.trial import apart, milliseconds
 from attncompile.codegen.triton.tuned import Choice, keep_choices
 
 Run = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
@@ -40,9 +42,7 @@ FINALISTS = 3
 ROUNDS = 5
 """So many of the fastest are timed again, in turns with what ran before, so often."""
 UNTUNED = "as it was"
-
-CODES = 0.125
-"""The distance of two neighbouring numbers at 1 in e4m3, which weights may be rounded to."""
+LONGEST_SESSION = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ class Session:
         left: seconds that remain for all Specs together.
         progress: whether a bar is shown on stderr.
         found: what was tuned so far.
+        thread: that it is on in; calls of others are not tuned, nor do they wait.
     """
 
     left: float
     progress: bool
     found: list[Tuned] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
     _workers: Workers = field(default_factory=Workers, repr=False)
 
     def __str__(self) -> str:
@@ -135,8 +137,17 @@ class Session:
             )  # fmt: skip
         self.left -= time.perf_counter() - start
         self.found.append(tuned)
-        keep_choices(text, tensors[0].device, {where: tuned.choice})
+        try:
+            keep_choices(text, tensors[0].device, {where: tuned.choice})
+        except OSError as error:
+            warnings.warn(f"what tuning found is not kept for later processes: {error}", RuntimeWarning, stacklevel=2)
         return tuned.choice
+
+    def wants(self, text: str, where: str, known: Choice | None) -> bool:
+        """Whether a Spec is to be tuned at these sizes: nothing is known, or not all was tried and not in here."""
+        if any((tuned.spec, tuned.bucket) == (text, where) for tuned in self.found):
+            return False
+        return known is None or known.untried > 0
 
     def close(self) -> None:
         """End the processes that compile."""
@@ -148,8 +159,8 @@ _session: Session | None = None
 
 
 def session() -> Session | None:
-    """Tuning that is on, unless a CUDA graph is being captured, or nothing is left of the time."""
-    if _session is None or _session.left <= 0:
+    """Tuning that is on in this thread, unless a CUDA graph is being captured, or nothing is left of the time."""
+    if _session is None or _session.left <= 0 or _session.thread != threading.get_ident():
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None
@@ -164,19 +175,21 @@ def tuning(seconds: float = 60.0, *, progress: bool | None = None) -> Iterator[S
     sizes round up to the same powers of two. Results stay within rounding of what they were: alternatives are compared
     with it on the tensors of the call.
 
+    Calls of this thread alone; a graph that was captured before stays as it is.
+
     Args:
-        seconds: for everything inside together; no kernel takes more than a third of what is left.
+        seconds: for everything inside together, about; no kernel takes more than a third of what is left.
         progress: whether a bar is shown on stderr; where that is a terminal, unless said.
 
     Yields:
         What was found so far; its text is a table.
 
     Raises:
-        ValueError: for no time, or inside another ``tuning``.
+        ValueError: for no time or more than a week, or inside another ``tuning``.
     """
     global _session
-    if not seconds > 0:
-        raise ValueError(f"tuning takes time: seconds is {seconds}, give a positive number")
+    if not 0 < seconds <= LONGEST_SESSION:
+        raise ValueError(f"seconds is {seconds}; tuning takes some, and at most {LONGEST_SESSION} (a week)")
     with _lock:
         if _session is not None:
             raise ValueError("tuning is on already; leave the outer one first")
@@ -221,7 +234,7 @@ def tune(
     start = time.perf_counter()
     refused: dict[str, str] = {}
     running: dict[str, tuple[Alternative, Run]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device_of(tensors[0]):
         usual = default.make()
         wanted = _outputs(usual(*tensors))
         until = start + COMPILING * seconds
@@ -241,10 +254,15 @@ def tune(
         for name, _, run in contenders:
             if timed and time.perf_counter() > start + seconds:
                 break
-            timed[name] = clock(lambda run=run: run(*tensors))  # type: ignore[misc]
-        best = _best(contenders, timed, tensors, clock)
+            try:
+                timed[name] = clock(lambda run=run: run(*tensors))  # type: ignore[misc]
+            except Exception as error:  # there may be no memory for it, or no way to capture it
+                if name == UNTUNED:
+                    raise
+                refused[name] = _line(error)
+        best = _best(contenders, timed, tensors, clock, start + 2 * seconds)
     instead = timed[UNTUNED]
-    choice = replace((best or default).choice, milliseconds=instead, instead=instead)
+    choice = replace((best or default).choice, milliseconds=instead, instead=instead, untried=untried)
     if best is not None:
         choice = replace(choice, milliseconds=timed[best.choice.describe()])
     return Tuned(text, where, choice, timed, refused, untried)
@@ -255,8 +273,10 @@ def _best(
     timed: dict[str, float],
     tensors: Sequence[torch.Tensor],
     clock: Clock,
+    until: float,
 ) -> Alternative | None:
     """The fastest that is ahead of the first; ``timed`` gets the medians of those that were timed anew.
+    Nobody is ahead when the time is over before the rounds are.
 
     They take turns with the first. One is ahead when it is in every round, and in the middle one by :data:`WORTH`: a
     GPU's clock wanders by more than that from one second to the next, with everything that runs on it.
@@ -267,6 +287,8 @@ def _best(
         return None
     rounds: dict[str, list[float]] = {name: [] for name, *_ in finalists}
     for number in range(ROUNDS):
+        if time.perf_counter() > until:
+            return None
         for name, _, run in finalists[:: 1 if number % 2 else -1]:
             rounds[name].append(clock(lambda run=run: run(*tensors)))  # type: ignore[misc]
     timed.update({name: sorted(found)[len(found) // 2] for name, found in rounds.items()})
@@ -302,7 +324,8 @@ def _compiled(
         if not waiting:
             break
         done, _ = wait(waiting, None if workers is None else max(0.0, until - time.perf_counter()), FIRST_COMPLETED)
-        if not done:  # the time is over
+        if not done and workers is not None:  # the time is over; nothing else may run while others are timed
+            workers.stop()
             yield from ((alternative, None) for alternative in waiting.values())
             break
         for future in done:
@@ -331,7 +354,7 @@ def _checked(
 ) -> Run | str:
     try:
         run = alternative.make()
-        return _apart(_outputs(run(*tensors)), wanted, codes) or run
+        return apart(_outputs(run(*tensors)), wanted, codes) or run
     except Exception as error:  # compilers and drivers raise what they like
         return _line(error)
 
@@ -340,40 +363,8 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:LONGEST]
 
 
-def _apart(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], codes: bool) -> str | None:
-    """Why results are not those of the default, or ``None``.
-
-    Both lie within their own rounding of the true ones: weights and results are rounded to the element type, or weights
-    to a narrower one. In norm each of these errors is below one distance of neighbouring numbers at 1.
-    """
-    for ours, theirs in zip(found, wanted, strict=True):
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return f"gives {tuple(ours.shape)} {ours.dtype} for {tuple(theirs.shape)} {theirs.dtype}"
-        bound = 4 * max(torch.finfo(theirs.dtype).eps, CODES if codes else 0.0)
-        finite = torch.isfinite(theirs)
-        if not torch.equal(torch.isfinite(ours), finite):
-            return "gives infinities or NaN in other places"
-        shown = torch.where(finite, theirs, 0).float()
-        apart = float(torch.linalg.vector_norm(torch.where(finite, ours, 0).float() - shown, dtype=torch.float64))
-        size = float(torch.linalg.vector_norm(shown, dtype=torch.float64))
-        if apart > bound * size:
-            return f"lies {apart:.2g} apart in norm, more than {bound:.2g} of {size:.2g}"
-    return None
-
-
 def _outputs(found: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (found,) if isinstance(found, torch.Tensor) else tuple(found)
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """GPU time of a call, the median of replayed CUDA graphs; of plain calls where it cannot be captured."""
-    from triton.testing import do_bench, do_bench_cudagraph
-
-    try:
-        return float(do_bench_cudagraph(call, rep=20, return_mode="median"))
-    except RuntimeError:  # what asks the device something while it is captured
-        torch.cuda.synchronize()
-        return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
 @contextlib.contextmanager

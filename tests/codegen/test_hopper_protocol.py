@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from attncompile.codegen.gluon import generate
+from attncompile.codegen.gluon import generate, generate_fastest, hopper_tiles_to_try
 from attncompile.codegen.gluon.generate import HopperModule
 from attncompile.ir import Spec, parse_spec
 from attncompile.passes import parse_passes, run_passes
@@ -95,3 +95,14 @@ def test_a_missing_line_shows(line: str) -> None:
     broken = dataclasses.replace(module, source=module.source.replace(f"{line}\n", "pass\n"))
     with pytest.raises(Fault):
         _passes(spec, broken, 500, 1200)
+
+
+@pytest.mark.parametrize("channels", (64, pytest.param(128, marks=pytest.mark.slow)))
+def test_tiles_that_tuning_tries(channels: int) -> None:
+    """Every fifth of them, in an order of its own: each number of stages and buffers is among those."""
+    spec = _spec("", "j ≤ i", channels)
+    table = generate_fastest(spec, queries=16384).skeleton.tile
+    tiles = hopper_tiles_to_try(spec, table)
+    for number, tile in enumerate(tiles[::5]):
+        choose = (EAGER, LAZY, at_random(number))[number % 3]
+        assert _passes(spec, generate(spec, tile), 200, 700, choose), tile

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,13 @@ from attncompile.codegen.triton.alternatives import alternatives
 from attncompile.codegen.triton.candidates import tiles_to_try
 from attncompile.codegen.triton.compiling import Workers
 from attncompile.codegen.triton.generate import GeneratedModule, generate
+from attncompile.codegen.triton.lower import _Chosen
 from attncompile.codegen.triton.tiles import Tile, TunedTile
+from attncompile.codegen.triton.trial import apart
 from attncompile.codegen.triton.tuned import Choice, bucket, keep_choices, read_choices
-from attncompile.codegen.triton.tuning import Alternative, Run, session, tune
+from attncompile.codegen.triton.tuning import Alternative, Run, Tuned, session, tune
 from attncompile.ir import parse_spec, print_spec
+from attncompile.kernels.hopper import HopperTile
 from tests.kernels.cases import ALL_BY_NAME
 from tests.kernels.comparison import compare
 from tests.kernels.decode_cases import DECODE_BY_NAME, stored_inputs
@@ -125,6 +130,30 @@ def test_another_result_is_refused_however_fast(wrong: Callable[[torch.Tensor], 
     assert re.search(reason, said), said
 
 
+def test_a_row_that_was_left_out_is_another_result() -> None:
+    """The norm of the whole hides one row of thousands, which is what a mistake at the last tile would be."""
+    right = _query(4000)
+    wrong = right.clone()
+    wrong[1, 7, -1] = 0
+    assert "has a row" in (apart([wrong], [right], codes=False) or "")
+    assert "has a row" in (apart([0.6 * right], [right], codes=True) or "")
+    assert apart([right], [right], codes=False) is None
+    cancelling = right.clone()
+    cancelling[0, 0, 0] *= 1e-3
+    near = cancelling.clone()
+    near[0, 0, 0] += 1e-3
+    assert apart([near], [cancelling], codes=False) is None
+
+
+def test_infinities_of_another_kind_are_another_result() -> None:
+    right = torch.zeros(1, 1, 2, 2)
+    right[0, 0, 0, 0] = math.inf
+    for other in (math.nan, -math.inf, 0.0):
+        wrong = right.clone()
+        wrong[0, 0, 0, 0] = other
+        assert apart([wrong], [right], codes=False) == "gives infinities or NaN in other places"
+
+
 def test_rounding_is_no_other_result_and_infinities_are_compared() -> None:
     right = _query()
     right[0, 0, 0, 0] = -math.inf
@@ -141,6 +170,37 @@ def test_what_does_not_compile_is_told() -> None:
     found = tune(CAUSAL, "", [right], default, options, seconds=60, clock=_clock)
     assert found.choice.target == "table"
     assert found.refused == {FAST.describe(): "out of resource: shared memory", SLOW.describe(): "RuntimeError"}
+
+
+def test_what_cannot_be_timed_is_refused_and_the_rest_goes_on() -> None:
+    right = _query()
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        if asked[-1] == 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return asked[-1]
+
+    options = [Alternative(FAST, lambda: _giving(right, 0.5)), Alternative(SLOW, lambda: _giving(right, 1.0))]
+    default = Alternative(TABLE, lambda: _giving(right, 2.0))
+    found = tune(CAUSAL, "", [right], default, options, seconds=60, clock=clock)
+    assert found.choice.tile == SLOW.tile and found.refused == {FAST.describe(): "CUDA out of memory."}
+
+
+def test_what_was_not_tried_is_tried_the_next_time() -> None:
+    with attncompile.tuning(seconds=60) as session:
+        assert session.wants(CAUSAL, "here", None)
+        assert session.wants(CAUSAL, "here", Choice("table", untried=3))
+        assert not session.wants(CAUSAL, "here", Choice("table"))
+        tuned = Tuned(CAUSAL, "here", Choice("table", untried=3), {}, {}, 3)
+        session.found.append(tuned)
+        assert not session.wants(CAUSAL, "here", Choice("table", untried=3)), "not twice in one session"
+
+
+def test_tuning_is_of_the_thread_that_asked_for_it() -> None:
+    with attncompile.tuning(seconds=60) as mine, ThreadPoolExecutor(1) as pool:
+        assert session() is mine
+        assert pool.submit(session).result() is None
 
 
 def test_nothing_begins_when_the_time_is_over() -> None:
@@ -186,7 +246,7 @@ def test_sizes_that_round_up_to_the_same_powers_share_a_choice() -> None:
     assert bucket(text, [_query().half()] * 3) == "B2 N64 float16"
 
 
-@pytest.mark.parametrize("seconds", (0, -1, math.nan))
+@pytest.mark.parametrize("seconds", (0, -1, math.nan, math.inf, 1e9))
 def test_no_time_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds is"), attncompile.tuning(seconds=seconds):
         pass
@@ -257,8 +317,42 @@ def test_hopper_tiles_that_fit() -> None:
     found = gluon.hopper_tiles_to_try(spec, table)
     assert table not in found and len(set(found)) == len(found) >= 10
     assert all(shared_bytes(tile, 64, 64) <= SHARED_MEMORY for tile in found)
+    assert {tile.stages for tile in found} == {1, 2, 3}, "a fourth would share a barrier with another's"
+    with pytest.raises(ValueError, match="there are barriers for 1 to 3"):
+        gluon.generate(spec, dataclasses.replace(table, stages=4))
     assert gluon.generate_fastest(spec, found[0]).source != gluon.generate_fastest(spec).source
     assert len({gluon.generate_fastest(spec, tile).source for tile in found}) == len(found)
+
+
+def test_a_choice_that_does_not_run_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of kept choices may come from another machine, or from a version whose kernels had other tiles."""
+    pytest.importorskip("triton")
+    text = print_spec(parse_spec(CAUSAL))
+    tensors = [_query()] * 3
+    where = bucket(text, tensors)
+    four = HopperTile(3, 128, 4, 2, True, 160, 128, True)
+    keep_choices(text, tensors[0].device, {where: Choice("gluon", hopper=four)})
+    chosen = _Chosen(text)
+    monkeypatch.setattr(chosen, "_by_table", lambda *given, lists=None: given[0])
+    with pytest.warns(RuntimeWarning, match="does not run, so the tables decide: a tile of 4 stages"):
+        assert chosen.run(*tensors) is tensors[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen.run(*tensors) is tensors[0], "once is enough"
+
+
+@pytest.mark.parametrize("place", (torch.randn(1), None))
+def test_with_lists_the_tables_decide(place: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    text = print_spec(parse_spec(CAUSAL))
+    tensors = [_query()] * 3
+    keep_choices(text, tensors[0].device, {bucket(text, tensors): Choice("sdpa")})
+    chosen = _Chosen(text)
+    monkeypatch.setattr(chosen, "_by_table", lambda *given, lists=None: "table")
+    asked_for: list[str] = []
+    monkeypatch.setattr(chosen, "_tuned", lambda *_: asked_for.append("tuned"))
+    assert chosen.run(*tensors, lists=place) == "table"
+    assert asked_for == ([] if place is not None else ["tuned"])
 
 
 FINE = "import torch\n\n\ndef attend(*tensors):\n    print('noise')\n    return tensors[0]\n"
@@ -298,7 +392,7 @@ def test_what_fails_in_a_worker_never_runs_here() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("causal-long", "gqa", "padding", "int8", "scan", "int4-channel"))
 def test_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attncompile.codegen.triton.lower import _Chosen, lower
+    from attncompile.codegen.triton.lower import lower
 
     stored = name in DECODE_BY_NAME
     case = DECODE_BY_NAME[name] if stored else ALL_BY_NAME[name]
