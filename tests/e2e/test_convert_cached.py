@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import attncompile
-from attncompile.convert.generator import GENERATOR
+from attncompile.convert.generator import GENERATOR, write_generator
 from attncompile.convert.runtime import session
 from attncompile.frontends.cached import with_cache
 from attncompile.frontends.checkpoint import open_model
@@ -173,6 +173,17 @@ def test_the_generators_configuration_names_what_the_model_has(llama: Path) -> N
         layers = range(decoder["num_hidden_layers"])
         assert names == {name % layer if "%d" in name else name for name in patterns for layer in layers}
     assert (decoder["num_key_value_heads"], decoder["head_size"], model["eos_token_id"]) == (2, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "told"),
+    [("cpu", []), ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}]), ("TensorrtExecutionProvider", [])],
+)
+def test_the_generator_is_told_what_to_run_on(provider: str, told: list[Any], llama: Path, tmp_path: Path) -> None:
+    model = with_cache(open_model(llama.parent / "llama"))
+    assert write_generator(model, ["model.onnx"], tmp_path, provider) == []
+    decoder = json.loads((tmp_path / GENERATOR).read_text())["model"]["decoder"]
+    assert decoder["session_options"] == {"log_id": "onnxruntime-genai", "provider_options": told}
 
 
 def test_the_example_generates(llama: Path) -> None:
