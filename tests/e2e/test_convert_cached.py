@@ -17,6 +17,7 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper
 
 import attncompile
+from attncompile.convert.calibration import LONGEST, calls
 from attncompile.convert.generator import GENERATOR, write_generator
 from attncompile.convert.runtime import session
 from attncompile.frontends.cached import with_cache
@@ -127,6 +128,7 @@ def test_tokens_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     assert [site.site for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     said = {entry.inputs for entry in load_certificate(out / "certificate.json").end_to_end}
     assert {"batch 3, length 33 behind 0", "batch 2, length 1 behind 70", "batch 3, length 5 behind 33"} <= said
+    assert "batch 1, length 128 behind 0" in said  # as many positions as the model has
     attributes = {
         attribute.name: attribute.value
         for node in ir.load(out / "model.onnx").graph.all_nodes()
@@ -163,6 +165,16 @@ def test_a_decoder_gets_a_cache_unless_told(llama: Path) -> None:
     assert shapes["logits"] == ["batch", "length", 99]
     operators = [site.operator for site in load_plan(llama / "plan.json").sites]
     assert all(operator.startswith("GroupQueryAttention from ") for operator in operators)
+    said = {entry.inputs for entry in load_certificate(llama / "certificate.json").end_to_end}
+    assert f"batch 1, length {LONGEST} behind 0" in said
+
+
+def test_a_model_with_fewer_positions_reads_as_many_as_it_has(tmp_path: Path) -> None:
+    QUICK["llama"]().save_pretrained(tmp_path)
+    opened = with_cache(open_model(tmp_path))
+    for shift, length in ((0, 128), (5, 123)):
+        lengths = [call.kwargs["input_ids"].shape[1] for call in calls(opened, shift)]
+        assert max(lengths) == length and len(lengths) == 7
 
 
 def test_the_generators_configuration_names_what_the_model_has(llama: Path) -> None:
