@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -14,15 +15,23 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
+KINDS = {  # of numbers as wide, and ONNX's number of the type; NumPy has no bfloat16
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+    "tensor(int8)": (np.int8, 3),
+    "tensor(uint8)": (np.uint8, 2),
+}
+
 
 def generate(session: onnxruntime.InferenceSession, ids: list[int], ends: set[int], count: int) -> list[int]:
     """At most ``count`` tokens that follow, each the most likely one; the cache never moves."""
-    kinds = {"float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
     binding = session.io_binding()
     for entry in session.get_inputs():
         if entry.name.startswith("past_key_values."):  # [batch, heads, capacity, channels]
-            room = np.zeros((1, entry.shape[1], len(ids) + count, entry.shape[3]), dtype=kinds[entry.type[7:-1]])
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(room)
+            kind, number = KINDS[entry.type]
+            room = np.zeros((1, entry.shape[1], len(ids) + count, entry.shape[3]), dtype=kind)
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
             binding.bind_ortvalue_input(entry.name, buffer)
             binding.bind_ortvalue_output(entry.name.replace("past_key_values", "present"), buffer)
     made: list[int] = []
@@ -32,15 +41,27 @@ def generate(session: onnxruntime.InferenceSession, ids: list[int], ends: set[in
         binding.bind_cpu_input("attention_mask", np.ones((1, len(ids) + len(made)), dtype=np.int64))
         binding.bind_output("logits")
         session.run_with_iobinding(binding)
-        step = [int(binding.get_outputs()[-1].numpy()[0, -1].argmax())]  # logits were bound last
+        step = [most_likely(binding.get_outputs()[-1])]  # logits were bound last
         made += step
     return made
+
+
+def most_likely(logits: onnxruntime.OrtValue) -> int:
+    """The token that is most likely behind the last one."""
+    if logits.data_type() != "tensor(bfloat16)":
+        return int(logits.numpy()[0, -1].argmax())
+    size = logits.shape()[-1]  # the upper halves of float32, row by row
+    last = logits.data_ptr() + logits.tensor_size_in_bytes() - 2 * size
+    bits = np.array((ctypes.c_uint16 * size).from_address(last), dtype=np.uint32)
+    return int((bits << 16).view(np.float32).argmax())
 
 
 if __name__ == "__main__":
     folder, prompt = Path(sys.argv[1]), sys.argv[2]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = json.loads((folder / "genai_config.json").read_text())["model"]["eos_token_id"]
-    model = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    said = json.loads((folder / "genai_config.json").read_text())["model"]
+    gpu = ["CUDAExecutionProvider"] if said["decoder"]["session_options"]["provider_options"] else []
+    model = onnxruntime.InferenceSession(folder / "model.onnx", providers=[*gpu, "CPUExecutionProvider"])
+    end = said["eos_token_id"]
     ends = set(end if isinstance(end, list) else [end])
     print(prompt + tokenizer.decode(generate(model, tokenizer.encode(prompt).ids, ends, count=40)))

@@ -30,7 +30,8 @@ def transcribe(
     del feeds["last_hidden_state"]  # the decoder reads keys and values that were made of it
     for entry in decoder.get_inputs():
         if ".decoder." in entry.name:  # [batch, heads, past, channels]
-            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
+            kind = np.float16 if entry.type == "tensor(float16)" else np.float32
+            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=kind)
     names, step, made = [entry.name for entry in decoder.get_outputs()], list(prompt), list[int]()
     while len(made) < count and settings.get("eos_token_id") not in made:
         results = dict(zip(names, decoder.run(None, feeds | {"input_ids": np.array([step])}), strict=True))

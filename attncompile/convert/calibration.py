@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attncompile.codegen.onnx.choose import largest_prompt_threshold
 from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -19,9 +20,12 @@ from attncompile.frontends.example_inputs import positions_of
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
 
-CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (1, 0, 700), (2, 70, 1), (1, 64, 1))
-"""Batch, cached positions and length of the calls for a model with its cache: prompts, among them one for which an
-operator may be chosen that short ones do not get, continuations and steps."""
+LONGEST = largest_prompt_threshold() + 12
+"""Tokens of the longest call of a model with its cache: for such a prompt an operator may be chosen that short ones do
+not get."""
+
+CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (1, 0, LONGEST), (2, 70, 1), (1, 64, 1))
+"""Batch, cached positions and length of the calls for a model with its cache: prompts, continuations and steps."""
 
 TEXT_MODULES = (
     "pdb",
@@ -109,6 +113,8 @@ def _cached_calls(opened: Generating, shift: int) -> Iterator[Call]:
     positions = positions_of(opened.config) or math.inf
     for batch, past, length in CACHED_SHAPES:
         prompt, more = (length + shift, 0) if not past else (length, past + shift)
+        if length == LONGEST and prompt > positions:
+            prompt = max(1, int(positions) - shift)  # again another length where a later verification shifts it
         if prompt + more > positions or not opened.takes(batch, more, prompt):
             continue
         args, kwargs = opened.example(batch, prompt, past=more)

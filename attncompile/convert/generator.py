@@ -11,10 +11,11 @@ of thirty seconds of sound, and a decoder tokens and both caches, and nothing el
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attncompile.convert.providers import named_provider
 from attncompile.frontends.cached import CachedModel, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel
@@ -30,23 +31,30 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", 
 FRAMES = 3000
 """Frames of features that onnxruntime-genai gives an encoder; it asks for half as many positions."""
 
+Device = Mapping[str, Mapping[str, str]]
+"""Options of an execution provider by the name that onnxruntime-genai has for it."""
 
-def write_generator(model: Generating, files: Sequence[str], folder: Path) -> list[str]:
+DEVICES: Mapping[str, Device] = {"CUDAExecutionProvider": {"cuda": {"enable_cuda_graph": "0"}}}
+"""What onnxruntime-genai is told to run on, as its own builder tells it; it runs on a CPU where it is told nothing."""
+
+
+def write_generator(model: Generating, files: Sequence[str], folder: Path, provider: str = "cpu") -> list[str]:
     """Write the configuration beside the model; what there is to say when it cannot be.
 
     Args:
         model: what was converted, the decoder of an encoder-decoder; files: the names of the ONNX files, the decoder's
-            last; folder: where they lie.
+            last; folder: where they lie; provider: where they will run.
     """
+    device = DEVICES.get(named_provider(provider))
     told: list[str] = []
     if isinstance(model, DecoderModel):
         reason = _why_not(model) or _why_not_heard(model)
-        made = None if reason else _listening(model, files)
+        made = None if reason else _listening(model, files, device)
         told = [] if reason else _write_sound(model, folder)
     else:
         assert isinstance(model, CachedModel)
         reason = _why_not(model)
-        made = None if reason else _configuration(model, files[-1])
+        made = None if reason else _configuration(model, files[-1], device)
     if made is None:
         run = f"{files[-1]} runs" if len(files) == 1 else f"{' and '.join(files)} run"
         return [f"no {GENERATOR} was written: {reason}; {run} in ONNX Runtime alone"]
@@ -86,17 +94,17 @@ def _why_not_heard(model: DecoderModel) -> str | None:
     return None
 
 
-def _configuration(model: CachedModel, file: str) -> dict[str, Any]:
+def _configuration(model: CachedModel, file: str, device: Device | None) -> dict[str, Any]:
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     if model.model.positions and not model.shared:
         inputs["position_ids"] = "position_ids"
     past, present = _cache_names("past", "past_key_values"), _cache_names("present", "present")
-    decoder = _section(model, file) | {"inputs": inputs | past, "outputs": {"logits": "logits"} | present}
+    decoder = _section(model, file, device) | {"inputs": inputs | past, "outputs": {"logits": "logits"} | present}
     return _whole(model, {"type": "decoder", "decoder": decoder})
 
 
-def _listening(model: DecoderModel, files: Sequence[str]) -> dict[str, Any]:
-    encoder, decoder = (_section(model, file) for file in files)
+def _listening(model: DecoderModel, files: Sequence[str], device: Device | None) -> dict[str, Any]:
+    encoder, decoder = (_section(model, file, device) for file in files)
     encoder |= {
         "num_hidden_layers": _number(model, "encoder_layers") or len(model.widths),
         "inputs": {"audio_features": "input_features"},
@@ -117,11 +125,11 @@ def _cache_names(kind: str, start: str, part: str = "") -> dict[str, str]:
     return {f"{kind}_{side}_names": f"{start}.%d{part}.{side}" for side in ("key", "value")}
 
 
-def _section(model: Generating, file: str) -> dict[str, Any]:
-    """What a configuration says of one file."""
+def _section(model: Generating, file: str, device: Device | None) -> dict[str, Any]:
+    """What a configuration says of one file, and of where it runs."""
     (heads, channels), _ = model.widths[0]
     return {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [device] if device else []},
         "filename": file,
         "hidden_size": _number(model, "hidden_size") or heads * channels,
         "head_size": channels,

@@ -136,7 +136,8 @@ def _made_in(
         finish_part(part, folder, scratch)
     _copy_companions(opened, folder)
     caching = [part.opened for part in parts if isinstance(part.opened, Generating)]
-    told = [note for one in caching for note in write_generator(one, [part.file for part in parts], folder)]
+    files = [part.file for part in parts]
+    told = [note for one in caching for note in write_generator(one, files, folder, options.provider)]
     measured = [row for made in done for row in made.measurements]
     return Made(
         program,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import onnx_ir
 import torch
 
-from attncompile.codegen.onnx.choose import Choice, row_named
+from attncompile.codegen.onnx.choose import Choice, row_named, threshold_of
 from attncompile.codegen.onnx.emit import alone
 from attncompile.convert.frame import is_lossy
 from attncompile.convert.onnx_rewrite import Rewritten
@@ -17,9 +17,19 @@ from attncompile.ir import Spec, parse_spec
 from attncompile.plan.schema import Plan
 from attncompile.verify import DRAWS, Draw, SiteCertificate, check_site, refused_site
 
-LONG = (Draw(760, "random", 5), Draw(33, "ones", 6, batch=1), Draw(760, "ones", 7, batch=1))
-"""More random inputs for sites: above the length at which a chosen operator may give way to another, and a single row
-without padding, which some operators take behind a cache alone."""
+LONGER = 760
+"""Positions of the longest inputs of a site, where no operator is chosen that gives way to another beyond."""
+
+BEYOND = 12
+"""By how much inputs are longer than the length at which an operator gives way to another."""
+
+
+def long_draws(operator: str) -> tuple[Draw, ...]:
+    """More random inputs for a site: above the length at which its operator gives way to another, and a single row
+    without padding, which some operators take behind a cache alone.
+    """
+    length = max(LONGER, threshold_of(operator) + BEYOND)
+    return Draw(length, "random", 5), Draw(33, "ones", 6, batch=1), Draw(length, "ones", 7, batch=1)
 
 
 def site_certificates(rewritten: Rewritten, provider: str) -> list[SiteCertificate]:
@@ -72,7 +82,7 @@ def _checked(
     key = (spec.fingerprint(), choice.row.operator)
     if key not in known:
         runner = _site_runner(spec, choice, provider)
-        draws: tuple[Draw, ...] = (*DRAWS, *LONG)
+        draws: tuple[Draw, ...] = (*DRAWS, *long_draws(choice.row.operator))
         if choice.row.alone_or_first:  # it refuses the others
             draws = tuple(replace(draw, batch=1) for draw in draws)
         known[key] = check_site(name, spec, runner, operator=choice.row.operator, original=original, draws=draws)

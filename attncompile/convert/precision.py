@@ -30,7 +30,7 @@ from attncompile.codegen.onnx.quantize import (
 )
 from attncompile.codegen.onnx.stored import Bits, store_narrow, why_not_stored
 from attncompile.convert.providers import kernels_of, named_provider, session_providers
-from attncompile.convert.runtime import save
+from attncompile.convert.runtime import CACHED, save
 from attncompile.frontends.errors import InputError
 from attncompile.passes import Options
 from attncompile.passes.registry import nearest
@@ -235,7 +235,7 @@ def write_precise(
             (:func:`attncompile.convert.cached_ranges.cached_ranges`).
 
     Raises:
-        InputError: when the provider has no kernels for the precision.
+        InputError: when the provider has no kernels for the precision, or a cache cannot be kept in integers.
     """
     if precision.cache is None or ranges is None:
         return _write_rounded(source, target, precision, names, calibration, provider, where)
@@ -245,9 +245,26 @@ def write_precise(
             made = Path(scratch) / target.name
             done = _write_rounded(source, made, precision, names, calibration, provider, where)
         model = onnx_ir.load(made)
-        done = max(done, store_narrow(model, ranges, precision.cache))
+        try:
+            done = max(done, store_narrow(model, ranges, precision.cache))
+        except ValueError as error:
+            raise InputError(f"--precision {precision}: {error}", where, _IN_FLOATS) from error
+        _require_stored(model, precision, where)
         save(model, target)
     return done
+
+
+_CODES = (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
+_IN_FLOATS = "leave cache= of --precision out"
+
+
+def _require_stored(model: onnx_ir.Model, precision: Precision, where: object) -> None:
+    """Raises InputError where a layer's keys or values are still cached in floats."""
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith(CACHED)]
+    floats = [str(value.name) for value in caches if value.dtype not in _CODES]
+    if floats:
+        what = f"--precision {precision} left {floats[0]} in floats, {len(floats)} of {len(caches)} caches are"
+        raise InputError(f"{what} not read by GroupQueryAttention alone", where, _IN_FLOATS)
 
 
 def _write_rounded(
@@ -287,7 +304,7 @@ def _write_narrow(
     model = onnx_ir.load(source)
     cached = any((value.name or "").startswith(CACHE) for value in model.graph.inputs)
     # the logits of 8192 positions over Llama's vocabulary are 4.2 GB in float32
-    count = narrowed(model, narrow, keep=("logits",) if cached and provider == "cuda" else ())
+    count = narrowed(model, narrow, keep=("logits",) if cached and kernels_of(provider) == "cuda" else ())
     if narrow == "bfloat16":  # float16 is cast where a kernel is missing
         names = session_providers(provider)
         missing = without_kernels(model, narrow, names)

@@ -157,20 +157,29 @@ MADV_DONTNEED = 4
 
 def _mapped_weights() -> list[tuple[int, int]]:
     """Address and size of the mappings of weights of which no page was written to: all of those is in their files."""
+    try:
+        return _unwritten(Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # another system
+        return []
+
+
+WRITTEN = ("Anonymous:", "Private_Dirty:", "Shared_Dirty:", "Swap:")
+"""What Linux calls pages of a mapping that were written to: in memory, and those of the process's own that it has put
+out of memory, which are no longer counted among the others."""
+
+
+def _unwritten(text: str) -> list[tuple[int, int]]:
+    """What :func:`_mapped_weights` gives, of such a file's text."""
     found: list[tuple[int, int]] = []
     current = False
-    try:
-        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # another system
-        return found
-    for line in lines:
+    for line in text.splitlines():
         name, *rest = line.split()
         if not name.endswith(":"):
             start, _, end = name.partition("-")
             current = rest[-1].endswith(WEIGHTS)
             if current:
                 found.append((int(start, 16), int(end, 16) - int(start, 16)))
-        elif current and name in ("Anonymous:", "Private_Dirty:", "Shared_Dirty:") and rest[0] != "0":
+        elif current and name in WRITTEN and rest[0] != "0":
             found.pop()
             current = False
     return found

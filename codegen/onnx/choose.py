@@ -24,7 +24,7 @@ from attncompile.codegen.onnx.capabilities import (
     in_place,
     rows_for,
 )
-from attncompile.codegen.onnx.dispatch import by_length
+from attncompile.codegen.onnx.dispatch import NAME, by_length
 from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.reading import causal_mask, fixed, group_size, scaled
 from attncompile.ir.expr import TRUE, Const
@@ -134,9 +134,16 @@ def measured_speed(
 
     ``None`` where nothing of the kind was measured. The kind is the column of the table, the Spec's own unless given.
     """
+    return _speed_at(operator, provider, length, mask_class(spec) if kind is None else kind, _is_grouped(spec))
+
+
+def _is_grouped(spec: Spec) -> bool:
     attend = spec.attend()
-    kind = mask_class(spec) if kind is None else kind
-    grouped = attend is not None and group_size(attend, spec.types()) != 1
+    return attend is not None and group_size(attend, spec.types()) != 1
+
+
+def _speed_at(operator: str, provider: Provider, length: int, kind: str, grouped: bool) -> float | None:
+    """What :func:`measured_speed` gives, for a column of the table."""
     rows = [r for r in measurements() if (r.provider, r.mask, r.operator) == (provider, kind, operator)]
     rows = [r for r in rows if r.grouped == grouped] or rows
     points = sorted({r.length: r.speed for r in rows}.items())
@@ -249,8 +256,7 @@ def _behind_a_cache(
         return _for_every_call(spec, plain, fused, provider, refused, longest, told)
     if measured_speed(spec, taking.operator, provider, PROMPTS[0]) is None:
         return Choice(taking, f"{taking.operator} fits; its speed on {provider} was not measured", refused)
-    speeds = {length: measured_speed(spec, taking.operator, provider, length) or 0.0 for length in PROMPTS}
-    least = next((length for length in PROMPTS if speeds[length] > WORTH_BRANCHING), None)
+    least = _least_prompt(provider, _is_grouped(spec))
     if least is None:
         told = f"{taking.operator} was not measured to be faster up to {PROMPTS[-1]} tokens"
         return _for_every_call(spec, plain, fused, provider, refused, longest, told)
@@ -259,7 +265,8 @@ def _behind_a_cache(
     if most is not None and most < least:
         told = f"{taking.operator} was measured to be faster from {least} queries on, here are at most {most}"
         return _for_every_call(spec, plain, fused, provider, refused, longest, told)
-    told = _compared(taking, speeds[PROMPTS[-1]], "faster", provider, PROMPTS[-1:])
+    speed = measured_speed(spec, taking.operator, provider, PROMPTS[-1]) or 0.0
+    told = _compared(taking, speed, "faster", provider, PROMPTS[-1:])
     return Choice(from_queries(least), f"{told}, and slower below {least}, as in each step of generation", refused)
 
 
@@ -288,6 +295,32 @@ def _for_every_call(
 
 PROMPTS = tuple(range(128, 2049, 64))
 """Lengths of a prompt among which the least is looked for that is worth a fused operator."""
+
+
+def _least_prompt(provider: Provider, grouped: bool) -> int | None:
+    """The least prompt for which ``GroupQueryAttention`` was measured to be worth a branch."""
+    for length in PROMPTS:
+        if (_speed_at("GroupQueryAttention", provider, length, CACHED, grouped) or 0.0) > WORTH_BRANCHING:
+            return length
+    return None
+
+
+@functools.cache
+def largest_prompt_threshold() -> int:
+    """The most queries from which on any provider's prompts get another operator than steps do."""
+    columns = {(row.provider, row.grouped) for row in measurements() if row.mask == CACHED}
+    return max((_least_prompt(*column) or 0 for column in columns), default=0)
+
+
+def threshold_of(operator: str) -> int:
+    """The number of queries or keys at which a row of this name takes its other operator; 0 where it has but one."""
+    started = re.fullmatch(_STARTED, operator)
+    switched = re.fullmatch(_SWITCHED, operator)
+    return int(started[1]) if started else int(switched[2]) if switched else 0
+
+
+_STARTED = FROM_QUERIES.format(least=r"(\d+)")
+_SWITCHED = NAME.format(short=r"(\w+)", limit=r"(\d+)", long=r"(\w+)")
 
 
 def _fixed_lengths(spec: Spec) -> tuple[int, ...]:
@@ -345,10 +378,10 @@ def row_named(spec: Spec, operator: str) -> Capability:
         return rows[operator]
     if operator == IN_PLACE and "GroupQueryAttention" in rows:
         return in_place()
-    started = re.fullmatch(FROM_QUERIES.format(least=r"(\d+)"), operator)
+    started = re.fullmatch(_STARTED, operator)
     if started and "GroupQueryAttention" in rows:
         return from_queries(int(started[1]))
-    switched = re.fullmatch(r"(\w+) up to (\d+) keys, else (\w+)", operator)
+    switched = re.fullmatch(_SWITCHED, operator)
     if switched and switched[1] in rows and switched[3] in rows:
         return by_length(rows[switched[1]], rows[switched[3]], int(switched[2]))
     raise ValueError(f"unknown operator {operator!r}; the known ones are {', '.join(rows) or 'none'}")

@@ -43,13 +43,23 @@ def fuse_skips(model: ir.Model, provider: str, version: str | None = None, dtype
         # the operator takes [B, S, C]; a size that nobody knows could be 1 and be broadcast
         if sizes[0] is None or len(sizes[0]) != 3 or None in sizes[0] or any(other != sizes[0] for other in sizes):
             continue
+        if weight is None or not _takes(weight, sizes[0][-1]):
+            continue
         epsilon = node.attributes.get_float("epsilon", 1e-5)
         build = Builder(model.graph, f"{node.name}.skip")
         normal, _, _, whole = build(OPERATOR, *summands, weight, domain=MICROSOFT, outputs=4, epsilon=epsilon)
         for unread in (1, 2):
             normal.producer().outputs[unread].name = ""
-        build.insert_before(node)
+        build.insert_before(place)  # others may read the sum before the normalisation does
         redirect(node.outputs[0], normal)
         redirect(total, whole)
         done += 1
     return done
+
+
+def _takes(weight: ir.Value, channels: int | str | None) -> bool:
+    """Whether the operator takes a weight: ``[C]`` in float32, where ``RMSNormalization`` broadcasts any and has a type
+    of its own for it; and one that is there before the sum, not computed from it.
+    """
+    given = weight.is_initializer() or weight.is_graph_input()
+    return given and weight.dtype is ir.DataType.FLOAT and dimensions(weight) == (channels,)

@@ -126,6 +126,9 @@ def store_narrow(model: ir.Model, ranges: Mapping[str, np.ndarray], bits: Bits) 
         model: changed in place; its caches become ``int8``, or ``uint8`` of half as many channels.
         ranges: the largest element of keys or values of each channel ``[G, D]``, by the name of the model's input.
         bits: of an element.
+
+    Raises:
+        ValueError: for a range that is not finite, naming the input.
     """
     nodes = caching_nodes(model)
     for node in nodes:
@@ -133,7 +136,10 @@ def store_narrow(model: ir.Model, ranges: Mapping[str, np.ndarray], bits: Bits) 
         for place, scale_place in ((KEY_PAST, KEY_SCALE), (VALUE_PAST, VALUE_SCALE)):
             past, present = node.inputs[place], node.outputs[place - KEY_PAST + 1]
             assert past is not None  # as caching_nodes has seen
-            scale = scale_of(ranges[str(past.name)], bits)
+            try:
+                scale = scale_of(ranges[str(past.name)], bits)
+            except ValueError as error:
+                raise ValueError(f"{past.name}: {error}") from error
             node.replace_input_with(scale_place, _stored(model, f"{past.name}.scale", scale[None, :, None]))
             for value in (past, present):
                 value.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8
@@ -150,7 +156,14 @@ ROOM: Mapping[Bits, float] = {8: 1.25, 4: 1.0}
 
 
 def scale_of(largest: np.ndarray, bits: Bits) -> np.ndarray:
-    """Scales for channels in which elements up to these were seen; of a channel that is always zero any does."""
+    """Scales for channels in which elements up to these were seen; of a channel that is always zero any does.
+
+    Raises:
+        ValueError: for an element that is not finite, which no scale holds.
+    """
+    if not np.isfinite(largest).all():
+        found = largest[~np.isfinite(largest)].flat[0]
+        raise ValueError(f"among the elements that were seen is {found}, and no integers stand for that")
     return np.where(largest > 0, ROOM[bits] * largest, 1).astype(np.float32) / np.float32(2 ** (bits - 1) - 1)
 
 

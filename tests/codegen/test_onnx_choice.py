@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
-from attncompile.codegen.onnx.capabilities import ATTEND_ROWS
-from attncompile.codegen.onnx.choose import choose, measured_speed, measurements, row_named
-from attncompile.codegen.onnx.dispatch import by_length
-from attncompile.ir import parse_spec
+from attncompile.codegen.onnx import choose as choosing
+from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, Provider
+from attncompile.codegen.onnx.choose import (
+    CACHED,
+    choose,
+    measured_speed,
+    measurements,
+    row_named,
+    threshold_of,
+)
+from attncompile.codegen.onnx.dispatch import NAME, by_length
+from attncompile.convert.calibration import LONGEST
+from attncompile.convert.onnx_sites import long_draws
+from attncompile.ir import Spec, parse_spec
 from tests.cases import BY_NAME
 from tests.codegen.test_onnx_operators import assert_agrees
 
@@ -139,3 +150,49 @@ def test_operators_are_chosen_in_the_dtype_that_is_written() -> None:
     choice = choose(BEHIND_A_CACHE, "cuda", version="1.31", dtype="float16")
     assert "GroupQueryAttention" in choice.row.operator
     assert "GroupQueryAttention" not in choose(BEHIND_A_CACHE, "cpu", version="1.31", dtype="bfloat16").row.operator
+
+
+FORMS = {
+    "prompt behind a cache": "  score  0.25·s\n  mask   j ≤ i + J − I\n",
+    "causal": "  score  0.25·s\n  mask   j ≤ i\n",
+    "full": "  score  0.25·s\n",
+}
+
+
+def form(name: str, grouped: bool) -> Spec:
+    groups, keys = (2, "  kv_head h // 2\n") if grouped else (4, "")
+    head = f"site   attend  q[B,4,I,16]  k,v[B,{groups},{'J' if 'cache' in name else 'I'},16]  float32\n"
+    return parse_spec(f"{head}{FORMS[name]}{keys}  norm   softmax (float32)\n")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_compared_lies_beyond_every_threshold(name: str, provider: Provider, grouped: bool) -> None:
+    """The longest inputs of a site, and the longest prompt of a whole model."""
+    spec, cached = form(name, grouped), "cache" in name
+    for lengths in itertools.combinations((128, 384, 512, 1024, 2048, 4096), 2):
+        operator = choose(spec, provider, lengths=lengths, dtype="float16", version="1.31").row.operator
+        limit = threshold_of(operator)
+        assert (limit > 0) == (cached or " up to " in operator)
+        assert sorted(draw.length > limit for draw in long_draws(operator)) == [limit < 33, True, True]
+        assert not cached or limit < LONGEST
+
+
+def test_two_operators_of_any_names_have_their_threshold() -> None:
+    for short, long in itertools.permutations(sorted({row.operator for row in measurements()}), 2):
+        assert threshold_of(NAME.format(short=short, limit=1388, long=long)) == 1388
+    assert threshold_of("Attention") == 0
+
+
+def test_the_longest_prompt_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tuple(
+        dataclasses.replace(row, speed=0.9 if row.length < 2048 else 1.5) if row.mask == CACHED else row
+        for row in measurements()
+    )
+    before = choosing.largest_prompt_threshold()
+    monkeypatch.setattr(choosing, "measurements", lambda: slow)
+    choosing.largest_prompt_threshold.cache_clear()
+    found = choosing.largest_prompt_threshold()
+    choosing.largest_prompt_threshold.cache_clear()
+    assert before < LONGEST < found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +225,44 @@ def sum_of_rows(build: Builder, x: ir.Value) -> ir.Value:
 @pytest.mark.parametrize("make", [broadcast_sum, no_sum, sum_of_rows])
 def test_other_sums_stay(make: Make) -> None:
     assert_same_after(make, joined, 0)
+
+
+WEIGHTS: Mapping[str, Callable[[Builder, ir.Value], ir.Value]] = {
+    "of one number": lambda build, total: weights(build, 1),
+    "with axes of 1": lambda build, total: weights(build, 1, 1, WIDTH),
+    "for each position": lambda build, total: weights(build, LENGTH, WIDTH),
+    "for each row": lambda build, total: weights(build, BATCH, LENGTH, WIDTH),
+    "computed from the sum": lambda build, total: build("ReduceMean", total, build.constant([0, 1]), keepdims=0),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_sum_stays_beside_a_weight_that_the_operator_does_not_take(kind: str) -> None:
+    def make(build: Builder, x: ir.Value) -> ir.Value:
+        total = build("Add", x, x)
+        return build("Add", build("RMSNormalization", total, WEIGHTS[kind](build, total), axis=-1), total)
+
+    assert_same_after(make, joined, 0)
+
+
+def test_a_sum_stays_beside_a_weight_in_another_type() -> None:
+    def make(build: Builder, x: ir.Value) -> ir.Value:
+        weight = build.constant(np.ones(WIDTH), "float16")
+        return build("Cast", build("RMSNormalization", build("Add", x, x), weight, axis=-1), to=int(ir.DataType.FLOAT))
+
+    assert joined(model_of(make)) == 0
+
+
+def test_who_reads_a_sum_before_its_normalisation_does_comes_behind_the_operator() -> None:
+    def make(build: Builder, x: ir.Value) -> ir.Value:
+        total = build("Add", x, x)
+        early = build("Neg", total)
+        return build("Add", build("RMSNormalization", total, weights(build, WIDTH), axis=-1), early)
+
+    model = model_of(make)
+    assert joined(model) == 1
+    order = operators(model)
+    assert order.index("SkipSimplifiedLayerNormalization") < order.index("Neg")
 
 
 def test_a_sum_that_is_a_result_stays() -> None:

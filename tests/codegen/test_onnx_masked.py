@@ -9,7 +9,7 @@ import torch
 
 from attncompile.codegen.onnx.capabilities import Capability, rows_for
 from attncompile.codegen.onnx.choose import choose
-from attncompile.convert.onnx_sites import LONG
+from attncompile.convert.onnx_sites import long_draws
 from attncompile.ir import Spec, parse_spec
 from attncompile.verify import DRAWS, check_site
 from tests.codegen.test_onnx_operators import run
@@ -57,7 +57,7 @@ def test_every_operator_that_takes_it_computes_it(name: str) -> None:
     rows = [row for row in rows_for(spec) if row.why_not(spec, version="1.31", opset=23) is None]
     assert {row.operator for row in rows} == OPERATORS[name] | {"decomposition"}
     assert choose(spec, prefer="fused").row.operator in OPERATORS[name]
-    short = [draw for draw in (*DRAWS, *LONG) if draw.length <= max(one.length for one in DRAWS)]
+    short = [draw for draw in (*DRAWS, *long_draws("")) if draw.length <= max(one.length for one in DRAWS)]
     for row in rows:
         found = check_site(name, spec, partial(in_order, spec, row), operator=row.operator, draws=short)
         assert found.passed, (row.operator, [case for case in found.cases if not case.passed])

@@ -118,3 +118,11 @@ def test_what_a_node_does_besides_is_looked_up() -> None:
     assert why_not_stored(8, "cpu", "1.31", "float32", special_features(node)) is None
     assert "1.26" in str(why_not_stored(8, "cpu", "1.26", "float32"))
     assert "was not tried" in str(why_not_stored(8, "cpu", "1.31", "float32", ["something else"]))
+
+
+@pytest.mark.parametrize("element", [np.nan, np.inf])
+def test_a_range_that_is_not_finite_is_refused(element: float) -> None:
+    ranges = {name: np.ones((GROUPS, CHANNELS), np.float32) for name in ("past_key", "past_value")}
+    ranges["past_value"][1, 3] = element
+    with pytest.raises(ValueError, match=f"past_value: among the elements that were seen is {element}"):
+        store_narrow(buffered(), ranges, 8)

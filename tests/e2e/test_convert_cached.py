@@ -14,9 +14,11 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from onnx import TensorProto, helper, numpy_helper
 
 import attncompile
-from attncompile.convert.generator import GENERATOR
+from attncompile.convert.calibration import LONGEST, calls
+from attncompile.convert.generator import GENERATOR, write_generator
 from attncompile.convert.runtime import session
 from attncompile.frontends.cached import with_cache
 from attncompile.frontends.checkpoint import open_model
@@ -126,6 +128,7 @@ def test_tokens_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     assert [site.site for site in sites] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     said = {entry.inputs for entry in load_certificate(out / "certificate.json").end_to_end}
     assert {"batch 3, length 33 behind 0", "batch 2, length 1 behind 70", "batch 3, length 5 behind 33"} <= said
+    assert "batch 1, length 128 behind 0" in said  # as many positions as the model has
     attributes = {
         attribute.name: attribute.value
         for node in ir.load(out / "model.onnx").graph.all_nodes()
@@ -162,6 +165,16 @@ def test_a_decoder_gets_a_cache_unless_told(llama: Path) -> None:
     assert shapes["logits"] == ["batch", "length", 99]
     operators = [site.operator for site in load_plan(llama / "plan.json").sites]
     assert all(operator.startswith("GroupQueryAttention from ") for operator in operators)
+    said = {entry.inputs for entry in load_certificate(llama / "certificate.json").end_to_end}
+    assert f"batch 1, length {LONGEST} behind 0" in said
+
+
+def test_a_model_with_fewer_positions_reads_as_many_as_it_has(tmp_path: Path) -> None:
+    QUICK["llama"]().save_pretrained(tmp_path)
+    opened = with_cache(open_model(tmp_path))
+    for shift, length in ((0, 128), (5, 123)):
+        lengths = [call.kwargs["input_ids"].shape[1] for call in calls(opened, shift)]
+        assert max(lengths) == length and len(lengths) == 7
 
 
 def test_the_generators_configuration_names_what_the_model_has(llama: Path) -> None:
@@ -175,6 +188,17 @@ def test_the_generators_configuration_names_what_the_model_has(llama: Path) -> N
     assert (decoder["num_key_value_heads"], decoder["head_size"], model["eos_token_id"]) == (2, 8, 2)
 
 
+@pytest.mark.parametrize(
+    ("provider", "told"),
+    [("cpu", []), ("cuda", [{"cuda": {"enable_cuda_graph": "0"}}]), ("TensorrtExecutionProvider", [])],
+)
+def test_the_generator_is_told_what_to_run_on(provider: str, told: list[Any], llama: Path, tmp_path: Path) -> None:
+    model = with_cache(open_model(llama.parent / "llama"))
+    assert write_generator(model, ["model.onnx"], tmp_path, provider) == []
+    decoder = json.loads((tmp_path / GENERATOR).read_text())["model"]["decoder"]
+    assert decoder["session_options"] == {"log_id": "onnxruntime-genai", "provider_options": told}
+
+
 def test_the_example_generates(llama: Path) -> None:
     example = runpy.run_path(str(EXAMPLES / "generate_onnx.py"))
     model, loaded = QUICK["llama"](), session(llama / "model.onnx", "cpu")
@@ -182,6 +206,67 @@ def test_the_example_generates(llama: Path) -> None:
     wanted = expected(model, ids, mask, 8)[0].tolist()
     assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
     assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
+
+
+def test_the_example_generates_with_states_in_float16(llama: Path, tmp_path: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "generate_onnx.py"))
+    attncompile.convert(llama.parent / "llama", tmp_path / "out", precision="fp16")
+    loaded = session(tmp_path / "out" / "model.onnx", "cpu")
+    assert {entry.type for entry in loaded.get_inputs() if entry.name.startswith("past")} == {"tensor(float16)"}
+    ids, mask = prompts(1, 9, 0)
+    wanted = narrow_greedy(loaded, ids, mask, 8)
+    assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
+
+
+def narrow_greedy(loaded: onnxruntime.InferenceSession, ids: torch.Tensor, mask: torch.Tensor, count: int) -> list[int]:
+    """Tokens of one row without any cache: the whole text in each call, its past empty and in float16."""
+    made: list[int] = []
+    for _ in range(count):
+        text = torch.cat([ids, torch.tensor([made], dtype=ids.dtype)], dim=1)
+        feeds = {"input_ids": text.numpy(), "attention_mask": np.ones(text.shape, dtype=np.int64)}
+        for entry in loaded.get_inputs():
+            if entry.name == "position_ids":
+                feeds[entry.name] = np.arange(text.shape[1])[None]
+            elif entry.name not in feeds:
+                feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=np.float16)
+        made.append(int(loaded.run(["logits"], feeds)[0][0, -1].argmax()))
+    return made
+
+
+def in_bfloat16(folder: Path, *, shared: bool) -> onnxruntime.InferenceSession:
+    """A model that says of each token how many are before it, its cache and its logits in bfloat16."""
+    kind, whole = TensorProto.BFLOAT16, TensorProto.INT64
+    size = ["batch", 1, "past", 1]
+    given = [helper.make_tensor_value_info("input_ids", whole, ["batch", "length"]),
+             helper.make_tensor_value_info("attention_mask", whole, ["batch", "total"]),
+             helper.make_tensor_value_info("past_key_values.0.key", kind, size)]  # fmt: skip
+    after = size if shared else ["batch", 1, "total", 1]
+    results = [helper.make_tensor_value_info("logits", kind, ["batch", "length", 99]),
+               helper.make_tensor_value_info("present.0.key", kind, after)]  # fmt: skip
+    nodes = [helper.make_node("Shape", ["attention_mask"], ["sizes"], start=1),
+             helper.make_node("Mul", ["input_ids", "none"], ["zeros"]),
+             helper.make_node("Add", ["zeros", "sizes"], ["counts"]),
+             helper.make_node("OneHot", ["counts", "depth", "values"], ["hot"]),
+             helper.make_node("Cast", ["hot"], ["logits"], to=kind),
+             helper.make_node("Unsqueeze", ["zeros", "axes"], ["new"]),
+             helper.make_node("Cast", ["new"], ["narrow"], to=kind),
+             helper.make_node("Identity", ["past_key_values.0.key"], ["present.0.key"]) if shared
+             else helper.make_node("Concat", ["past_key_values.0.key", "narrow"], ["present.0.key"], axis=2),
+    ]  # fmt: skip
+    known = {"none": 0, "depth": 99, "values": np.array([-2.0, 1.0], np.float32), "axes": [1, 3]}
+    constants = [numpy_helper.from_array(np.array(value), name) for name, value in known.items()]
+    graph = helper.make_graph(nodes, "counting", given, results, constants)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / "model.onnx").write_bytes(made.SerializeToString())
+    return session(folder / "model.onnx", "cpu")
+
+
+@pytest.mark.parametrize("name", ["generate_onnx", "generate_in_place"])
+def test_the_examples_read_bfloat16(name: str, tmp_path: Path) -> None:
+    """A cache and logits in a type that NumPy does not have, and a model that takes no positions."""
+    generate = runpy.run_path(str(EXAMPLES / f"{name}.py"))["generate"]
+    counting = in_bfloat16(tmp_path, shared=name == "generate_in_place")
+    assert generate(counting, [5, 5, 5], set(), 4) == [3, 4, 5, 6]
 
 
 def test_onnxruntime_genai_generates(llama: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -13,12 +15,13 @@ import torch
 import attncompile
 from attncompile.convert.calibration import Call
 from attncompile.convert.generator import GENERATOR
-from attncompile.convert.precision import KINDS, parse_precision
+from attncompile.convert.precision import KINDS, parse_precision, write_precise
 from attncompile.convert.quality import Quality, over_budget
 from attncompile.convert.runtime import session
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from benchmarks.onnx_quality import embedding_cosines
+from tests.codegen.test_onnx_stored import CHANNELS, GROUPS, buffered
 from tests.e2e.test_convert_cached import QUICK, prompts
 from tests.onnx_files import operators
 
@@ -198,3 +201,56 @@ def test_smollm2_reads_text_in_few_bits(
     assert found["perplexity"].before is not None and found["perplexity"].inputs == "1024 tokens of text"
     assert 0.5 < found["share of positions with the same next token"].after <= 1.0
     assert attncompile.verify(tmp_path / "out").passed
+
+
+def stored(folder: Path, ranges: float, *, cast: bool) -> ir.Model:
+    """A layer on buffers with its cache in int8, and a second one whose cache is cast before it is read."""
+    model = buffered()
+    names = {f"past_{side}": f"past_key_values.0.{side}" for side in ("key", "value")}
+    for value in model.graph.inputs:
+        value.name = names.get(str(value.name), value.name)
+    if cast:
+        past = ir.Value(
+            name="past_key_values.1.key", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "C"])
+        )
+        node = ir.node("Cast", [past], attributes={"to": int(ir.DataType.FLOAT16)}, name="cast")
+        node.outputs[0].name, node.outputs[0].dtype = "present.1.key", ir.DataType.FLOAT16
+        model.graph.inputs.append(past)
+        model.graph.append(node)
+        model.graph.outputs.append(node.outputs[0])
+    ir.save(model, folder / "plain.onnx")
+    seen = {name: np.full((GROUPS, CHANNELS), ranges, np.float32) for name in names.values()}
+    precision = parse_precision("fp32(cache=int8)")
+    write_precise(folder / "plain.onnx", folder / "made.onnx", precision, (), (), "cpu", "the model", seen)
+    return ir.load(folder / "made.onnx")
+
+
+def test_no_layers_cache_is_left_in_floats_unsaid(tmp_path: Path) -> None:
+    kinds = {value.dtype for value in stored(tmp_path, 2.0, cast=False).graph.inputs if "past" in str(value.name)}
+    assert kinds == {ir.DataType.INT8}
+    (tmp_path / "made.onnx").unlink()
+    with pytest.raises(InputError, match=r"left past_key_values\.1\.key in floats, 1 of 3 caches .* leave cache="):
+        stored(tmp_path, 2.0, cast=True)
+    assert not (tmp_path / "made.onnx").exists()
+
+
+def test_a_cache_with_elements_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"past_key_values\.0\.key: among the elements .* is nan.* the model; leave"):
+        stored(tmp_path, float("nan"), cast=False)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda", "CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_logits_stay_narrow_on_gpus(provider: str, tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((8, 8), np.float32), "weight")
+    node = onnx.helper.make_node("MatMul", ["past_key_values.0.key", "weight"], ["logits"])
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["P", 8])
+        for name in ("past_key_values.0.key", "logits")
+    ]
+    graph = onnx.helper.make_graph([node], "model", values[:1], values[1:], [weight])
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "plain.onnx")
+    made = tmp_path / "made.onnx"
+    write_precise(tmp_path / "plain.onnx", made, parse_precision("fp16"), (), (), provider, "the model")
+    kind = ir.load(made).graph.outputs[0].dtype
+    assert kind is (ir.DataType.FLOAT if provider == "cpu" else ir.DataType.FLOAT16)

@@ -40,3 +40,46 @@ def test_the_resident_memory_is_that_of_the_process() -> None:
     held = bytearray(b"x") * (1 << 27)
     after = runtime._resident()
     assert after is not None and len(held) <= 1.1 * (after - before)
+
+
+SMAPS = """\
+55d0c8a00000-55d0c8a21000 rw-p 00000000 00:00 0                          [heap]
+Rss:                 132 kB
+Private_Dirty:       132 kB
+Anonymous:           132 kB
+Swap:                  0 kB
+7f0000000000-7f0000400000 rw-p 00000000 08:01 131                        /models/model.safetensors
+Size:               4096 kB
+Rss:                4096 kB
+Shared_Dirty:          0 kB
+Private_Clean:      4096 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+SwapPss:               0 kB
+VmFlags: rd wr mr mw me sd
+7f0000400000-7f0000401000 r--p 00000000 08:01 132                        /usr/lib/libc.so.6
+Private_Dirty:         0 kB
+Swap:                  0 kB
+"""
+"""What Linux says of a process: its heap, weights that are mapped and were not written to, and a library."""
+
+
+def test_weights_that_were_only_read_are_given_back() -> None:
+    assert runtime._unwritten(SMAPS) == [(0x7F0000000000, 0x400000)]
+
+
+@pytest.mark.parametrize("pages", ["Anonymous", "Private_Dirty", "Shared_Dirty", "Swap"])
+def test_weights_that_were_written_to_stay(pages: str) -> None:
+    """A page that was changed and put out of memory is in no file, and is no longer counted as dirty."""
+    before, line, after = SMAPS.partition("model.safetensors")
+    name = f"\n{pages}:"
+    start = after.index(name) + len(name)
+    end = after.index("\n", start)
+    written = before + line + after[:start] + " 4 kB" + after[end:]
+    assert runtime._unwritten(written) == []
+
+
+def test_no_weights_are_mapped_where_no_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.Path, "read_text", mock.Mock(side_effect=OSError))
+    assert runtime._mapped_weights() == []
