@@ -94,12 +94,14 @@ def form_of(call: Call) -> Form:
 
 def cached_positions(call: Call) -> int:
     """How many positions are cached before a call of a language model; 0 for other calls."""
-    ids, past = call.kwargs.get("input_ids"), call.kwargs.get("past_key_values")
-    if not past or not isinstance(ids, torch.Tensor):
+    ids, past, mask = (call.kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+    if not isinstance(past, Sequence) or not past or not isinstance(past[0], Mapping):
         return 0
     if "decoder" in past[0]:
         return int(past[0]["decoder"]["key"].shape[2])
-    return int(call.kwargs["attention_mask"].shape[1] - ids.shape[1])
+    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return 0
+    return mask.shape[1] - ids.shape[1]
 
 
 def kept_and_new(call: Call, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +110,8 @@ def kept_and_new(call: Call, cached: torch.Tensor) -> tuple[torch.Tensor, torch.
     Args:
         call: what was run; cached: ``[B, G, P + N, D]``, in a buffer ``[B, G, C, D]`` with ``C ≥ P + N``.
     """
+    if cached.dim() != 4:  # no cache of attention, whatever its name says
+        return cached[:0], cached
     past, mask = cached_positions(call), call.kwargs.get("attention_mask")
     inside = cached.transpose(1, 2)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[1] > inside.shape[1]:
