@@ -134,15 +134,18 @@ def inputs_of(
         texts: calls on text; 512 tokens at once and behind caches unless given, and the calls where the model reads
             none.
     """
-    made = (replace(call, what=f"{part}: {call.what}") if part else call for call in calls(opened, shift))
-    return Inputs(tuple(made), _texts(opened, texts) if lossy else ())
+    return Inputs(_named(calls(opened, shift), part), _texts(opened, texts, part) if lossy else ())
 
 
-def _texts(opened: OpenedModel, texts: Sequence[Call] | None) -> tuple[Call, ...]:
+def _named(made: Sequence[Call], part: str) -> tuple[Call, ...]:
+    return tuple(replace(call, what=f"{part}: {call.what}") if part else call for call in made)
+
+
+def _texts(opened: OpenedModel, texts: Sequence[Call] | None, part: str) -> tuple[Call, ...]:
     if texts is None:
         given = text_call(opened)
         texts = () if given is None else (given, *behind_caches(opened, [given]))
-    return tuple(texts) or calls(opened)
+    return tuple(texts) or _named(calls(opened), part)
 
 
 def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compared:

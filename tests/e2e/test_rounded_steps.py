@@ -20,6 +20,7 @@ from attncompile.convert.comparison import LOST, Inputs, Runs, compare_on
 from attncompile.convert.quality import Quality, over_budget
 from attncompile.frontends.errors import InputError
 from tests.e2e.test_convert_cached import QUICK
+from tests.small_encoder_decoders import small
 
 PRECISIONS = ("fp16", "int8", "int4(block=16)")
 
@@ -85,6 +86,15 @@ def test_a_rounded_model_whose_steps_are_wrong_is_not_written(
     with pytest.raises(InputError, match=r"over the budget of 0\.01"):
         attncompile.convert(reader, tmp_path / "out", precision="fp16", cache=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_encoder_and_decoder_in_steps_are_judged_by_the_budget(tmp_path: Path) -> None:
+    small("t5").save_pretrained(tmp_path / "t5")
+    made = attncompile.convert(tmp_path / "t5", tmp_path / "out", precision="fp16")
+    judged = [one for one in made.certificate.end_to_end if one.metric == "relative change of logits"]
+    in_steps = [one for one in judged if "5 steps" in one.inputs]
+    assert {one.tolerance for one in judged} == {0.01}
+    assert in_steps and len(judged) > len(in_steps)
 
 
 def step(past: int, batch: int = 1) -> Call:
