@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attncompile.convert.calibration import Call, calls, text_call
+from attncompile.convert.continued import behind_caches
 from attncompile.convert.quality import Quality
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
@@ -107,8 +108,8 @@ class Inputs:
     """What forms of a model are compared on.
 
     Attributes:
-        calls: fresh ones.
-        texts: what the change of a lossy result is counted on; none, and errors are judged instead.
+        calls: fresh ones; of a lossy result they must be finite.
+        texts: what the change of a lossy result is judged on, a budget given; none, and errors are judged instead.
     """
 
     calls: tuple[Call, ...]
@@ -130,17 +131,21 @@ def inputs_of(
         lossy: whether the result may compute something else; then its change is judged by a budget alone.
         shift: added to the lengths of the calls, so that a verification sees others than the conversion.
         part: what is run, where it is not the whole model; for the entries.
-        texts: calls on text; one of 512 tokens unless given, and the calls where the model reads none.
+        texts: calls on text; 512 tokens at once and behind caches unless given, and the calls where the model reads
+            none.
     """
-    made = (replace(call, what=f"{part}: {call.what}") if part else call for call in calls(opened, shift))
-    return Inputs(tuple(made), _texts(opened, texts) if lossy else ())
+    return Inputs(_named(calls(opened, shift), part), _texts(opened, texts, part) if lossy else ())
 
 
-def _texts(opened: OpenedModel, texts: Sequence[Call] | None) -> tuple[Call, ...]:
+def _named(made: Sequence[Call], part: str) -> tuple[Call, ...]:
+    return tuple(replace(call, what=f"{part}: {call.what}") if part else call for call in made)
+
+
+def _texts(opened: OpenedModel, texts: Sequence[Call] | None, part: str) -> tuple[Call, ...]:
     if texts is None:
         given = text_call(opened)
-        texts = () if given is None else (given,)
-    return tuple(texts) or calls(opened)
+        texts = () if given is None else (given, *behind_caches(opened, [given]))
+    return tuple(texts) or _named(calls(opened), part)
 
 
 def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compared:
@@ -148,7 +153,8 @@ def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compa
 
     Args:
         inputs: what to run them on; runs: what to run.
-        budget: the largest relative change of an output on the texts.
+        budget: the largest relative change of an output, and of a tensor of the cache, on the texts of each form:
+            prompts, continuations, steps, and those with padding.
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
@@ -205,7 +211,8 @@ def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> li
         call: what to run.
         runs: the other forms.
         converted: the result's outputs for the call.
-        judged: whether to judge at all; otherwise everything is only reported.
+        judged: whether to judge how far; otherwise that is only reported, and that results are finite wherever the
+            original's are is judged alone.
 
     Raises:
         DoesNotRunError: when an output is missing.
@@ -230,6 +237,9 @@ def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> li
         dtype = original[names[0]].dtype
         allowed = ABSOLUTE.get(dtype, ABSOLUTE[torch.float32])
         apart = distance(names, converted, original)
+        if not judged:
+            lost = sum(_lost(call.judged(name, converted[name]), call.judged(name, original[name])) for name in names)
+            found.append(measured(LOST.format(what), None, lost, call.what, 0.0))
         truths = [call.judged(name, exact[name]) for name in names if name in exact]
         if len(truths) < len(names) or not all(truth.isfinite().all() for truth in truths):
             state(f"largest difference of {what}", None, apart, allowed)
@@ -247,6 +257,14 @@ def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> li
         metric = f"error of {what} against float64 in {runs.runtime} before and after rewriting"
         state(metric, runtime, after, allowed, error=True)
     return found
+
+
+LOST = "elements of {} that are not finite where the original's are"
+"""Metric of results that may be any number."""
+
+
+def _lost(found: torch.Tensor, wanted: torch.Tensor) -> int:
+    return int((wanted.isfinite() & ~found.isfinite()).sum())
 
 
 def _together(outputs: Outputs) -> dict[str, list[str]]:

@@ -40,6 +40,7 @@ def compare_in_steps(
     scratch: Path,
     *,
     lossy: bool,
+    budget: float | None = None,
     shift: int = 0,
     progress: Progress = silent,
 ) -> Compared:
@@ -50,7 +51,8 @@ def compare_in_steps(
         decoder: how its second part is called.
         before, after: encoder and decoder, unrewritten and as they were converted; provider: where they run.
         scratch: a folder to make for results.
-        lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`.
+        lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`; budget: of what is lossy, as in
+            :func:`attncompile.convert.comparison.compare_on`.
         progress: told each call.
 
     Raises:
@@ -71,7 +73,8 @@ def compare_in_steps(
     release()
     unrewritten = results(before, "before", "the export in steps")
     release()
-    return compare_on(inputs, Runs(original, converted, unrewritten, Widened(opened.model), "ONNX Runtime"))
+    runs = Runs(original, converted, unrewritten, Widened(opened.model), "ONNX Runtime")
+    return compare_on(inputs, runs, budget)
 
 
 def decoded_in_steps(

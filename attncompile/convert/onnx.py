@@ -33,6 +33,7 @@ from attncompile.convert.onnx_part import (
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
 from attncompile.convert.precision import Precision, parse_precision, require_possible
+from attncompile.convert.quality import over_budget
 from attncompile.convert.runtime import release, save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
@@ -126,10 +127,11 @@ def _made_in(
                 options.provider,
                 scratch / "steps",
                 lossy=any(made.lossy for made in done),
+                budget=budget_of(options, precision),
                 progress=options.progress,
             )
         )
-        problem = compared[-1].problem()
+        problem = None if over_budget(compared[-1].entries) else compared[-1].problem()
         if problem is not None:
             raise disagreement(problem, target)
     for part in parts:
@@ -346,7 +348,7 @@ def verify_onnx(
             if decoder is not None:
                 steps = scratch / "steps"
                 entries += compare_in_steps(
-                    opened, decoder, before, after, provider, steps, lossy=lossy, shift=shift
+                    opened, decoder, before, after, provider, steps, lossy=lossy, budget=plan.budget, shift=shift
                 ).entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -42,8 +43,10 @@ class Counted:
     positions: int = 0
 
     def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Count one output of one call, padding left out."""
+        """Count one output of one call, padding left out; nothing is asked where the original is not finite."""
         found, wanted = found.double(), wanted.double()
+        if not wanted.isfinite().all():
+            found, wanted = (side.where(wanted.isfinite(), 0.0) for side in (found, wanted))
         self.apart += float((found - wanted).square().sum())
         self.size += float(wanted.square().sum())
         difference = (found - wanted).abs()
@@ -65,24 +68,71 @@ class Counted:
         self.positions += wanted.shape[0] * wanted.shape[1]
 
 
+    @property
+    def change(self) -> float:
+        """Norm of the difference over norm of the original; not finite where the result is not."""
+        change = math.sqrt(self.apart / self.size) if self.size else self.apart
+        return math.inf if math.isnan(change) else change
+
+
+Form = tuple[Literal["prompts", "continuations", "steps"], bool]
+"""How a call goes through a model, and whether it is padded: operators have kernels, and models branches, for each."""
+
+PLAIN: Form = ("prompts", False)
+"""Of calls that are one whole text, and of those of a model without a cache."""
+
+
+def form_of(call: Call) -> Form:
+    """Steps are of one token behind a cache, continuations of several."""
+    masks = (call.kwargs.get(name) for name in ("attention_mask", "encoder_attention_mask"))
+    padded = any(isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.all() for mask in masks)
+    ids = call.kwargs.get("input_ids")
+    if not cached_positions(call) or not isinstance(ids, torch.Tensor):
+        return "prompts", padded
+    return ("steps" if ids.shape[1] == 1 else "continuations"), padded
+
+
+def cached_positions(call: Call) -> int:
+    """How many positions are cached before a call of a language model; 0 for other calls."""
+    ids, past, mask = (call.kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+    if not isinstance(past, Sequence) or not past or not isinstance(past[0], Mapping):
+        return 0
+    if "decoder" in past[0]:
+        return int(past[0]["decoder"]["key"].shape[2])
+    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return 0
+    return mask.shape[1] - ids.shape[1]
+
+
+def kept_and_new(call: Call, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a call found in the cache and what it wrote there, without padding and without room behind both.
+
+    Args:
+        call: what was run; cached: ``[B, G, P + N, D]``, in a buffer ``[B, G, C, D]`` with ``C ≥ P + N``.
+    """
+    if cached.dim() != 4:  # no cache of attention, whatever its name says
+        return cached[:0], cached
+    past, mask = cached_positions(call), call.kwargs.get("attention_mask")
+    inside = cached.transpose(1, 2)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[1] > inside.shape[1]:
+        return inside[:, :past], inside[:, past:]
+    seen, inside = mask.bool(), inside[:, : mask.shape[1]]
+    return inside[:, :past][seen[:, :past]], inside[:, past:][seen[:, past:]]
+
+
 @dataclass
-class Quality:
-    """Originals and results, call by call."""
+class Group:
+    """Calls of one form; each form is judged by itself, for a few steps would drown among prompts.
 
-    counted: dict[str, Counted] = field(default_factory=dict)
+    Attributes:
+        outputs: sums by output.
+        cache: sums by tensor of the cache, of what the calls found there and of what they wrote.
+        calls: what was run.
+    """
+
+    outputs: dict[str, Counted] = field(default_factory=dict)
+    cache: dict[tuple[str, str], Counted] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-
-    def add(self, call: Call, before: Outputs, after: Outputs) -> None:
-        """Count one call; outputs that the result does not have, and the cache, are left out."""
-        self.calls.append(call)
-        for name, reference in before.items():
-            if name not in after or name.startswith(PRESENT):
-                continue
-            found = self.counted.setdefault(name, Counted())
-            found.add(call.judged(name, after[name]), call.judged(name, reference))
-            ids = call.kwargs.get("input_ids")
-            if name == "logits" and isinstance(ids, torch.Tensor) and _are_over(reference, ids):
-                found.predict(after[name], reference, ids)
 
     @property
     def inputs(self) -> str:
@@ -90,27 +140,64 @@ class Quality:
         ids = [call.kwargs.get("input_ids") for call in self.calls]
         if self.calls and all(call.what.endswith("tokens of text") for call in self.calls):
             return f"{sum(one.shape[1] for one in ids if isinstance(one, torch.Tensor))} tokens of text"
-        return "; ".join(call.what for call in self.calls)
+        return "; ".join(dict.fromkeys(call.what for call in self.calls))
+
+    def changes(self) -> dict[str, float]:
+        """The relative change of each output, and of the tensor of the cache that changes most."""
+        found = {name: one.change for name, one in self.outputs.items()}
+        return found | ({"the cache": max(one.change for one in self.cache.values())} if self.cache else {})
+
+
+@dataclass
+class Quality:
+    """Originals and results, call by call."""
+
+    groups: dict[Form, Group] = field(default_factory=dict)
+
+    def add(self, call: Call, before: Outputs, after: Outputs) -> None:
+        """Count one call; outputs that the result does not have are left out."""
+        form = form_of(call)
+        group = self.groups.setdefault(form, Group())
+        group.calls.append(call)
+        for name, reference in before.items():
+            if name not in after:
+                continue
+            if name.startswith(PRESENT):
+                pairs = zip(kept_and_new(call, after[name]), kept_and_new(call, reference), strict=True)
+                for part, pair in zip(("kept", "new"), pairs, strict=True):
+                    group.cache.setdefault((name, part), Counted()).add(*pair)
+                continue
+            found = group.outputs.setdefault(name, Counted())
+            found.add(call.judged(name, after[name]), call.judged(name, reference))
+            ids = call.kwargs.get("input_ids")
+            if form == PLAIN and name == "logits" and isinstance(ids, torch.Tensor) and _are_over(reference, ids):
+                found.predict(after[name], reference, ids)
+
+    @property
+    def inputs(self) -> str:
+        """What was read in the calls that changed most, in words."""
+        worst = max(self.groups.values(), key=lambda group: max(group.changes().values(), default=0.0), default=Group())
+        return worst.inputs
 
     def worst(self) -> float:
-        """The largest relative change of an output; not finite where a result is not."""
-        changes = [math.sqrt(one.apart / one.size) if one.size else one.apart for one in self.counted.values()]
-        return max((math.inf if math.isnan(change) else change for change in changes), default=0.0)
+        """The largest relative change of an output in a form of calls; not finite where a result is not."""
+        return max((change for group in self.groups.values() for change in group.changes().values()), default=0.0)
 
     def entries(self, budget: float | None) -> Iterator[EndToEnd]:
         """For the certificate: changes are judged by the budget, all else is reported."""
-        for name, one in self.counted.items():
-            change = math.sqrt(one.apart / one.size) if one.size else one.apart
-            yield measured(CHANGE.format(name), None, change, self.inputs, budget)
-            yield measured(f"largest change of {name}", None, one.most, self.inputs, None)
-            if one.vectors:
-                cosine = one.cosines / one.vectors
-                yield measured(f"mean cosine similarity of {name}", None, cosine, self.inputs, None)
-            if one.tokens:
-                before, after = (math.exp(min(700.0, loss / one.tokens)) for loss in (one.before, one.after))
-                yield measured("perplexity", before, after, self.inputs, None)
-                agreed = one.agreed / one.positions
-                yield measured("share of positions with the same next token", None, agreed, self.inputs, None)
+        for group in self.groups.values():
+            for name, change in group.changes().items():
+                yield measured(CHANGE.format(name), None, change, group.inputs, budget)
+            for name, one in group.outputs.items():
+                yield measured(f"largest change of {name}", None, one.most, group.inputs, None)
+                if one.vectors:
+                    cosine = one.cosines / one.vectors
+                    yield measured(f"mean cosine similarity of {name}", None, cosine, group.inputs, None)
+                if one.tokens:
+                    before, after = (math.exp(min(700.0, loss / one.tokens)) for loss in (one.before, one.after))
+                    yield measured("perplexity", before, after, group.inputs, None)
+                    agreed = one.agreed / one.positions
+                    yield measured("share of positions with the same next token", None, agreed, group.inputs, None)
 
 
 def over_budget(entries: Sequence[EndToEnd]) -> str | None:
@@ -132,4 +219,4 @@ def _are_over(logits: torch.Tensor, ids: torch.Tensor) -> bool:
     )
 
 
-__all__ = ["CHANGE", "Quality", "over_budget"]
+__all__ = ["CHANGE", "Quality", "cached_positions", "form_of", "kept_and_new", "over_budget"]

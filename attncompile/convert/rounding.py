@@ -16,6 +16,7 @@ from attncompile.convert.cached_ranges import cached_ranges
 from attncompile.convert.calibration import Call, calls, running_text, text_calls
 from attncompile.convert.change import Change, difference, observed
 from attncompile.convert.comparison import Runs, measured_quality
+from attncompile.convert.continued import behind_caches
 from attncompile.convert.precision import Precision, prepared, write_precise
 from attncompile.convert.quality import Quality
 from attncompile.convert.runtime import feeds, release, save, session
@@ -36,7 +37,11 @@ Loaded = Callable[[Path], Runs]
 
 @dataclass(frozen=True)
 class Texts:
-    """What ranges are taken from, and what a result is judged by; both empty for a model that reads no text."""
+    """What ranges are taken from, and what a result is judged by; both empty for a model that reads no text.
+
+    Pieces of text come first among the latter; behind them, for a model with its cache, the same in more calls
+    (:func:`attncompile.convert.continued.behind_caches`).
+    """
 
     calibration: tuple[Call, ...]
     judged: tuple[Call, ...]
@@ -54,7 +59,7 @@ def texts_of(opened: OpenedModel, file: Path | None) -> Texts:
         what = f"it holds fewer than {PIECE + 2} tokens" if reads else "the model reads no text, so none can be given"
         raise InputError(what, file, "give a longer text" if reads else "leave --text out")
     half = len(pieces) // 2
-    return Texts(pieces[:half] or pieces, pieces[half:])
+    return Texts(pieces[:half] or pieces, (*pieces[half:], *behind_caches(opened, pieces[half:])))
 
 
 def _read(file: Path) -> str:

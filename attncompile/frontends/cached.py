@@ -184,8 +184,8 @@ class Generating(OpenedModel, ABC):
         """What :meth:`example` gives."""
 
     @abstractmethod
-    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The call for tokens ``[B, N]`` when nothing is cached yet."""
+    def of_tokens(self, ids: torch.Tensor, past: int = 0) -> dict[str, Any]:
+        """The call for tokens ``[B, P + N]`` without padding, of which the first ``past`` are cached."""
 
     @property
     def scope(self) -> str:
@@ -208,9 +208,9 @@ class CachedModel(Generating):
         kwargs = self.opened.example(batch, past + length, padding=padding)[1]
         return self.arguments(kwargs["input_ids"], kwargs["attention_mask"], past)
 
-    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The call for tokens without padding when nothing is cached yet."""
-        return self.arguments(ids)
+    def of_tokens(self, ids: torch.Tensor, past: int = 0) -> dict[str, Any]:
+        """The call for tokens without padding, of which the first ``past`` are cached."""
+        return self.arguments(ids, past=past)
 
     def arguments(self, ids: torch.Tensor, mask: torch.Tensor | None = None, past: int = 0) -> dict[str, Any]:
         """The call for tokens ``[B, P + N]`` of which the first ``past`` are cached.

@@ -181,9 +181,9 @@ class DecoderModel(Generating):
         ids = self.opened.example(batch, past + length)[1]["decoder_input_ids"]
         return self.behind(ids, self._encoder_inputs(batch, 4 + (past + length) // 2, padding), past)
 
-    def of_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
-        """The call for tokens behind the encoded input of an example, when nothing else is cached yet."""
-        return self.behind(ids, self._encoder_inputs(ids.shape[0], 4 + ids.shape[1] // 2, None))
+    def of_tokens(self, ids: torch.Tensor, past: int = 0) -> dict[str, Any]:
+        """The call for tokens behind the encoded input of an example, the first ``past`` of them cached."""
+        return self.behind(ids, self._encoder_inputs(ids.shape[0], 4 + ids.shape[1] // 2, None), past)
 
     def behind(self, ids: torch.Tensor, inputs: Mapping[str, torch.Tensor], past: int = 0) -> dict[str, Any]:
         """The call for tokens ``[B, P + N]``, of which the first ``past`` are cached, behind an encoder's input."""

@@ -2,8 +2,11 @@
 
 A row says why an operator cannot compute a Spec, in words for the person who asked for it. That has two parts: what
 the operator's definition cannot express, which is said here, and what a version of ONNX Runtime does not do right,
-which was tried (:mod:`attncompile.codegen.onnx.tried`). A row without an objection is a promise that the builder's
-nodes compute the Spec up to rounding; the tests hold every row to it on the table of Specs.
+which was tried (:mod:`attncompile.codegen.onnx.tried`). A row without an objection says that the builder's nodes
+compute the Spec up to rounding. The tests hold every row to that on the table of Specs, and a conversion each site on
+random inputs; for other Specs and inputs it is what these definitions say, and no proof. A tensor of floats that is
+added to scores beside a mask written as a sum is taken for a bias, small beside it: were it a mask of lowest numbers
+too, rows that see no key would differ.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from attncompile.codegen.onnx.reading import (
     fixed,
     group_query_form,
     group_size,
+    hides_twice,
     may_be_infinite,
     may_swallow,
     scaled,
@@ -151,6 +155,12 @@ def _fused(name: str, attend: Attend, types: Types, *, caps: bool = False) -> st
     if scaled(attend) is None and not (caps and capped(attend) is not None):
         more = " or a soft cap" if caps else ""
         return f"{name} takes a constant scale with an additive bias{more}, the score is {attend.score}"
+    score = scaled(attend)
+    if score is not None and hides_twice(score.bias, attend.mask):
+        return (
+            f"{name} adds one number to a hidden key, and here a mask written as a sum stands beside another "
+            f"(score {attend.score}, mask {attend.mask}), whose keys weigh differently in rows that see none"
+        )
     return _any_fused(name, attend, types)
 
 

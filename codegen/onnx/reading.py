@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from attncompile.ir.affine import affine
 from attncompile.ir.attend import Attend, grouped
 from attncompile.ir.blocks import key_bounds
-from attncompile.ir.expr import WEIGHT, Apply, Const, Expr, Index, Load, conjunction, walk
+from attncompile.ir.expr import TRUE, WEIGHT, Apply, Const, Expr, Index, Load, conjunction, walk
 from attncompile.ir.operation import Types
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import ABSORBING, extents
@@ -84,9 +85,37 @@ def may_be_infinite(expr: Expr | None) -> bool:
 
 def may_swallow(expr: Expr | None) -> bool:
     """Whether a finite number is so large that a score added to it is lost: a mask written as a sum."""
-    return expr is not None and any(
-        isinstance(node, Const) and -ABSORBING <= abs(node.value) < math.inf for node in walk(expr)
-    )
+    return expr is not None and any(map(_swallows, walk(expr)))
+
+
+def hides_twice(bias: Expr | None, mask: Expr) -> bool:
+    """Whether a mask written as a sum stands beside another mask: a key that both hide is then lower than one that one
+    of them hides, which shows in rows that see no key, and is lost where sums are held above the lowest number.
+
+    A single one is a term with one number that swallows scores, as a condition chooses it or one tensor scales it.
+    """
+    if bias is None or not may_swallow(bias):
+        return False
+    terms = bias.children if isinstance(bias, Apply) and bias.operator == "add" else (bias,)
+    swallowing = [number for term in terms for number in walk(term) if _swallows(number)]
+    read = {load for term in terms if may_swallow(term) for load in _scaling(term)}
+    return simplify(mask) != TRUE or len(swallowing) > 1 or len(read) > 1
+
+
+def _swallows(node: Expr) -> bool:
+    """Whether a node itself is a number of which a score does not change anything; see :func:`may_swallow`."""
+    return isinstance(node, Const) and -ABSORBING <= abs(node.value) < math.inf
+
+
+def _scaling(term: Expr) -> Iterator[Load]:
+    """The loads in a term but for those that only decide a condition."""
+    if term.kind is Kind.BOOL:
+        return
+    if isinstance(term, Load):
+        yield term
+        return
+    for child in term.children:
+        yield from _scaling(child)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,34 @@ OPERATORS = {
     "weights times a constant": {"Attention", "GroupQueryAttention"},
 }
 
+SUM = f"0.25·s + {LOWEST}·(attention_mask[b, j] − 1)"
+GIVEN = "  given  attention_mask[B,I]:int64\n"
+TWICE = {
+    "fill as a sum": f"  score  {SUM}\n  mask   j ≤ i\n  fill   {SUM} − {LOWEST}\n{NORM}{GIVEN}",
+    "fill of minus infinity": f"  score  {SUM}\n  mask   j ≤ i\n{NORM}{GIVEN}",
+    "fill of the lowest": f"  score  {SUM}\n  mask   j ≤ i\n  fill   −{LOWEST}\n{NORM}{GIVEN}",
+    "two sums": f"  score  {SUM} + {LOWEST}·(second[b, j] − 1)\n{NORM}{GIVEN}  given  second[B,I]:int64\n",
+    "a sum of two": f"  score  0.25·s + {LOWEST}·(attention_mask[b, j] + second[b, j] − 2)\n{NORM}{GIVEN}"
+    "  given  second[B,I]:int64\n",
+    "a sum and a condition": f"  score  {SUM} + where(j ≤ i, 0.0, −{LOWEST})\n{NORM}{GIVEN}",
+}
+"""Masks written as sums beside a second mask, by how that is written."""
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_mask_as_a_sum_beside_another_is_left_to_plain_operators(name: str) -> None:
+    """In rows that see no key, keys that both hide weigh less than keys that one hides, and operators lose that."""
+    spec = parse_spec(f"site   attend  q,k,v[B,4,I,16]  float32\n{TWICE[name]}")
+    beyond = {row.operator: row.beyond(spec) for row in rows_for(spec)}
+    assert {operator for operator, reason in beyond.items() if reason is None} == {"decomposition"}
+    assert choose(spec, prefer="fused").row.operator == "decomposition"
+
+
+def test_a_condition_of_two_masks_is_one_mask() -> None:
+    bias = f"where(j ≤ i and attention_mask[b, j] ≠ 0, 0.0, −{LOWEST})"
+    spec = parse_spec(f"site   attend  q,k,v[B,4,I,16]  float32\n  score  0.25·s + {bias}\n{NORM}{GIVEN}")
+    assert choose(spec, prefer="fused").row.operator in {"Attention", "MultiHeadAttention"}
+
 
 def in_order(spec: Spec, row: Capability, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     named = {value.name: tensor for value, tensor in zip(spec.inputs, tensors, strict=True)}
