@@ -180,6 +180,23 @@ def test_explain_tells_a_models_own_graphs() -> None:
     assert "no compiled graph" in str(attncompile.explain(first))
 
 
+def test_every_site_has_its_cost_whatever_its_sizes_are() -> None:
+    """A graph of fixed sizes, one of any length, and a site that stays as it was."""
+    fixed = attncompile.compile(small_llama(), dynamic=False, rest="eager")
+    kept_plan = plan(entry("model.layers.1.self_attn", operator="original", reason="it was slower"))
+    kept = attncompile.compile(small_llama(), dynamic=True, rest="eager", plan=kept_plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        calls(fixed), calls(kept)
+    (first, *_), (rewritten, original) = attncompile.explain(fixed).sites, attncompile.explain(kept).sites
+    assert first.sizes == {} and original.after == "" and original.sizes == rewritten.sizes != {}
+    costs = [site.cost() for site in (first, rewritten, original)]
+    assert all(cost is not None and cost.after == costs[0].after for cost in costs)
+    assert "FLOP and" in str(attncompile.explain(fixed)) and "at its fixed sizes; " in str(attncompile.explain(fixed))
+    assert str(attncompile.explain(kept)).count("  costs ") == 2
+    assert dataclasses.replace(first, sizes=None).cost() is None
+
+
 def test_explain_finds_the_graphs_of_a_module_that_torch_compiled() -> None:
     model, other = small_llama(), small_llama(hidden_act="gelu")
     other.resize_token_embeddings(77)
