@@ -25,6 +25,7 @@ from torch import nn
 import attncompile as package
 from attncompile.backend import Backend, FallbackWarning, attncompile, read_options
 from attncompile.backend.compilation import alive
+from attncompile.frontends.torch_internals import inductor
 from attncompile.verify import require_as_good_as_eager
 
 ROOT = Path(__file__).parents[2]
@@ -120,17 +121,24 @@ def cycle(backend: Any, cycles: int) -> None:
         torch._dynamo.reset()
 
 
-def compile_and_reset(cycles: int) -> None:
+def inductor_alone(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor without us: what it leaves behind is not ours either."""
+    return inductor(module, inputs)
+
+
+def compile_and_reset(cycles: int, rest: str = "eager") -> None:
     """AssertionError when something of a model that was compiled and forgotten stays."""
     grown: list[Counter[str]] = []
-    for backend in (as_it_is, Backend(read_options({"rest": "eager"}))):
+    more: list[int] = []
+    for backend in (as_it_is if rest == "eager" else inductor_alone, Backend(read_options({"rest": rest}))):
         cycle(backend, 5)  # caches fill
         before, memory = held(), resident()
         cycle(backend, cycles)
         grown.append(held() - before)
-        more = resident() - memory
+        more.append(resident() - memory)
     assert not grown[1] - grown[0] and not alive(), f"left behind: {grown[1] - grown[0]}, {alive()}"
-    assert more < cycles * 2**20 / 2, f"{more} bytes more after {cycles} cycles"
+    own = more[1] if rest == "eager" else more[1] - more[0]
+    assert own < cycles * 2**20 / 2, f"{own} bytes more after {cycles} cycles"
 
 
 def run_apart(code: str, *arguments: str, **environment: str) -> str:
@@ -151,6 +159,19 @@ def run_apart(code: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("cycles", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_compiling_and_resetting_leaves_nothing_behind(cycles: int) -> None:
     run_apart(f"from tests.backend.test_hygiene import compile_and_reset; compile_and_reset({cycles})")
+
+
+@pytest.mark.slow
+def test_compiling_with_inductor_and_resetting_leaves_no_more_behind_than_inductor() -> None:
+    code = """
+from torch._functorch import config as autograd
+from torch._inductor import config
+from tests.backend.test_hygiene import compile_and_reset
+
+with config.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False):
+    compile_and_reset(8, "inductor")
+"""
+    run_apart(code)
 
 
 # --- threads and processes ----------------------------------------------------------------------------------
