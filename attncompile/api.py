@@ -156,13 +156,18 @@ def operators(
 
 
 def compile(
-    model: torch.nn.Module | Callable[..., Any], *, dynamic: bool | None = None, **options: Any
+    model: torch.nn.Module | Callable[..., Any],
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    disable: bool = False,
+    **options: Any,
 ) -> Callable[..., Any]:
     """``torch.compile`` with this back end: attention is rewritten, the rest goes to Inductor.
 
     Args:
         model: a module or function; the result is called like it.
-        dynamic: as in ``torch.compile``.
+        dynamic, fullgraph, disable: as in ``torch.compile``.
         options: of the back end (``rest="inductor"|"eager"``, ``passes=…``), see
             :class:`attncompile.backend.Options`.
 
@@ -172,8 +177,9 @@ def compile(
     from attncompile.backend import Backend, read_options
 
     backend = Backend(read_options(options))  # now, so that a misspelt option is said here and not in the first call
-    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
-    backend.belongs_to(compiled)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph, disable=disable)
+    if compiled is not model:  # as it is where this is disabled
+        backend.belongs_to(compiled)
     return compiled
 
 

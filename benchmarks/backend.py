@@ -449,7 +449,8 @@ def main() -> None:
         rows = measure(work, options.rounds, layers)
         report.add(*rows)
         for row in rows:
-            print(row["name"], {name: shown(found) for name, found in row["results"].items()}, flush=True)
+            least = f"floor {row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
+            print(row["name"], {name: shown(found) for name, found in row["results"].items()}, least, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Attention is rewritten; everything else goes to Inductor, or runs eagerly with ``options={"rest": "eager"}``. Whatever
 cannot be done leaves the model's own computation in place, with one warning that says so. ``TORCH_LOGS=attncompile``
-prints a line for each site with the reason for the recompilation beside it, ``TORCH_TRACE`` holds the same.
+prints a line for each site, with ``recompiles`` the reason for a recompilation beside it; ``TORCH_TRACE`` holds both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,20 @@ from attncompile.codegen.triton.ready import get_ready
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_dynamo
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.torch_internals import ahead_of_time, inductor, keep_identity, mode_options, trace_artifact
+from attncompile.frontends.torch_internals import (
+    ahead_of_time,
+    drop_cuda_graphs,
+    inductor,
+    keep_identity,
+    mode_options,
+    trace_artifact,
+)
+from attncompile.frontends.torch_logs import SITES, site_logger
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes
 
 log = logging.getLogger("attncompile")
+site_log = site_logger()
 
 
 class FallbackWarning(UserWarning):
@@ -52,13 +62,18 @@ def attncompile(
 
     Args:
         graph_module: the graph; example_inputs: its inputs, as Dynamo passes them.
-        mode: a mode of Inductor, passed on to it.
+        mode: a mode of Inductor, passed on to it: the option of that name.
         options: fields of :class:`attncompile.backend.options.Options`.
 
     Raises:
         ValueError: for an unknown option or an option's wrong value.
     """
-    return _compiled(graph_module, example_inputs, read_options(options), mode)[0]
+    read = read_options(options if mode is None else {**(options or {}), "mode": mode})
+    return _compiled(graph_module, example_inputs, read)[0]
+
+
+# Dynamo calls this where it forgets every graph; a function does not know with which options it was called
+attncompile.reset = drop_cuda_graphs  # type: ignore[attr-defined]
 
 
 class Backend:
@@ -75,9 +90,14 @@ class Backend:
 
     def __call__(self, graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
-        compiled, compilations = _compiled(graph_module, example_inputs, self.options, None)
+        compiled, compilations = _compiled(graph_module, example_inputs, self.options)
         self.numbers |= {compilation.number for compilation in compilations}
         return compiled
+
+    def reset(self) -> None:
+        """Give back what Inductor's CUDA graphs hold; Dynamo calls this where it forgets every graph."""
+        if self.options.rest == "inductor":
+            drop_cuda_graphs()
 
     def belongs_to(self, compiled: Callable[..., Any]) -> None:
         """Say whose graphs these are."""
@@ -96,14 +116,14 @@ _BACKENDS: weakref.WeakKeyDictionary[Any, Backend] = weakref.WeakKeyDictionary()
 
 
 def _compiled(
-    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
     get_ready()
     rewriting = _Rewriting(options, parse_passes(options.passes))
     rewritten = rewriting.of(module, example_inputs)
     if rewritten is not module:
         keep_identity(module, rewritten)
-    compiled = _compile_rest(rewritten, example_inputs, options, mode)
+    compiled = _compile_rest(rewritten, example_inputs, options)
     if options.verify == "full" and rewritten is not module:
         reason = rewriting.why_not_compared()
         if reason is None:
@@ -113,16 +133,21 @@ def _compiled(
     for compilation in rewriting.compilations:
         compiled = held_by(compiled, compilation)
     if options.explain is not None:
-        options.explain.write_text(f"{Explanation(alive())}\n", encoding="utf-8")
+        _write_explanation(options.explain)
     return compiled, tuple(rewriting.compilations)
 
 
-def _compile_rest(
-    module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
-) -> Callable[..., Any]:
+def _write_explanation(file: Path) -> None:
+    try:
+        file.write_text(f"{Explanation(alive())}\n", encoding="utf-8")
+    except OSError as error:
+        _warn(f"what was done is not in {str(file)!r}: {error}")
+
+
+def _compile_rest(module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.rest == "eager":
         return ahead_of_time(module, example_inputs) if checkpoints(module) else module.forward
-    settings = mode_options(mode or options.mode) or {}
+    settings = mode_options(options.mode) or {}
     if options.cudagraphs:
         settings = {**settings, "triton.cudagraphs": True}
     return inductor(module, example_inputs, settings or None)
@@ -196,8 +221,8 @@ class _Rewriting:
         random = why_not_compared(captured.graph_module)
         self.reasons += [f"a lossy pass changes {name}" for name in lossy[:1]] + ([random] if random else [])
         seconds = time.perf_counter() - begun
+        self._tell(decisions)  # before it is noted: where telling fails, the graph runs as it was
         self.compilations.append(note(program, decisions, device, said, _parameters(captured), seconds))
-        self._tell(decisions)
         return rewritten
 
     def _decisions(self, program: Program, device: str) -> tuple[tuple[Decision, ...], tuple[str, ...]]:
@@ -237,10 +262,10 @@ class _Rewriting:
         """A line for each site to the log, and to the terminal where that was asked for."""
         lines = [f"{d.site.name}: {d.lowering.operator if d.lowering else 'original'} ({d.reason})" for d in decisions]
         for line in lines:
-            log.info("attncompile: %s", line)
+            site_log.info("attncompile: %s", line)
             if self.options.verbose:
                 print(f"attncompile: {line}")
-        trace_artifact("attncompile_sites", lines)
+        trace_artifact(SITES, lines)
 
 
 def _parameters(captured: Captured) -> dict[str, tuple[Any, ...]]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from attncompile.backend.rewrite import Decision
-from attncompile.backend.site_module import SiteModule
-from attncompile.ir import Spec, parse_spec
+from attncompile.backend.site_module import spec_tensors
+from attncompile.ir import parse_spec
+from attncompile.ir.sample import symbolic_sizes
 from attncompile.ir.types import concrete, solved_size
 from attncompile.lift import Program
 from attncompile.plan.cost import CostRow, cost_row
@@ -34,7 +35,8 @@ class ExplainedSite:
         operator: what computes it now; ``original`` where that stays.
         reason: why.
         source: line of the model's code.
-        sizes: of the Spec's symbols in the call that was compiled; empty where they are not known.
+        sizes: of the Spec's symbols in the call that was compiled; empty where the graph fixes all of them, ``None``
+            where they are not known.
     """
 
     name: str
@@ -46,13 +48,15 @@ class ExplainedSite:
     operator: str
     reason: str
     source: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int] | None
 
     def cost(self) -> CostRow | None:
-        """Modelled work before and after, at the sizes of the call that was compiled; ``None`` where one is unknown."""
-        if not (self.before and self.after and self.sizes):
+        """Modelled work before and after, at the sizes of the call that was compiled; the same twice where the
+        original stays. ``None`` where there is no Spec, or a size is not known.
+        """
+        if not self.before or self.sizes is None:
             return None
-        return cost_row(parse_spec(self.before), parse_spec(self.after), self.sizes)
+        return cost_row(parse_spec(self.before), parse_spec(self.after or self.before), self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,28 +166,27 @@ def _explained(program: Program, decision: Decision) -> ExplainedSite:
     )
 
 
-def _sizes(program: Program, decision: Decision) -> dict[str, int]:
-    """The Spec's symbolic sizes in the call that was compiled; none where the graph does not tell all of them."""
-    spec, region, lowering, hints = decision.spec, decision.site.region, decision.lowering, program.graph.size_hints
-    if spec is None or region is None or lowering is None:
-        return {}
-    given = [program.graph.infos[binding.value] for binding in region.inputs]
+def _sizes(program: Program, decision: Decision) -> dict[str, int] | None:
+    """The Spec's symbolic sizes in the call that was compiled, none where all are fixed.
+
+    ``None`` where there is no Spec, or the graph does not tell all of them.
+    """
+    site = decision.site
+    spec = decision.spec if decision.lowering is not None else site.spec
+    if spec is None or site.region is None:
+        return None
+    given = [program.graph.infos[binding.value] for binding in site.region.inputs]
     try:
-        shapes = [[concrete(size, hints) for size in info.shape] for info in given]
-        module = SiteModule(spec, region, lowering, given, ())
-        tensors = module.spec_tensors(tuple(torch.empty(shape, device="meta") for shape in shapes))
+        shapes = [[concrete(size, program.graph.size_hints) for size in info.shape] for info in given]
+        native = [torch.empty(shape, device="meta") for shape in shapes]
+        tensors = spec_tensors(site.region, spec.types(), (), native)
+        found: dict[str, int] = {}
+        for value, tensor in zip(spec.inputs, tensors, strict=True):
+            for size, extent in zip(value.type.sizes, tensor.shape, strict=True):
+                found |= solved_size(size, extent, found)
     except (ValueError, RuntimeError):  # a size that only data decide
-        return {}
-    return symbolic_sizes(spec, tensors)
-
-
-def symbolic_sizes(spec: Spec, tensors: Iterable[torch.Tensor]) -> dict[str, int]:
-    """The symbols of a Spec's sizes, by the shapes of its inputs in their order."""
-    found: dict[str, int] = {}
-    for value, tensor in zip(spec.inputs, tensors, strict=True):
-        for size, extent in zip(value.type.sizes, tensor.shape, strict=True):
-            found |= solved_size(size, extent, found)
-    return found
+        return None
+    return found if found.keys() >= {*symbolic_sizes(spec), *spec.undetermined_sizes()} else None
 
 
 __all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_unread"]

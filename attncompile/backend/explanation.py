@@ -48,7 +48,8 @@ def _alike(sites: Iterable[ExplainedSite]) -> list[list[ExplainedSite]]:
     found: dict[tuple[object, ...], list[ExplainedSite]] = {}
     for site in sites:
         texts = (_body(site.before), _body(site.after), site.applied, site.refused, site.operator, site.reason)
-        found.setdefault((site.status, *texts, *sorted(site.sizes.items())), []).append(site)
+        sizes = None if site.sizes is None else tuple(sorted(site.sizes.items()))
+        found.setdefault((site.status, *texts, sizes), []).append(site)
     return list(found.values())
 
 

@@ -54,7 +54,19 @@ class Options(BaseModel):
         given = "mode" if self.mode is not None else "cudagraphs" if self.cudagraphs else ""
         if given and self.rest != "inductor":
             raise ValueError(f"{given} is for Inductor, but rest is {self.rest!r}")
+        if self.cudagraphs and self.mode is not None and self.mode.endswith("no-cudagraphs"):
+            raise ValueError(f"mode {self.mode!r} and cudagraphs=True contradict each other; leave one of them out")
         return self
+
+    @field_validator("explain", mode="before")
+    @classmethod
+    def _names_a_file(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            if not str(value).strip() or Path(value).is_dir():
+                raise ValueError("it is the file that is written, not a folder")
+            if not Path(value).parent.is_dir():
+                raise ValueError(f"there is no folder {str(Path(value).parent)!r}; make it first")
+        return value
 
     @field_validator("mode")
     @classmethod
@@ -77,9 +89,11 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
             nearest valid one.
     """
     names = list(Options.model_fields)
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"options of the attncompile back end are names with values, got {given!r}")
     for name in given or {}:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -111,6 +111,38 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def operand_names(spec: Spec) -> frozenset[str]:
+    """The values that go into products: no coordinates, and nothing that a mask or score reads."""
+    return frozenset(name for operation in spec.operations for name in operation.operands())
+
+
+def spec_tensors(
+    region: Region, types: Mapping[str, TensorType], operands: Collection[str], native: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Native tensors as a Spec's inputs, operands as autocast would hand them to the model's own products.
+
+    No product of ours is one that autocast knows: a generated kernel would go on in float32 where the model asked
+    for 16 bits.
+
+    Args:
+        region: where the Spec's inputs are in the graph, one for each native tensor.
+        types: of the Spec's values.
+        operands: see :func:`operand_names`.
+        native: the graph's tensors.
+    """
+    sizes: dict[Expr, int] = {}
+    found = list(native)
+    laid_out = [(n, entry) for n, entry in enumerate(region.inputs) if entry.layout is not None]
+    # those that lack an axis last: how often they are repeated is known from the others
+    for place, binding in sorted(laid_out, key=lambda entry: -len(entry[1].layout.axes if entry[1].layout else ())):
+        assert binding.layout is not None
+        found[place] = to_spec_axes(native[place], binding.layout, types[binding.name], sizes)
+        narrow = autocast_dtype(native[place])
+        if narrow is not None and binding.name in operands:
+            found[place] = found[place].to(narrow)
+    return found
+
+
 class SiteModule(torch.nn.Module):
     """Computes a site with its lowering.
 
@@ -130,26 +162,11 @@ class SiteModule(torch.nn.Module):
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
         self.given, self.natives, self.shares = tuple(given), tuple(natives), shares
-        self.types = spec.types()
-        self.operands = {name for operation in spec.operations for name in operation.operands()}
+        self.types, self.operands = spec.types(), operand_names(spec)
 
-    def spec_tensors(self, native: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """The native tensors as the Spec's inputs, operands as autocast would hand them to the model's own products.
-
-        No product of ours is one that autocast knows: a generated kernel would go on in float32 where the model asked
-        for 16 bits.
-        """
-        sizes: dict[Expr, int] = {}
-        found = list(native)
-        operands = [(n, entry) for n, entry in enumerate(self.region.inputs) if entry.layout is not None]
-        # those that lack an axis last: how often they are repeated is known from the others
-        for place, binding in sorted(operands, key=lambda entry: -len(entry[1].layout.axes if entry[1].layout else ())):
-            assert binding.layout is not None
-            found[place] = to_spec_axes(native[place], binding.layout, self.types[binding.name], sizes)
-            narrow = autocast_dtype(native[place])
-            if narrow is not None and binding.name in self.operands:
-                found[place] = found[place].to(narrow)
-        return found
+    def spec_tensors(self, native: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The native tensors as the Spec's inputs, see :func:`spec_tensors`."""
+        return spec_tensors(self.region, self.types, self.operands, native)
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         tensors = native[: len(self.region.inputs)]

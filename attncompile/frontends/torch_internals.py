@@ -3,9 +3,10 @@
 Read against torch 2.11 and 2.13: each function below exists for one purpose, so a change in torch has one
 place to be repaired. Nothing else in this package may import a module of torch whose name starts with an
 underscore, nor `torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, `torch._inductor`,
-`torch._subclasses`.
+`torch._subclasses`; but for `torch_logs`, which runs while torch itself is still being imported.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -364,6 +365,16 @@ def inductor(
 
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=options)
     return compiled
+
+
+def drop_cuda_graphs() -> None:
+    """Give back the memory and the graphs that Inductor's CUDA graphs hold, all of them: when Dynamo is reset.
+
+    Nothing is imported for it: where that module is not loaded there are none.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
 
 
 def trace_artifact(name: str, lines: Sequence[str]) -> None:

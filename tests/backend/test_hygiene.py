@@ -7,9 +7,11 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
+import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from torch import nn
 import attncompile as package
 from attncompile.backend import Backend, FallbackWarning, attncompile, read_options
 from attncompile.backend.compilation import alive
+from attncompile.frontends.torch_internals import inductor
 from attncompile.verify import require_as_good_as_eager
 
 ROOT = Path(__file__).parents[2]
@@ -118,17 +121,24 @@ def cycle(backend: Any, cycles: int) -> None:
         torch._dynamo.reset()
 
 
-def compile_and_reset(cycles: int) -> None:
+def inductor_alone(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor without us: what it leaves behind is not ours either."""
+    return inductor(module, inputs)
+
+
+def compile_and_reset(cycles: int, rest: str = "eager") -> None:
     """AssertionError when something of a model that was compiled and forgotten stays."""
     grown: list[Counter[str]] = []
-    for backend in (as_it_is, Backend(read_options({"rest": "eager"}))):
+    more: list[int] = []
+    for backend in (as_it_is if rest == "eager" else inductor_alone, Backend(read_options({"rest": rest}))):
         cycle(backend, 5)  # caches fill
         before, memory = held(), resident()
         cycle(backend, cycles)
         grown.append(held() - before)
-        more = resident() - memory
+        more.append(resident() - memory)
     assert not grown[1] - grown[0] and not alive(), f"left behind: {grown[1] - grown[0]}, {alive()}"
-    assert more < cycles * 2**20 / 2, f"{more} bytes more after {cycles} cycles"
+    own = more[1] if rest == "eager" else more[1] - more[0]
+    assert own < cycles * 2**20 / 2, f"{own} bytes more after {cycles} cycles"
 
 
 def run_apart(code: str, *arguments: str, **environment: str) -> str:
@@ -149,6 +159,19 @@ def run_apart(code: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("cycles", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_compiling_and_resetting_leaves_nothing_behind(cycles: int) -> None:
     run_apart(f"from tests.backend.test_hygiene import compile_and_reset; compile_and_reset({cycles})")
+
+
+@pytest.mark.slow
+def test_compiling_with_inductor_and_resetting_leaves_no_more_behind_than_inductor() -> None:
+    code = """
+from torch._functorch import config as autograd
+from torch._inductor import config
+from tests.backend.test_hygiene import compile_and_reset
+
+with config.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False):
+    compile_and_reset(8, "inductor")
+"""
+    run_apart(code)
 
 
 # --- threads and processes ----------------------------------------------------------------------------------
@@ -293,6 +316,45 @@ def test_torch_logs_says_what_was_done_and_why_again(tmp_path: Path) -> None:
     places = [said.find(text) for text in (": blockwise (", "Recompiling function", "expected 11, actual 12")]
     assert -1 < places[0] < places[1] < places[2] < said.rfind(": blockwise ("), said
     assert said.count(": blockwise (") == 2
+
+
+SET = """
+import logging, sys
+import torch
+from tests.backend.test_hygiene import LOGGED
+for names in ({"attncompile_sites": True}, {"attncompile": logging.INFO}, {}):
+    print(names, file=sys.stderr)
+    torch._dynamo.reset()
+    import attncompile.backend
+    torch._logging.set_logs(modules=names)
+    exec(LOGGED.replace("(11, 12)", "(11,)"))
+"""
+
+
+def test_torchs_own_switch_takes_the_log_and_the_lines_of_sites(tmp_path: Path) -> None:
+    run_apart("import sys; sys.stderr = open(sys.argv[1], 'w');" + SET, str(tmp_path / "log"))
+    parts = re.split(r"^\{", (tmp_path / "log").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [part.count(": blockwise (") for part in parts] == [0, 1, 1, 0]
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older ones read TORCH_LOGS before they call entry points")
+def test_torch_logs_takes_the_lines_of_sites_where_the_package_is_installed(tmp_path: Path) -> None:
+    """Metadata of an installation with the entry point that pyproject.toml declares, and no installation."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    folder = tmp_path / "attncompile_entry-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: attncompile_entry\nVersion: 1.0\n", encoding="utf-8")
+    lines = "".join(f"{name} = {value}\n" for name, value in declared["torch.backends"].items())
+    (folder / "entry_points.txt").write_text(f"[torch.backends]\n{lines}", encoding="utf-8")
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    logs = {"TORCH_LOGS": "attncompile_sites", "TORCH_LOGS_OUT": str(tmp_path / "log")}
+    run_apart(LOGGED, **logs, PYTHONPATH=paths)
+    assert (tmp_path / "log").read_text(encoding="utf-8").count(": blockwise (") == 2
+    # nothing heavy, and neither it nor a torch whose logs are others may raise
+    heavy = "import torch, sys; print([n for n in sys.modules if n in ('transformers', 'attncompile.ir', 'triton')])"
+    assert run_apart(heavy, PYTHONPATH=paths).strip() == "[]"
+    without = "import sys; sys.modules['torch._logging._internal'] = None; "
+    run_apart(f"{without}from attncompile.frontends import torch_logs as t; t.register(); t.site_logger().info('x')")
 
 
 CACHED = """

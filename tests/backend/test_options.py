@@ -180,6 +180,23 @@ def test_explain_tells_a_models_own_graphs() -> None:
     assert "no compiled graph" in str(attncompile.explain(first))
 
 
+def test_every_site_has_its_cost_whatever_its_sizes_are() -> None:
+    """A graph of fixed sizes, one of any length, and a site that stays as it was."""
+    fixed = attncompile.compile(small_llama(), dynamic=False, rest="eager")
+    kept_plan = plan(entry("model.layers.1.self_attn", operator="original", reason="it was slower"))
+    kept = attncompile.compile(small_llama(), dynamic=True, rest="eager", plan=kept_plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        calls(fixed), calls(kept)
+    (first, *_), (rewritten, original) = attncompile.explain(fixed).sites, attncompile.explain(kept).sites
+    assert first.sizes == {} and original.after == "" and original.sizes == rewritten.sizes != {}
+    costs = [site.cost() for site in (first, rewritten, original)]
+    assert all(cost is not None and cost.after == costs[0].after for cost in costs)
+    assert "FLOP and" in str(attncompile.explain(fixed)) and "at its fixed sizes; " in str(attncompile.explain(fixed))
+    assert str(attncompile.explain(kept)).count("  costs ") == 2
+    assert dataclasses.replace(first, sizes=None).cost() is None
+
+
 def test_explain_finds_the_graphs_of_a_module_that_torch_compiled() -> None:
     model, other = small_llama(), small_llama(hidden_act="gelu")
     other.resize_token_embeddings(77)
@@ -195,6 +212,64 @@ def test_an_explanation_is_written_to_a_file(tmp_path: Path) -> None:
     compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", explain=tmp_path / "attention.txt")
     calls(compiled)
     assert "model.layers.0.self_attn" in (tmp_path / "attention.txt").read_text(encoding="utf-8")
+
+
+def test_an_explanation_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    model = small_llama()
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", explain=folder / "attention.txt")
+    folder.rmdir()
+    with pytest.warns(FallbackWarning, match=r"what was done is not in .*attention\.txt.*No such file"):
+        torch.testing.assert_close(calls(compiled), calls(model))
+    assert [site.operator == "original" for site in attncompile.explain(compiled).sites] == [False, False]
+
+
+def test_what_could_not_be_told_is_not_said_to_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError("nobody reads this")
+
+        def flush(self) -> None: ...
+
+    model = small_llama()
+    compiled = attncompile.compile(model, dynamic=True, rest="eager", verbose=True)
+    expected = calls(model)
+    with monkeypatch.context() as patch, pytest.warns(FallbackWarning, match="internal error .BrokenPipeError"):
+        patch.setattr("sys.stdout", Closed())
+        torch.testing.assert_close(calls(compiled), expected)
+    assert attncompile.explain(compiled).sites == ()
+
+
+def test_fullgraph_and_disable_are_those_of_torch_compile() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(1, 2, 5, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        attncompile.compile(broken, rest="eager", fullgraph=True)(x)
+    model = small_llama()
+    disabled = attncompile.compile(model, disable=True)
+    calls(disabled)
+    assert attncompile.explain(disabled).sites == ()
+
+
+@pytest.mark.parametrize("made", [lambda: backend.attncompile, lambda: backend.Backend(read_options(None))],
+                         ids=["function", "object"])  # fmt: skip
+def test_cuda_graphs_are_given_back_when_dynamo_is_reset(
+    made: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import cudagraph_trees
+
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
+    torch._dynamo.reset()
+    given_back: list[str] = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: given_back.append("all"))
+    calls(torch.compile(small_llama(), backend=made()))
+    assert given_back == []
+    torch._dynamo.reset()
+    assert given_back == ["all"]
 
 
 @pytest.mark.parametrize(
@@ -237,10 +312,21 @@ def test_torch_logs_has_a_line_for_each_site(caplog: pytest.LogCaptureFixture) -
         ({"passes": "fus"}, r"option 'passes' .*unknown pass 'fus' \(did you mean 'fuse'\?\)"),
         ({"mode": "fastest"}, "option 'mode' .*the modes are .*max-autotune"),
         ({"rest": "eager", "cudagraphs": True}, "cudagraphs is for Inductor, but rest is 'eager'"),
+        ({"mode": "max-autotune-no-cudagraphs", "cudagraphs": True}, "contradict each other"),
+        ({"explain": ""}, "option 'explain' .*the file that is written"),
+        ({"explain": "."}, "option 'explain' .*not a folder"),
+        ({"explain": Path("nowhere/at/all.txt")}, "option 'explain' .*no folder 'nowhere/at'"),
+        ({5: 1}, r"unknown option 5 .*\(valid: passes"),
+        ([("rest", "eager")], "names with values, got .*rest"),
         ({"explan": "x"}, "unknown option 'explan'.*did you mean 'explain'"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "" if isinstance(value, str) else str(next(iter(value))),
 )
-def test_a_wrong_option_is_named(given: dict[str, Any], said: str) -> None:
+def test_a_wrong_option_is_named(given: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_options(given)
+
+
+def test_a_mode_of_torch_compile_is_the_option() -> None:
+    with pytest.raises(Exception, match=r"option 'mode' of the attncompile back end: the modes are .*max-autotune"):
+        calls(torch.compile(small_llama(), backend=backend.attncompile, mode="fastest"))
