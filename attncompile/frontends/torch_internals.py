@@ -3,7 +3,7 @@
 Read against torch 2.11 and 2.13: each function below exists for one purpose, so a change in torch has one
 place to be repaired. Nothing else in this package may import a module of torch whose name starts with an
 underscore, nor `torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, `torch._inductor`,
-`torch._subclasses`; but for `torch_logs`, which runs while torch itself is still being imported.
+`torch._subclasses`; but for `torch_logs`.
 """
 
 import sys

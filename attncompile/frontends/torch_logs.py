@@ -1,8 +1,7 @@
-"""Names for ``TORCH_LOGS`` and ``torch._logging.set_logs``: the log ``attncompile`` and its artifact, the site lines.
+"""Names for ``torch._logging.set_logs``: the log ``attncompile`` and its artifact, the lines of sites.
 
-torch calls :func:`register` by the entry point ``torch.backends`` of ``pyproject.toml`` at the end of ``import torch``;
-2.13 does so before it reads ``TORCH_LOGS``, so that the artifact may be named there. So nothing is imported here but
-what that needs, and whatever goes wrong is left: an error would make torch itself impossible to import.
+Not by an entry point ``torch.backends``, which PyTorch 2.13 calls before it reads ``TORCH_LOGS``: whatever went wrong
+in our import would make torch itself impossible to import.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ LOG = "attncompile"
 """What ``TORCH_LOGS`` calls everything that attncompile logs."""
 
 SITES = "attncompile_sites"
-"""What ``TORCH_LOGS`` and ``TORCH_TRACE`` call the line for each attention site."""
+"""What torch's logs and ``TORCH_TRACE`` call the line for each attention site."""
 
 
 def register() -> None:

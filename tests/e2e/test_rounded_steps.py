@@ -17,7 +17,7 @@ import attncompile
 from attncompile.convert import rounding
 from attncompile.convert.calibration import Call, running_text
 from attncompile.convert.comparison import LOST, Inputs, Runs, compare_on
-from attncompile.convert.quality import Quality, over_budget
+from attncompile.convert.quality import STATES, Quality, over_budget
 from attncompile.frontends.errors import InputError
 from tests.e2e.test_convert_cached import QUICK
 from tests.small_encoder_decoders import small
@@ -124,7 +124,7 @@ def test_what_a_step_writes_is_not_lost_among_what_it_found() -> None:
     after[:, :, -1] = 0.0
     quality = Quality()
     quality.add(call, {"present.0.key": before}, {"present.0.key": after})
-    assert quality.worst() == 1.0
+    assert quality.worst() == 1 / STATES
     assert "the relative change of the cache is 1 on a step behind 63" in str(over_budget(tuple(quality.entries(0.1))))
 
 
