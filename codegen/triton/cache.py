@@ -60,19 +60,28 @@ def _temporary_folder(what: str) -> Path:
     return _temporary[what]
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that nobody ever sees a part of it: beside its place first, and then in one step there.
+
+    Raises:
+        OSError: when the folder takes no file; nothing is left behind.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def write(module: GeneratedModule, folder: Path) -> Path:
     """Write the module's file, atomically; a file that is there with the same text is left alone."""
     path = folder / f"{module.name}_{module.digest[:16]}.py"
     if path.is_file() and not path.is_symlink() and path.read_bytes() == module.source.encode():
         return path
-    descriptor, name = tempfile.mkstemp(prefix=".writing-", suffix=".py", dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(module.source.encode())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, module.source.encode())
     return path
 
 

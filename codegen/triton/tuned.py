@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from attncompile.codegen.triton.cache import cache_folder
+from attncompile.codegen.triton.cache import cache_folder, write_whole
 from attncompile.codegen.triton.tiles import TunedTile
 from attncompile.ir.expr import Size
 from attncompile.kernels.hopper import HopperTile
@@ -136,14 +134,7 @@ def keep_choices(text: str, device: torch.device, choices: Mapping[str, Choice])
     """Write the choices of a Spec on a device, beside those that are there already, atomically."""
     path = _path(text, _name(device))
     kept = _Kept(_name(device), _versions(), {**read_choices(text, device), **choices})
-    descriptor, writing = tempfile.mkstemp(prefix=".writing-", suffix=".json", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_file().dump_json(kept, indent=2) + b"\n")
-        os.replace(writing, path)
-    except BaseException:
-        Path(writing).unlink(missing_ok=True)
-        raise
+    write_whole(path, _file().dump_json(kept, indent=2) + b"\n")
     return path
 
 
