@@ -176,7 +176,8 @@ def compile(
     """
     from attncompile.backend import Backend, read_options
 
-    backend = Backend(read_options(options))  # now, so that a misspelt option is said here and not in the first call
+    # now, so that a misspelt option is said here and not in the first call
+    backend = Backend(read_options(options, beside=("dynamic", "fullgraph", "disable")))
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph, disable=disable)
     if compiled is not model:  # as it is where this is disabled
         backend.belongs_to(compiled)

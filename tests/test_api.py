@@ -164,6 +164,8 @@ def test_verify_and_load_want_a_conversion(tmp_path: Path) -> None:
 def test_compile_says_a_misspelt_option_at_once() -> None:
     with pytest.raises(ValueError, match="did you mean 'rest'"):
         attncompile.compile(tiny_bert(), rset="eager")
+    with pytest.raises(ValueError, match="did you mean 'fullgraph'"):
+        attncompile.compile(torch.nn.Identity(), fullgrph=True)
 
 
 def test_compile_gives_the_same_outputs() -> None:

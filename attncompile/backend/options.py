@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +81,12 @@ class Options(BaseModel):
         return load_plan(Path(value)) if isinstance(value, str | Path) else value
 
 
-def read_options(given: Mapping[str, Any] | None) -> Options:
+def read_options(given: Mapping[str, Any] | None, *, beside: Sequence[str] = ()) -> Options:
     """Validated options.
+
+    Args:
+        given: values by name.
+        beside: names that the caller takes itself: an unknown one may be meant for them.
 
     Raises:
         ValueError: one sentence naming the option, what was given and what it may be; an unknown name comes with the
@@ -93,9 +97,10 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         raise ValueError(f"options of the attncompile back end are names with values, got {given!r}")
     for name in given or {}:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
+            valid = [*beside, *names]
+            near = difflib.get_close_matches(name, valid, n=1) if isinstance(name, str) else []
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(names)})")
+            raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(valid)})")
     try:
         return Options(**(given or {}))
     except ValidationError as error:

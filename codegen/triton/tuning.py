@@ -188,8 +188,8 @@ def tuning(seconds: float = 60.0, *, progress: bool | None = None) -> Iterator[S
         ValueError: for no time or more than a week, or inside another ``tuning``.
     """
     global _session
-    if not 0 < seconds <= LONGEST_SESSION:
-        raise ValueError(f"seconds is {seconds}; tuning takes some, and at most {LONGEST_SESSION} (a week)")
+    if not isinstance(seconds, (int, float)) or not 0 < seconds <= LONGEST_SESSION:
+        raise ValueError(f"seconds is {seconds!r}; tuning takes some, and at most {LONGEST_SESSION} (a week)")
     with _lock:
         if _session is not None:
             raise ValueError("tuning is on already; leave the outer one first")
