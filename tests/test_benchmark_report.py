@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,3 +80,27 @@ def test_rows_are_chosen_by_parts_of_their_names() -> None:
     works = (Path("d64-causal"), Path("d128-full"))
     assert report.chosen(works, "") == works
     assert report.chosen(works, "128,window") == works[1:]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7])
+def test_each_contender_runs_behind_each_other_one_equally_often(number: int) -> None:
+    every = timing.orders(number)
+    assert all(sorted(order) == list(range(number)) for order in every)
+    behind = Counter(pair for order in every for pair in itertools.pairwise(order))
+    assert len(behind) == number * (number - 1)
+    assert len(set(behind.values())) <= 1
+
+
+def test_a_round_times_everybody_once_in_an_order_of_its_own() -> None:
+    ran: list[str] = []
+
+    class Named(timing.Timed):
+        def milliseconds(self, rounds: int = 1) -> float:
+            ran.append(self.run())
+            return 1.0
+
+    running = {name: Named(lambda name=name: name, 1, "calls") for name in "abc"}
+    times = timing.interleaved(running, 6)
+    assert {name: len(found) for name, found in times.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = ["".join(ran[start : start + 3]) for start in range(0, 18, 3)]
+    assert len(set(rounds)) == 6
