@@ -88,7 +88,6 @@ def main() -> None:
             run()
         repeats = repeats_of(running["cudnn"], 12, 50)
         ready = {name: graphed(run, repeats) for name, run in running.items()}
-        interleaved(ready, 1)  # the first round warms up
         flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
         results = {}
         for name, times in interleaved(ready, options.rounds).items():

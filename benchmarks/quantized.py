@@ -180,9 +180,8 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
         except Exception as error:
             row["results"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
     flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
-    # the first round warms up
-    for name, times in interleaved(running, rounds + 1).items():
-        found = summary(running[name], times[1:])
+    for name, times in interleaved(running, rounds).items():
+        found = summary(running[name], times)
         row["results"][name] = {**found, "tflops": flops / found["ms"] / 1e9}
     row["errors"] = errors(work, tensors)
     row["errors with outliers"] = errors(work, outlying(work, tensors))

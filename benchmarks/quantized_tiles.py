@@ -60,7 +60,6 @@ def measure(work: Work, rounds: int) -> dict[str, Any]:
     for name, run in runs.items():
         run()
         ready[name] = graphed(run, repeats_of(run, 6, 50))
-    interleaved(ready, 1)  # the first round warms up
     flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
     times = interleaved(ready, rounds)
     return {name: {"tflops": flops / torch.tensor(found).median().item() / 1e9} for name, found in times.items()}

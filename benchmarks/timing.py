@@ -93,14 +93,28 @@ def orders(number: int) -> list[list[int]]:
     return rows if number % 2 == 0 else [turned for row in rows for turned in (row, row[::-1])]
 
 
+SETTLING = 50.0
+"""Milliseconds that a contender runs before it is timed: by then a card's clock is what its own power allows."""
+
+
 def interleaved(running: Mapping[str, Timed], rounds: int, runs: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of one call in each round; a round times everybody once, in an order of its own (:func:`orders`)."""
+    """Milliseconds of one call in each round; a round times everybody once, in an order of its own (:func:`orders`).
+
+    Everybody runs for about :data:`SETTLING` before its time is taken, in every round.
+    """
+    before = {
+        name: max(1, round(SETTLING / max(timed.milliseconds() * timed.repeats, 1e-3)))
+        for name, timed in running.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
     every = orders(len(names))
     for turn in range(rounds):
         for place in every[turn % len(every)]:
-            times[names[place]].append(running[names[place]].milliseconds(runs))
+            name = names[place]
+            for _ in range(before[name]):
+                running[name].run()
+            times[name].append(running[name].milliseconds(runs))
     return times
 
 

@@ -91,16 +91,21 @@ def test_each_contender_runs_behind_each_other_one_equally_often(number: int) ->
     assert len(set(behind.values())) <= 1
 
 
-def test_a_round_times_everybody_once_in_an_order_of_its_own() -> None:
+def test_a_round_times_everybody_once_in_an_order_of_its_own_and_settled() -> None:
     ran: list[str] = []
 
     class Named(timing.Timed):
         def milliseconds(self, rounds: int = 1) -> float:
-            ran.append(self.run())
-            return 1.0
+            ran.append(self.run().upper())
+            return timing.SETTLING / 2
 
-    running = {name: Named(lambda name=name: name, 1, "calls") for name in "abc"}
-    times = timing.interleaved(running, 6)
+    def of(name: str) -> timing.Timed:
+        return Named(lambda: ran.append(name) or name, 1, "calls")
+
+    times = timing.interleaved({name: of(name) for name in "abc"}, 6)
     assert {name: len(found) for name, found in times.items()} == {"a": 6, "b": 6, "c": 6}
-    rounds = ["".join(ran[start : start + 3]) for start in range(0, 18, 3)]
-    assert len(set(rounds)) == 6
+    timed = "".join(ran[6:])  # behind how long each takes
+    rounds = [timed[start : start + 12] for start in range(0, len(timed), 12)]
+    assert len(set(rounds)) == len(rounds) == 6
+    for order in rounds:
+        assert sorted(order[start : start + 4] for start in range(0, 12, 4)) == ["aaaA", "bbbB", "cccC"]
