@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
 from attncompile.kernels.hopper_boxes import Boxes
+from attncompile.kernels.hopper_by_key import WORDS as BY_KEY_WORDS
+from attncompile.kernels.hopper_by_key import KeyLoad, load_lines
 from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_digits import KeyDigits
 from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
@@ -131,6 +133,7 @@ class HopperForward:
         digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
             leave through the place of the queries, since the product's operand needs room.
         narrow: operands that are codes with scales, or ``None``.
+        by_key: elements of captured tensors that belong to a key, loaded once for a block.
         normalizer: ``softmax``; or ``sigmoid`` or ``relu``, which make a weight from its score alone, so that there is
             no greatest score to keep, no sum, and nothing to rescale.
     """
@@ -155,6 +158,7 @@ class HopperForward:
     boxes: Boxes | None = None
     digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
+    by_key: tuple[KeyLoad, ...] = ()
     normalizer: str = "softmax"
 
     @property
@@ -251,6 +255,7 @@ class HopperForward:
             *(["OWN_ROWS = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 4))"] if self.tile.loaded else []),
             f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
             f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
+            *(["KEY_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))"] if self.by_key else []),
             *([f"HIDING = gl.constexpr({layout.format(self.digits.columns, 16)})"] if self.digits else []),
         ]
         return "\n".join(lines)
@@ -373,10 +378,12 @@ class HopperForward:
             positions.append("j = start + columns")
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
-        score = [signature("s = score", self.score.parameters, "")] if self.score else []
+        in_score = load_lines((load for load in self.by_key if not load.masking), keys, edge=False)
+        in_mask = load_lines((load for load in self.by_key if load.masking), keys, edge=True)
+        score = [*in_score, signature("s = score", self.score.parameters, "")] if self.score else []
         if self.bounded and self.softmax:
             score.append("s = gl.maximum(s, LOWEST)")
-        mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
+        mask = [*in_mask, signature("shown = visible", self.visible.parameters, "")] if self.visible else []
         if self.inside:
             inside = f"{keys} - near > far"
             mask.append(f"shown = shown & ({inside})" if self.visible else f"shown = {inside}")
@@ -464,13 +471,15 @@ class HopperForward:
 
     def source(self) -> str:
         """The functions and the kernel as text."""
-        spec = [function.source() for function in (self.score, self.visible, self.sink) if function]
+        loading = [load.function for load in self.by_key]
+        spec = [function.source() for function in (*loading, self.score, self.visible, self.sink) if function]
         return "\n\n\n".join(
             [
                 *(hopper_function(name) for name in (*RING, *WEIGHING[self.normalizer])),
                 *([hopper_function("query_factors")] if self.narrow else []),
                 *(hopper_function(name) for name in (NARROW_VALUES if self.turned_values else WIDE_VALUES)),
                 *([hopper_function("settled")] if self._settled else []),
+                *([hopper_function("in_columns")] if self.by_key else []),
                 *([hopper_function("highest_of")] if self.tile.chains and self.softmax else []),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
@@ -489,6 +498,6 @@ class HopperForward:
 TEMPLATES = (LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL)
 
 RESERVED = frozenset(
-    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, *LISTS)))
+    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, BY_KEY_WORDS, *LISTS)))
 )
 """Identifiers that the skeleton uses itself."""

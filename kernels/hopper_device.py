@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_glob
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]), 4))
+KEY_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 GROUPS = gl.constexpr(2)
 BLOCK_I = gl.constexpr(128)
 STAGES = gl.constexpr(2)
@@ -258,3 +259,9 @@ def reciprocal(x):
 def tanh(x):
     """Hyperbolic tangent by the special-function unit: relative error at most 2^-11."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def in_columns(values):
+    """What the threads of a warpgroup loaded, one key each, as a row of the columns of the scores."""
+    return gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(0, SCORES)), 0)

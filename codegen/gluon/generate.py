@@ -7,13 +7,14 @@ import re
 from dataclasses import dataclass
 
 from attncompile.codegen.gluon.boxes import boxes_of
+from attncompile.codegen.gluon.by_key import OWN_KEY, LoadsByKey
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
 from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines, list_lines
 from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.structure import arranged, may_be_infinite, padded, tile_for, why_not_spec
+from attncompile.codegen.gluon.structure import arranged, codes_of, may_be_infinite, padded, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
 from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tensors, print_triton
@@ -198,20 +199,18 @@ def _skeleton(
     batch, heads, queries = parts.query.sizes[:3]
     keys = parts.key.sizes[2]
     extents = {"b": batch, "h": heads, "i": queries, "j": keys}
-    indices = {name: name for name in ("b", "h", "i", "j", NEAR.name, FAR.name, FIRST_ROW.name, START.name)}
+    names = ("b", "h", "i", "j", NEAR.name, FAR.name, FIRST_ROW.name, START.name, OWN_KEY.name)
+    indices = {name: name for name in names}
     # a warpgroup's queries may all lie behind the last one
-    firsts = {START.name: keys, FIRST_ROW.name: Const(1 << 30)}
+    firsts = {START.name: keys, OWN_KEY.name: keys, FIRST_ROW.name: Const(1 << 30)}
     pairs = Scope(indices, binding.sizes, binding.pointers, types, {**extents, **firsts}, GLUON)
     scalars = {n: n for n in ("b", "h", "row_first", "row_last")}
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents, GLUON)
     found = dataclasses.replace(visits(parts.mask, queries, keys), test=TRUE)
     runs, runs_text = key_runs(found, block)
     score_text, mask_text = (fold_columns(read_once(expr, tile), keys=tile.keys) for expr in (parts.score, parts.mask))
-    score = None if parts.score == SCORE else function_of("score", score_text, pairs)
-    visible = None if parts.mask == TRUE else function_of("visible", mask_text, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
-    parameters = [name for function in (score, visible, sink) if function for name in function.parameters]
     listed = marks(parts.mask, queries, keys, binding.pointers, binding.sizes, types, extents, tile)
     marks_text = listed.texts() if listed else ""
     expressions = tuple(expr for expr in (parts.score, parts.mask, parts.sink) if expr is not None)
@@ -225,6 +224,14 @@ def _skeleton(
         extents_by_digit = {"b": batch, "h": heads, "i": queries, START.name: keys}
         by_digit = Scope(indices, binding.sizes, binding.pointers, types, extents_by_digit, GLUON)
         digits = digits_of(parts.mask, tile.keys, by_digit)
+    room = SHARED_MEMORY - shared_bytes(tile, padded(channels), padded(features), codes_of(parts))
+    by_key = LoadsByKey.of(score_text, TRUE if digits else mask_text, pairs, tile, room)
+    named = dataclasses.replace(pairs, given=by_key.names)
+    score = None if parts.score == SCORE else function_of("score", score_text, named)
+    visible = None if parts.mask == TRUE else function_of("visible", mask_text, named)
+    loading = by_key.functions(pairs)
+    functions = (score, visible, sink, *(load.function for load in loading))
+    parameters = [name for function in functions if function for name in function.parameters]
     return HopperForward(
         tile=tile,
         scale=parts.scale,
@@ -246,6 +253,7 @@ def _skeleton(
         boxes=boxes,
         digits=digits,
         narrow=narrow_operands(parts),
+        by_key=loading,
         normalizer=attend.norm.kind,
     )
 

@@ -6,7 +6,7 @@ import re
 
 from attncompile.codegen.gluon.cells import by_tile, is_pair, keys_of_cells
 from attncompile.codegen.gluon.columns import COLUMN, FAR, fold_columns
-from attncompile.codegen.gluon.tiles import hopper_tile
+from attncompile.codegen.gluon.tiles import Codes, hopper_tile
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
@@ -104,9 +104,13 @@ def tile_for(parts: Dense, *, light: bool, short: bool = False, keys: int | None
         ValueError: when there is no tile.
     """
     channels, features = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
+    return hopper_tile(channels, features, light=light, short=short, keys=keys, codes=codes_of(parts))
+
+
+def codes_of(parts: Dense) -> Codes:
+    """What queries and keys, and what values are rounded to."""
     rounding = parts.rounding
-    codes = (rounding.query.dtype, rounding.value.dtype if rounding.value else None) if rounding else (None, None)
-    return hopper_tile(channels, features, light=light, short=short, keys=keys, codes=codes)
+    return (rounding.query.dtype, rounding.value.dtype if rounding.value else None) if rounding else (None, None)
 
 
 def arranged(spec: Spec, in_place: bool = False) -> Spec:

@@ -66,6 +66,7 @@ class Scope:
         types: types of the tensors.
         extents: index name to the size of its axis, for indices that are known to lie inside.
         dialect: the language.
+        given: loads whose values have names already.
     """
 
     indices: Mapping[str, str]
@@ -74,6 +75,13 @@ class Scope:
     types: Mapping[str, TensorType]
     extents: Mapping[str, Expr] = field(default_factory=dict)
     dialect: Dialect = TRITON
+    given: Mapping[Expr, str] = field(default_factory=dict)
+
+    def read(self, expr: Expr) -> list[Expr]:
+        """The nodes of an expression, parents first, without what lies inside of values that are given."""
+        if expr in self.given:
+            return []
+        return [expr, *(node for child in expr.children for node in self.read(child))]
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def _print(expr: Expr, scope: Scope, numbers: Counter[str], *, address: bool) ->
     uses = Counter(child for node in dict.fromkeys(walk(expr)) for child in node.children)
     simplifier = Simplifier(scope.extents)
     lines: list[str] = []
-    known: dict[Expr, str] = {}
+    known: dict[Expr, str] = dict(scope.given)
     dialect = scope.dialect
 
     def bind(text: str, name: str) -> str:

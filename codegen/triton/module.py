@@ -13,7 +13,6 @@ from attncompile.codegen.triton.expressions import (
     DEVICE_FUNCTIONS,
     Printed,
     Scope,
-    captured_tensors,
     print_address,
     print_triton,
     stride_name,
@@ -283,16 +282,16 @@ def _function(
     name: str, documentation: str, expr: Expr, scope: Scope, printed: Printed, first: tuple[str, ...]
 ) -> DeviceFunction:
     texts = (*printed.lines, printed.value)
-    found = symbols(expr)
-    pointers = [scope.tensors[tensor] for tensor in captured_tensors(expr)]
+    read = scope.read(expr)
+    captured = dict.fromkeys(node.tensor for node in read if isinstance(node, Load))
+    pointers = [scope.tensors[tensor] for tensor in captured]
     strides = [
-        stride_name(scope.tensors[tensor], axis)
-        for tensor in captured_tensors(expr)
-        for axis in range(len(scope.types[tensor].axes))
+        stride_name(scope.tensors[tensor], axis) for tensor in captured for axis in range(len(scope.types[tensor].axes))
     ]
     parameters = (
         *first,
-        *(scope.indices[index] for index in scope.indices if Index(index) in found),
+        *(name for name in scope.given.values() if mentions(name, *texts)),
+        *(scope.indices[index] for index in scope.indices if Index(index) in read),
         # a load that may leave its tensor also reads a size to clamp the index
         *(size for size in scope.sizes.values() if mentions(size, *texts)),
         *pointers,
