@@ -75,6 +75,7 @@ class Compilation:
         said: what the user was warned of.
         parameters: shapes of the module parameters that the graph reads, by dotted name.
         seconds: how long finding and rewriting the attention took.
+        again: why Dynamo compiled the code again, which is the guard that an earlier graph failed; else empty.
     """
 
     number: int
@@ -83,6 +84,7 @@ class Compilation:
     said: tuple[str, ...]
     parameters: Mapping[str, tuple[Any, ...]]
     seconds: float
+    again: str = ""
 
     def serves(self, module: torch.nn.Module) -> bool:
         """Whether the graph reads parameters that the module has, by name and shape: such modules share a graph."""
@@ -108,11 +110,12 @@ def note(
     said: tuple[str, ...],
     parameters: Mapping[str, tuple[Any, ...]],
     seconds: float,
+    again: str,
 ) -> Compilation:
     """A record of a compilation; whoever holds the compiled graph has to hold it too."""
     sites = tuple(_explained(program, decision) for decision in decisions)
     with _LOCK:
-        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds)
+        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds, again)
         _ALIVE.add(made)
     return made
 

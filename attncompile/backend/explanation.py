@@ -38,6 +38,8 @@ def _lines(compilation: Compilation) -> list[str]:
         f"graph {compilation.number} on {compilation.device}: {count} attention site{'s' * (count != 1)}, "
         f"found and rewritten in {compilation.seconds:.1f} s"
     ]
+    if compilation.again:
+        lines.append(f"  compiled again: {compilation.again}")
     lines += [f"  {line}" for line in site_lines(compilation.sites)]
     return [*lines, *(f"  warning: {text}" for text in compilation.said)]
 

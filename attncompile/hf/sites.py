@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import warnings
 from collections.abc import Mapping, MutableMapping
@@ -15,6 +16,8 @@ from attncompile.backend import FallbackWarning
 from attncompile.backend.compilation import ExplainedSite
 from attncompile.backend.explanation import site_lines
 from attncompile.backend.stated import forget_traced_sizes, fused, lowered, sizes_of, traced_sizes
+from attncompile.codegen.lowering import Lowering
+from attncompile.frontends.torch_logs import site_logger
 from attncompile.ir import parse_spec
 from attncompile.ir.spec import Spec
 
@@ -39,6 +42,7 @@ class Seen:
 Sizes = Mapping[str, int] | None
 """Of a Spec's symbols in a call; ``None`` where they are not known."""
 
+site_log = site_logger()
 _lock = threading.Lock()
 _by_module: MutableMapping[torch.nn.Module, dict[Seen, Sizes]] = WeakKeyDictionary()
 _by_class: dict[str, dict[Seen, None]] = {}
@@ -57,12 +61,32 @@ def note(module: torch.nn.Module, seen: Seen, *tensors: torch.Tensor) -> None:
         sizes = sizes_of(seen.text, *tensors) if seen.text else None
         with _lock:
             _by_module.setdefault(module, {}).setdefault(seen, sizes)
+        _tell(seen)
 
 
 def note_class(seen: Seen) -> None:
     """Remember what became of a call in a compiled graph, where one call may stand for several layers."""
-    with _lock:
-        _by_class.setdefault(seen.site, {})[seen] = None
+    if seen not in _by_class.get(seen.site, {}):
+        with _lock:
+            _by_class.setdefault(seen.site, {})[seen] = None
+        _tell(seen)
+
+
+def _tell(seen: Seen) -> None:
+    """A line to the log of sites, and the Spec in detail."""
+    if not site_log.isEnabledFor(logging.INFO):
+        return
+    operator, reason = "original", seen.reason
+    if seen.text:
+        lowering = lowered(seen.text, seen.device)[1]
+        operator, reason = lowering.operator, _why(lowering, seen)
+    site_log.info("attncompile: %s: %s (%s)", seen.site, operator, reason)
+    if seen.text:
+        site_log.debug("attncompile: %s", seen.text)
+
+
+def _why(lowering: Lowering, seen: Seen) -> str:
+    return "; ".join(part for part in (lowering.reason, seen.reason) if part)
 
 
 def forget() -> None:
@@ -151,7 +175,6 @@ def _report(name: str, seen: Seen, sizes: Sizes, compiled: bool) -> SiteReport:
     spec, lowering = lowered(seen.text, seen.device)
     passes = fused(seen.text)
     before, after = (str(dataclasses.replace(one, name=name)) for one in (parse_spec(seen.text), spec))
-    reason = "; ".join(part for part in (lowering.reason, seen.reason) if part)
     return SiteReport(
         name,
         "stated",
@@ -160,7 +183,7 @@ def _report(name: str, seen: Seen, sizes: Sizes, compiled: bool) -> SiteReport:
         passes.applied,
         passes.refused,
         lowering.operator,
-        reason,
+        _why(lowering, seen),
         "",
         sizes,
         compiled,

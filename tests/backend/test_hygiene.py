@@ -7,8 +7,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import threading
 import warnings
@@ -26,10 +24,7 @@ from attncompile.backend import Backend, FallbackWarning, attncompile, read_opti
 from attncompile.backend.compilation import alive
 from attncompile.frontends.torch_internals import inductor
 from attncompile.verify import require_as_good_as_eager
-
-ROOT = Path(__file__).parents[2]
-WAIT = 300.0
-"""Seconds after which a child process or thread that has not ended hangs: they take a few."""
+from tests.apart import WAIT, run_apart
 
 
 @pytest.fixture(autouse=True)
@@ -138,21 +133,6 @@ def compile_and_reset(cycles: int, rest: str = "eager") -> None:
     assert not grown[1] - grown[0] and not alive(), f"left behind: {grown[1] - grown[0]}, {alive()}"
     own = more[1] if rest == "eager" else more[1] - more[0]
     assert own < cycles * 2**20 / 2, f"{own} bytes more after {cycles} cycles"
-
-
-def run_apart(code: str, *arguments: str, **environment: str) -> str:
-    """What code prints in a process of its own, where no test framework keeps log records or hooks."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=WAIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("cycles", [20, pytest.param(200, marks=pytest.mark.slow)])
@@ -294,51 +274,6 @@ def test_global_state_is_left_as_it_was_found(rest: str, verify: str) -> None:
         compiled_of(model, rest=rest, verify=verify)(x)
     after = global_state()
     assert [name for name in before if before[name] != after[name]] == []
-
-
-LOGGED = """
-import torch
-import attncompile
-from tests.backend.test_hygiene import inputs_of, model_of
-
-model = model_of(1)
-compiled = attncompile.compile(model, rest="eager", dynamic=False)
-with torch.no_grad():
-    for length in (11, 12):
-        compiled(inputs_of(model, length))
-"""
-
-
-def test_torch_logs_says_what_was_done_and_why_again(tmp_path: Path) -> None:
-    run_apart(LOGGED, TORCH_LOGS="attncompile,recompiles", TORCH_LOGS_OUT=str(tmp_path / "log"))
-    said = (tmp_path / "log").read_text(encoding="utf-8")
-    places = [said.find(text) for text in (": blockwise (", "Recompiling function", "expected 11, actual 12")]
-    assert -1 < places[0] < places[1] < places[2] < said.rfind(": blockwise ("), said
-    assert said.count(": blockwise (") == 2
-
-
-SET = """
-import logging, sys
-import torch
-from tests.backend.test_hygiene import LOGGED
-for names in ({"attncompile_sites": True}, {"attncompile": logging.INFO}, {}):
-    print(names, file=sys.stderr)
-    torch._dynamo.reset()
-    import attncompile.backend
-    torch._logging.set_logs(modules=names)
-    exec(LOGGED.replace("(11, 12)", "(11,)"))
-"""
-
-
-def test_torchs_own_switch_takes_the_log_and_the_lines_of_sites(tmp_path: Path) -> None:
-    run_apart("import sys; sys.stderr = open(sys.argv[1], 'w');" + SET, str(tmp_path / "log"))
-    parts = re.split(r"^\{", (tmp_path / "log").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert [part.count(": blockwise (") for part in parts] == [0, 1, 1, 0]
-
-
-def test_a_torch_whose_logs_are_others_lacks_our_names_and_nothing_else() -> None:
-    without = "import sys; sys.modules['torch._logging._internal'] = None; "
-    run_apart(f"{without}from attncompile.frontends import torch_logs as t; t.register(); t.site_logger().info('x')")
 
 
 CACHED = """
