@@ -2,10 +2,14 @@
 
     python -m benchmarks.backend benchmarks/results/backend_h200.json [--rows prefill] [--rounds 7]
     python -m benchmarks.backend benchmarks/results/backend_cpu.json --device cpu
+    python -m benchmarks.backend OUT --rows training --contenders inductor,attncompile  # times to compile, in one group
+    python -m benchmarks.backend OUT --rows bloom --trial --layers 1 --together 1       # does it run? without a GPU
 
 Every contender is a process of its own that makes the same model with the same random weights, compiles it with empty
 caches and keeps it; all compile at the same time. Then they take turns: in every round each of them makes a few calls
-of each size, alone on the device, and medians of the rounds are reported. One compiled model serves all the sizes of
+of each size, alone on the device, and medians of the rounds are reported. Where the device's memory does not hold all
+of a row (``together``), as many as it holds do so, and then the next ones: times to compile are comparable within such
+a group, whose number stands beside them. One compiled model serves all the sizes of
 its row, unless the contender is called ``static``, which compiles for each. Results are compared with those of the
 row's first contender that ran, its ``judge``: the same weights in float32, which is not timed, where a row has it and
 it fits in memory.
@@ -77,6 +81,7 @@ class Work:
         contenders: who takes part.
         batch: rows of a prefill.
         device: where it runs: in bfloat16 on a GPU, in float32 on a CPU.
+        together: how many contenders the device's memory holds.
     """
 
     name: str
@@ -86,6 +91,16 @@ class Work:
     contenders: tuple[Contender, ...]
     batch: int = 1
     device: Literal["cuda", "cpu"] = "cuda"
+    together: int = 16
+
+    def groups(self) -> list[tuple[Contender, ...]]:
+        """The contenders, as many at a time as there is memory for."""
+        starts = range(0, len(self.contenders), self.together)
+        return [self.contenders[start : start + self.together] for start in starts]
+
+    def trial(self) -> Work:
+        """The same on a CPU, at a 64th of the sizes: no measurement."""
+        return dataclasses.replace(self, device="cpu", sizes=tuple(max(1, size // 64) for size in self.sizes))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +129,8 @@ WORKS: tuple[Work, ...] = (
     Work("bloom-prefill", "bloom", "prefill", (8192, 32768),
          (FLOAT32, EAGER, EAGER_STATIC, EAGER_DYNAMIC, OURS_EAGER)),
     Work("llama-decode", "llama", "decode", (1, 32), (SDPA, STATIC, OURS)),
-    Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS)),
+    # logits of 8192 tokens and what the backward pass keeps: three models fill the memory
+    Work("llama-training", "llama", "training", (8192,), (SDPA, PINNED, FLEX, STATIC, DYNAMIC, OURS), together=3),
     Work("smollm2-prefill", "smollm2", "prefill", (2048,), (SDPA, STATIC, DYNAMIC, OURS), device="cpu"),
     Work("minilm-encode", "minilm", "prefill", (128,), (SDPA, STATIC, DYNAMIC, OURS), batch=32, device="cpu"),
 )  # fmt: skip
@@ -300,7 +316,7 @@ def inside(work: Work, contender: Contender, layers: int | None) -> None:
 class Process:
     """A contender's process."""
 
-    def __init__(self, work: Work, contender: Contender, folder: Path, layers: int | None) -> None:
+    def __init__(self, work: Work, contender: Contender, folder: Path, layers: int | None, trial: bool) -> None:
         self.name, self.judge = contender.name, contender.judge
         own = folder / f"{work.name}-{contender.name}".replace(" ", "-")
         own.mkdir()
@@ -310,7 +326,7 @@ class Process:
         self.errors = own / "errors.txt"
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [*command, "--layers", str(layers or 0)],
+                [*command, "--layers", str(layers or 0), *(["--trial"] if trial else [])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
             )  # fmt: skip
         self.folder = own
@@ -336,71 +352,94 @@ class Process:
 
 
 @contextmanager
-def processes(work: Work, layers: int | None) -> Iterator[list[Process]]:
-    """The contenders of a row, ready."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = [Process(work, contender, Path(folder), layers) for contender in work.contenders]
-        try:
-            for process in made:
-                process.hear()
-            yield made
-        finally:
-            for process in made:
-                process.process.kill()
-                process.process.wait()
+def processes(
+    work: Work, contenders: tuple[Contender, ...], folder: Path, layers: int | None, trial: bool
+) -> Iterator[list[Process]]:
+    """Contenders of a row, ready; they end with the context, and give their memory back."""
+    made = [Process(work, contender, folder, layers, trial) for contender in contenders]
+    try:
+        for process in made:
+            process.hear()
+        yield made
+    finally:
+        for process in made:
+            process.process.kill()
+            process.process.wait()
 
 
-def measure(work: Work, rounds: int, layers: int | None) -> list[dict[str, Any]]:
+Results = dict[tuple[str, int], dict[str, Any]]
+"""What is known of a contender at a size."""
+
+
+def first_calls(running: list[Process], size: int) -> dict[str, dict[str, Any]]:
+    """What each gave, kept in a file, and how long its first call took: all at the same time."""
+    for process in running:
+        process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
+    answers = {process.name: process.hear() for process in running}
+    for process in running:
+        if "OutOfMemory" in answers[process.name].get("failure", ""):  # others may hold what it needs
+            for other in running:
+                other.ask({"size": size, "release": True})
+            for other in running:
+                other.hear()
+            process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
+            answers[process.name] = process.hear()
+    return answers
+
+
+def in_turns(running: list[Process], size: int, answers: dict[str, dict[str, Any]], rounds: int) -> None:
+    """Add to the answers the median and spread of the milliseconds of each, or why there is none."""
+    times: dict[str, list[float]] = {p.name: [] for p in running if not p.judge and "failure" not in answers[p.name]}
+    for _ in range(rounds):
+        for process in running:
+            if process.name in times:
+                process.ask({"size": size, "together": 60})
+                found = process.hear()
+                if "ms" in found:
+                    times[process.name].append(found["ms"])
+                else:
+                    answers[process.name] |= found
+                    times.pop(process.name)
+    for name, found in times.items():
+        median = statistics.median(found)
+        answers[name] |= {"ms": median, "min_ms": min(found), "spread": (max(found) - min(found)) / median}
+
+
+def measure(work: Work, rounds: int, layers: int | None, trial: bool = False) -> list[dict[str, Any]]:
     """A row for each size."""
-    rows: list[dict[str, Any]] = []
-    with processes(work, layers) as running:
-        answers: dict[tuple[str, int], dict[str, Any]] = {}
-        for size in work.sizes:
-            for process in running:
-                process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
-            for process in running:
-                answers[process.name, size] = process.hear()
-            for process in running:
-                if "OutOfMemory" in answers[process.name, size].get("failure", ""):  # others may hold what it needs
-                    for other in running:
-                        other.ask({"size": size, "release": True})
-                    for other in running:
-                        other.hear()
-                    process.ask({"size": size, "save": str(process.folder / f"{size}.pt")})
-                    answers[process.name, size] = process.hear()
-        for size in work.sizes:
-            times: dict[str, list[float]] = {
-                p.name: [] for p in running if not p.judge and "failure" not in answers[p.name, size]
-            }
-            for _ in range(rounds):
-                for process in running:
-                    if process.name in times:
-                        process.ask({"size": size, "together": 60})
-                        found = process.hear()
-                        if "ms" in found:
-                            times[process.name].append(found["ms"])
-                        else:
-                            answers[process.name, size] |= found
-                            times.pop(process.name)
-            results = {}
-            saved = {p.name: p.folder / f"{size}.pt" for p in running if (p.folder / f"{size}.pt").exists()}
-            judge = next(iter(saved), None)
-            reference = torch.load(saved[judge]) if judge is not None else None
-            for process in running:
-                result = answers[process.name, size]
-                if process.name in times:
-                    median = statistics.median(times[process.name])
-                    spread = (max(times[process.name]) - min(times[process.name])) / median
-                    result |= {"ms": median, "min_ms": min(times[process.name]), "spread": spread}
-                if process.name in saved and reference is not None:
-                    found = torch.load(saved[process.name])
-                    result["difference"] = float((found - reference).norm() / reference.norm())
-                if process.name.startswith("attncompile"):
-                    result["warnings"] = process.warnings()
-                results[process.name] = result
-            row: dict[str, Any] = {"name": f"{work.name}-{size}", "size": size, "judge": judge, "results": results}
-            rows.append(row | ({"floor_ms": floor(work, size, layers)} if work.phase == "decode" else {}))
-    return rows
+    results: Results = {}
+    saved: dict[tuple[str, int], Path] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, contenders in enumerate(work.groups()):
+            with processes(work, contenders, Path(folder), layers, trial) as running:
+                answers = {size: first_calls(running, size) for size in work.sizes}
+                for size in work.sizes:
+                    in_turns(running, size, answers[size], rounds)
+                    for process in running:
+                        result = answers[size][process.name] | ({"group": number} if len(work.groups()) > 1 else {})
+                        if process.name.startswith("attncompile"):
+                            result["warnings"] = process.warnings()
+                        results[process.name, size] = result
+                        if (process.folder / f"{size}.pt").exists():
+                            saved[process.name, size] = process.folder / f"{size}.pt"
+        return [compared(work, size, results, saved, layers) for size in work.sizes]
+
+
+def compared(
+    work: Work, size: int, results: Results, saved: dict[tuple[str, int], Path], layers: int | None
+) -> dict[str, Any]:
+    """A row: what all contenders gave, with the distance of each from the first that gave something, its judge."""
+    names = [contender.name for contender in work.contenders]
+    judge = next((name for name in names if (name, size) in saved), None)
+    if judge is not None:
+        reference = torch.load(saved[judge, size])
+        for name in names:
+            if (name, size) in saved:
+                found = torch.load(saved[name, size])
+                results[name, size]["difference"] = float((found - reference).norm() / reference.norm())
+    row: dict[str, Any] = {"name": f"{work.name}-{size}", "size": size, "judge": judge,
+                           "results": {name: results[name, size] for name in names}}  # fmt: skip
+    return row | ({"floor_ms": floor(work, size, layers)} if work.phase == "decode" else {})
 
 
 def floor(work: Work, size: int, layers: int | None) -> float:
@@ -423,7 +462,7 @@ def shown(result: dict[str, Any]) -> str:
     if "failure" in result:
         return str(result["failure"])[:60]
     if "ms" not in result:
-        return "judge"
+        return f"judge (first {result['first_s']:.0f} s)"
     return f"{result['ms']:.2f} ms (first {result['first_s']:.0f} s, {result['difference']:.1e})"
 
 
@@ -433,20 +472,30 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="which rows (default cuda)")
     parser.add_argument("--contenders", default="", help="only those with one of these in their names")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers, for a trial")
+    parser.add_argument("--trial", action="store_true", help="a GPU's rows on the CPU at a 64th of their sizes")
+    parser.add_argument("--together", type=int, default=0, help="how many contenders at a time; 0: as the row says")
     parser.add_argument("--inside", default="", help="ROW/CONTENDER: be one of the processes")
     options = parser.parse_args()
-    if options.device == "cuda" and not options.inside and not torch.cuda.is_available():
-        parser.error("this needs a GPU; torch.cuda.is_available() is false: see --device cpu")
+    if options.device == "cuda" and not options.trial and not options.inside and not torch.cuda.is_available():
+        parser.error("this needs a GPU; torch.cuda.is_available() is false: see --device cpu and --trial")
+    if options.together < 0:
+        parser.error(f"--together is a number of contenders, or 0; {options.together} was given")
     layers = options.layers or None
     if options.inside:
         row, _, name = options.inside.partition("/")
         work = next(work for work in WORKS if work.name == row)
+        work = work.trial() if options.trial else work
         inside(work, next(contender for contender in work.contenders if contender.name == name), layers)
         return
-    report = Report(options.output, {"rounds": options.rounds, "layers": layers or "all", "context": CONTEXT})
+    facts = {"rounds": options.rounds, "layers": layers or "all", "context": CONTEXT}
+    report = Report(options.output, facts | ({"trial": "no measurement"} if options.trial else {}))
     for work in chosen((work for work in WORKS if work.device == options.device), options.rows):
-        work = dataclasses.replace(work, contenders=chosen(work.contenders, options.contenders))
-        rows = measure(work, options.rounds, layers)
+        work = dataclasses.replace(
+            work.trial() if options.trial else work,
+            contenders=chosen(work.contenders, options.contenders),
+            together=options.together or work.together,
+        )
+        rows = measure(work, options.rounds, layers, options.trial)
         report.add(*rows)
         for row in rows:
             least = f"floor {row['floor_ms']:.2f} ms" if "floor_ms" in row else ""

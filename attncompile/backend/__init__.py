@@ -1,8 +1,8 @@
 """The torch.compile back end: ``torch.compile(model, backend="attncompile")``, found by its entry point.
 
 Attention is rewritten; everything else goes to Inductor, or runs eagerly with ``options={"rest": "eager"}``. Whatever
-cannot be done leaves the model's own computation in place, with one warning that says so. ``TORCH_LOGS=attncompile``
-prints a line for each site, with ``recompiles`` the reason for a recompilation beside it; ``TORCH_TRACE`` holds both.
+cannot be done leaves the model's own computation in place, with one warning that says so.
+``TORCH_LOGS=attncompile.sites`` prints a line for each site, and why a graph is compiled again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from attncompile.frontends.torch_internals import (
     mode_options,
     trace_artifact,
 )
-from attncompile.frontends.torch_logs import SITES, site_logger
+from attncompile.frontends.torch_logs import SITES, site_logger, why_again
 from attncompile.lift import Program, lift_graph
 from attncompile.passes import PassCall, parse_passes
 
@@ -220,9 +220,9 @@ class _Rewriting:
         lossy = [d.site.name for d in decisions if d.lowering and d.passes and d.passes.lossy]
         random = why_not_compared(captured.graph_module)
         self.reasons += [f"a lossy pass changes {name}" for name in lossy[:1]] + ([random] if random else [])
-        seconds = time.perf_counter() - begun
-        self._tell(decisions)  # before it is noted: where telling fails, the graph runs as it was
-        self.compilations.append(note(program, decisions, device, said, _parameters(captured), seconds))
+        seconds, again = time.perf_counter() - begun, why_again()
+        self._tell(decisions, again)  # before it is noted: where telling fails, the graph runs as it was
+        self.compilations.append(note(program, decisions, device, said, _parameters(captured), seconds, again))
         return rewritten
 
     def _decisions(self, program: Program, device: str) -> tuple[tuple[Decision, ...], tuple[str, ...]]:
@@ -258,13 +258,17 @@ class _Rewriting:
         )
         return decisions, (*said, *told)
 
-    def _tell(self, decisions: Sequence[Decision]) -> None:
-        """A line for each site to the log, and to the terminal where that was asked for."""
+    def _tell(self, decisions: Sequence[Decision], again: str) -> None:
+        """A line for each site to the log, which has Specs in detail, and to the terminal where that was asked for."""
         lines = [f"{d.site.name}: {d.lowering.operator if d.lowering else 'original'} ({d.reason})" for d in decisions]
+        if again:
+            lines.insert(0, f"compiled again: {again}")
         for line in lines:
             site_log.info("attncompile: %s", line)
             if self.options.verbose:
                 print(f"attncompile: {line}")
+        for spec in dict.fromkeys(str(d.spec) for d in decisions if d.spec is not None):
+            site_log.debug("attncompile: %s", spec)
         trace_artifact(SITES, lines)
 
 

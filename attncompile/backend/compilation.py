@@ -6,7 +6,7 @@ import itertools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from attncompile.backend.rewrite import Decision
 from attncompile.backend.site_module import spec_tensors
-from attncompile.ir import parse_spec
+from attncompile.ir import Spec, parse_spec
 from attncompile.ir.sample import symbolic_sizes
 from attncompile.ir.types import concrete, solved_size
 from attncompile.lift import Program
@@ -27,7 +27,7 @@ class ExplainedSite:
 
     Attributes:
         name: its path in the model.
-        status: ``lifted``, ``observed`` or ``refused``.
+        status: ``lifted``, ``observed`` or ``refused``; ``stated`` for a call through transformers' interface.
         before: the Spec as it was lifted, as text; empty where none was.
         after: the Spec that runs, as text; empty where the original stays.
         applied: passes that were applied.
@@ -35,8 +35,8 @@ class ExplainedSite:
         operator: what computes it now; ``original`` where that stays.
         reason: why.
         source: line of the model's code.
-        sizes: of the Spec's symbols in the call that was compiled; empty where the graph fixes all of them, ``None``
-            where they are not known.
+        sizes: of the Spec's symbols in the call that was compiled, or in the first call of its kind; empty where the
+            graph fixes all of them, ``None`` where they are not known.
     """
 
     name: str
@@ -50,9 +50,14 @@ class ExplainedSite:
     source: str
     sizes: Mapping[str, int] | None
 
+    @property
+    def runs(self) -> str:
+        """What computes it now, in words."""
+        return self.operator
+
     def cost(self) -> CostRow | None:
-        """Modelled work before and after, at the sizes of the call that was compiled; the same twice where the
-        original stays. ``None`` where there is no Spec, or a size is not known.
+        """Modelled work before and after, at the sizes that are known; the same twice where the original stays.
+        ``None`` where there is no Spec, or a size is not known.
         """
         if not self.before or self.sizes is None:
             return None
@@ -70,6 +75,7 @@ class Compilation:
         said: what the user was warned of.
         parameters: shapes of the module parameters that the graph reads, by dotted name.
         seconds: how long finding and rewriting the attention took.
+        again: why Dynamo compiled the code again, which is the guard that an earlier graph failed; else empty.
     """
 
     number: int
@@ -78,6 +84,7 @@ class Compilation:
     said: tuple[str, ...]
     parameters: Mapping[str, tuple[Any, ...]]
     seconds: float
+    again: str = ""
 
     def serves(self, module: torch.nn.Module) -> bool:
         """Whether the graph reads parameters that the module has, by name and shape: such modules share a graph."""
@@ -103,11 +110,12 @@ def note(
     said: tuple[str, ...],
     parameters: Mapping[str, tuple[Any, ...]],
     seconds: float,
+    again: str,
 ) -> Compilation:
     """A record of a compilation; whoever holds the compiled graph has to hold it too."""
     sites = tuple(_explained(program, decision) for decision in decisions)
     with _LOCK:
-        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds)
+        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds, again)
         _ALIVE.add(made)
     return made
 
@@ -179,14 +187,18 @@ def _sizes(program: Program, decision: Decision) -> dict[str, int] | None:
     try:
         shapes = [[concrete(size, program.graph.size_hints) for size in info.shape] for info in given]
         native = [torch.empty(shape, device="meta") for shape in shapes]
-        tensors = spec_tensors(site.region, spec.types(), (), native)
-        found: dict[str, int] = {}
-        for value, tensor in zip(spec.inputs, tensors, strict=True):
-            for size, extent in zip(value.type.sizes, tensor.shape, strict=True):
-                found |= solved_size(size, extent, found)
+        return solved_sizes(spec, [tensor.shape for tensor in spec_tensors(site.region, spec.types(), (), native)])
     except (ValueError, RuntimeError):  # a size that only data decide
         return None
+
+
+def solved_sizes(spec: Spec, shapes: Sequence[Sequence[int]]) -> dict[str, int] | None:
+    """A Spec's symbolic sizes where its inputs have these shapes; ``None`` where they do not tell all of them."""
+    found: dict[str, int] = {}
+    for value, shape in zip(spec.inputs, shapes, strict=True):
+        for size, extent in zip(value.type.sizes, shape, strict=True):
+            found |= solved_size(size, extent, found)
     return found if found.keys() >= {*symbolic_sizes(spec), *spec.undetermined_sizes()} else None
 
 
-__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_unread"]
+__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_unread", "solved_sizes"]

@@ -38,16 +38,22 @@ def _lines(compilation: Compilation) -> list[str]:
         f"graph {compilation.number} on {compilation.device}: {count} attention site{'s' * (count != 1)}, "
         f"found and rewritten in {compilation.seconds:.1f} s"
     ]
-    for alike in _alike(compilation.sites):
-        lines += [f"  {line}" for line in _site_lines(alike)]
+    if compilation.again:
+        lines.append(f"  compiled again: {compilation.again}")
+    lines += [f"  {line}" for line in site_lines(compilation.sites)]
     return [*lines, *(f"  warning: {text}" for text in compilation.said)]
+
+
+def site_lines(sites: Iterable[ExplainedSite]) -> list[str]:
+    """What became of sites, those that differ in their names alone told once."""
+    return [line for alike in _alike(sites) for line in _site_lines(alike)]
 
 
 def _alike(sites: Iterable[ExplainedSite]) -> list[list[ExplainedSite]]:
     """Sites that differ in their names alone, such as the layers of a model."""
     found: dict[tuple[object, ...], list[ExplainedSite]] = {}
     for site in sites:
-        texts = (_body(site.before), _body(site.after), site.applied, site.refused, site.operator, site.reason)
+        texts = (_body(site.before), _body(site.after), site.applied, site.refused, site.runs, site.reason)
         sizes = None if site.sizes is None else tuple(sorted(site.sizes.items()))
         found.setdefault((site.status, *texts, sizes), []).append(site)
     return list(found.values())
@@ -61,7 +67,7 @@ def _body(spec: str) -> str:
 def _site_lines(alike: list[ExplainedSite]) -> list[str]:
     site = alike[0]
     names = site.name if len(alike) == 1 else f"{site.name} and {len(alike) - 1} more like it"
-    lines = [f"{names}: {site.operator}", f"  why: {site.reason}"]
+    lines = [f"{names}: {site.runs}", f"  why: {site.reason}"]
     if site.source:
         lines.append(f"  at: {site.source}")
     lines += [f"  | {line}" for line in (site.after or site.before).splitlines()]
@@ -89,4 +95,4 @@ def _short(number: float) -> str:
     return f"{number:.3g} P"
 
 
-__all__ = ["Explanation"]
+__all__ = ["Explanation", "site_lines"]

@@ -1,7 +1,9 @@
-"""Names for ``torch._logging.set_logs``: the log ``attncompile`` and its artifact, the lines of sites.
+"""What torch's logs know of us: the logs ``attncompile`` and ``attncompile.sites``, the artifact of the lines of sites,
+and why Dynamo compiles a graph again.
 
-Not by an entry point ``torch.backends``, which PyTorch 2.13 calls before it reads ``TORCH_LOGS``: whatever went wrong
-in our import would make torch itself impossible to import.
+The names are not told to torch by an entry point ``torch.backends``, which PyTorch 2.13 calls before it reads
+``TORCH_LOGS``: whatever went wrong in our import would make torch itself impossible to import. Instead the log of sites
+has the name of a module, which ``TORCH_LOGS`` takes without having heard of it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ import logging
 LOG = "attncompile"
 """What ``TORCH_LOGS`` calls everything that attncompile logs."""
 
+SITE_LOG = "attncompile.sites"
+"""What ``TORCH_LOGS`` calls the lines of sites alone: the module of this name exists for that."""
+
 SITES = "attncompile_sites"
-"""What torch's logs and ``TORCH_TRACE`` call the line for each attention site."""
+"""What torch's logs and ``TORCH_TRACE`` call the line for each attention site, as an artifact."""
 
 
 def register() -> None:
-    """Make both names known to torch; a second time changes nothing. Never raises."""
+    """Make the names known to torch; a second time changes nothing. Never raises.
+
+    The log of sites is a child of the other and has no name of its own, or torch would print its lines twice.
+    """
     try:
         from torch._logging._internal import register_artifact, register_log
 
@@ -27,14 +35,32 @@ def register() -> None:
 
 
 def site_logger() -> logging.Logger:
-    """Where the line for each site goes: torch's log for the artifact, below the log ``attncompile``."""
+    """Where the line for each site goes: torch's log for the artifact, below the log of sites."""
     register()
     try:
         from torch._logging._internal import getArtifactLogger
 
-        return getArtifactLogger(f"{LOG}.backend", SITES)
+        return getArtifactLogger(SITE_LOG, SITES)
     except (ImportError, ValueError):  # not registered
-        return logging.getLogger(f"{LOG}.backend")
+        return logging.getLogger(SITE_LOG)
 
 
-__all__ = ["LOG", "SITES", "register", "site_logger"]
+def why_again() -> str:
+    """Why Dynamo compiles the graph at hand again, as ``TORCH_LOGS=recompiles`` has it; empty for the first time.
+
+    Empty too in another version of torch, which keeps the reason elsewhere.
+    """
+    try:
+        from torch._dynamo.utils import get_metrics_context
+
+        compilation = get_metrics_context()
+        said = compilation._metrics.get("recompile_reason") if compilation.in_progress() else None
+        reason = (said or "").partition("\n")[0]
+    except Exception:
+        logging.getLogger(LOG).debug("torch does not tell why it compiles again", exc_info=True)
+        return ""
+    number, _, rest = reason.partition(": ")  # of the graph whose guard failed
+    return " ".join((rest if "/" in number else reason).split())
+
+
+__all__ = ["LOG", "SITES", "SITE_LOG", "register", "site_logger", "why_again"]

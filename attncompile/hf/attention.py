@@ -112,7 +112,7 @@ def attention_forward(
     if KEY_OFFSET in wanted and isinstance(attention_mask, StatedMask):
         given.append(_one_number(attention_mask.offsets[1], query.device))
     if not traced:
-        note(module, Seen(site, program, query.device.type, why_read))
+        note(module, Seen(site, program, query.device.type, why_read), query, key, value, *given)
     made = computed(program, query, key, value, *given)
     assert isinstance(made, torch.Tensor)  # of a Spec with one output
     return made.transpose(1, 2).contiguous(), None

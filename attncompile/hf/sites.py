@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
 from attncompile.backend import FallbackWarning
-from attncompile.backend.stated import lowered
+from attncompile.backend.compilation import ExplainedSite
+from attncompile.backend.explanation import site_lines
+from attncompile.backend.stated import forget_traced_sizes, fused, lowered, sizes_of, traced_sizes
+from attncompile.codegen.lowering import Lowering
+from attncompile.frontends.torch_logs import site_logger
 from attncompile.ir import parse_spec
 from attncompile.ir.spec import Spec
 
@@ -34,23 +39,54 @@ class Seen:
     reason: str
 
 
+Sizes = Mapping[str, int] | None
+"""Of a Spec's symbols in a call; ``None`` where they are not known."""
+
+site_log = site_logger()
 _lock = threading.Lock()
-_by_module: MutableMapping[torch.nn.Module, dict[Seen, None]] = WeakKeyDictionary()
+_by_module: MutableMapping[torch.nn.Module, dict[Seen, Sizes]] = WeakKeyDictionary()
 _by_class: dict[str, dict[Seen, None]] = {}
 
 
-def note(module: torch.nn.Module, seen: Seen) -> None:
-    """Remember what became of a call of a layer."""
+def note(module: torch.nn.Module, seen: Seen, *tensors: torch.Tensor) -> None:
+    """Remember what became of a call of a layer, and with which sizes it came first.
+
+    Args:
+        module: the layer.
+        seen: the kind of call.
+        tensors: inputs of its Spec, none where the original stays.
+    """
     known = _by_module.get(module)
     if known is None or seen not in known:
+        sizes = sizes_of(seen.text, *tensors) if seen.text else None
         with _lock:
-            _by_module.setdefault(module, {})[seen] = None
+            _by_module.setdefault(module, {}).setdefault(seen, sizes)
+        _tell(seen)
 
 
 def note_class(seen: Seen) -> None:
     """Remember what became of a call in a compiled graph, where one call may stand for several layers."""
-    with _lock:
-        _by_class.setdefault(seen.site, {})[seen] = None
+    if seen not in _by_class.get(seen.site, {}):
+        with _lock:
+            _by_class.setdefault(seen.site, {})[seen] = None
+        _tell(seen)
+
+
+def _tell(seen: Seen) -> None:
+    """A line to the log of sites, and the Spec in detail."""
+    if not site_log.isEnabledFor(logging.INFO):
+        return
+    operator, reason = "original", seen.reason
+    if seen.text:
+        lowering = lowered(seen.text, seen.device)[1]
+        operator, reason = lowering.operator, _why(lowering, seen)
+    site_log.info("attncompile: %s: %s (%s)", seen.site, operator, reason)
+    if seen.text:
+        site_log.debug("attncompile: %s", seen.text)
+
+
+def _why(lowering: Lowering, seen: Seen) -> str:
+    return "; ".join(part for part in (lowering.reason, seen.reason) if part)
 
 
 def forget() -> None:
@@ -58,6 +94,7 @@ def forget() -> None:
     with _lock:
         _by_module.clear()
         _by_class.clear()
+        forget_traced_sizes()
 
 
 @torch.compiler.assume_constant_result
@@ -70,27 +107,27 @@ def say_kept(site: str, reason: str, traced: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """What one layer computes.
+class SiteReport(ExplainedSite):
+    """What one layer computes, in the form of ``attncompile.explain``; ``cost()`` is at the sizes of its first call.
 
     Attributes:
-        name: path of the layer in the model.
-        spec: the Spec that was stated, ``None`` where the original stays.
-        operator: what computes it, ``original`` where the original stays.
-        reason: why that operator, or why the original stays.
         compiled: whether the call is part of a compiled graph, which tells layers of one class not apart.
     """
 
-    name: str
-    spec: Spec | None
-    operator: str
-    reason: str
     compiled: bool
 
+    @property
+    def spec(self) -> Spec | None:
+        """The Spec that was stated, ``None`` where the original stays."""
+        return parse_spec(self.before) if self.before else None
+
+    @property
+    def runs(self) -> str:
+        """What computes it now, and where."""
+        return f"{self.operator}, in a compiled graph" if self.compiled else self.operator
+
     def __str__(self) -> str:
-        said = str(self.spec) if self.spec is not None else f"{self.name}   original"
-        where = ", in a compiled graph" if self.compiled else ""
-        return f"{said}\n  runs   {self.operator}{where} ({self.reason})"
+        return "\n".join(site_lines([self]))
 
 
 @dataclass(frozen=True)
@@ -110,29 +147,47 @@ class Explanation:
     def __str__(self) -> str:
         stated = sum(site.spec is not None for site in self.sites)
         head = f"{self.model}: {stated} of {len(self.sites)} kinds of attention calls stated"
-        return "\n\n".join([head, *(str(site) for site in self.sites), *self.notes])
+        return "\n".join([head, *(f"  {line}" for line in site_lines(self.sites)), *self.notes])
 
 
 def explain(model: torch.nn.Module) -> Explanation:
     """What became of the attention of a model that was loaded with ``attn_implementation="attncompile"``.
 
-    Call the model first: a layer is stated when it is called. Layers in compiled graphs are known by their class.
+    Call the model first: a layer is stated when it is called. Layers in compiled graphs are known by their class. A
+    module that ``torch.compile`` gave stands for the model inside.
     """
+    model = getattr(model, "_orig_mod", model)
     sites: list[SiteReport] = []
     for name, module in model.named_modules():
-        own = tuple(_by_module.get(module, {}))
+        path = name or type(module).__name__
+        own = dict(_by_module.get(module, {}))
         compiled = tuple(_by_class.get(type(module).__name__, {}))
-        sites += [_report(name or type(module).__name__, seen, False) for seen in own]
-        sites += [_report(name or type(module).__name__, seen, True) for seen in compiled if seen not in own]
+        sites += [_report(path, seen, sizes, False) for seen, sizes in own.items()]
+        sites += [
+            _report(path, seen, traced_sizes(seen.text, seen.device), True) for seen in compiled if seen not in own
+        ]
     return Explanation(type(model).__name__, tuple(sites), _notes(model, bool(sites)))
 
 
-def _report(name: str, seen: Seen, compiled: bool) -> SiteReport:
+def _report(name: str, seen: Seen, sizes: Sizes, compiled: bool) -> SiteReport:
     if not seen.text:
-        return SiteReport(name, None, "original", seen.reason, compiled)
-    lowering = lowered(seen.text, seen.device)[1]
-    reason = "; ".join(part for part in (lowering.reason, seen.reason) if part)
-    return SiteReport(name, dataclasses.replace(parse_spec(seen.text), name=name), lowering.operator, reason, compiled)
+        return SiteReport(name, "refused", "", "", (), (), "original", seen.reason, "", None, compiled)
+    spec, lowering = lowered(seen.text, seen.device)
+    passes = fused(seen.text)
+    before, after = (str(dataclasses.replace(one, name=name)) for one in (parse_spec(seen.text), spec))
+    return SiteReport(
+        name,
+        "stated",
+        before,
+        after,
+        passes.applied,
+        passes.refused,
+        lowering.operator,
+        _why(lowering, seen),
+        "",
+        sizes,
+        compiled,
+    )
 
 
 def _notes(model: torch.nn.Module, called: bool) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import attncompile
+import attncompile.hf
 from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_generation import small
 
@@ -118,11 +121,17 @@ def outcome(model: Any, forward: Any, call: Call) -> torch.Tensor | str:
 
 
 def compared(
-    call: Call, rows: torch.Tensor | None, found: torch.Tensor | str, expected: torch.Tensor | str, exact: Any
+    call: Call,
+    door: str,
+    rows: torch.Tensor | None,
+    found: torch.Tensor | str,
+    expected: torch.Tensor | str,
+    exact: Any,
 ) -> None:
     """Require an error where there was one, else as small an error against float64 as the model's own."""
     if isinstance(found, str) or isinstance(expected, str):
-        assert isinstance(found, str) and isinstance(expected, str), f"{call}: {found} instead of {expected}"
+        same = isinstance(found, str) and isinstance(expected, str)
+        assert same, f"{call} through {door}: {found} instead of {expected}"
         return
     if rows is not None and rows.shape == found.shape[:2]:
         # a row of padding sees no key or, where it sees itself, nobody reads it
@@ -132,7 +141,7 @@ def compared(
         seen = found.isfinite() & expected.isfinite() & exact.isfinite()
         found, expected, exact = found[seen], expected[seen], exact[seen]
     if found.numel():
-        require_within(found, exact, derive_tolerance(exact, expected, LONGEST_SUM).bound, f"{call}")
+        require_within(found, exact, derive_tolerance(exact, expected, LONGEST_SUM).bound, f"{call} through {door}")
 
 
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=ALL_CHECKS)
@@ -153,20 +162,59 @@ def test_very_many_calls_give_what_the_model_gives(call: Call) -> None:
 
 
 def check(call: Call) -> None:
+    """The call through both doors: the compiled model, and the model loaded with our attention."""
     torch._dynamo.reset()
-    model = small(call.kind, "eager" if call.kind == "gemma2" else "sdpa").to(call.model)
-    if call.weights == "nan":
-        with torch.no_grad():
-            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+    usual = "eager" if call.kind == "gemma2" else "sdpa"
+    model, loaded = decoder(call, usual), decoder(call, "attncompile")
     expected = outcome(model, model.forward, call)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = outcome(model, attncompile.compile(model.forward, dynamic=True, rest="eager"), call)
+        found = {
+            "torch.compile": outcome(model, attncompile.compile(model.forward, dynamic=True, rest="eager"), call),
+            "attn_implementation": outcome(loaded, loaded.forward, call),
+        }
     mask = mask_of(call)
     model = model.double()
     with InFloat64():
         exact = outcome(model, model.forward, call)
-    compared(call, None if mask is None else mask.bool(), found, expected, exact)
+    for door, result in found.items():
+        compared(call, door, None if mask is None else mask.bool(), result, expected, exact)
+
+
+def decoder(call: Call, attention: str) -> Any:
+    """The decoder of a call, always with the same weights."""
+    model = small(call.kind, attention).to(call.model)
+    if call.weights == "nan":
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+    return model
+
+
+PLAIN = Call(2, 5, "none", torch.int64, "none", "plain", "llama", torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 0},
+        {"length": 0, "mask": "ones", "cache": "dynamic"},
+        {"batch": 0},
+        {"batch": 0, "mask": "left"},
+        {"batch": 1, "mask": "empty row"},
+        {"mask": "empty row"},
+        {"batch": 1, "mask": "empty row", "cache": 12, "dtype": torch.bool},
+        {"length": 9, "cache": 4},
+        {"length": 9, "cache": 4, "mask": "left"},
+        {"weights": "nan"},
+        {"weights": "nan", "mask": "left"},
+        {"mask": "too short"},
+        {"mask": "too long", "cache": "dynamic"},
+    ],
+    ids=str,
+)
+def test_bad_input_by_name(change: dict[str, Any], kind: str) -> None:
+    check(dataclasses.replace(PLAIN, kind=kind, **change))
 
 
 # --- what PyTorch itself does not compute -------------------------------------------------------------------
@@ -196,3 +244,24 @@ def test_a_device_without_memory_gives_what_the_model_gives() -> None:
     with pytest.warns(attncompile.backend.FallbackWarning, match="device 'meta' is not supported"):
         found = attncompile.compile(spelled_out, rest="eager")(*operands)
     assert (found.device.type, found.shape) == ("meta", (1, 2, 5, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_a_dtype_that_sdpa_refuses_is_refused_by_the_interface(dtype: torch.dtype) -> None:
+    """With SDPA's own error."""
+    operands = [torch.randn(1, 2, 5, 8).to(dtype) for _ in range(3)]
+    layer = small("llama").model.layers[0].self_attn
+    with pytest.raises(RuntimeError) as wanted:
+        sdpa_attention_forward(layer, *operands, None)
+    with pytest.raises(RuntimeError) as found, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attncompile.hf.attention_forward(layer, *operands, None)
+    assert str(found.value) == str(wanted.value)
+
+
+def test_a_model_without_memory_gives_what_the_model_gives() -> None:
+    loaded = small("llama", "attncompile").to("meta")
+    ids = torch.ones(2, 5, dtype=torch.int64, device="meta")
+    with pytest.warns(attncompile.backend.FallbackWarning, match="device meta is not supported"):
+        found = loaded(input_ids=ids).logits
+    assert (found.device.type, found.shape) == ("meta", (2, 5, 99))

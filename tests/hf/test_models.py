@@ -232,6 +232,50 @@ def test_switched_on_later() -> None:
     assert len(attncompile.hf.explain(model).sites) == 2
 
 
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_both_doors_tell_the_same_costs_in_the_same_words() -> None:
+    """Without padding, whose mask is of another dtype in the graph."""
+    call, later = ({"input_ids": tokens(2, length)["input_ids"]} for length in (11, 13))
+    torch_door = attncompile.compile(small_llama("sdpa"), dynamic=True, rest="eager")
+    ours, model = small_llama("attncompile"), small_llama("attncompile")
+    in_a_graph = torch.compile(model, backend="eager", dynamic=True)
+    with torch.no_grad():
+        in_a_graph(**call), ours(**call), torch_door(**call)
+        ours(**later)
+    told = [attncompile.hf.explain(ours), attncompile.hf.explain(in_a_graph), attncompile.explain(torch_door)]
+    costs = [[site.cost() for site in explanation.sites] for explanation in told]
+    assert [len(found) for found in costs] == [2, 2, 2]
+    first = costs[2][0]
+    assert first is not None and first.sizes == {"B": 2, "I": 11} and first.after.flops > 0
+    assert all(cost == first for found in costs for cost in found)
+    lines = [[line for line in str(explanation).splitlines() if "at: " not in line][2:] for explanation in told]
+    assert lines[0] == lines[1] == lines[2] and lines[0][-1].startswith("    costs 25.3 kFLOP and ")
+    names = [str(explanation).splitlines()[1].strip() for explanation in told]
+    assert names[0] == names[2] and names[1] == f"{names[0]}, in a compiled graph"
+
+
+def test_costs_are_at_the_first_call_of_each_kind() -> None:
+    model = small_llama("attncompile")
+    for length in (7, 9):
+        attncompile.hf.forget()
+        torch._dynamo.reset()
+        model.generate(**tokens(2, length), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        costs = [site.cost() for site in attncompile.hf.explain(model).sites if "layers.0" in site.name]
+        assert [cost and cost.sizes for cost in costs] == [{"B": 2, "I": length}, {"B": 2, "I": 1, "J": length + 1}]
+
+
+def test_what_stays_as_it_was_has_no_cost() -> None:
+    """Nothing was stated, so that there is nothing to count."""
+    ours = small_llama("attncompile")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        ours(**tokens(2, 8), output_attentions=True)
+    sites = attncompile.hf.explain(ours).sites
+    assert [(site.operator, site.cost()) for site in sites] == [("original", None)] * 2
+
+
 # --- what is left to the model ----------------------------------------------------------------------------------------
 
 
@@ -242,7 +286,7 @@ def test_weights_that_are_asked_for() -> None:
     with torch.no_grad():
         expected = theirs(**call, output_attentions=True).attentions
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert "original (its weights are asked for)" in str(attncompile.hf.explain(ours))
+    assert "original\n    why: its weights are asked for" in str(attncompile.hf.explain(ours))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
