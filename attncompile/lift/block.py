@@ -37,7 +37,9 @@ def attach_block(graph: Graph, site: Site) -> tuple[tuple[Operation, ...], tuple
         return (), ()
     operations: list[Operation] = []
     steps: list[Step] = []
-    for binding in (entry for entry in site.region.inputs if entry.layout is not None):
+    scan = site.spec.scan()
+    apart = {scan.gate, scan.rate, scan.past} if scan is not None else set()  # no vectors of heads
+    for binding in (entry for entry in site.region.inputs if entry.layout is not None and entry.name not in apart):
         walked = _Walk(graph, site.spec, binding)
         operations += walked.operations
         steps += reversed(walked.steps)

@@ -8,6 +8,7 @@ from functools import partial
 
 from attncompile.frontends.graph import (
     FusedAttention,
+    FusedScan,
     Graph,
     Node,
     Opaque,
@@ -33,6 +34,7 @@ from attncompile.lift.escapes import escaping, with_log_sum
 from attncompile.lift.fused import state_fused
 from attncompile.lift.joining import joined
 from attncompile.lift.program import Region, Site
+from attncompile.lift.recurrent import scan_site
 from attncompile.lift.specify import specify
 from attncompile.lift.statement import NoSite, Statement, refuse
 
@@ -52,6 +54,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     for node in graph.nodes:
         if isinstance(node, FusedAttention):
             add(node.output, partial(state_fused, graph, node))
+        elif isinstance(node, FusedScan):
+            found.append((place[node.output], scan_site(graph, node)))
         elif isinstance(node, RefusedAttention):
             add(node.output, partial(_refused_call, graph, node))
     claimed: set[str] = set()
