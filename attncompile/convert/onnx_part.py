@@ -21,7 +21,7 @@ from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import Compared, DoesNotRunError, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement, lossy_rewrites
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
-from attncompile.convert.onnx_runs import known_runs, running, session_results
+from attncompile.convert.onnx_runs import known_runs, runnable, running, session_results
 from attncompile.convert.onnx_sites import site_certificates
 from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
@@ -292,7 +292,7 @@ def _measurements(
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
     timed = calls(part.opened)[-1:]
     release()  # what is cached in a call was made by the original, whose weights are not needed any more
-    before, after = (session(each, provider, defaults=True) for each in (export, file))
+    before, after = (session(each, provider, defaults=True) for each in (runnable(export, scratch), file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
     found += [latency_measurement(before, after, call, what, which) for call in timed]
     return found, []

@@ -109,7 +109,9 @@ class OnnxEvaluator:
         nodes, _ = self._needed(wanted, feeds)
         if all(node.domain in _STANDARD for node in nodes):
             return torch.float64
-        used = {value.dtype for node in nodes for value in node.outputs if value.dtype is not None}
+        # of outputs of other operator sets the type is often not known
+        values = (value for node in nodes for value in (*node.inputs, *node.outputs))
+        used = {value.dtype for value in values if value is not None and value.dtype is not None}
         return torch.float16 if used & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else torch.float32
 
     def _needed(self, wanted: Sequence[str], stop: Sequence[str]) -> tuple[list[ir.Node], list[str]]:
