@@ -15,12 +15,12 @@ from attncompile.codegen.onnx.emit import emit
 from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
-from attncompile.codegen.onnx.older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.codegen.onnx.packing import Begins
 from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
+from attncompile.convert.onnx_older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.frontends.graph import Fill, Graph
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS

@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx_ir
 import torch
 
-from attncompile.codegen.onnx.older import is_too_new, spell_out_unknown
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import Inputs, Run, Runs
+from attncompile.convert.onnx_older import is_too_new, spell_out_unknown
 from attncompile.convert.recorded import recorded
 from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.widened import Widened, outputs_of
