@@ -369,7 +369,8 @@ def _after(graph: Graph, value: str) -> Iterator[Step]:
                 return
             yield Step("out", "gate", _shown(graph, user.output), gate)
         elif isinstance(user, Opaque):
-            norm = recognise_norm(graph, user.output, len(graph.infos[user.output].shape) - 1)
+            info = graph.infos.get(user.output)  # None where its rank is not known
+            norm = recognise_norm(graph, user.output, len(info.shape) - 1) if info is not None else None
             if norm is None:
                 return
             facts = {"form": norm.kind, "channels": norm.channels, "epsilon": norm.epsilon}
