@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_
 from attncompile.frontends.cached import Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.example_inputs import positions_of
+from attncompile.frontends.onnx_file import reading
 from attncompile.passes import PassCall
 from attncompile.report import Measurement
 from attncompile.verify import SiteCertificate
@@ -140,20 +141,21 @@ def make_part(
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
-        rewritten = rewrite_onnx(
-            source,
-            opened.name,
-            requested,
-            kernels,
-            preference,
-            untrained,
-            notes,
-            longest,
-            options.onnxruntime,
-            one_buffer=isinstance(opened, Generating) and opened.shared,
-            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
-            dtype=precision.states if precision is not None and kernels != "cpu" else None,
-        )
+        with reading(opened.path) if opened.kind == "onnx" else nullcontext():
+            rewritten = rewrite_onnx(
+                source,
+                opened.name,
+                requested,
+                kernels,
+                preference,
+                untrained,
+                notes,
+                longest,
+                options.onnxruntime,
+                one_buffer=isinstance(opened, Generating) and opened.shared,
+                # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+                dtype=precision.states if precision is not None and kernels != "cpu" else None,
+            )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)

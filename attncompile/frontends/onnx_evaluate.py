@@ -325,8 +325,12 @@ class _Part:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        results = session.run(list(self.wanted), given)
+        try:
+            model_bytes, providers = proto.SerializeToString(), ["CPUExecutionProvider"]
+            results = onnxruntime.InferenceSession(model_bytes, options, providers=providers).run(self.wanted, given)
+        except Exception as error:  # its errors have no base of their own
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"ONNX Runtime cannot compute {', '.join(self.wanted)}: {first}") from error
         return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from attncompile.frontends.errors import InputError, unreadable
+from attncompile.frontends.errors import CaptureError, InputError, unreadable
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
@@ -49,6 +50,30 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
     return model
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what is done with a file that has been checked: whatever it may hold that its check lets through is one
+    sentence. Errors for a person, and a lack of memory, are passed on.
+
+    Raises:
+        InputError: for any other error.
+    """
+    try:
+        yield
+    except (InputError, CaptureError, MemoryError):
+        raise
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:  # what was wrong, not what was being done
+            first = first.__cause__
+        said = str(first).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"cannot be read as a model ({type(first).__name__}: {said})",
+            path,
+            "export it again, and report this if ONNX Runtime runs it",
+        ) from error
+
+
 def _check_structure(model: onnx.ModelProto, path: Path) -> None:
     """ONNX's own check: wiring, order, attributes, operators of known versions."""
     external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model))
@@ -74,7 +99,7 @@ def _check_size(tensor: onnx.TensorProto, path: Path) -> None:
         what = "element type" if bits is None else "shape"
         raise InputError(f"the {what} of tensor {tensor.name!r} is not valid", path, _AGAIN)
     if tensor.HasField("raw_data"):
-        expected = math.ceil(math.prod(tensor.dims) * bits / 8)
+        expected = -(-math.prod(tensor.dims) * bits // 8)  # in whole numbers: a product of sizes may be any
         if len(tensor.raw_data) != expected:
             held = f"{len(tensor.raw_data)} bytes, where its shape says {expected}"
             raise InputError(f"tensor {tensor.name!r} holds {held}", path, _AGAIN)
@@ -110,7 +135,14 @@ def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
     # Both spellings of an absolute path are refused on every system: the file may be used on another one.
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).is_absolute()
     folder = path.parent.resolve()
-    file = (folder / location).resolve()
+    try:
+        file = (folder / location).resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a null byte, links in a circle, too long a name
+        raise InputError(
+            f"the external data of tensor {tensor.name!r} is at {location!r}, which is no file ({error})",
+            path,
+            "only use models whose data lies beside them",
+        ) from error
     if not location or absolute or not file.is_relative_to(folder):
         raise InputError(
             f"the external data of tensor {tensor.name!r} is at {location!r}, outside the model's folder",

@@ -350,7 +350,11 @@ def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str,
         for found in itertools.product(SEARCHED, repeat=len(searched)):
             yield {**small[0], **dict(zip(searched, found, strict=True))}
     for values in small:
-        yield _reaching(graph, spec, region, values)
+        try:
+            reached = _reaching(graph, spec, region, values)
+        except (ValueError, RuntimeError):  # a size that no shape tells, or none at all
+            continue
+        yield reached
 
 
 def _reaching(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int]) -> dict[str, int]:

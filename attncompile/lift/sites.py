@@ -129,7 +129,8 @@ def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
     except NoSite:
         return None
-    except (ValueError, IndexError, KeyError) as error:  # shapes that a file declares and its operators contradict
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        # shapes that a file declares and its operators contradict
         reason = f"what the graph says of it does not fit together ({type(error).__name__}: {error})"
         refusal = Refusal("contradiction", reason, native.name, native.source, "report this model if it runs")
         return Site(name, "refused", refusal=refusal, source=native.source, anchor=native.name)

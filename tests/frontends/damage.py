@@ -79,9 +79,9 @@ def other_operators(model: onnx.ModelProto, draw: random.Random) -> None:
 
 def other_type(model: onnx.ModelProto, draw: random.Random) -> None:
     kinds = (
-        "Nothing", "Softmax", "MatMul", "Add", "Gather", "Loop", "If", "Scan", "Attention", "LinearAttention", "Reshape",
-        "Expand", "Range", "ConstantOfShape", "Slice", "Transpose", "Where", "Concat", "Einsum", "MultiHeadAttention",
-        "GroupQueryAttention", "DequantizeLinear", "MatMulInteger", "Split", "Shape", "Cast",
+        "Nothing", "Softmax", "MatMul", "Add", "Gather", "Loop", "If", "Scan", "Attention", "LinearAttention",
+        "Reshape", "Expand", "Range", "ConstantOfShape", "Slice", "Transpose", "Where", "Concat", "Einsum",
+        "MultiHeadAttention", "GroupQueryAttention", "DequantizeLinear", "MatMulInteger", "Split", "Shape", "Cast",
     )  # fmt: skip
     node_of(model, draw).op_type = draw.choice(kinds)
 
@@ -281,7 +281,7 @@ def damaged(whole: onnx.ModelProto, draw: random.Random) -> bytes:
 
 
 def surroundings(folder: Path) -> Path:
-    """A folder for a model with what :func:`outside` names: a secret beside it, links to that, and a file of weights."""
+    """A folder for a model with what :func:`outside` names: a secret beside it, links to it, and a file of weights."""
     inside = folder / "model"
     inside.mkdir(parents=True)
     (folder / "secret").write_bytes(bytes(4096))

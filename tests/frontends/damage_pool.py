@@ -1,4 +1,4 @@
-"""The process that reads damaged files, seen from outside: started again when one takes it down or keeps it too long."""
+"""The process that reads damaged files, from outside: started again when one takes it down or keeps it too long."""
 
 from __future__ import annotations
 

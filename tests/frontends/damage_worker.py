@@ -2,8 +2,9 @@
 
     python -m tests.frontends.damage_worker
 
-Each line of its input is a job, ``{"do": "lift" | "inspect" | "convert", "file": …, "out": …}``, each line of its output
-what became of it: ``made``, ``refused`` (one sentence for a person, nothing written), or ``failed`` with what was wrong.
+Each line of its input is a job, ``{"do": "lift" | "inspect" | "convert", "file": …, "out": …}``, each line of its
+output what became of it: ``made``, ``refused`` (one sentence for a person, nothing written), ``unforeseen`` (the same,
+but it quotes an error from below), or ``failed`` with what was wrong.
 It may take :data:`MORE` bytes more than it has after its imports.
 """
 
@@ -23,6 +24,10 @@ MORE = 2 << 30
 """Bytes of address space: the files are small, and so is all that is needed for them."""
 
 
+TOO_MUCH = ("MemoryError", "bad_alloc", "allocate")
+"""Parts of what is said where memory runs out."""
+
+
 def limit_memory() -> None:
     """Let any allocation beyond the bound fail."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -35,6 +40,14 @@ def shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:400]
 
 
+def refused(error: Exception) -> str:
+    """``refused`` for one sentence, ``unforeseen`` where that says no more than what was raised below."""
+    said = str(error).strip()
+    if "\n" in said or any(part in said for part in TOO_MUCH):
+        return f"no sentence: {said[:400]}"
+    return f"unforeseen: {said}" if "cannot be read as a model" in said else "refused"
+
+
 def lifted(file: Path) -> str:
     """Lift and print; returns what was wrong, or ``refused``, or ``made``."""
     import attncompile
@@ -42,7 +55,7 @@ def lifted(file: Path) -> str:
     try:
         str(attncompile.lift(file))
     except (attncompile.InputError, attncompile.CaptureError) as error:
-        return "refused" if "\n" not in str(error) else f"more than one line: {error}"
+        return refused(error)
     return "made"
 
 
@@ -58,7 +71,7 @@ def inspected(file: Path) -> str:
         return "made"
     if code != cli.MISUSED or "\n" in said or "out of memory" in said:
         return f"exit code {code}: {said[:400]}"
-    return "refused"
+    return f"unforeseen: {said}" if "cannot be read as a model" in said else "refused"
 
 
 def converted(file: Path, out: Path) -> str:
@@ -74,7 +87,7 @@ def converted(file: Path, out: Path) -> str:
             return f"left {sorted(left)} behind: {shown(error)}"
         if type(error) is ValueError and not _ours(error):
             return f"not our own error: {shown(error)}"
-        return "refused" if "\n" not in str(error).strip() else f"more than one line: {error}"
+        return refused(error)
     return _disagreement(file, out / "model.onnx") or "made"
 
 
@@ -136,8 +149,10 @@ def done(job: dict[str, str]) -> dict[str, str]:
         frames = traceback.extract_tb(error.__traceback__)
         where = next((f for f in reversed(frames) if "attncompile" in Path(f.filename).parts), frames[-1])
         said = f"{shown(error)} (in {Path(where.filename).name}:{where.lineno})"
-    outcome = said if said in ("made", "refused") else "failed"
-    return {"outcome": outcome, "said": "" if outcome == said else said}
+    if any(part in said for part in TOO_MUCH):
+        said = f"asked for too much memory: {said}"
+    outcome = next((one for one in ("made", "refused", "unforeseen") if said.startswith(one)), "failed")
+    return {"outcome": outcome, "said": said if outcome in ("unforeseen", "failed") else ""}
 
 
 def main() -> None:

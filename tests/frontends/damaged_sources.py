@@ -1,4 +1,4 @@
-"""Small ONNX files of many kinds, to be damaged: exports, results of conversions, bodies, functions, narrow integers."""
+"""Small ONNX files of many kinds, to be damaged: exports, results of conversions, bodies, functions, integers."""
 
 from __future__ import annotations
 
