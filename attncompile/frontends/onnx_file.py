@@ -76,6 +76,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def _check_structure(model: onnx.ModelProto, path: Path) -> None:
     """ONNX's own check: wiring, order, attributes, operators of known versions."""
+    for node in _nodes(model):
+        _check_outputs(node, path)
     external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model))
     try:
         # from the file it finds the data beside it
@@ -86,6 +88,25 @@ def _check_structure(model: onnx.ModelProto, path: Path) -> None:
 
 
 _AGAIN = "export or download the file again"
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a model: in bodies and functions too."""
+    stack = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while stack:
+        node = stack.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                stack += graph.node
+
+
+def _check_outputs(node: onnx.NodeProto, path: Path) -> None:
+    """That ``Split`` has as many outputs as it says: inferring shapes writes beyond its memory where there are more."""
+    for attribute in node.attribute:
+        if node.op_type == "Split" and attribute.name == "num_outputs" and attribute.i != len(node.output):
+            told = f"node {node.name!r} (Split) says num_outputs {attribute.i} and has {len(node.output)} outputs"
+            raise InputError(f"not a valid ONNX model: {told}", path, _AGAIN)
 
 
 def _check_size(tensor: onnx.TensorProto, path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.frontends.damage_pool import Reader
 from tests.frontends.damaged_sources import bodies, encoder, first_attention, linear_call, recurrence, small_sources
 
 Sources = Mapping[str, onnx.ModelProto]
-BLOCKS, CASES = 10, 1000
+BLOCKS, CASES = 20, 500
 DONE = ("made", "refused", "unforeseen")
 
 
@@ -129,3 +129,39 @@ def test_an_error_below_is_quoted_from_its_root(reader: Reader, tmp_path: Path) 
     model.functions[0].node.add(op_type="Attend", domain="pkg.local", input=["q", "k", "v"], output=["again"])
     said = refusal(model.SerializeToString(), reader, tmp_path)
     assert "Cyclic dependency" in said and "export it again" in said
+
+
+def test_a_size_that_is_no_number(reader: Reader, tmp_path: Path) -> None:
+    model = recurrence()
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "1/0"
+    assert refusal(model.SerializeToString(), reader, tmp_path) == "made"
+
+
+def test_a_call_that_the_runtime_does_not_take_is_not_proven(reader: Reader, tmp_path: Path) -> None:
+    model = bodies()
+    next(node for node in model.graph.node if node.output[0] == "yt").input.append("")
+    assert refusal(model.SerializeToString(), reader, tmp_path) == "made"
+
+
+def test_types_that_no_inference_survives(reader: Reader, tmp_path: Path) -> None:
+    """ONNX's own runs out of a vector, which is a ValueError of nobody's."""
+    model = bodies()
+    next(node for node in model.graph.node if node.output[0] == "v").op_type = "GroupQueryAttention"
+    loop = next(node for node in model.graph.node if node.op_type == "Loop")
+    next(part for part in loop.attribute if part.name == "body").g.node[0].op_type = "Loop"
+    assert refusal(model.SerializeToString(), reader, tmp_path, "convert") in ("made", "refused")
+
+
+def test_a_split_into_other_parts_than_it_says(reader: Reader, tmp_path: Path) -> None:
+    """It takes the process down: ONNX's shape inference reads behind its list of sizes."""
+    model = bodies()
+    node = next(node for node in model.graph.node if node.op_type == "Split")
+    next(part for part in node.attribute if part.name == "num_outputs").i = 1
+    assert refusal(model.SerializeToString(), reader, tmp_path) == "refused"
+
+
+@pytest.mark.slow
+def test_a_size_that_no_shape_tells(onnx_files: dict[str, Path], reader: Reader, tmp_path: Path) -> None:
+    model = first_attention(onnx_files["minilm-int8"])
+    model.graph.output[0].name = "input_ids"
+    assert refusal(model.SerializeToString(), reader, tmp_path) == "made"
