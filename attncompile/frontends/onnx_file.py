@@ -41,6 +41,8 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
         negative = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.dim_value < 0]
         if negative:
             raise InputError(f"the shape of {value.name!r} has the size {negative[0]}", path, _AGAIN)
+    for node in _nodes(model):
+        _check_outputs(node, path)
     # what has no type says nothing, which ONNX's check does not allow and ONNX Runtime does
     untyped = [value for value in model.graph.value_info if not value.HasField("type")]
     for value in untyped:
@@ -76,8 +78,6 @@ def reading(path: Path) -> Iterator[None]:
 
 def _check_structure(model: onnx.ModelProto, path: Path) -> None:
     """ONNX's own check: wiring, order, attributes, operators of known versions."""
-    for node in _nodes(model):
-        _check_outputs(node, path)
     external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model))
     try:
         # from the file it finds the data beside it

@@ -85,8 +85,9 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
                 continue  # a gate, or the hidden state of an expert
             known |= ends
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
-        elif anchor.kind == "softmax" and (obstacle := obstacle_behind(graph, anchor.source)) is not None:
-            if products or products_after_rounding(graph, anchor.output):
+        elif anchor.kind == "softmax" and (products or products_after_rounding(graph, anchor.output)):
+            obstacle = obstacle_behind(graph, anchor.source)
+            if obstacle is not None:
                 add(anchor.output, partial(_refused_obstacle, graph, obstacle))
     for score, product in unnormalised_products(graph, frozenset(known)):
         add(score.output, partial(state_products, graph, score, product, unread.get(score.output)))
