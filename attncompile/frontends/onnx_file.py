@@ -158,9 +158,11 @@ def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
     folder = path.parent.resolve()
     try:
         file = (folder / location).resolve()
+        found = file.is_file()
     except (ValueError, RuntimeError, OSError) as error:  # a null byte, links in a circle, too long a name
+        first = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(
-            f"the external data of tensor {tensor.name!r} is at {location!r}, which is no file ({error})",
+            f"the external data of tensor {tensor.name!r} is at {location[:80]!r}, which is no file ({first})",
             path,
             "only use models whose data lies beside them",
         ) from error
@@ -170,7 +172,7 @@ def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
             path,
             "only use models whose data lies beside them",
         )
-    if not file.is_file():
+    if not found:
         raise InputError(
             f"the external data file {location!r} of tensor {tensor.name!r} is missing",
             path,

@@ -292,4 +292,4 @@ def surroundings(folder: Path) -> Path:
     return inside
 
 
-__all__ = ["CHANGES", "Change", "damaged", "dangling", "few_bytes", "other_output", "other_version", "surroundings"]
+__all__ = ["CHANGES", "Change", "damaged", "dangling", "few_bytes", "other_version", "surroundings"]

@@ -12,7 +12,7 @@ import pytest
 import attncompile
 from attncompile import CaptureError, InputError
 from attncompile.frontends.onnx_file import read_onnx_file
-from tests.frontends.damage import Change, damaged, dangling, few_bytes, other_output, other_version
+from tests.frontends.damage import Change, damaged, dangling, few_bytes, other_version
 from tests.frontends.damaged_sources import encoder
 
 
@@ -43,6 +43,10 @@ def test_the_file_itself_is_read(whole: onnx.ModelProto, tmp_path: Path) -> None
 
 def test_damage_is_refused_in_a_sentence(whole: onnx.ModelProto, tmp_path: Path) -> None:
     assert crashes(whole, tmp_path, range(150)) == {}
+
+
+def other_output(model: onnx.ModelProto, draw: random.Random) -> None:
+    model.graph.output[0].name = "missing"
 
 
 @pytest.mark.parametrize(

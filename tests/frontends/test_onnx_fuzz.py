@@ -67,7 +67,8 @@ def read_damaged(
 
 @pytest.mark.parametrize("do", ["lift", "inspect", "convert"])
 def test_what_is_whole_is_read(few: Sources, reader: Reader, tmp_path: Path, do: str) -> None:
-    for name, model in few.items():
+    # conversions of the others are tested elsewhere, and take seconds
+    for name, model in few.items() if do != "convert" else [("linear attention", few["linear attention"])]:
         onnx.save(model, tmp_path / "model.onnx")
         assert reader.read(do, tmp_path / "model.onnx", tmp_path / name) == ("made", ""), name
 
