@@ -21,6 +21,7 @@ from attncompile.frontends.checkpoint import AttentionImplementation, OpenedMode
 from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.frontends.graph_breaks import capture_with_breaks
 from attncompile.frontends.onnx import onnx_file_graph
+from attncompile.frontends.onnx_file import reading
 from attncompile.lift import Program, join_programs, lift_graph
 from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
@@ -83,7 +84,8 @@ def lift_opened(opened: OpenedModel, *, progress: Progress = silent) -> Program:
     """Lift a model that is open already."""
     if opened.kind == "onnx":
         progress("finding attention")
-        return lift_graph(onnx_file_graph(opened.path), opened.name, opened.notes)
+        with reading(opened.path):
+            return lift_graph(onnx_file_graph(opened.path), opened.name, opened.notes)
     args, kwargs = opened.example() if opened.given is None else opened.given
     return _lift_module(opened.model, opened.name, args, kwargs, opened.notes, progress)
 

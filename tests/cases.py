@@ -317,6 +317,25 @@ CASES: tuple[Case, ...] = (
         kv_head h // 2
         given  lengths[B]:int32
         """, {"B": 2, "I": 21}, lengths=(1, 20)),
+    _case("scan-gated", """
+        scan  q[B,4,I,16]  k[B,2,I,16]  v[B,2,I,24]  gate[B,2,I,16]  past=past[B,2,16,24]  float32
+        scale  0.25
+        kv_head h // 2
+        state  state
+        gives  out, state
+        """, {"B": 2, "I": 21}, "a decay of each channel at each step, from a state to a state"),
+    _case("scan-delta", """
+        scan  q,k,v[B,4,I,16]  rate=rate[B,4,I]  float32
+        mask   attention_mask[b, j] ≠ 0
+        scale  0.25
+        given  attention_mask[B,I]:int64
+        """, {"B": 2, "I": 21}),
+    _case("scan-gated-delta", """
+        scan  q,k,v[B,4,I,16]  gate[B,4,I,1]  rate[B,4,I]  float32
+        decay  −exp2(−h − 5) + 1.0
+        scale  0.25
+        feature elu1
+        """, {"B": 2, "I": 21}),
 )
 
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}

@@ -41,6 +41,7 @@ from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.onnx_file import reading
 from attncompile.frontends.shared_buffer import SEPARATE, SharedModel, with_shared_buffer
 from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
@@ -260,9 +261,10 @@ def _save_exports(
     found: dict[str, tuple[str, ...]] = {}
     for part in parts:
         if part.opened.kind == "onnx":
-            given = onnx_ir.load(part.opened.path)
-            _require_opset(given, target, options)
-            save(given, scratch / part.before, largest=0)
+            with reading(part.opened.path):
+                given = onnx_ir.load(part.opened.path)
+                _require_opset(given, target, options)
+                save(given, scratch / part.before, largest=0)
             found[part.file] = (*part.opened.notes, *told)
             continue
         options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import Compared, DoesNotRunError, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement, lossy_rewrites
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
-from attncompile.convert.onnx_runs import known_runs, running, session_results
+from attncompile.convert.onnx_runs import known_runs, runnable, running, session_results
 from attncompile.convert.onnx_sites import site_certificates
 from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
@@ -33,6 +33,7 @@ from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_
 from attncompile.frontends.cached import Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.example_inputs import positions_of
+from attncompile.frontends.onnx_file import reading
 from attncompile.passes import PassCall
 from attncompile.report import Measurement
 from attncompile.verify import SiteCertificate
@@ -140,20 +141,21 @@ def make_part(
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
-        rewritten = rewrite_onnx(
-            source,
-            opened.name,
-            requested,
-            kernels,
-            preference,
-            untrained,
-            notes,
-            longest,
-            options.onnxruntime,
-            one_buffer=isinstance(opened, Generating) and opened.shared,
-            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
-            dtype=precision.states if precision is not None and kernels != "cpu" else None,
-        )
+        with reading(opened.path) if opened.kind == "onnx" else nullcontext():
+            rewritten = rewrite_onnx(
+                source,
+                opened.name,
+                requested,
+                kernels,
+                preference,
+                untrained,
+                notes,
+                longest,
+                options.onnxruntime,
+                one_buffer=isinstance(opened, Generating) and opened.shared,
+                # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+                dtype=precision.states if precision is not None and kernels != "cpu" else None,
+            )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
@@ -292,7 +294,7 @@ def _measurements(
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
     timed = calls(part.opened)[-1:]
     release()  # what is cached in a call was made by the original, whose weights are not needed any more
-    before, after = (session(each, provider, defaults=True) for each in (export, file))
+    before, after = (session(each, provider, defaults=True) for each in (runnable(export, scratch), file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
     found += [latency_measurement(before, after, call, what, which) for call in timed]
     return found, []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
+import onnx_ir.passes.common as passes
 
 from attncompile.codegen.onnx.capabilities import ATTEND_ROWS, Provider
 from attncompile.codegen.onnx.choose import WORTH_BRANCHING, Choice, Prefer, choose, expected_speed
@@ -19,6 +20,7 @@ from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tid
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
+from attncompile.convert.onnx_older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.frontends.graph import Fill, Graph
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
@@ -89,8 +91,10 @@ def rewrite_onnx(
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
     values = {value.name: value for value in nested_values(model.graph)}
     scopes = Scopes(model.graph)
-    calls = spelled_out(model)
+    calls, opsets = spelled_out(model), model.opset_imports
     called = {node: (call.domain, call.operator) for call in calls for node in call.nodes}
+    spelled = {node for call in calls if is_unknown(call, opsets) for node in call.nodes}
+    unknown = spelled | unknown_calls(model.graph, opsets)
     replaced: set[onnx_ir.Node] = set()
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
@@ -98,8 +102,8 @@ def rewrite_onnx(
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
             continue
-        if len(site.region.outputs) > 1:
-            reason = "its log-sum-exp is a result too, and operators are put in the place of one result only"
+        if len({values[output.value].producer() for output in site.region.outputs}) > 1:
+            reason = "its log-sum-exp is a result too, and operators are put in the place of one node only"
             outcomes.append(Outcome(site, None, "original", reason))
             continue
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
@@ -119,7 +123,8 @@ def rewrite_onnx(
                 dtype=dtype,
             )
             native = called.get(place, (place.domain, place.op_type))
-            stays = None if result.lossy else _why_left(native, result.spec, choice, provider, prefer)
+            kept = result.lossy or place in unknown
+            stays = None if kept else _why_left(native, result.spec, choice, provider, prefer)
             if stays is not None:
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
@@ -139,8 +144,10 @@ def rewrite_onnx(
         outcomes.append(Outcome(site, result, choice.row.operator, choice.reason))
         choices[site.name] = choice
     for call in calls:
-        if replaced.isdisjoint(call.nodes):
+        if replaced.isdisjoint(call.nodes) and spelled.isdisjoint(call.nodes):
             put_back(call)
+    passes.RemoveUnusedNodesPass()(model)  # calls that were replaced need no newer operators
+    newer = is_too_new(model) and spell_out_unknown(model)
     done = tidy(model, provider, version, longest, dtype, first_positions(program.graph))
     told = [f"around attention: {done}"]
     if not raised:
@@ -157,7 +164,12 @@ def rewrite_onnx(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
             f"{version or installed()} runs no newer one"
         )
-    changed = bool(choices) or done != Tidied(0, 0, 0, 0)
+    if newer:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}: what ONNX Runtime {installed()} does not know "
+            "yet of a newer standard is written by its definition"
+        )
+    changed = newer or bool(choices) or done != Tidied(0, 0, 0, 0)
     return Rewritten(model, program, tuple(outcomes), choices, tuple(told), changed)
 
 
@@ -240,10 +252,7 @@ def _replace(
 ) -> None:
     """Put the operator's nodes in the place of a site. Raises RefusalError where it cannot express the Spec."""
     assert site.region is not None
-    (binding,) = site.region.outputs
-    assert binding.layout is not None
-    old = values[binding.value]
-    place = old.producer()
+    place = values[site.region.outputs[0].value].producer()
     assert place is not None
     build = Builder(model.graph, site.name)
     types = result.spec.types()
@@ -253,17 +262,20 @@ def _replace(
         else Operand(values[entry.value], single_groups(axis.name for axis in types[entry.name].axes))
         for entry in site.region.inputs
     }
-    outputs = {binding.name: binding.layout.groups}
+    outputs = {entry.name: entry.layout.groups for entry in site.region.outputs if entry.layout is not None}
     made = emit(result.spec, operands, outputs, choice.row, build, shared)
-    result_value = made[binding.name]
-    if binding.layout.runs:
-        assert graph is not None  # what was lifted from one model has one graph
-        result_value = reshaped(build, result_value, _native_sizes(graph, values, site.region, binding.value, build))
+    for entry in site.region.outputs:
+        assert entry.layout is not None  # a result always has one
+        if entry.layout.runs:
+            assert graph is not None  # what was lifted from one model has one graph
+            sizes = _native_sizes(graph, values, site.region, entry.value, build)
+            made[entry.name] = reshaped(build, made[entry.name], sizes)
     for node in build.nodes:
         node.metadata_props["attncompile.site"] = site.name
         node.metadata_props["attncompile.spec"] = str(result.spec)
     build.insert_before(place)
-    redirect(old, result_value)
+    for entry in site.region.outputs:
+        redirect(values[entry.value], made[entry.name])
 
 
 def _native_sizes(

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import onnx_ir
 import torch
 
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import Inputs, Run, Runs
+from attncompile.convert.onnx_older import is_too_new, spell_out_unknown
 from attncompile.convert.recorded import recorded
-from attncompile.convert.runtime import release, run, session
+from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.checkpoint import OpenedModel
 
@@ -40,6 +42,7 @@ def known_runs(
     """
     scratch.mkdir()
     release()
+    before = runnable(before, scratch)
     plain = session_results(before, provider, inputs.every, scratch / "plain", running(progress, f"the export{doing}"))
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)
@@ -53,6 +56,18 @@ def known_runs(
             exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
     release()
     return Runs(original, plain, plain, exact, "ONNX Runtime")
+
+
+def runnable(file: Path, folder: Path) -> Path:
+    """A model that the installed ONNX Runtime takes: the file, or where it is too new the same model in a folder, with
+    the standard's definitions in the place of calls that are not known yet. What has none is left as it is.
+    """
+    model = onnx_ir.load(file)
+    if not is_too_new(model) or not spell_out_unknown(model):
+        return file
+    older = folder / f"older_{file.name}"
+    save(model, older, largest=0)
+    return older
 
 
 def session_results(
@@ -74,4 +89,4 @@ def running(progress: Progress, what: str) -> Progress:
     return lambda call: progress(f"running {what}: {call}")
 
 
-__all__ = ["known_runs", "running", "session_results"]
+__all__ = ["known_runs", "runnable", "running", "session_results"]

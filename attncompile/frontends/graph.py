@@ -312,6 +312,33 @@ class FusedAttention(Node):
 
 
 @dataclass(frozen=True)
+class FusedScan(Opaque):
+    """Linear attention as one native call (:class:`attncompile.ir.scan.Scan`), heads packed into the last axis.
+
+    Attributes:
+        query: ``[b,t,h·d]``; key: ``[b,t,g·d]``; value: ``[b,t,g·e]``; the output is ``[b,t,h·e]``.
+        sizes: batch, query heads, KV heads, steps, channels of query and key, channels of value.
+        scale: factor of the output.
+        gate: ``[b,t,g·d]``, or ``[b,t,g]`` where ``gate_by_head``; or ``None``.
+        rate: ``[b,t,g]``, or ``[b,t,1]`` where ``one_rate``, for the delta rule; or ``None``.
+        past: ``[b,g,d,e]``, or ``None``.
+        state: name of the value that holds the last state, if anything reads it, else empty.
+    """
+
+    query: str
+    key: str
+    value: str
+    sizes: Indices
+    scale: float
+    gate: str | None = None
+    gate_by_head: bool = False
+    rate: str | None = None
+    one_rate: bool = False
+    past: str | None = None
+    state: str = ""
+
+
+@dataclass(frozen=True)
 class GraphInput:
     """An input, parameter or constant of the graph.
 

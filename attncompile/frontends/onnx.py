@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from attncompile.frontends.errors import InputError
 from attncompile.frontends.graph import (
     Graph,
     GraphInput,
@@ -38,6 +37,7 @@ from attncompile.frontends.onnx_branches import inline_decided
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
 from attncompile.frontends.onnx_definitions import spell_out
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
+from attncompile.frontends.onnx_file import reading
 from attncompile.frontends.onnx_inference import Inference
 from attncompile.frontends.onnx_known import (
     DTYPE_NAMES,
@@ -98,17 +98,8 @@ def onnx_file_graph(path: Path) -> Graph:
     Raises:
         InputError: for a model that passes ONNX's own check and cannot be read all the same.
     """
-    try:
+    with reading(path):
         return onnx_graph(ir.load(path))
-    except InputError:
-        raise
-    except Exception as error:  # whatever a file may hold that its check lets through
-        first = str(error).strip().partition("\n")[0][:200]
-        raise InputError(
-            f"cannot be read as a model ({type(error).__name__}: {first})",
-            path,
-            "export it again, and report this if ONNX Runtime runs it",
-        ) from error
 
 
 @dataclass

@@ -20,6 +20,7 @@ from attncompile.frontends.graph import (
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Row
 from attncompile.frontends.onnx_known import DTYPE_NAMES
+from attncompile.frontends.onnx_recurrence import linear_attention
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 
@@ -331,7 +332,7 @@ def _refused(reason: str) -> Row:
     return row
 
 
-CALLS: dict[str, Row] = {"Attention": _attention}
+CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_attention}
 """Calls of the standard operator set."""
 
 # fmt: off
@@ -348,7 +349,7 @@ CONTRIB_CALLS: dict[str, Row] = {
     "LongformerAttention": _refused("it holds the projections of a windowed attention with global tokens"),
     "SparseAttention": _refused("its mask is a table of blocks"),
     "PagedAttention": _refused("its keys lie in pages"),
-    "LinearAttention": _refused("it is a scan, not an attention with a normaliser"),
+    "LinearAttention": linear_attention,
     "BiasSoftmax": _refused("its bias is added inside the normaliser"),
 }
 # fmt: on

@@ -8,7 +8,7 @@ be put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,13 +85,17 @@ def put_back(call: SpelledOut) -> ir.Node:
     return node
 
 
-def spell_out(model: ir.Model) -> None:
+def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) -> None:
     """Replace the calls of a model that need it by their definitions, in place; exactly what they compute.
+
+    Args:
+        model: the model.
+        needed: which calls do; those that are lifted only like that, where it is left out.
 
     A call whose definition ONNX cannot give (a type or a rank that it needs is unknown) stays. The others are kept
     with the model, see :func:`spelled_out`.
     """
-    calls = [node for graph in nested_graphs(model.graph) for node in graph if _needs_definition(node)]
+    calls = [node for graph in nested_graphs(model.graph) for node in graph if (needed or _needs_definition)(node)]
     if not calls or model.opset_imports.get("", 0) < LOWEST_OPSET:
         return
     types = _types(model)
@@ -125,13 +129,13 @@ def _placed(model: ir.Model, inlined: Mapping[str, tuple[SpelledOut, ir.Function
             nodes[node.metadata_props.pop(_CALL)].append(node)
     became: dict[ir.Value, ir.Value] = {}
     for number, (_, body, node) in inlined.items():
-        clones = dict(zip(body, nodes[number], strict=True))
+        clones = dict(zip(nested_nodes(body), nodes[number], strict=True))
         for old, made in zip(node.outputs, body.outputs, strict=True):
             source, position = made.producer(), made.index()
             assert source is not None and position is not None  # every output of a definition is made in it
             became[old] = clones[source].outputs[position]
     for number, (call, body, node) in inlined.items():
-        clones = dict(zip(body, nodes[number], strict=True))
+        clones = dict(zip(nested_nodes(body), nodes[number], strict=True))
         reads: dict[ir.Value, tuple[ir.Node, int]] = {}
         for inner in body:
             for position, value in enumerate(inner.inputs):
@@ -144,7 +148,8 @@ def _placed(model: ir.Model, inlined: Mapping[str, tuple[SpelledOut, ir.Function
             known = None if read is None else became.get(read, read)
             given.append(reads.get(formal, known) if formal is not None and known is not None else known)
         outputs = tuple(became[old] if old.name else None for old in node.outputs)
-        yield replace(call, nodes=tuple(nodes[number]), inputs=tuple(given), outputs=outputs)
+        placed = tuple(clones[inner] for inner in body)  # without those in bodies
+        yield replace(call, nodes=placed, inputs=tuple(given), outputs=outputs)
 
 
 def _needs_definition(node: ir.Node) -> bool:

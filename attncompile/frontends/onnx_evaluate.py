@@ -109,7 +109,9 @@ class OnnxEvaluator:
         nodes, _ = self._needed(wanted, feeds)
         if all(node.domain in _STANDARD for node in nodes):
             return torch.float64
-        used = {value.dtype for node in nodes for value in node.outputs if value.dtype is not None}
+        # of outputs of other operator sets the type is often not known
+        values = (value for node in nodes for value in (*node.inputs, *node.outputs))
+        used = {value.dtype for value in values if value is not None and value.dtype is not None}
         return torch.float16 if used & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else torch.float32
 
     def _needed(self, wanted: Sequence[str], stop: Sequence[str]) -> tuple[list[ir.Node], list[str]]:
@@ -207,6 +209,43 @@ class Attention(ReferenceAttention):
         return super()._run(*inputs, **{**attributes, "scale": scale and float(scale)})
 
 
+class LinearAttention(OpRun):
+    """``LinearAttention`` in the dtype of its input, one step after the other; ONNX's reference rounds to float32."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        query: np.ndarray,
+        key: np.ndarray,
+        value: np.ndarray,
+        past_state: np.ndarray | None = None,
+        decay: np.ndarray | None = None,
+        beta: np.ndarray | None = None,
+        chunk_size: int | None = None,
+        kv_num_heads: int = 1,
+        q_num_heads: int = 1,
+        scale: float | None = None,
+        update_rule: str | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows, steps, _ = query.shape
+        q = query.reshape(rows, steps, q_num_heads, -1)
+        k, v = (x.reshape(rows, steps, kv_num_heads, -1) for x in (key, value))
+        state = np.zeros((rows, kv_num_heads, k.shape[3], v.shape[3]), query.dtype)
+        state = state if past_state is None else past_state.astype(query.dtype)
+        made = []
+        for step in range(steps):
+            if decay is not None:
+                state = state * np.exp(decay[:, step].reshape(rows, kv_num_heads, -1, 1))
+            row = v[:, step]
+            if beta is not None:
+                row = beta[:, step, :, None] * (row - np.einsum("bgde,bgd->bge", state, k[:, step]))
+            state = state + k[:, step, :, :, None] * row[:, :, None]
+            read = np.repeat(state, q_num_heads // kv_num_heads, axis=1)
+            made.append(np.einsum("bhd,bhde->bhe", q[:, step], read) * (float(scale or 0.0) or q.shape[3] ** -0.5))
+        return np.stack(made, 1).reshape(rows, steps, -1), state
+
+
 class Softmax(OpRun):
     """``Softmax`` before opset 13: over all axes from one on; ONNX's reference knows the later form only."""
 
@@ -220,7 +259,11 @@ class Softmax(OpRun):
 
 def _better(opset: int) -> list[type[OpRun]]:
     """Operators whose reference implementation is not good enough."""
-    return [Erf, GatherElements, *([Attention] if opset >= 23 else []), *([Softmax] if opset < 13 else [])]
+    return [
+        *(Erf, GatherElements, LinearAttention),
+        *([Attention] if opset >= 23 else []),
+        *([Softmax] if opset < 13 else []),
+    ]
 
 
 LARGE, PIECE = 2**20, 4
@@ -282,8 +325,12 @@ class _Part:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        results = session.run(list(self.wanted), given)
+        try:
+            model_bytes, providers = proto.SerializeToString(), ["CPUExecutionProvider"]
+            results = onnxruntime.InferenceSession(model_bytes, options, providers=providers).run(self.wanted, given)
+        except Exception as error:  # its errors have no base of their own
+            first = str(error).partition("\n")[0]
+            raise ValueError(f"ONNX Runtime cannot compute {', '.join(self.wanted)}: {first}") from error
         return {name: _wide(np.asarray(value)) for name, value in zip(self.wanted, results, strict=True)}
 
 

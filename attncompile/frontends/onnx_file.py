@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from attncompile.frontends.errors import InputError, unreadable
+from attncompile.frontends.errors import CaptureError, InputError, unreadable
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
@@ -40,6 +41,8 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
         negative = [dim.dim_value for dim in value.type.tensor_type.shape.dim if dim.dim_value < 0]
         if negative:
             raise InputError(f"the shape of {value.name!r} has the size {negative[0]}", path, _AGAIN)
+    for node in _nodes(model):
+        _check_outputs(node, path)
     # what has no type says nothing, which ONNX's check does not allow and ONNX Runtime does
     untyped = [value for value in model.graph.value_info if not value.HasField("type")]
     for value in untyped:
@@ -47,6 +50,30 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
     if all(value.HasField("type") for value in (*model.graph.input, *model.graph.output)):
         _check_structure(model, path)
     return model
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what is done with a file that has been checked: whatever it may hold that its check lets through is one
+    sentence. Errors for a person, and a lack of memory, are passed on.
+
+    Raises:
+        InputError: for any other error.
+    """
+    try:
+        yield
+    except (InputError, CaptureError, MemoryError):
+        raise
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:  # what was wrong, not what was being done
+            first = first.__cause__
+        said = str(first).strip().partition("\n")[0][:200]
+        raise InputError(
+            f"cannot be read as a model ({type(first).__name__}: {said})",
+            path,
+            "export it again, and report this if ONNX Runtime runs it",
+        ) from error
 
 
 def _check_structure(model: onnx.ModelProto, path: Path) -> None:
@@ -63,6 +90,25 @@ def _check_structure(model: onnx.ModelProto, path: Path) -> None:
 _AGAIN = "export or download the file again"
 
 
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a model: in bodies and functions too."""
+    stack = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    while stack:
+        node = stack.pop()
+        yield node
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                stack += graph.node
+
+
+def _check_outputs(node: onnx.NodeProto, path: Path) -> None:
+    """That ``Split`` has as many outputs as it says: inferring shapes writes beyond its memory where there are more."""
+    for attribute in node.attribute:
+        if node.op_type == "Split" and attribute.name == "num_outputs" and attribute.i != len(node.output):
+            told = f"node {node.name!r} (Split) says num_outputs {attribute.i} and has {len(node.output)} outputs"
+            raise InputError(f"not a valid ONNX model: {told}", path, _AGAIN)
+
+
 def _check_size(tensor: onnx.TensorProto, path: Path) -> None:
     """That a tensor's bytes are as many as its shape says: a small file may not ask for any amount of memory."""
     try:
@@ -74,7 +120,7 @@ def _check_size(tensor: onnx.TensorProto, path: Path) -> None:
         what = "element type" if bits is None else "shape"
         raise InputError(f"the {what} of tensor {tensor.name!r} is not valid", path, _AGAIN)
     if tensor.HasField("raw_data"):
-        expected = math.ceil(math.prod(tensor.dims) * bits / 8)
+        expected = -(-math.prod(tensor.dims) * bits // 8)  # in whole numbers: a product of sizes may be any
         if len(tensor.raw_data) != expected:
             held = f"{len(tensor.raw_data)} bytes, where its shape says {expected}"
             raise InputError(f"tensor {tensor.name!r} holds {held}", path, _AGAIN)
@@ -110,14 +156,23 @@ def _check_external_data(tensor: onnx.TensorProto, path: Path) -> None:
     # Both spellings of an absolute path are refused on every system: the file may be used on another one.
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).is_absolute()
     folder = path.parent.resolve()
-    file = (folder / location).resolve()
+    try:
+        file = (folder / location).resolve()
+        found = file.is_file()
+    except (ValueError, RuntimeError, OSError) as error:  # a null byte, links in a circle, too long a name
+        first = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"the external data of tensor {tensor.name!r} is at {location[:80]!r}, which is no file ({first})",
+            path,
+            "only use models whose data lies beside them",
+        ) from error
     if not location or absolute or not file.is_relative_to(folder):
         raise InputError(
             f"the external data of tensor {tensor.name!r} is at {location!r}, outside the model's folder",
             path,
             "only use models whose data lies beside them",
         )
-    if not file.is_file():
+    if not found:
         raise InputError(
             f"the external data file {location!r} of tensor {tensor.name!r} is missing",
             path,

@@ -78,7 +78,7 @@ def infer_types(model: ir.Model) -> dict[str, onnx.TypeProto]:
     except Exception:  # it raises whatever its handlers of single operators raise
         try:
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except onnx.shape_inference.InferenceError:
+        except (onnx.shape_inference.InferenceError, ValueError):  # the second for sizes beyond all memory
             return {}
     return dict(_named_types(inferred.graph))
 

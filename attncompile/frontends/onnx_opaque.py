@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from attncompile.frontends.graph import Indices
-from attncompile.frontends.onnx_builder import Builder, Unstated
+from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated
 from attncompile.frontends.onnx_products import matmul_labels
+from attncompile.frontends.onnx_recurrence import state_info
 from attncompile.frontends.onnx_reduction import reduced_shape
 
 # fmt: off
@@ -42,6 +43,15 @@ def _integer_product(b: Builder) -> tuple[Indices, str]:
     return tuple(sizes[label] for label in labels[2]), "int32"
 
 
+def _state(b: Builder) -> tuple[Indices, str]:
+    if b.position != 1:
+        raise Unstated
+    try:
+        return state_info(b)
+    except AttentionRefused:
+        raise Unstated from None
+
+
 def _reduction(b: Builder) -> tuple[Indices, str]:
     return reduced_shape(b), b.dtype(b.tensor())
 
@@ -50,7 +60,7 @@ def _reduction(b: Builder) -> tuple[Indices, str]:
 OPAQUE_SHAPES: dict[str, Callable[[Builder], tuple[Indices, str]]] = {
     "QuantizeLinear": _quantized, "DequantizeLinear": _dequantized,
     "DynamicQuantizeLinear": _dynamically_quantized,
-    "MatMulInteger": _integer_product,
+    "MatMulInteger": _integer_product, "LinearAttention": _state,
     **{f"Reduce{name}": _reduction for name in (
         "Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
 }

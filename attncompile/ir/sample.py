@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from attncompile.ir.expr import Size, symbols
+from attncompile.ir.expr import Const, Size, symbols
 from attncompile.ir.operators import Kind
+from attncompile.ir.scan import Scan
+from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 from attncompile.ir.types import DTYPES, concrete, element_kind
 
@@ -44,6 +46,29 @@ LONGEST_SHIFT = 4096
 """How many lengths are tried for one at which no axis of a Spec is empty."""
 
 
+def _unchanged(drawn: torch.Tensor) -> torch.Tensor:
+    return drawn
+
+
+def bounded_draws(spec: Spec) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What standard normal numbers become, element by element, for inputs that have a range of their own.
+
+    A scan whose steps differ has them: a state that grows at each step would soon leave nothing to compare. Gates are
+    negative, rates lie between 0 and 1, and keys that the delta rule reads have a length of about 1.
+    """
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    types = spec.types()
+    for scan in (operation for operation in spec.operations if isinstance(operation, Scan)):
+        if scan.gate:
+            found[scan.gate] = lambda drawn: -0.3 * drawn.abs()
+        if scan.rate:
+            found[scan.rate] = torch.sigmoid
+            channels = simplify(types[scan.key].sizes[3])
+            shorter = float(channels.value) ** -0.5 if isinstance(channels, Const) else 0.1
+            found[scan.key] = lambda drawn, shorter=shorter: drawn * shorter  # type: ignore[misc]
+    return found
+
+
 def random_tensors(
     spec: Spec,
     sizes: Mapping[str, int],
@@ -53,8 +78,9 @@ def random_tensors(
 ) -> dict[str, torch.Tensor]:
     """One random tensor for each input of a Spec, by name.
 
-    Real tensors are standard normal. Truth values and integers are masks: 0 or 1, a quarter of them 0, unless
-    ``ranges`` gives ``low ≤ x < high`` for the name. Nothing keeps a row from losing all its keys.
+    Real tensors are standard normal, but for those of :func:`bounded_draws`. Truth values and integers are masks: 0
+    or 1, a quarter of them 0, unless ``ranges`` gives ``low ≤ x < high`` for the name. Nothing keeps a row from losing
+    all its keys.
 
     Args:
         spec: whose inputs are wanted.
@@ -64,11 +90,13 @@ def random_tensors(
         ranges: integer ranges by tensor name.
     """
     generator = torch.Generator().manual_seed(seed)
+    bounded = bounded_draws(spec)
     made: dict[str, torch.Tensor] = {}
     for value in spec.inputs:
         shape = [concrete(size, sizes) for size in value.type.sizes]
         if element_kind(value.type.dtype) is Kind.FLOAT:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            drawn = bounded.get(value.name, _unchanged)(drawn)
             made[value.name] = drawn.to(dtype or DTYPES[value.type.dtype])
         elif ranges and value.name in ranges:
             drawn = torch.randint(*ranges[value.name], shape, generator=generator)

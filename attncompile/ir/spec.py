@@ -194,7 +194,8 @@ def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen:
     operands = _operands(operation)
     default = next((inputs[name].dtype for _, name in operands if name in inputs and name not in seen), "")
     groups: list[tuple[list[str], str]] = []
-    for field, name in operands:
+    fields = [f for f in dataclasses.fields(operation) if f.metadata.get("role") == "operand"]
+    for place, (field, name) in enumerate(operands):
         text = ""
         if name in inputs and name not in seen:
             seen.add(name)
@@ -202,7 +203,9 @@ def _operand_texts(operation: Operation, inputs: Mapping[str, TensorType], seen:
             text = _sizes_text(kind, field.metadata["axes"]) + (
                 f":{kind.dtype}" if kind.dtype != default else ""
             )
-        if groups and groups[-1][1] == text and text:
+        if fields[place] is not field:  # one before it is left out
+            groups.append(([f"{field.name}={name}"], text))
+        elif groups and groups[-1][1] == text and text:
             groups[-1][0].append(name)
         else:
             groups.append(([name], text))
@@ -257,7 +260,7 @@ def print_spec(spec: Spec, digits: int | None = None) -> str:
 
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
-_TENSOR = re.compile(r"(?P<names>[\w.,]+)(?:\[(?P<sizes>[^\]]*)\])?(?::(?P<dtype>\w+))?")
+_TENSOR = re.compile(r"(?:(?P<field>\w+)=)?(?P<names>[\w.,]+)(?:\[(?P<sizes>[^\]]*)\])?(?::(?P<dtype>\w+))?")
 
 
 def _read_type(sizes: str, dtype: str, letters: str) -> TensorType:
@@ -303,7 +306,7 @@ class _Reader:
         argument = argument.strip()
         if keyword == "given":
             match = _TENSOR.fullmatch(argument.replace(" ", ""))
-            if not match or match["sizes"] is None:
+            if not match or match["sizes"] is None or match["field"]:
                 raise ValueError("expected given NAME[SIZES]:DTYPE")
             name = match["names"]
             self.captured[name] = Value(name, _read_type(match["sizes"], match["dtype"] or "", ""))
@@ -327,17 +330,25 @@ class _Reader:
         default = tokens.pop() if tokens and tokens[-1] in DTYPES else ""
         fields = [f for f in dataclasses.fields(kind) if f.metadata.get("role") == "operand"]
         found: list[tuple[str, str | None, str]] = []
+        apart: dict[str, tuple[str, str | None, str]] = {}
         for token in tokens:
             match = _TENSOR.fullmatch(token)
             if not match:
                 raise ValueError(f"cannot read {token!r}")
-            found += [(name, match["sizes"], match["dtype"] or default) for name in match["names"].split(",")]
+            each = [(name, match["sizes"], match["dtype"] or default) for name in match["names"].split(",")]
+            if match["field"]:
+                apart[match["field"]] = each[0]
+            else:
+                found += each
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
-        if not len(required) <= len(found) <= len(fields):
+        named = dict(zip((f.name for f in fields), found, strict=False))
+        missing = not len(required) <= len(found) <= len(fields)
+        if missing or apart.keys() & named.keys() or not apart.keys() <= {f.name for f in fields}:
             raise ValueError(
-                f"{kind.keyword} takes the operands {', '.join(f.name for f in fields)}, got {len(found)}"
+                f"{kind.keyword} takes the operands {', '.join(f.name for f in fields)}, got "
+                f"{', '.join([str(len(found)), *apart])}"
             )
-        operands = list(zip(fields, found, strict=False))
+        operands = [(f, (named | apart)[f.name]) for f in fields if f.name in named or f.name in apart]
         for field, (name, sizes, dtype) in operands:
             if sizes is not None:
                 self.inputs[name] = Value(name, _read_type(sizes, dtype, field.metadata["axes"]))

@@ -207,6 +207,26 @@ def products_after(graph: Graph, weights: str, passed: tuple[type[Node], ...] = 
     return found
 
 
+ROUNDINGS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+"""Operations that round a value to a narrow type and back, which interpretation does not pass."""
+
+
+def products_after_rounding(graph: Graph, weights: str) -> list[Contract]:
+    """Products that read a value through pointwise operations and movements, and through roundings."""
+    found: list[Contract] = []
+    seen, stack = {weights}, [weights]
+    while stack:
+        for user in graph.users.get(stack.pop(), ()):
+            if isinstance(user, Contract):
+                found.append(user)
+            elif user.output not in seen and (
+                isinstance(user, TRANSPARENT) or (isinstance(user, Opaque) and user.what in ROUNDINGS)
+            ):
+                seen.add(user.output)
+                stack.append(user.output)
+    return found
+
+
 def obstacle_after(graph: Graph, weights: str) -> Node | None:
     """The first operation on the way from the weights that interpretation can not pass."""
     seen, stack = {weights}, [weights]

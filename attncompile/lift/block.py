@@ -37,7 +37,9 @@ def attach_block(graph: Graph, site: Site) -> tuple[tuple[Operation, ...], tuple
         return (), ()
     operations: list[Operation] = []
     steps: list[Step] = []
-    for binding in (entry for entry in site.region.inputs if entry.layout is not None):
+    scan = site.spec.scan()
+    apart = {scan.gate, scan.rate, scan.past} if scan is not None else set()  # no vectors of heads
+    for binding in (entry for entry in site.region.inputs if entry.layout is not None and entry.name not in apart):
         walked = _Walk(graph, site.spec, binding)
         operations += walked.operations
         steps += reversed(walked.steps)
@@ -367,7 +369,8 @@ def _after(graph: Graph, value: str) -> Iterator[Step]:
                 return
             yield Step("out", "gate", _shown(graph, user.output), gate)
         elif isinstance(user, Opaque):
-            norm = recognise_norm(graph, user.output, len(graph.infos[user.output].shape) - 1)
+            info = graph.infos.get(user.output)  # None where its rank is not known
+            norm = recognise_norm(graph, user.output, len(info.shape) - 1) if info is not None else None
             if norm is None:
                 return
             facts = {"form": norm.kind, "channels": norm.channels, "epsilon": norm.epsilon}

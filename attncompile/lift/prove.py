@@ -20,6 +20,7 @@ from attncompile.frontends.graph import Graph
 from attncompile.ir import Expr, Refusal, Size, Spec, TensorType
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import TRUE, Apply, Const, Load, loads, walk
+from attncompile.ir.sample import bounded_draws
 from attncompile.ir.types import DTYPES, concrete
 from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 from attncompile.lift.shortened import shortenings
@@ -263,6 +264,7 @@ def _feeds(
     feeds: dict[str, torch.Tensor] = {}
     shapes = [graph.infos[binding.value].shape for binding in region.inputs]
     longest = max((concrete(size, values) for shape in shapes for size in shape), default=1)
+    bounded = bounded_draws(spec)
     for binding in region.inputs:
         info = graph.infos[binding.value]
         if binding.value in feeds:
@@ -272,7 +274,8 @@ def _feeds(
             feeds.update(graph.evaluate([binding.value], {}, values))
         else:
             shape = [concrete(s, values) for s in info.shape]
-            feeds[binding.value] = _random(info.dtype, shape, generator, binding.name in compared, longest)
+            drawn = _random(info.dtype, shape, generator, binding.name in compared, longest)
+            feeds[binding.value] = bounded[binding.name](drawn) if binding.name in bounded else drawn
     return feeds
 
 
@@ -347,7 +350,11 @@ def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str,
         for found in itertools.product(SEARCHED, repeat=len(searched)):
             yield {**small[0], **dict(zip(searched, found, strict=True))}
     for values in small:
-        yield _reaching(graph, spec, region, values)
+        try:
+            reached = _reaching(graph, spec, region, values)
+        except (ValueError, RuntimeError):  # a size that no shape tells, or none at all
+            continue
+        yield reached
 
 
 def _reaching(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from functools import partial
 
 from attncompile.frontends.graph import (
     FusedAttention,
+    FusedScan,
     Graph,
     Node,
     Opaque,
@@ -25,6 +26,7 @@ from attncompile.lift.anchors import (
     normalisers,
     obstacle_behind,
     products_after,
+    products_after_rounding,
     scores_behind,
     unnormalised_products,
 )
@@ -33,6 +35,7 @@ from attncompile.lift.escapes import escaping, with_log_sum
 from attncompile.lift.fused import state_fused
 from attncompile.lift.joining import joined
 from attncompile.lift.program import Region, Site
+from attncompile.lift.recurrent import scan_site
 from attncompile.lift.specify import specify
 from attncompile.lift.statement import NoSite, Statement, refuse
 
@@ -52,6 +55,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     for node in graph.nodes:
         if isinstance(node, FusedAttention):
             add(node.output, partial(state_fused, graph, node))
+        elif isinstance(node, FusedScan):
+            found.append((place[node.output], scan_site(graph, node)))
         elif isinstance(node, RefusedAttention):
             add(node.output, partial(_refused_call, graph, node))
     claimed: set[str] = set()
@@ -80,8 +85,10 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
                 continue  # a gate, or the hidden state of an expert
             known |= ends
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
-        elif anchor.kind == "softmax" and products and (obstacle := obstacle_behind(graph, anchor.source)) is not None:
-            add(anchor.output, partial(_refused_obstacle, graph, obstacle))
+        elif anchor.kind == "softmax" and (products or products_after_rounding(graph, anchor.output)):
+            obstacle = obstacle_behind(graph, anchor.source)
+            if obstacle is not None:
+                add(anchor.output, partial(_refused_obstacle, graph, obstacle))
     for score, product in unnormalised_products(graph, frozenset(known)):
         add(score.output, partial(state_products, graph, score, product, unread.get(score.output)))
     return _uniquely_named([site for _, site in sorted(found, key=lambda entry: entry[0])])
@@ -125,7 +132,8 @@ def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
         return Site(name, "refused", refusal=error.refusal, source=native.source, anchor=native.name)
     except NoSite:
         return None
-    except (ValueError, IndexError, KeyError) as error:  # shapes that a file declares and its operators contradict
+    except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        # shapes that a file declares and its operators contradict
         reason = f"what the graph says of it does not fit together ({type(error).__name__}: {error})"
         refusal = Refusal("contradiction", reason, native.name, native.source, "report this model if it runs")
         return Site(name, "refused", refusal=refusal, source=native.source, anchor=native.name)

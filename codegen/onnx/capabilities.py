@@ -49,11 +49,12 @@ from attncompile.codegen.onnx.reading import (
     scaled,
     unweighted,
 )
+from attncompile.codegen.onnx.recurrence import recurrent_scan
 from attncompile.codegen.onnx.scan import linear_attention, parallel_scan
 from attncompile.codegen.onnx.tried import why_not
 from attncompile.codegen.onnx.values import MICROSOFT
-from attncompile.ir.attend import NO_SINK, Attend
-from attncompile.ir.expr import TRUE, WEIGHT, Index, symbols
+from attncompile.ir.attend import NO_SINK, Attend, grouped
+from attncompile.ir.expr import TRUE, WEIGHT, Const, Expr, Index, symbols
 from attncompile.ir.operation import Types
 from attncompile.ir.refusal import RefusalError
 from attncompile.ir.rows import ABSORBING, extents
@@ -291,14 +292,25 @@ def _build_group_query(attend: Attend, place: Place) -> Made:
 def _linear(scan: Scan, types: Types) -> str | None:
     if scan.normalize:
         return "LinearAttention does not divide by the sum of the weights"
+    if scan.scale == 0:
+        return "LinearAttention takes a scale of 0 for one that was not given"
     if any(fixed(types[side].sizes[axis]) is None for side in (scan.query, scan.key, scan.value) for axis in (1, 3)):
         return "LinearAttention needs fixed numbers of heads and channels"
     heads, groups = fixed(types[scan.query].sizes[1]) or 0, fixed(types[scan.key].sizes[1]) or 0
-    if heads != groups:
+    if heads != groups and Index("h") in symbols(scan.decay):
         return f"LinearAttention has a decay per KV head, here it is per query head ({heads} on {groups})"
-    if simplify(scan.kv_head, {"h": types[scan.query].sizes[1]}) != Index("h"):
+    known: dict[str, Expr] = {"h": Const(heads)}
+    if heads % groups or simplify(scan.kv_head, known) != simplify(grouped(heads, groups), known):
         return f"LinearAttention pairs query and KV heads in order, here query head h reads {scan.kv_head}"
+    apart = next((name for name in (scan.key, scan.value, scan.gate, scan.rate, scan.past)
+                  if name and types[name].dtype != types[scan.query].dtype), None)  # fmt: skip
+    if apart is not None:
+        return f"LinearAttention was tried in one dtype alone, here {apart} is {types[apart].dtype}"
     return None
+
+
+def _build_plain_scan(scan: Scan, place: Place) -> Made:
+    return parallel_scan(scan, place) if scan.fixed else recurrent_scan(scan, place)
 
 
 def _never(_: object, __: Types) -> str | None:
@@ -395,7 +407,7 @@ SCAN_ROWS: tuple[Capability, ...] = (
         features=linear_features,
     ),
     Capability(
-        operator="decomposition", domain="", opset=18, objection=_never, build=parallel_scan, operation=Scan
+        operator="decomposition", domain="", opset=18, objection=_never, build=_build_plain_scan, operation=Scan
     ),
 )
 

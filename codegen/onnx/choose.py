@@ -116,7 +116,9 @@ def mask_class(spec: Spec) -> str:
     """The column of the table that the Spec's Attend belongs to."""
     attend = spec.attend()
     if attend is None:
-        return "causal"  # a Scan
+        scan = spec.scan()
+        # with steps that differ the plain form is another one, and was not measured
+        return "causal" if scan is not None and scan.fixed else "stepwise"
     score = scaled(attend)
     biased = score is None or score.bias is not None
     causal = causal_mask(attend, spec.types())

@@ -17,6 +17,7 @@ from attncompile.codegen.onnx.reading import (
     may_be_infinite,
     may_swallow,
     scaled,
+    update_rule,
 )
 from attncompile.ir.attend import NO_SINK, Attend
 from attncompile.ir.expr import TRUE, Expr, Index, symbols
@@ -167,8 +168,13 @@ def group_query_features(attend: Attend, types: Types) -> tuple[str, ...]:
 
 def linear_features(scan: Scan, types: Types) -> tuple[str, ...]:
     """Of ``LinearAttention``."""
-    other = fixed(types[scan.key].sizes[3]) != fixed(types[scan.value].sizes[3])
-    return ("gated", "scale", *(["other value than key channels"] if other else []))
+    by_channel = bool(scan.gate) and fixed(types[scan.gate].sizes[3]) != 1
+    found = [update_rule(scan), "scale"]
+    found += ["gated, a decay of each channel"] if by_channel else []
+    found += ["fewer KV heads"] if types[scan.key].sizes[1] != types[scan.query].sizes[1] else []
+    found += ["past_state"] if scan.past else []
+    found += ["other value than key channels"] if types[scan.key].sizes[3] != types[scan.value].sizes[3] else []
+    return tuple(found)
 
 
 __all__ = [

@@ -13,6 +13,7 @@ from attncompile.ir.expr import TRUE, WEIGHT, Apply, Const, Expr, Index, Load, c
 from attncompile.ir.operation import Types
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import ABSORBING, extents
+from attncompile.ir.scan import Scan
 from attncompile.ir.simplify import simplify
 
 MASKED = -(2.0**100)
@@ -210,3 +211,9 @@ def fixed(size: Expr) -> int | None:
     """The size as a number, when it is one."""
     size = simplify(size)
     return int(size.value) if isinstance(size, Const) else None
+
+
+def update_rule(scan: Scan) -> str:
+    """What ``LinearAttention`` calls the step of a scan."""
+    gated = bool(scan.gate) or simplify(scan.decay) != Const(1.0)
+    return "_".join([*(["gated"] if gated else []), *(["delta"] if scan.rate else [])]) or "linear"

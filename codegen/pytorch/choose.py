@@ -41,6 +41,8 @@ Tensors = dict[str, torch.Tensor]
 Sizes = dict[str, Any]
 Step = Callable[[Tensors, Sizes, torch.Tensor | None], Tensors]
 
+_STEPWISE = "the steps of the scan differ (a gate, a rate or a state), so they are computed one after the other"
+
 # Length at which a mask is asked whether it leaves out enough: long enough that the answer does not change
 # beyond.
 LONG = 32768
@@ -77,7 +79,8 @@ def why_not(spec: Spec, device: str = "cpu", operator: str | None = None) -> str
     if operator in (None, "reference"):
         return None
     if operator == "scan":
-        return None if spec.scan() else "there is no scan in it"
+        scan = spec.scan()
+        return "there is no scan in it" if scan is None else None if scan.fixed else _STEPWISE
     attend = spec.attend()
     if attend is None:
         return "it has not exactly one attention operation"
@@ -172,7 +175,10 @@ def _lowered(spec: Spec, device: str, operator: str | None) -> Lowering:
 
 def _choose(spec: Spec, device: str) -> tuple[str, str]:
     """The operator and the reason for it."""
-    if spec.scan() is not None and spec.attend() is None:
+    scan = spec.scan()
+    if scan is not None and spec.attend() is None:
+        if not scan.fixed:
+            return "reference", _STEPWISE
         return "scan", "a scan in chunks does linear work in the length"
     problem = why_not(spec, device, "sdpa") or _slow_mask(spec, device)
     attend = spec.attend()

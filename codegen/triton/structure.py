@@ -149,6 +149,8 @@ def why_not_spec(spec: Spec) -> str | None:
     attend, scan = spec.attend(), spec.scan()
     operation = attend or scan
     assert operation is not None  # operations_reason has seen to it
+    if scan is not None and not scan.fixed:
+        return "the steps of the scan differ (a gate, a rate or a state); the kernel takes a decay fixed by head"
     for name in (operation.query, operation.key, operation.value):
         found = types[name]
         if found.dtype not in REAL_DTYPES:

@@ -61,6 +61,14 @@ CALLS = (
          "float[B,I,48] q, float[B,J,48] k, float[B,J,24] v, float[1,6,I,J] a", ("a[0, h, i, j]", "0.25·s")),
     Call("multi-head, causal", "y = com.microsoft.MultiHeadAttention<num_heads=6, unidirectional=1>(q, k, v)",
          "float[B,I,48] q, float[B,I,48] k, float[B,I,24] v", ("j ≤ i",)),
+    Call("linear attention of ONNX Runtime",
+         "y, z = com.microsoft.LinearAttention<q_num_heads=4, kv_num_heads=2>(q, k, v, s, g, r)",
+         "float[B,I,32] q, float[B,I,16] k, float[B,I,16] v, float[B,2,8,8] s, float[B,I,2] g, float[B,I,1] r",
+         ("scan", "gate[B,2,I,1]", "rate[B,2,I]", "past[B,2,8,8]", "h // 2")),
+    Call("linear attention of the standard",
+         'y = LinearAttention<q_num_heads=2, kv_num_heads=2, update_rule="gated", scale=0.5>(q, k, v, , g)',
+         "float[B,I,16] q, float[B,I,16] k, float[B,I,8] v, float[B,I,16] g",
+         ("scan", "gate[B,2,I,8]", "scale  0.5"), opset=27),
 )
 # fmt: on
 
@@ -116,8 +124,33 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "float[B,I,48] q, float[B,I,16] k, float[B,I,16] v, int32[B] l, int32 t",
             "seqlens_k",
         ),
+        (
+            "y = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2, state_window=3>(q, k, v, s, g, r)",
+            "float[B,I,16] q, float[B,I,16] k, float[B,I,16] v, float[3,B,2,8,8] s, float[B,I,2] g, float[B,I,2] r",
+            "window of states",
+        ),
+        (
+            "y = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2>(q, k, v, , g)",
+            "float[B,I,16] q, float[B,I,16] k, float[B,I,16] v, float[B,I,2] g",
+            "beta do not go together",
+        ),
+        (
+            'y = com.microsoft.LinearAttention<q_num_heads=3, kv_num_heads=2, update_rule="linear">(q, k, v)',
+            "float[B,I,24] q, float[B,I,16] k, float[B,I,16] v",
+            "no positive multiple",
+        ),
+        (
+            'y = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2, update_rule="delta">(q, k, v, , , r)',
+            "float[B,I,16] q, float[B,I,16] k, float[B,I,16] v, float[B,I,3] r",
+            "3 channels, where it should have 2 or 1",
+        ),
+        (
+            'y = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2, update_rule="decay">(q, k, v)',
+            "float[B,I,16] q, float[B,I,16] k, float[B,I,16] v",
+            "none of linear",
+        ),
     ],
-    ids=["bias", "packed", "projections", "grouped"],
+    ids=["bias", "packed", "projections", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
 )
 def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
     graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))
@@ -163,3 +196,14 @@ def test_nan_replaced_by_zero_is_a_property_of_empty_rows() -> None:
         assert f"empty rows {empty}" in str(site.spec) or empty == "nan"
         attend = site.spec.attend()
         assert attend is not None and attend.norm.empty == empty
+
+
+def test_scores_and_weights_that_are_rounded_are_refused_aloud() -> None:
+    """Pairs of QuantizeLinear and DequantizeLinear, as static quantisation puts them around everything."""
+    (site,) = lift_graph(onnx_graph(parsed("""g (float[B,4,I,8] q, float[B,4,8,I] k, float[B,4,I,8] v) => (y)
+        <float scale = {0.1}, uint8 zero = {128}> {
+        s = MatMul(q, k)  sq = QuantizeLinear(s, scale, zero)  sd = DequantizeLinear(sq, scale, zero)
+        w = Softmax(sd)   wq = QuantizeLinear(w, scale, zero)  wd = DequantizeLinear(wq, scale, zero)
+        y = MatMul(wd, v) }"""))).sites  # fmt: skip
+    assert site.status == "refused" and site.refusal is not None
+    assert "DequantizeLinear lies between the scores and the normaliser" in site.refusal.reason

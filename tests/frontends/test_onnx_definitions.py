@@ -86,13 +86,37 @@ def test_a_call_reads_what_another_that_was_put_back_gives() -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+WIDE_STATE = """<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>
+    scan (float16[2,5,16] q, float16[2,5,16] k, float16[2,5,16] v, float[2,2,8,8] s) => (y, z) {
+        y, z = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2, update_rule="linear">(q, k, v, s)
+    }"""
+
+
 def test_a_call_that_nobody_measured_stays() -> None:
-    """In float64 no other operator is right, and how fast this one is beside plain ones is not known."""
-    model = ir.from_proto(case("test_flexattention_double").model)
+    """With a state of another type no operator was tried, and how fast this one is beside plain ones is not known."""
+    model = ir.from_onnx_text(WIDE_STATE)
     before = form(model)
-    (outcome,) = rewrite_onnx(model, "flex", (), "cpu", "fastest", False, ()).outcomes
-    assert "FlexAttention" in outcome.reason and "already plain" not in outcome.reason
+    (outcome,) = rewrite_onnx(model, "scan", (), "cpu", "fastest", False, ()).outcomes
+    assert outcome.site.status == "lifted", str(outcome.site.refusal)
+    assert "it stays LinearAttention, which was not measured" in outcome.reason
     assert form(model) == before
+
+
+def test_a_call_that_the_runtime_does_not_know_is_written_anew() -> None:
+    """In float64 no fused operator is right, and FlexAttention is none of ONNX Runtime's at all."""
+    model = ir.from_proto(case("test_flexattention_double").model)
+    (outcome,) = rewrite_onnx(model, "flex", (), "cpu", "fastest", False, ()).outcomes
+    assert outcome.operator == "decomposition", outcome.reason
+    assert not any(node.op_type == "FlexAttention" for node in model.graph)
+
+
+def test_a_call_with_attributes_that_the_runtime_does_not_know_gives_way_to_its_definition() -> None:
+    """A call that returns its scores is not replaced, and ONNX Runtime knows Attention without windows."""
+    model = ir.from_proto(case("test_attention_local_window_gqa_rank4_mask").model)
+    made = rewrite_onnx(model, "window", (), "cpu", "fastest", False, ())
+    assert [outcome.operator for outcome in made.outcomes] == ["original"]
+    assert not any(node.op_type == "Attention" for node in model.graph)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
 @pytest.mark.parametrize("prefer", ["fastest", "decomposed"])
