@@ -187,7 +187,7 @@ class RotaryRounding:
             "if SMOOTH:",
             f"    mean += tl.cast(head, tl.int64) * {self.channels}",
         ]
-        largest = ""
+        largest: list[str] = []
         for tile, d, mask in self._parts():
             there = _there(mask)
             lines += [
@@ -195,8 +195,8 @@ class RotaryRounding:
                 f"    {tile} = tl.where({there}, {tile}, 0.0)",
             ]
             own = f"tl.max(tl.max(tl.abs({tile}), 1), 0)"
-            largest = f"tl.maximum({largest}, {own})" if largest else own
-        lines += [f"largest = {largest}", "codes += (tl.cast(head, tl.int64) * I + rows)[:, None] * code_stride"]
+            largest.append(f"largest = tl.maximum(largest, {own})" if largest else f"largest = {own}")
+        lines += [*largest, "codes += (tl.cast(head, tl.int64) * I + rows)[:, None] * code_stride"]
         parts = self._parts()
         if self.interleaved:  # stored as they lie
             lines += [
@@ -221,10 +221,9 @@ class RotaryRounding:
         rest = [f"REST={self.rest}"] if self.rest else []
 
         def launched(name: str, given: list[str], constants: list[str]) -> list[str]:
-            kernel, blocks = f"{name}{self.suffix}", "sums.shape[2]" if name == "rotate_sum_blocks" else "scale.shape[2]"
             arguments = ["tensor", *given, *self.pointers(), *strides, *(["codes.stride(2)"] if len(given) > 1 else [])]
-            arguments += ["heads", "length", *self.sizes, *constants[:2], f"PAIRS={self.pairs}", *rest, *constants[2:]]
-            head = f"{kernel}[(batch * heads * {blocks},)]"
+            arguments += ["heads", "length", *self.sizes, f"PAIRS={self.pairs}", *rest, *constants]
+            head = f"{name}{self.suffix}[(batch * heads * {given[-1]}.shape[2],)]"
             return signature(head, arguments, "", inside=16).splitlines()
 
         smooth = []
@@ -254,10 +253,8 @@ class RotaryRounding:
             *(f"        {line}" for line in launched("rotate_quantize_blocks", ["mean", "codes", "scale"], constants)),
             f"return codes[..., :{self.channels}], scale",
         ]
-        head = signature(
-            f"def rotate_quantize{self.suffix}", ["tensor", *self.pointers(), *self.sizes, "dtype", "block", "smooth"], ":"
-        )
-        return f"{head}\n{indented(lines, 4)}"
+        arguments = ["tensor", *self.pointers(), *self.sizes, "dtype", "block", "smooth"]
+        return f"{signature(f'def rotate_quantize{self.suffix}', arguments, ':')}\n{indented(lines, 4)}"
 
 
 def _there(mask: str) -> str:

@@ -60,9 +60,8 @@ def _map(spec: Spec, members: list[tuple[str, Quantize, Position]], suffix: str)
     sizes = {name: names.fresh(name) for name in read}
     scope = Scope({name: name for name in "bid"}, sizes, pointers, types, extents)
     cosine, sine = function_of(f"cosine{suffix}", cos, scope), function_of(f"sine{suffix}", sin, scope)
-    taken = {
-        name: identifier for name, identifier in sizes.items() if mentions(identifier, *cosine.parameters, *sine.parameters)
-    }
+    parameters = (*cosine.parameters, *sine.parameters)
+    taken = {name: identifier for name, identifier in sizes.items() if mentions(identifier, *parameters)}
     skeleton = RotaryRounding(
         suffix=suffix,
         cosine=cosine,
@@ -86,7 +85,8 @@ def _read(spec: Spec, *expressions: Expr) -> list[Expr]:
 def rotary_kernels(spec: Spec, found: Map, step: Quantize) -> list[Kernel]:
     """Arguments of the kernels that rotate and round a tensor."""
     skeleton, types = found.skeleton, spec.types()
-    captured = tuple((pointer, types[name].dtype) for pointer, name in zip(skeleton.pointers(), found.tensors, strict=True))
+    pairs = zip(skeleton.pointers(), found.tensors, strict=True)
+    captured = tuple((pointer, types[name].dtype) for pointer, name in pairs)
     strides = ("stride_b", "stride_h", "stride_i", "stride_d", *skeleton.strides())
     rest: dict[str, int | str | bool] = {"REST": skeleton.rest} if skeleton.rest else {}
 

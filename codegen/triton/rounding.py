@@ -54,9 +54,9 @@ def rounding_lines(spec: Spec, parts: Dense, binding: Binding, *, shuffled: bool
         function = f"rotate_quantize{found.skeleton.suffix}" if found else "quantize"
         more = [binding.tensors[each] for each in found.tensors] if found else []
         more += [binding.sizes[each] for each in found.sizes] if found else []
-        arguments = [binding.tensors[rounding.source(step)], *more, str(DTYPES[step.dtype]), str(step.block)]
-        head = f"{name}_codes, {name}_scale = {function}"
-        lines += signature(head, [*arguments, str(step.smooth)], "", inside=4).splitlines()
+        given = [binding.tensors[rounding.source(step)], *more]
+        given += [str(DTYPES[step.dtype]), str(step.block), str(step.smooth)]
+        lines += signature(f"{name}_codes, {name}_scale = {function}", given, "", inside=4).splitlines()
     if rounding.value:
         arguments = f"{binding.tensors[rounding.value.tensor]}, {rounding.value.block}, {shuffled}"
         lines.append(f"value_codes, value_scale = quantize_values({arguments})")

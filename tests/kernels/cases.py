@@ -113,12 +113,12 @@ ROTATED: tuple[Case, ...] = (
     ),
     _rotated(
         "rotated-computed",
-        "angles from positions, one query a scale",
+        "angles from positions, few queries a scale",
         channels=24,
         rotated=24,
         query=COMPUTED,
         given=(),
-        blocks=(1, 200),
+        blocks=(5, 200),
         dtype="float8_e4m3",
     ),
     _rotated(
