@@ -8,7 +8,7 @@ random inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attncompile.frontends.graph import Cast, Graph, Indices, Move
@@ -20,7 +20,6 @@ from attncompile.lift.operands import layout_of
 from attncompile.lift.program import Binding, Layout, Region, Site
 from attncompile.lift.prove import Prover
 from attncompile.lift.rotated import Rotation, rotations
-from attncompile.lift.specify import plain_name
 
 _LONGEST = 16
 """Movements and casts between a rotary map and an operand, or before the map."""
@@ -46,7 +45,7 @@ class _Pulled:
     Attributes:
         name: of the operand in the Spec.
         rotation: the map, over values and sizes of the graph.
-        source: the value that is read instead; layout: where the operand's axes are in it.
+        source: the value that is read instead; layout: where the operand's axes are in it; dtype: of it.
         inside: values that are made between the two.
     """
 
@@ -54,6 +53,7 @@ class _Pulled:
     rotation: Rotation
     source: str
     layout: Layout
+    dtype: str
     inside: frozenset[str]
 
 
@@ -83,6 +83,13 @@ class RotaryMaps:
                 pulled.append(found)
             else:
                 refused.append((binding.name, f"{binding.name}: {found}"))
+        dtypes = {name: spec.types()[name].dtype for name in (attend.query, attend.key, attend.value)}
+        if len(set((dtypes | {each.name: each.dtype for each in pulled}).values())) > 1:
+            # products are of one type: a map that changes it takes the others along, or stays
+            changing = [each for each in pulled if each.dtype != dtypes[each.name]]
+            pulled = [each for each in pulled if each not in changing]
+            refused += [(each.name, f"{each.name}: it is {each.dtype} before its rotary map and {dtypes[each.name]} "
+                         "after it, and other operands are not") for each in changing]  # fmt: skip
         if not pulled:
             return RotatedSite(site, Prologue(refused=tuple(refused)))
         return self._proven(site, spec, region, pulled, tuple(refused))
@@ -120,9 +127,10 @@ def _pull(graph: Graph, spec: Spec, region: Region, binding: Binding) -> _Pulled
     passed = {binding.value}
     value, indices = binding.value, operand_element(graph, kind, binding)
     reason = "no rotary map makes it"
+    wanted = tuple(dict.fromkeys((_value_dtype(spec), kind.dtype)))
     for _ in range(_LONGEST):
         for rotation in rotations(graph, value, indices, extents, tables=True):
-            found = _before(graph, kind, rotation, extents)
+            found = _before(graph, kind, rotation, extents, value, wanted)
             if isinstance(found, str):
                 reason = found
                 continue
@@ -141,24 +149,34 @@ def _pull(graph: Graph, spec: Spec, region: Region, binding: Binding) -> _Pulled
 
 
 def _before(
-    graph: Graph, kind: TensorType, rotation: Rotation, extents: Mapping[str, Expr]
-) -> tuple[str, Layout] | str:
-    """The tensor before a rotary map that has the operand's type, and its layout; or why there is none."""
+    graph: Graph, kind: TensorType, rotation: Rotation, extents: Mapping[str, Expr], rotated: str, wanted: Sequence[str]
+) -> tuple[str, Layout, str] | str:
+    """The tensor before a rotary map, its layout and its dtype; or why there is none.
+
+    Args:
+        graph: the graph; kind: type of the operand; extents: of its axes.
+        rotation: the map.
+        rotated: what it makes.
+        wanted: dtypes that the tensor may have, the better ones first.
+    """
+    position = rotation.position
+    tables = {load.tensor for expr in (position.cos, position.sin) for load in loads(expr)}
     names = [axis.name for axis in kind.axes]
     axes = {name: (Index(ROLES.get(name, name)), extents[ROLES.get(name, name)]) for name in names}
-    reason = ""
-    for value, indices in _behind(graph, rotation, extents):
-        info = graph.infos[value]
-        if not graph.is_readable(value):
-            continue
-        if info.dtype != kind.dtype:
-            reason = reason or f"it is {info.dtype} before its rotary map and {kind.dtype} after it"
-            continue
-        layout = layout_of(graph, indices, info.shape, axes)
-        if layout is not None:
-            return value, layout
-        reason = "no tensor before its rotary map holds exactly what is rotated"
-    return reason
+    behind = [(value, indices) for value, indices in _behind(graph, rotation, extents) if graph.is_readable(value)]
+    found = "no tensor before its rotary map holds exactly what is rotated"
+    for dtype in wanted:
+        for value, indices in (each for each in behind if graph.infos[each[0]].dtype == dtype):
+            layout = layout_of(graph, indices, graph.infos[value].shape, axes)
+            if layout is not None and _is_made_of(graph, rotated, {value, *tables}):
+                return value, layout, dtype
+    kinds = {graph.infos[value].dtype for value, _ in behind}
+    return found if kinds & set(wanted) else f"it is {', '.join(sorted(kinds))} before its rotary map, not {kind.dtype}"
+
+
+def _value_dtype(spec: Spec) -> str:
+    attend = spec.attend()
+    return spec.types()[attend.value].dtype if attend is not None else ""
 
 
 def _behind(graph: Graph, rotation: Rotation, extents: Mapping[str, Expr]) -> Iterator[tuple[str, Indices]]:
@@ -173,6 +191,24 @@ def _behind(graph: Graph, rotation: Rotation, extents: Mapping[str, Expr]) -> It
         if isinstance(node, Move):
             indices = tuple(simplifier(index) for index in node.index_map(indices))
         value = node.source
+
+
+def _is_made_of(graph: Graph, value: str, given: set[str]) -> bool:
+    """Whether some values and constants are all that the graph makes a value of."""
+    seen, stack = {value}, [value]
+    while stack:
+        name = stack.pop()
+        if name in given:
+            continue
+        if name not in graph.producer:
+            known = graph.inputs.get(name)
+            if known is None or known.value is None:
+                return False
+            continue
+        fresh = [read for read in graph.producer[name].inputs if read not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return True
 
 
 def _needed_elsewhere(graph: Graph, region: Region, rotated: set[str]) -> str:
@@ -215,16 +251,22 @@ def _stated(
     taken = {*spec.types(), *(binding.name for binding in region.inputs)}
     tables: list[Binding] = []
 
-    def named(expr: Expr) -> Expr:
-        for load in loads(expr):
-            if load.tensor not in known:
-                name = plain_name(graph, load.tensor)
-                while name in taken:
-                    name += "_"
-                taken.add(name)
-                known[load.tensor] = name
-                tables.append(Binding(name, load.tensor, None))
+    # called by what they hold, not as in the graph: layers with tables of their own then share a kernel
+    for each in pulled:
+        position = each.rotation.position
+        cosines, sines = ([load.tensor for load in loads(expr)] for expr in (position.cos, position.sin))
+        for value in dict.fromkeys((*cosines, *sines)):
+            if value in known:
+                continue
+            held = "angles" if value in cosines and value in sines else "cos" if value in cosines else "sin"
+            name = held if held not in taken else f"{held}_{each.name}"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            known[value] = name
+            tables.append(Binding(name, value, None))
 
+    def named(expr: Expr) -> Expr:
         def renamed(node: Expr) -> Expr | None:
             if isinstance(node, Load):
                 return Load(known[node.tensor], node.indices, node.element)  # whose indices are renamed already
@@ -242,7 +284,7 @@ def _stated(
         for each in pulled
     ]
     types = spec.types()
-    inputs = [Value(each.name, types[each.name]) for each in pulled]
+    inputs = [Value(each.name, dataclasses.replace(types[each.name], dtype=each.dtype)) for each in pulled]
     for table in tables:
         info = graph.infos[table.value]
         axes = tuple(Axis(f"a{n}", simplify(substitute(size, sizes))) for n, size in enumerate(info.shape))

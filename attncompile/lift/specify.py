@@ -327,13 +327,6 @@ _TAKEN = ("q", "k", "v", "out", "s", "w", "t", "true", "false", "inf", "nan")
 """Names that mean something else in a Spec."""
 
 
-def plain_name(graph: Graph, native: str) -> str:
-    """What a person calls a value, with signs that a name in a Spec may have; it may be taken."""
-    given = graph.inputs.get(native)
-    name = re.sub(r"[^\w.]", "_", given.name if given else native)
-    return name if re.match(r"[A-Za-z_]", name) else f"t_{name}"
-
-
 class _Naming:
     """Names of sizes and captured tensors as they appear in a Spec.
 
@@ -393,7 +386,9 @@ class _Naming:
         return simplify(rewrite(expr, renamed), self.extents) if expr not in (TRUE, WEIGHT, TOTAL) else expr
 
     def _name(self, native: str) -> str:
-        name = plain_name(self.graph, native)
+        given = self.graph.inputs.get(native)
+        name = re.sub(r"[^\w.]", "_", given.name if given else native)
+        name = name if re.match(r"[A-Za-z_]", name) else f"t_{name}"
         while name in self.tensors.values() or name in _TAKEN or re.fullmatch(r"[kv]\d+(_\d+)?", name):
             name += "_"
         return name
