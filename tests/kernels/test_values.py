@@ -37,7 +37,7 @@ def test_usual_blocks(name: str, dtype: str, interpreter: Interpreter) -> None:
     check(interpreter.ask(case=name, dtype=dtype, small=False))
 
 
-@pytest.mark.parametrize("name", ("fp8", "fp8-grouped", "int8-fp8-sinks", "int8"))
+@pytest.mark.parametrize("name", ("fp8", "fp8-grouped", "int8-fp8-sinks", "int8", "rotated", "rotated-interleaved"))
 def test_zero_blocks(name: str, interpreter: Interpreter) -> None:
     """A block of zeros has no largest element that could be its scale; nothing is NaN all the same."""
     check(interpreter.ask(case=name, dtype="float32", small=True, zeros=True))
