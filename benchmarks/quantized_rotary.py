@@ -25,9 +25,8 @@ from attncompile.ir import Position, Quantize, Spec, Value, parse_expr, tensor_t
 from attncompile.ir.operators import Kind
 from attncompile.ir.prologue import Prologue, with_positions
 from attncompile.ir.types import DTYPES
-from attncompile.passes import parse_passes, run_passes
 from benchmarks.kernels import Run, Work, tensors_of
-from benchmarks.quantized import FORMS, exact, relative_error
+from benchmarks.quantized import exact, relative_error, rounded
 from benchmarks.report import Report, arguments, chosen, parse, shown
 from benchmarks.timing import Timed, graphed, interleaved, repeats_of, summary
 
@@ -71,18 +70,6 @@ WORKS = tuple(
     for convention in ("half", "interleaved")
 )
 """2048 channels of queries, a quarter as many of keys."""
-
-
-def rounded(spec: Spec, form: str) -> Spec:
-    """The Spec after the pass of a form.
-
-    Raises:
-        ValueError: when the pass does not apply.
-    """
-    found = run_passes(spec, parse_passes(FORMS[form]))
-    if found.refused:
-        raise ValueError(found.refused[0][1])
-    return found.spec
 
 
 def tables(work: Rotated, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from attncompile.codegen import gluon
-from benchmarks.quantized_rotary import ROUNDED, WORKS, Rotated, modules, rotation, rounded, tables
+from benchmarks.quantized import rounded
+from benchmarks.quantized_rotary import ROUNDED, WORKS, Rotated, modules, rotation, tables
 
 
 @pytest.mark.parametrize("work", WORKS[:2], ids=lambda work: work.name)

@@ -13,20 +13,14 @@ from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForC
 from attncompile import explain
 from attncompile.backend import FallbackWarning
 from attncompile.backend.choose import choose_lowering
-from attncompile.backend.rewrite import Decision, decide
 from attncompile.codegen.lowering import Lowering, SharedLists
 from attncompile.codegen.pytorch import rotating_first
 from attncompile.codegen.triton.structure import why_not_spec
-from attncompile.frontends.aten import aten_graph
-from attncompile.frontends.capture import capture_export
-from attncompile.ir import Position, Quantize, Spec, print_spec
+from attncompile.ir import Spec
 from attncompile.ir.prologue import rotated_tensors, without_positions
 from attncompile.ir.sample import random_tensors
-from attncompile.lift import lift_graph
-from attncompile.passes import parse_passes
 from attncompile.verify import check_site
-from tests.kernels.interpreter import Interpreter
-from tests.lift.rotary_models import Rotary, Shape, inputs
+from tests.lift.rotary_models import Shape, decided_site
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
 TOKENS = torch.randint(0, 50, (2, 19), generator=torch.Generator().manual_seed(0))
@@ -37,14 +31,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
-    pytest.importorskip("triton")
-    process = Interpreter(tmp_path_factory.mktemp("kernels"))
-    yield process
-    process.close()
 
 
 def llama() -> LlamaForCausalLM:
@@ -127,41 +113,8 @@ def test_gradients_go_through_the_map() -> None:
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
 
 
-def decided(shape: Shape, passes: str) -> Decision:
-    captured = capture_export(Rotary(shape).eval(), inputs(shape), {})
-    program = lift_graph(aten_graph(captured), "rotary", blocks=False)
-    (decision,) = decide(program, parse_passes(passes), lambda spec: choose_lowering(spec, "cpu"), even_reference=True)
-    return decision
-
-
-KERNELS = {
-    "half-fp8": (Shape(), "fuse.rotary, quantize.fp8"),
-    "interleaved-int8": (Shape(pairs="interleaved"), "fuse.rotary, quantize.int8"),
-    "partial-int8": (Shape(rotated=6, heads=2), "fuse.rotary, quantize.int8"),
-    "two-maps-fp8": (Shape(own_angles=True), "fuse.rotary, quantize.fp8(values=false)"),
-    "queries-alone-int8": (Shape(keys="cached"), "fuse.rotary, quantize.int8(block=48)"),
-}
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_lifted_site_as_generated_kernels(name: str, interpreter: Interpreter) -> None:
-    """From a module to the kernels that rotate and round, interpreted, against the Spec in float64."""
-    decision = decided(*KERNELS[name])
-    spec = decision.spec
-    assert spec is not None and decision.passes is not None and len(decision.passes.applied) == 2
-    assert why_not_spec(spec) is None
-    rounded = {step.tensor for step in spec.operations if isinstance(step, Quantize)}
-    rotated = {step.out for step in spec.operations if isinstance(step, Position)}
-    assert rotated <= rounded and len(rotated) == (1 if "alone" in name else 2)
-    sizes = {size: length for size, length in (("B", 2), ("I", 37), ("J", 50)) if f"{size}" in print_spec(spec)}
-    answer = interpreter.ask(text=print_spec(spec), sizes=sizes, dtype="float32")
-    assert "failure" not in answer, answer["failure"]
-    for output, error, limit, passed in answer["outcomes"]:
-        assert passed, f"{output} is off by {error:.3g}, allowed is {limit:.3g}"
-
-
 def test_a_lowering_without_a_place_for_maps_gets_rotated_tensors() -> None:
-    spec = decided(Shape(rotated=6), "fuse.rotary").spec
+    spec = decided_site(Shape(rotated=6), "fuse.rotary").spec
     assert spec is not None
     inner = without_positions(spec)
     seen: list[tuple[torch.Size, ...]] = []
@@ -182,5 +135,5 @@ def test_a_lowering_without_a_place_for_maps_gets_rotated_tensors() -> None:
 
 
 def test_a_spec_says_that_maps_alone_have_no_kernel() -> None:
-    spec: Spec | None = decided(Shape(), "fuse.rotary").spec
+    spec: Spec | None = decided_site(Shape(), "fuse.rotary").spec
     assert spec is not None and "nothing is rounded" in (why_not_spec(spec) or "")

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from attncompile.backend.choose import choose_lowering
+from attncompile.backend.rewrite import Decision, decide
+from attncompile.frontends.aten import aten_graph
+from attncompile.frontends.capture import capture_export
+from attncompile.lift import lift_graph
+from attncompile.passes import parse_passes
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -97,3 +104,11 @@ def inputs(
     x = torch.randn(batch, length, 24, generator=generator)
     past = torch.randn(batch, shape.groups, 3, 16, generator=generator)
     return x.to(dtype), past.to(dtype)
+
+
+def decided_site(shape: Shape, passes: str) -> Decision:
+    """What passes make of the module's site on a CPU."""
+    captured = capture_export(Rotary(shape).eval(), inputs(shape), {})
+    program = lift_graph(aten_graph(captured), "rotary", blocks=False)
+    (decision,) = decide(program, parse_passes(passes), lambda spec: choose_lowering(spec, "cpu"), even_reference=True)
+    return decision
