@@ -51,13 +51,13 @@ WORKS = tuple(
 )
 
 
-def rounded(work: Work, form: str) -> Spec:
-    """The Spec of a row after the pass.
+def rounded(spec: Spec, form: str) -> Spec:
+    """A Spec after the pass of a form.
 
     Raises:
         ValueError: when the pass does not apply.
     """
-    found = run_passes(work.spec(), parse_passes(FORMS[form]))
+    found = run_passes(spec, parse_passes(FORMS[form]))
     if found.refused:
         raise ValueError(found.refused[0][1])
     return found.spec
@@ -121,9 +121,9 @@ def modules(work: Work) -> dict[str, GeneratedModule]:
     """Generated kernels of a row by name."""
     made: dict[str, GeneratedModule] = {}
     for form in FORMS:
-        made[form] = gluon.generate(rounded(work, form), queries=work.length)
+        made[form] = gluon.generate(rounded(work.spec(), form), queries=work.length)
     for form in ("fp8", "int8 fp8", "int8 bf16"):
-        made[f"{form} plain"] = triton.generate(rounded(work, form))
+        made[f"{form} plain"] = triton.generate(rounded(work.spec(), form))
     return made
 
 

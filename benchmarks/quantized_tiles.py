@@ -41,7 +41,7 @@ def tiles(work: Work) -> dict[str, HopperTile]:
 
 def module(work: Work, name: str) -> HopperModule:
     """The module of a row with one of its tiles."""
-    return gluon.generate(rounded(work, "int8 fp8" if name.startswith("int8") else "fp8"), tiles(work)[name])
+    return gluon.generate(rounded(work.spec(), "int8 fp8" if name.startswith("int8") else "fp8"), tiles(work)[name])
 
 
 def _warm(job: tuple[Work, str]) -> None:

@@ -9,6 +9,34 @@ from __future__ import annotations
 DEVICE_FUNCTIONS = ("to_e4m3", "power_scale", "power_inverse")
 """Functions of :mod:`attncompile.kernels.device` that they call."""
 
+
+def power_of_two(value: int, least: int = 1) -> int:
+    """The least power of two that is no less, and at least ``least``."""
+    return max(least, 1 << (value - 1).bit_length())
+
+
+CODES = '''\
+@triton.jit
+def round_to_codes(x, largest, E4M3: tl.constexpr):
+    """Codes of a block whose largest magnitude is given, and its scale."""
+    if E4M3:
+        unit = power_scale(largest)
+        rounded = to_e4m3(x * power_inverse(unit))
+    else:
+        unit = largest / 127.0
+        # adding 1.5 · 2^23 leaves no fraction bits: ties go to even
+        whole = tl.div_rn(x, tl.where(unit > 0.0, unit, 1.0) + tl.zeros_like(x)) + 12582912.0 - 12582912.0
+        rounded = tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+    return rounded, unit
+
+
+def empty_codes(tensor, dtype, block):
+    """Memory for codes, whose rows have whole 16 bytes, and for scales."""
+    B, H, I, D = tensor.shape
+    codes = torch.empty((B, H, I, triton.cdiv(D, 16) * 16), dtype=dtype, device=tensor.device)
+    return codes, torch.empty((B, H, triton.cdiv(I, block)), dtype=torch.float32, device=tensor.device)'''
+"""What the kernels for queries and keys have in common, as text."""
+
 BLOCKS = '''\
 @triton.jit(do_not_specialize=["H", "I"])
 def quantize_blocks(
@@ -30,15 +58,7 @@ def quantize_blocks(
     if SMOOTH:
         x -= tl.load(mean + tl.cast(head, tl.int64) * D + channels, mask=channels < D, other=0)[None, :]
         x = tl.where(inside, x, 0.0)
-    largest = tl.max(tl.max(tl.abs(x), 1), 0)
-    if E4M3:
-        unit = power_scale(largest)
-        rounded = to_e4m3(x * power_inverse(unit))
-    else:
-        unit = largest / 127.0
-        # adding 1.5 · 2^23 leaves no fraction bits: ties go to even
-        whole = tl.div_rn(x, tl.where(unit > 0.0, unit, 1.0) + tl.zeros_like(x)) + 12582912.0 - 12582912.0
-        rounded = tl.minimum(tl.maximum(whole, -127.0), 127.0).to(tl.int8)
+    rounded, unit = round_to_codes(x, tl.max(tl.max(tl.abs(x), 1), 0), E4M3)
     tl.store(scale + tl.program_id(0), unit)
     written = (tl.cast(head, tl.int64) * I + rows)[:, None] * code_stride + channels[None, :]
     tl.store(codes + written, rounded, mask=inside)
@@ -48,9 +68,7 @@ def quantize(tensor, dtype, block, smooth):
     """Codes [B,H,I,D] and float32 scales [B,H,cdiv(I,block)]; smooth subtracts the mean over positions."""
     B, H, I, D = tensor.shape
     mean = tensor.mean(dim=2, dtype=torch.float32) if smooth else tensor
-    # rows of whole 16 bytes
-    codes = torch.empty((B, H, I, triton.cdiv(D, 16) * 16), dtype=dtype, device=tensor.device)
-    scale = torch.empty((B, H, triton.cdiv(I, block)), dtype=torch.float32, device=tensor.device)
+    codes, scale = empty_codes(tensor, dtype, block)
     if codes.numel():
         with torch.cuda.device_of(tensor):
             quantize_blocks[(scale.numel(),)](

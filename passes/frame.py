@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from attncompile.ir import Spec
+from attncompile.ir import Expr, Spec
+from attncompile.ir.prologue import Prologue, leading_positions, reading, without_positions
 from attncompile.ir.sample import example_sizes, random_tensors
 from attncompile.ir.some_rows import of_rows, rows_that_fit, some_rows
 
@@ -56,10 +57,11 @@ class Pass:
     contract: Contract
     phases: tuple[Phase, ...]
     options: type[Options]
-    why_not: Callable[[Spec, Any], str | None]
-    apply: Callable[[Spec, Any], Spec]
+    why_not: Callable[..., str | None]
+    apply: Callable[..., Spec]
     untrained: str = ""
     law: str = ""
+    pulls: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,14 @@ class Stamp:
         call: the pass with its options, as text.
         contract: what the pass promises.
         before, after: fingerprints of the Spec.
+        pulled: whether the Spec reads other inputs since.
     """
 
     call: str
     contract: Contract
     before: str
     after: str
+    pulled: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,21 +119,30 @@ class PassResult:
         return tuple(stamp.call for stamp in self.stamps)
 
     @property
+    def pulled(self) -> bool:
+        """Whether some pass stated in the Spec what made its inputs: it reads others since."""
+        return any(stamp.pulled for stamp in self.stamps)
+
+    @property
     def lossy(self) -> bool:
         """Whether some pass may have changed the function."""
         return any(stamp.contract != "exact" for stamp in self.stamps)
 
 
-def run_passes(spec: Spec, calls: tuple[PassCall, ...], allow_untrained: bool = False) -> PassResult:
+def run_passes(
+    spec: Spec, calls: tuple[PassCall, ...], allow_untrained: bool = False, prologue: Prologue | None = None
+) -> PassResult:
     """Apply passes in order, each only where it can be.
 
     After each one the Spec is verified, its inputs and outputs are compared with those before, and an
-    ``exact`` pass is evaluated in float64 against the Spec before, or looked at by its own law.
+    ``exact`` pass is evaluated in float64 against the Spec before, or looked at by its own law. Of a pass that pulls
+    what makes inputs into the Spec, the rest has to be the Spec before.
 
     Args:
         spec: the Spec to rewrite.
         calls: from :func:`attncompile.passes.parse_passes`.
         allow_untrained: also run passes whose result needs training.
+        prologue: what makes the inputs, for passes that pull it into the Spec.
 
     Raises:
         ValueError: when a pass breaks its own contract; the message is for the pass' author.
@@ -137,17 +150,19 @@ def run_passes(spec: Spec, calls: tuple[PassCall, ...], allow_untrained: bool = 
     stamps: list[Stamp] = []
     refused: list[tuple[str, str]] = []
     for call in calls:
-        reason = call.rewrite.why_not(spec, call.options)
+        given = (spec, call.options, *((prologue,) if call.rewrite.pulls else ()))
+        reason = call.rewrite.why_not(*given)
         if reason is None and call.rewrite.untrained and not allow_untrained:
             reason = f"{call.rewrite.untrained}; it runs only when untrained results are allowed"
-        after = call.rewrite.apply(spec, call.options) if reason is None else spec
+        after = call.rewrite.apply(*given) if reason is None else spec
         if reason is None and call.rewrite.contract == "exact" and not call.rewrite.law:
             reason = _why_not_compared(spec, after)
         if reason is not None:
             refused.append((str(call), reason))
             continue
         check_contract(call, spec, after)
-        stamps.append(Stamp(str(call), call.rewrite.contract, spec.fingerprint(), after.fingerprint()))
+        stamp = Stamp(str(call), call.rewrite.contract, spec.fingerprint(), after.fingerprint(), call.rewrite.pulls)
+        stamps.append(stamp)
         spec = after
     return PassResult(spec, tuple(stamps), tuple(refused))
 
@@ -168,13 +183,21 @@ def check_contract(call: PassCall, before: Spec, after: Spec) -> None:
         types = after.types()
     except ValueError as error:
         raise broken(f"made a Spec that does not verify: {error}") from None
-    if after.inputs != before.inputs or after.outputs != before.outputs:
+    inside = _without_pulled(after) if call.rewrite.pulls else after
+    if _named_sizes(inside) != _named_sizes(before) or after.outputs != before.outputs:
         raise broken("changed the inputs or outputs of the Spec")
+    if call.rewrite.pulls:
+        if inside.operations != before.operations:
+            raise broken("changed more of the Spec than what makes its inputs")
+    elif after.inputs != before.inputs:
+        raise broken("changed the order of the Spec's inputs")
     known = before.types()
     for name in before.outputs:
-        if types[name].sizes != known[name].sizes or types[name].dtype != known[name].dtype:
+        # what was cast between a rotary map and an operand is read before the cast
+        retyped = types[name].dtype != known[name].dtype and not call.rewrite.pulls
+        if types[name].sizes != known[name].sizes or retyped:
             raise broken(f"changed the output {name} from {known[name]} to {types[name]}")
-    if call.rewrite.contract == "exact" and after.operations != before.operations:
+    if call.rewrite.contract == "exact" and not call.rewrite.pulls and after.operations != before.operations:
         compared = _compared(before, after)
         if compared is None:
             return  # the pass has a law of its own, or would not have been applied
@@ -185,6 +208,19 @@ def check_contract(call: PassCall, before: Spec, after: Spec) -> None:
                 torch.testing.assert_close(new, old, equal_nan=True)
             except AssertionError as error:
                 raise broken(f"is declared exact, but the output {name} differs: {error}") from None
+
+
+def _named_sizes(spec: Spec) -> dict[str, tuple[Expr, ...]]:
+    return {value.name: value.type.sizes for value in spec.inputs}
+
+
+def _without_pulled(spec: Spec) -> Spec:
+    """The Spec without its leading rotary maps, under the names that its inputs had before."""
+    named = {step.out: step.tensor for step in leading_positions(spec)}
+    inside = without_positions(spec)
+    inputs = tuple(dataclasses.replace(value, name=named.get(value.name, value.name)) for value in inside.inputs)
+    operations = tuple(reading(operation, named) for operation in inside.operations)
+    return dataclasses.replace(inside, inputs=inputs, operations=operations)
 
 
 def _why_not_compared(before: Spec, after: Spec) -> str | None:

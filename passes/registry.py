@@ -9,12 +9,20 @@ import functools
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
-from attncompile.passes import fuse, linearize, quantize, regroup, sparsify
+from attncompile.passes import fuse, linearize, quantize, regroup, rotary, sparsify
 from attncompile.passes.frame import Options, Pass
 
 GROUP = "attncompile.passes"
 
-OURS: tuple[Pass, ...] = (fuse.FUSE, sparsify.WINDOW, quantize.INT8, quantize.FP8, linearize.DECAY, regroup.BOXES)
+OURS: tuple[Pass, ...] = (
+    fuse.FUSE,
+    rotary.ROTARY,
+    sparsify.WINDOW,
+    quantize.INT8,
+    quantize.FP8,
+    linearize.DECAY,
+    regroup.BOXES,
+)
 
 
 @functools.cache

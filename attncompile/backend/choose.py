@@ -9,6 +9,7 @@ from attncompile.codegen.lowering import Lowering, Run
 from attncompile.codegen.triton.lower import on_hopper
 from attncompile.codegen.triton.plain_maps import PlainMap, plain_map, without_mask
 from attncompile.ir import Spec
+from attncompile.ir.prologue import leading_positions, without_positions
 
 SUPPORTED = ("cpu", "cuda")
 
@@ -19,7 +20,8 @@ def choose_lowering(spec: Spec, device: str) -> Lowering:
     On a CPU that is a PyTorch operator. On CUDA, a map that is dense or plainly causal goes to SDPA, whose cuDNN and
     FlashAttention back ends are ahead of generated Triton there; on a Hopper GPU a generated kernel is ahead of them
     for large maps whose gradients nobody records, and the sizes decide. Every other mask or score would push SDPA off
-    those back ends, and gets a generated kernel.
+    those back ends, and gets a generated kernel. Rotary maps that a Spec states are for the kernels that round
+    operands; without rounding PyTorch computes them first.
 
     Raises:
         ValueError: for a device that is not supported.
@@ -29,6 +31,8 @@ def choose_lowering(spec: Spec, device: str) -> Lowering:
     if device == "cpu":
         return pytorch.lower(spec, device)
     generated = triton.why_not(spec, device) is None
+    if leading_positions(spec) and not generated:
+        return pytorch.rotating_first(spec, choose_lowering(without_positions(spec), device))
     if without_mask(spec) and pytorch.why_not(spec, device, "sdpa") is None:
         plain = plain_map(spec)
         if plain is None or not generated or not on_hopper(torch.device(device)):

@@ -17,7 +17,9 @@ from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
 from attncompile.ir import Spec
+from attncompile.ir.prologue import input_behind
 from attncompile.lift import Program, Site
+from attncompile.lift.prologue import RotaryMaps
 from attncompile.passes import PassCall, PassResult, run_passes
 
 
@@ -54,12 +56,15 @@ def decide(
 ) -> tuple[Decision, ...]:
     """Run the passes on every site and choose its lowering; equal Specs share both.
 
+    A site whose rotary maps a pass has pulled into its Spec is decided as the larger site that computes them too.
+
     Sites that ``planned`` names get the passes that it gives, or stay as they are for the reason that it gives. Where
     only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
     caller wants even those sites replaced.
     """
     known: dict[tuple[str, ...], tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
+    maps = RotaryMaps(program.graph) if program.graph is not None else None
     for site in program.sites:
         if site.status != "lifted" or site.spec is None:
             made.append(Decision(site, None, None, str(site.refusal) if site.refusal else site.status))
@@ -72,17 +77,23 @@ def decide(
         if isinstance(asked, str):
             made.append(Decision(site, None, None, asked))
             continue
-        key = (site.spec.fingerprint(), *map(str, asked))
+        rotated = maps.of(site) if maps is not None and any(call.rewrite.pulls for call in asked) else None
+        prologue = rotated.prologue if rotated is not None else None
+        key = (site.spec.fingerprint(), str(prologue), *map(str, asked))
         if key not in known:
-            result = run_passes(site.spec, asked, allow_untrained=allow_untrained)
+            result = run_passes(site.spec, asked, allow_untrained, prologue)
             known[key] = (result, choose(result.spec))
         result, lowering = known[key]
+        reason = lowering.reason
+        if rotated is not None and result.pulled:
+            site = rotated.site
+            reason = "; ".join([reason, *(f"{said}, and stays outside" for _, said in rotated.prologue.refused)])
         if lowering.operator == "reference" and not (result.lossy or even_reference):
             # the plain definition would do the same work again, and in 16 bits more of it
-            reason = f"no operator is known to be faster here than the graph itself: {lowering.reason}"
-            made.append(Decision(site, None, None, reason))
+            left = f"no operator is known to be faster here than the graph itself: {lowering.reason}"
+            made.append(Decision(site, None, None, left))
             continue
-        made.append(Decision(site, result, lowering, lowering.reason))
+        made.append(Decision(site, result, lowering, reason))
     return tuple(made)
 
 
@@ -182,7 +193,8 @@ def _shared_key(program: Program, decision: Decision) -> _SharedKey | None:
     types = spec.types()
     attend = spec.attend()
     if lowering.lists is not None and attend is not None:
-        sizes = tuple(str(program.graph.infos[natives[name]].shape) for name in (attend.query, attend.key))
+        operands = (input_behind(spec, name) for name in (attend.query, attend.key))
+        sizes = tuple(str(program.graph.infos[natives[name]].shape) for name in operands)
         return _SharedKey("lists", lowering.lists.key, tuple(natives[name] for name in lowering.lists.reads), sizes)
     key = mask_inputs(spec) if lowering.operator in ("sdpa", "blockwise") else None
     if key is None:

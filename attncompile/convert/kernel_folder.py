@@ -28,6 +28,7 @@ from attncompile.convert.kernels import kernel_modules
 from attncompile.frontends.errors import InputError
 from attncompile.ir import Spec, print_spec
 from attncompile.lift import Program, Site
+from attncompile.lift.prologue import RotaryMaps
 from attncompile.lift.render import alike
 from attncompile.passes import PassCall, run_passes
 
@@ -126,11 +127,14 @@ def _specs(
     """Each distinct Spec with its sites, by fingerprint; and the sites without a kernel."""
     specs: dict[str, tuple[Spec, _Groups]] = {}
     without: list[WithoutKernel] = []
+    pulls = program.graph is not None and any(call.rewrite.pulls for call in passes)
+    maps = RotaryMaps(program.graph) if pulls else None
     for name, sites in alike(program.sites):
         spec = sites[0].spec
         reason: str | None = f"refused: {sites[0].refusal}"
         if spec is not None:
-            spec = run_passes(spec, passes, allow_untrained).spec
+            prologue = maps.of(sites[0]).prologue if maps is not None else None
+            spec = run_passes(spec, passes, allow_untrained, prologue).spec
             reason = why_not_spec(spec)
         if spec is None or reason is not None:
             without.append(WithoutKernel(name, tuple(site.name for site in sites), reason or ""))

@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from attncompile.frontends.graph import Cast, Concatenate, Graph, Indices, Linear, Move, Node, Opaque, Pointwise
-from attncompile.ir import Expr, Index, Load, Operation, Position, Project, RefusalError, Spec, print_expr, simplify
-from attncompile.ir.expr import ONE, Const, apply, loads, rewrite, substitute, symbols, walk
+from attncompile.ir import Expr, Index, Operation, Position, Project, Spec, TensorType, print_expr, simplify
+from attncompile.ir.expr import ONE, Const, apply, substitute, symbols
 from attncompile.lift.frequencies import read_frequencies
-from attncompile.lift.interpret import LARGEST, Interpreter
 from attncompile.lift.norms import cuts, recognise_norm
 from attncompile.lift.program import Binding, Layout, Site
-from attncompile.lift.rotary import SOURCE, rotary_map
+from attncompile.lift.rotated import rotations
 from attncompile.lift.step import Step
 
 _D, _I = Index("d"), Index("i")
-_ROLES = {"g": "h", "j": "i", "e": "d"}
+ROLES = {"g": "h", "j": "i", "e": "d"}
 """Axes of key and value under the names that queries have: one walk serves all three."""
 
 _LONGEST = 64
@@ -58,7 +57,7 @@ def _element(layout: Layout, sizes: Mapping[str, Expr], shape: Indices) -> Indic
     for group, (start, stop) in zip(layout.groups, layout.places(), strict=True):
         index: Expr = Const(0)
         for axis in group:
-            index = index * sizes[axis] + Index(_ROLES.get(axis, axis))
+            index = index * sizes[axis] + Index(ROLES.get(axis, axis))
         below: Expr = ONE
         digits: list[Expr] = []
         for place in reversed(range(start, stop)):
@@ -67,6 +66,27 @@ def _element(layout: Layout, sizes: Mapping[str, Expr], shape: Indices) -> Indic
             below = simplify(below * shape[place])
         indices += digits
     return tuple(indices)
+
+
+def _native_sizes(graph: Graph, kind: TensorType, binding: Binding) -> dict[str, Expr]:
+    """Sizes of an operand's axes in the graph's own symbols, where an axis stands alone: the Spec's are renamed."""
+    sizes = {axis.name: axis.size for axis in kind.axes}
+    layout, shape = binding.layout, graph.infos[binding.value].shape
+    groups = zip(layout.groups, layout.places(), strict=True) if layout is not None else ()
+    return sizes | {
+        group[0]: simplify(apply("mul", ONE, *shape[start:stop])) for group, (start, stop) in groups if len(group) == 1
+    }
+
+
+def operand_extents(graph: Graph, kind: TensorType, binding: Binding) -> dict[str, Expr]:
+    """Sizes of an operand's axes under the names that queries have."""
+    return {ROLES.get(axis, axis): size for axis, size in _native_sizes(graph, kind, binding).items()}
+
+
+def operand_element(graph: Graph, kind: TensorType, binding: Binding) -> Indices:
+    """Native indices of an operand's element at ``b h i d``; the binding has a layout."""
+    assert binding.layout is not None
+    return _element(binding.layout, _native_sizes(graph, kind, binding), graph.infos[binding.value].shape)
 
 
 @dataclass
@@ -82,23 +102,13 @@ class _Walk:
     def __post_init__(self) -> None:
         self.name = self.binding.name
         kind = self.spec.types()[self.name]
-        sizes = {axis.name: axis.size for axis in kind.axes}
         layout = self.binding.layout
-        shape = self.graph.infos[self.binding.value].shape
-        groups = layout.groups if layout is not None else ()
-        # native sizes, where an axis stands alone: the Spec's are renamed
-        places = layout.places() if layout is not None else ()
-        sizes |= {
-            group[0]: simplify(apply("mul", ONE, *shape[start:stop]))
-            for group, (start, stop) in zip(groups, places, strict=True)
-            if len(group) == 1
-        }
-        self.extents = {_ROLES.get(axis, axis): size for axis, size in sizes.items()}
+        self.extents = operand_extents(self.graph, kind, self.binding)
         self.channels = simplify(self.extents["d"])
         heads = simplify(kind.sizes[1])
         self.heads = int(heads.value) if isinstance(heads, Const) else 1
         if layout is not None:
-            self._follow(self.binding.value, _element(layout, sizes, shape))
+            self._follow(self.binding.value, operand_element(self.graph, kind, self.binding))
 
     def _note(self, kind: str, value: str, **facts: object) -> None:
         self.steps.append(Step(self.name, kind, _shown(self.graph, value), facts))
@@ -157,46 +167,19 @@ class _Walk:
             return None
         if not isinstance(self.channels, Const) or not any(_D in symbols(index) for index in indices):
             return None
-        for source in self._rotated(value):
-            interpreter = Interpreter(self.graph, extents=self.extents, loaded=frozenset([source]))
-            try:
-                element = interpreter.at(value, indices)
-            except RefusalError:
-                continue
-            read = [load for load in loads(element) if load.tensor == source]
-            if len(read) < 3 or sum(1 for _ in walk(element)) > LARGEST:
-                continue
-            found = rotary_map(_anonymous(element, source), tuple(self.extents.items()))
-            if found is None:
-                continue
-            position, base = found
-            position = replace(position, tensor=self.name, out=f"{self.name}_rotated")
-            self.operations.append(position)
-            frequencies = read_frequencies(self.graph, position)
-            facts: dict[str, object] = {"convention": position.convention, "channels": position.channels}
-            facts["of"] = int(self.channels.value)
-            if frequencies is not None:
-                facts |= {"base": frequencies.base, "scaling": frequencies.scaling}
-                facts |= {"factor": frequencies.factor, "attention_factor": frequencies.attention}
-            self._note("rotary", value, **facts)
-            return source, base
-        return None
-
-    def _rotated(self, value: str) -> Iterator[str]:
-        """What could be rotated to make a value: what is read more than once on the way, nearest first."""
-        graph, seen, readers = self.graph, {value}, dict[str, int]()
-        stack = [value]
-        while stack and len(seen) < _LONGEST:
-            node = graph.producer.get(stack.pop())
-            if not isinstance(node, Pointwise | Concatenate | Move | Cast):
-                continue
-            for name in node.inputs:
-                readers[name] = readers.get(name, 0) + 1
-                if name not in seen and name in graph.varying:
-                    seen.add(name)
-                    stack.append(name)
-        wide = [name for name in seen - {value} if readers[name] > 1 and graph.is_readable(name)]
-        return iter(sorted(wide, key=lambda name: -graph.position.get(name, -1))[:8])
+        found = next(rotations(self.graph, value, indices, self.extents), None)
+        if found is None:
+            return None
+        position = replace(found.position, tensor=self.name, out=f"{self.name}_rotated")
+        self.operations.append(position)
+        frequencies = read_frequencies(self.graph, position)
+        facts: dict[str, object] = {"convention": position.convention, "channels": position.channels}
+        facts["of"] = int(self.channels.value)
+        if frequencies is not None:
+            facts |= {"base": frequencies.base, "scaling": frequencies.scaling}
+            facts |= {"factor": frequencies.factor, "attention_factor": frequencies.attention}
+        self._note("rotary", value, **facts)
+        return found.source, found.indices
 
     def _norm(self, value: str, indices: Indices) -> tuple[str, Indices] | None:
         """A normalisation that makes the value, and what it normalises."""
@@ -320,13 +303,6 @@ class _Walk:
         shown = ", ".join(_shown(self.graph, x) if x in self.graph.infos else x for x in others)
         self._note("bias" if node.operator == "add" else "scale", node.output, operator=node.operator, by=shown)
         return own[0], indices
-
-
-def _anonymous(element: Expr, tensor: str) -> Expr:
-    """An element with one of its tensors under the name that stands for all: layers of a model then look alike."""
-    return rewrite(
-        element, lambda node: replace(node, tensor=SOURCE) if isinstance(node, Load) and node.tensor == tensor else None
-    )
 
 
 def _number(size: Expr) -> int | str:

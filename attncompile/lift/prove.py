@@ -20,6 +20,7 @@ from attncompile.frontends.graph import Graph
 from attncompile.ir import Expr, Refusal, Size, Spec, TensorType
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.ir.expr import TRUE, Apply, Const, Load, loads, walk
+from attncompile.ir.prologue import input_behind
 from attncompile.ir.sample import bounded_draws
 from attncompile.ir.types import DTYPES, concrete
 from attncompile.lift.program import Binding, Layout, Proof, Region, Site
@@ -313,7 +314,10 @@ def _run_both(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int
 def _rows_that_see(spec: Spec, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor | None:
     """Which rows ``[b,h,i]`` see a key; ``None`` without a mask, or where keys are put together first."""
     attend = spec.attend()
-    if attend is None or attend.mask == TRUE or not {attend.query, attend.key} <= set(tensors):
+    if attend is None or attend.mask == TRUE:
+        return None
+    attend = replace(attend, query=input_behind(spec, attend.query), key=input_behind(spec, attend.key))
+    if not {attend.query, attend.key} <= set(tensors):
         return None
     query, key = tensors[attend.query], tensors[attend.key]
     visible = evaluate(attend.mask, attend.environment(tensors, sizes, torch.float64))

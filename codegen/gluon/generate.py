@@ -124,7 +124,7 @@ def generate(
     shared = list_lines(parts, binding, lengths, skeleton, moved) if ListRoom.of(skeleton) else None
     lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
     counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
-    rounding = rounding_texts(parts)
+    rounding = rounding_texts(spec, parts)
     sections = (
         _documentation(spec, inputs, kernel_text),
         IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1)

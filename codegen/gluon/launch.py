@@ -204,7 +204,7 @@ def _operands(parts: Dense, binding: Binding, moved: Regrouped | None) -> list[s
     """Parameters of query, key and value, as they are before anything is done to them."""
     attend, rounding = parts.attend, parts.rounding
     before = {name: move.tensor for name, move in moved.before.items()} if moved else {}
-    before |= {step.out: step.tensor for step in rounding.steps} if rounding else {}
+    before |= {step.out: rounding.source(step) for step in rounding.steps} if rounding else {}
     return [binding.tensors[before.get(name, name)] for name in (attend.query, attend.key, attend.value)]
 
 
@@ -289,7 +289,7 @@ def launch_lines(
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
         "    raise Refused(reason)",
-        *rounding_lines(parts, binding, shuffled=True),
+        *rounding_lines(spec, parts, binding, shuffled=True),
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,

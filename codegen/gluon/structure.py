@@ -60,7 +60,7 @@ def why_not_spec(spec: Spec) -> str | None:
     reason = why_not_triton(spec)
     if reason:
         return reason
-    if not {operation.keyword for operation in spec.operations} <= {"attend", "quantize"}:
+    if not {operation.keyword for operation in spec.operations} <= {"attend", "quantize", "position"}:
         return f"the Hopper kernel computes one attend, not {', '.join(o.keyword for o in spec.operations)}"
     parts = dense(spec)
     kind = parts.attend.norm.kind

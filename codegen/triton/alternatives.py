@@ -16,7 +16,8 @@ from attncompile.codegen.triton.plain_maps import plain_map
 from attncompile.codegen.triton.tiles import TunedTile
 from attncompile.codegen.triton.tuned import Choice
 from attncompile.codegen.triton.tuning import Alternative, Run
-from attncompile.ir import Quantize, Regroup, Spec
+from attncompile.ir import Quantize, Spec
+from attncompile.ir.prologue import input_behind
 from attncompile.kernels.hopper import HopperTile
 from attncompile.kernels.operators import parsed
 
@@ -122,9 +123,8 @@ def _kernel_that_runs(module: GeneratedModule, queries: int, keys: int) -> tuple
 def _lengths(spec: Spec, tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     """Queries and keys of a call, as far as an input has them; zero otherwise."""
     attend = spec.attend() or spec.scan()
-    made = {step.out: step.tensor for step in spec.operations if isinstance(step, (Quantize, Regroup))}
     shapes = {value.name: tensor.shape for value, tensor in zip(spec.inputs, tensors, strict=True)}
-    names = [made.get(name, name) for name in (attend.query, attend.key)] if attend else []
+    names = [input_behind(spec, name) for name in (attend.query, attend.key)] if attend else []
     found = [shapes[name][2] if name in shapes else 0 for name in names] or [0, 0]
     return found[0], found[1]
 

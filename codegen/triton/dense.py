@@ -28,7 +28,6 @@ from attncompile.codegen.triton.module import (
 from attncompile.codegen.triton.rounding import (
     e4m3_check,
     narrow_operands,
-    power_of_two,
     rounding_kernels,
     rounding_lines,
     rounding_texts,
@@ -39,6 +38,7 @@ from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_t
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, TRUE, Apply, Expr, Index, Load, loads, symbols, walk
+from attncompile.ir.prologue import input_behind
 from attncompile.kernels import quantize
 from attncompile.kernels.dense import DenseForward
 from attncompile.kernels.source import signature
@@ -63,7 +63,7 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     mass = _mass(spec, parts, binding, skeleton)
     kernel_text = "\n\n\n".join([skeleton.source(), *([mass.source()] if mass else [])])
-    rounding = rounding_texts(parts)
+    rounding = rounding_texts(spec, parts)
     few = few_queries(spec, parts, binding, lengths, skeleton, tuned)
     source = join(
         documentation(spec, inputs, *([few.note] if few else [])),
@@ -77,7 +77,7 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
         *([few.source] if few else []),
         launcher(spec, inputs, _launch(spec, parts, binding, lengths, skeleton, few.launch if few else [], mass)),
     )
-    kernels = _kernels(parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles, mass)
+    kernels = _kernels(spec, parts, _pointer_types(spec, parts, binding, skeleton), skeleton, tiles, mass)
     return source, (*(few.kernels if few else ()), *kernels)
 
 
@@ -141,7 +141,7 @@ def _tiles(skeleton: DenseForward, parts: Dense) -> dict[str, Tile]:
     # rounding weights takes registers: four warps have too few of them where there are two pipeline stages
     heavy = by_key or skeleton.turned_values or sum(isinstance(node, Apply) for node in nodes) > HEAVY
     widest = max(skeleton.padded(skeleton.channels), skeleton.padded(skeleton.features))
-    blocks = [power_of_two(step.block) for step in parts.rounding.steps[1:]] if parts.rounding else []
+    blocks = [quantize.power_of_two(step.block, 16) for step in parts.rounding.steps[1:]] if parts.rounding else []
     if skeleton.turned_values:  # whatever the operands were, tiles hold bytes; products run over at least 32 keys
         tile = dense_tile(widest, 2, most_keys=max(32, min(blocks)), heavy=heavy)
         return dict.fromkeys(OPERAND_DTYPES, tile)
@@ -161,9 +161,9 @@ def _launch(
     attend = parts.attend
     heads, queries = lengths[0].value, lengths[1].value
     batch = binding.size(parts.query.sizes[0])
-    rounding = rounding_lines(parts, binding, shuffled=False)
+    rounding = rounding_lines(spec, parts, binding, shuffled=False)
     scales = skeleton.narrow.scales() if skeleton.narrow else ()
-    like = binding.tensors[parts.rounding.query.tensor if parts.rounding else attend.query]
+    like = binding.tensors[input_behind(spec, attend.query)]
     query, key = ("query_codes", "key_codes") if parts.rounding else (like, binding.tensors[attend.key])
     value = "value_codes" if skeleton.turned_values else binding.tensors[attend.value]
     captured = [binding.tensors[name] for name in binding.pointers]
@@ -225,6 +225,7 @@ def _pointer_types(spec: Spec, parts: Dense, binding: Binding, skeleton: DenseFo
 
 
 def _kernels(
+    spec: Spec,
     parts: Dense,
     types: Mapping[str, str],
     skeleton: DenseForward,
@@ -238,4 +239,4 @@ def _kernels(
             pointers = tuple((pointer, types[pointer]) for pointer in kernel.pointers())
             integers = (kernel.forward if isinstance(kernel, ColumnMass) else kernel).integers()
             made.append(Kernel(name, pointers, kernel.strides(), integers, constants, tiles))
-    return (*rounding_kernels(parts, skeleton.channels, skeleton.features), *made)
+    return (*rounding_kernels(spec, parts, skeleton.channels, skeleton.features), *made)

@@ -34,8 +34,9 @@ from attncompile.codegen.triton.tiles import LARGEST_HEAD
 from attncompile.codegen.triton.tuned import Choice, bucket, read_choices
 from attncompile.codegen.triton.tuning import Alternative, Session
 from attncompile.codegen.triton.tuning import session as tuning_session
-from attncompile.ir import Quantize, Regroup, Spec, print_spec, simplify
+from attncompile.ir import Quantize, Spec, print_spec, simplify
 from attncompile.ir.expr import loads
+from attncompile.ir.prologue import input_behind
 from attncompile.kernels import operators
 
 if TYPE_CHECKING:
@@ -227,8 +228,7 @@ class _Chosen:
         spec = operators.parsed(text)
         attend = spec.attend()
         names = [value.name for value in spec.inputs]
-        made = {step.out: step.tensor for step in spec.operations if isinstance(step, (Quantize, Regroup))}
-        read = [made.get(name, name) for name in (attend.query, attend.key, attend.value)] if attend else []
+        read = [input_behind(spec, name) for name in (attend.query, attend.key, attend.value)] if attend else []
         self._query = names.index(read[0]) if read and set(read) <= set(names) else None
         self._plain_map = plain_map(spec) if pytorch.why_not(spec, "cuda", "sdpa") is None else None
 

@@ -14,6 +14,11 @@ def _words(text: str) -> frozenset[str]:
 MODULE_NAMES = _words("""
     tl triton torch math range float int abs min max len map str tuple getattr super print
     attend attend_forward scan_forward quantize_blocks quantize quantize_value_blocks quantize_values
+    round_to_codes empty_codes
+    cosine sine angles rotate rotate_sum_blocks rotate_quantize_blocks rotate_quantize
+    cosine_query sine_query angles_query rotate_query rotate_sum_blocks_query rotate_quantize_blocks_query
+    cosine_key sine_key angles_key rotate_key rotate_sum_blocks_key rotate_quantize_blocks_key
+    rotate_quantize_query rotate_quantize_key
     score visible edit sink sink_logit
     decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
     join_sink tanh round_half_even floor_divide floor_modulo
@@ -45,6 +50,14 @@ LAUNCHER_NAMES = _words("""
     block rows programs splits peaks totals partial
 """)
 """Local names of the launcher."""
+
+ROTARY_NAMES = _words("""
+    tensor mean codes scale sums stride_b stride_h stride_i stride_d code_stride B H I D BLOCK TILE PAIRS REST SMOOTH
+    E4M3 b i d near far pairs real rows stop own both inside x first second first_cosine first_sine second_cosine
+    second_sine blocks block head others kept places rest largest rounded unit channels index part
+    dtype smooth batch heads length warps _
+""")
+"""Local names of the kernels that rotate and round, and of their launcher."""
 
 KERNEL_NAMES = _words("""
     query key value out lse query_scale key_scale key_heads program blocks block part

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from attncompile.codegen.triton.module import OPERAND_DTYPES, Binding, Kernel
+from attncompile.codegen.triton.rotary import Map, maps, rotary_kernels
 from attncompile.codegen.triton.structure import Dense
 from attncompile.codegen.triton.tiles import Tile
 from attncompile.ir import Quantize, Spec
 from attncompile.ir.types import DTYPES
 from attncompile.kernels import quantize
 from attncompile.kernels.dense import NarrowOperands
+from attncompile.kernels.source import signature
 
 E4M3_CAPABILITY = (8, 9)
 """Least compute capability whose matrix units take float8 e4m3."""
@@ -23,17 +25,22 @@ def narrow_operands(parts: Dense) -> NarrowOperands | None:
     return NarrowOperands(rounding.query.dtype, rounding.query.block, rounding.key.block, value_block)
 
 
-def rounding_texts(parts: Dense) -> list[str]:
-    """The kernels that round, each with its launcher."""
-    if parts.rounding is None:
+def rounding_texts(spec: Spec, parts: Dense) -> list[str]:
+    """The kernels that round, each with its launcher; those of operands behind a rotary map rotate them too."""
+    rounding = parts.rounding
+    if rounding is None:
         return []
-    return [quantize.BLOCKS, *([quantize.VALUES] if parts.rounding.value else [])]
+    plain = any(rounding.rotation(step) is None for step in (rounding.query, rounding.key))
+    found = [quantize.CODES, *([quantize.BLOCKS] if plain else [])]
+    found += [each.skeleton.source() for each in maps(spec, parts)]
+    return [*found, *([quantize.VALUES] if rounding.value else [])]
 
 
-def rounding_lines(parts: Dense, binding: Binding, *, shuffled: bool) -> list[str]:
+def rounding_lines(spec: Spec, parts: Dense, binding: Binding, *, shuffled: bool) -> list[str]:
     """Launcher lines that make ``query_codes``, ``query_scale`` and so on.
 
     Args:
+        spec: the whole.
         parts: what is rounded.
         binding: identifiers.
         shuffled: whether keys of the turned values are in the order of a WGMMA accumulator.
@@ -43,8 +50,13 @@ def rounding_lines(parts: Dense, binding: Binding, *, shuffled: bool) -> list[st
         return []
     lines = []
     for name, step in (("query", rounding.query), ("key", rounding.key)):
-        arguments = f"{binding.tensors[step.tensor]}, {DTYPES[step.dtype]}, {step.block}, {step.smooth}"
-        lines.append(f"{name}_codes, {name}_scale = quantize({arguments})")
+        found = _map_of(maps(spec, parts), step)
+        function = f"rotate_quantize{found.skeleton.suffix}" if found else "quantize"
+        more = [binding.tensors[each] for each in found.tensors] if found else []
+        more += [binding.sizes[each] for each in found.sizes] if found else []
+        given = [binding.tensors[rounding.source(step)], *more]
+        given += [str(DTYPES[step.dtype]), str(step.block), str(step.smooth)]
+        lines += signature(f"{name}_codes, {name}_scale = {function}", given, "", inside=4).splitlines()
     if rounding.value:
         arguments = f"{binding.tensors[rounding.value.tensor]}, {rounding.value.block}, {shuffled}"
         lines.append(f"value_codes, value_scale = quantize_values({arguments})")
@@ -77,20 +89,28 @@ def why_no_e4m3(spec: Spec, capability: tuple[int, int] | None) -> str | None:
     return f"products in float8 e4m3 need an NVIDIA GPU of compute capability 8.9 or higher, {found}"
 
 
-def rounding_kernels(parts: Dense, channels: int, features: int) -> tuple[Kernel, ...]:
+def _map_of(found: tuple[Map, ...], step: Quantize) -> Map | None:
+    """The map of the tensor that a step rounds."""
+    return next((each for each in found if step.tensor in each.results), None)
+
+
+def rounding_kernels(spec: Spec, parts: Dense, channels: int, features: int) -> tuple[Kernel, ...]:
     """Arguments of the kernels that round."""
     rounding = parts.rounding
     if rounding is None:
         return ()
-    made = [_blocks_kernel(step, channels) for step in (rounding.query, rounding.key)]
+    made: list[Kernel] = []
+    for step in (rounding.query, rounding.key):
+        found = _map_of(maps(spec, parts), step)
+        made += rotary_kernels(spec, found, step) if found else [_blocks_kernel(step, channels)]
     return (*made, *([_values_kernel(rounding.value, features)] if rounding.value else []))
 
 
 def _blocks_kernel(step: Quantize, channels: int) -> Kernel:
     constants: dict[str, int | str | bool] = {
         "BLOCK": step.block,
-        "TILE": power_of_two(step.block, 1),
-        "CHANNELS": power_of_two(channels, 1),
+        "TILE": quantize.power_of_two(step.block),
+        "CHANNELS": quantize.power_of_two(channels),
         "D": channels,
         "SMOOTH": step.smooth,
         "E4M3": step.dtype == "float8_e4m3",
@@ -108,8 +128,8 @@ def _blocks_kernel(step: Quantize, channels: int) -> Kernel:
 def _values_kernel(step: Quantize, features: int) -> Kernel:
     constants: dict[str, int | str | bool] = {
         "BLOCK": step.block,
-        "TILE": power_of_two(step.block, 1),
-        "FEATURES": power_of_two(features, 1),
+        "TILE": quantize.power_of_two(step.block),
+        "FEATURES": quantize.power_of_two(features),
         "E": features,
         "SHUFFLED": False,
     }
@@ -122,7 +142,3 @@ def _values_kernel(step: Quantize, features: int) -> Kernel:
         dict.fromkeys(OPERAND_DTYPES, Tile(step.block, step.block, 8, 2)),
     )
 
-
-def power_of_two(value: int, least: int = 16) -> int:
-    """The least power of two that is no less, and at least ``least``."""
-    return max(least, 1 << (value - 1).bit_length())

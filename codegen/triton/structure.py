@@ -9,7 +9,7 @@ from attncompile.codegen.triton.expressions import refusal
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.storage import decode_reason, reads_storage, storage_reason
 from attncompile.codegen.triton.tiles import LARGEST_HEAD, LARGEST_WIDE_HEAD
-from attncompile.ir import NO_SINK, Attend, Quantize, Scan, Spec, simplify
+from attncompile.ir import NO_SINK, Attend, Position, Quantize, Scan, Spec, simplify
 from attncompile.ir.expr import (
     SCORE,
     TRUE,
@@ -72,16 +72,27 @@ class Rounding:
     Attributes:
         query, key: to ``int8`` or ``float8_e4m3``, both to the same.
         value: to ``float8_e4m3``, as the weights then are too, or ``None``.
+        rotations: rotary maps of inputs, whose results are queries or keys to be rounded.
     """
 
     query: Quantize
     key: Quantize
     value: Quantize | None
+    rotations: tuple[Position, ...] = ()
 
     @property
     def steps(self) -> tuple[Quantize, ...]:
         """Those that there are, in the order query, key, value."""
         return (self.query, self.key, *((self.value,) if self.value else ()))
+
+    def rotation(self, step: Quantize) -> Position | None:
+        """The rotary map before a step, if there is one."""
+        return next((position for position in self.rotations if position.out == step.tensor), None)
+
+    def source(self, step: Quantize) -> str:
+        """The input that a step rounds, perhaps behind a rotary map."""
+        position = self.rotation(step)
+        return position.tensor if position else step.tensor
 
     @property
     def e4m3(self) -> bool:
@@ -101,8 +112,13 @@ def operations_reason(spec: Spec) -> str | None:
     if reads_storage(spec):
         return storage_reason(spec)
     attend = spec.attend()
-    if attend is not None and set(names) == {"quantize", "attend"}:
+    if attend is not None and set(names) in ({"quantize", "attend"}, {"position", "quantize", "attend"}):
         return _rounding_reason(spec, attend)
+    if attend is not None and set(names) == {"position", "attend"}:
+        return (
+            "the kernels that round queries and keys rotate them first, and here nothing is rounded: this Spec is "
+            f"{', '.join(names)}"
+        )
     return (
         f"there is a kernel for one attend, one attend with query and key quantized, one attend behind gather and "
         f"dequantize, one attend between regroups, and one scan; "
@@ -119,7 +135,11 @@ def _rounding_reason(spec: Spec, attend: Attend) -> str | None:
             f"the kernels round the query and the key of one attention, and perhaps its value; here "
             f"{', '.join(rounded)} are rounded, and {attend.query} and {attend.key} are multiplied"
         )
-    if not {op.tensor for op in rounded.values()} <= {given.name for given in spec.inputs}:
+    rotated = {op.out: op for op in spec.operations if isinstance(op, Position)}
+    reason = _rotary_reason(spec, attend, rotated)
+    if reason:
+        return reason
+    if not {op.tensor for op in rounded.values()} - set(rotated) <= {given.name for given in spec.inputs}:
         return "the kernels round inputs of the Spec, not results of other operations"
     dtypes = [rounded[name].dtype for name in (attend.query, attend.key)]
     if dtypes[0] != dtypes[1]:
@@ -130,6 +150,35 @@ def _rounding_reason(spec: Spec, attend: Attend) -> str | None:
     if value is not None and attend.weight != WEIGHT:
         return f"the kernel for float8_e4m3 weights has no edit of them such as {attend.weight}"
     return None
+
+
+def _rotary_reason(spec: Spec, attend: Attend, rotated: Mapping[str, Position]) -> str | None:
+    """Why the kernels that round do not rotate like this first, or ``None``."""
+    if not rotated:
+        return None
+    given = {value.name for value in spec.inputs}
+    read = [name for op in spec.operations for name in op.operands()]
+    rounded = {op.out: op.tensor for op in spec.operations if isinstance(op, Quantize)}
+    pair = [rounded[attend.query], rounded[attend.key]]
+    for name, position in rotated.items():
+        if position.tensor not in given:
+            return f"the kernels rotate inputs of the Spec, {position.tensor} is none"
+        if name not in pair or read.count(name) > 1 or name in spec.outputs:
+            return f"the kernels rotate what becomes codes of queries or keys, {name} is read otherwise"
+        reason = why_not_rotated(spec.types()[position.tensor], position)
+        if reason:
+            return reason
+    return None
+
+
+def why_not_rotated(kind: TensorType, position: Position) -> str | None:
+    """Why the kernels that round do not rotate a tensor of this type first, or ``None``."""
+    size = simplify(kind.sizes[3])
+    if not isinstance(size, Const):
+        return f"{position.tensor} has {size} channels; the kernels that rotate need a constant number"
+    if position.channels == 0:
+        return f"the rotary map of {position.tensor} rotates no channel; leave it out"
+    return next(filter(None, (refusal(simplify(expr)) for expr in (position.cos, position.sin))), None)
 
 
 def names_of(spec: Spec) -> list[str]:
@@ -191,7 +240,9 @@ def why_not_spec(spec: Spec) -> str | None:
         if reason:
             return reason
     readable = {size.name for value in spec.inputs for size in value.type.sizes if isinstance(size, Size)}
-    for expr in (*operation.expressions(), *(size for value in spec.inputs for size in value.type.sizes)):
+    read = (operation, *(step for step in spec.operations if isinstance(step, Position)))
+    stated = (expr for step in read for expr in step.expressions())
+    for expr in (*stated, *(size for value in spec.inputs for size in value.type.sizes)):
         for node in walk(expr):
             if isinstance(node, Size) and node.name not in readable:
                 return f"the size {node.name} in {expr} is not the size of any input's axis"
@@ -282,7 +333,10 @@ def dense(spec: Spec) -> Dense:
                 score = apply("float", score)
     edit = None if attend.weight == WEIGHT else weight_factor(attend.weight)
     rounded = {op.out: op for op in spec.operations if isinstance(op, Quantize)}
-    rounding = Rounding(rounded[attend.query], rounded[attend.key], rounded.get(attend.value)) if rounded else None
+    rounding = None
+    if rounded:
+        rotations = tuple(op for op in spec.operations if isinstance(op, Position))
+        rounding = Rounding(rounded[attend.query], rounded[attend.key], rounded.get(attend.value), rotations)
     return Dense(
         attend,
         scale,

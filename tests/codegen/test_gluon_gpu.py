@@ -125,6 +125,30 @@ def test_operands_of_8_bits(name: str, form: str, queries: int) -> None:
                 assert outcome.passed, (sizes, type(kind).__name__, outcome)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels, part, convention", ((128, 128, "half"), (64, 64, "interleaved"), (96, 24, "half")))
+def test_rotated_operands_of_8_bits(channels: int, part: int, convention: str, form: str) -> None:
+    """Queries and keys are rotated where they are rounded; what is rotated may lie anywhere."""
+    maps = "".join(
+        f"  position  {name}  bfloat16\n    cos    cos[b, i, d]\n    sin    sin[b, i, d]\n    channels {part}\n"
+        f"    convention {convention}\n    out    {name[0]}_rotated\n"
+        for name in (f"q[B,8,I,{channels}]", f"k[B,2,I,{channels}]")
+    )
+    text = (
+        f"x\n{maps}  attend  q_rotated  k_rotated  v[B,2,I,{channels}]  bfloat16\n    score  0.1·s\n"
+        f"    mask   j ≤ i\n    kv_head h // 4\n    norm   softmax (float32)\n"
+        f"  given  cos[B,I,{part}]:bfloat16\n  given  sin[B,I,{part}]:bfloat16"
+    )
+    found = run_passes(parse_spec(text), parse_passes(form))
+    assert found.applied, found.refused
+    attend = load(generate(found.spec))
+    for batch, rows in ((2, 1), (1, 130), (3, 191), (1, 777)):
+        case = Case("rotated", str(found.spec), {"B": batch, "I": rows})
+        for kind in (case, ZeroCase(**vars(case))):
+            for outcome in compare(kind, attend, torch.bfloat16, "cuda", place=aligned_inputs):
+                assert outcome.passed, (case.sizes, type(kind).__name__, outcome)
+
+
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
 def test_table(case: Case) -> None:
     attend = load(generate(case.spec))

@@ -173,6 +173,93 @@ def test_plain_kernels_compile(form: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert kernel.texts["cubin"] and kernel.spills in (0, None)
 
 
+def rotated(channels: int, part: int, convention: str, dtype: str, query_block: int = 32) -> Spec:
+    """Queries and keys rotated by tables of 16 bits, then rounded."""
+    maps = "".join(
+        f"  position  {name}\n    cos    cos[b, i, d]\n    sin    sin[b, i, d]\n    channels {part}\n"
+        f"    convention {convention}\n    out    {name[0]}_rotated\n"
+        for name in (f"q[B,16,I,{channels}]  bfloat16", f"k[B,4,I,{channels}]  bfloat16")
+    )
+    codes = "".join(
+        f"  quantize  {name}_rotated\n    dtype  {dtype}\n    block  {block}\n    smooth {smooth}\n"
+        f"    out    {name}_codes\n"
+        for name, block, smooth in (("q", query_block, "false"), ("k", 128, "true"))
+    )
+    return parse_spec(
+        f"x\n{maps}{codes}  attend  q_codes  k_codes  v[B,4,I,64]  bfloat16\n    score  0.1·s\n    mask   j ≤ i\n"
+        f"    kv_head h // 4\n    norm   softmax (float32)\n"
+        f"  given  cos[B,I,{part}]:bfloat16\n  given  sin[B,I,{part}]:bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    (
+        ("quantize  q_rotated", "quantize  q", "q_rotated is read otherwise"),
+        ("attend  q_codes  k_codes  v[B,4,I,64]  bfloat16", "attend  q_codes  k_codes  k_rotated", "read otherwise"),
+        ("channels 64", "channels 0", "rotates no channel"),
+        ("cos[b, i, d]", "(0.0 − cos[b, i, d])^0.5", "a power needs a base"),
+    ),
+    ids=("codes-of-what-is-not-rotated", "values-are-rotated-keys", "no-channel", "power"),
+)
+def test_what_no_kernel_rotates(old: str, new: str, said: str) -> None:
+    assert said in (why_not_spec(changed(str(rotated(64, 64, "half", "int8")), (old, new))) or "")
+
+
+def test_one_map_is_written_once_and_two_get_names() -> None:
+    spec = rotated(64, 64, "half", "int8")
+    source = generate(spec).source
+    assert source.count("def rotate_quantize(") == 1 and "def quantize(" not in source
+    other = generate(parse_spec(str(spec).replace("sin[b, i, d]", "2.0·sin[b, i, d]", 1))).source
+    assert "def rotate_quantize_query(" in other and "def rotate_quantize_key(" in other
+    # a mean is subtracted from keys alone
+    assert "rotate_sum_blocks_key" in other and "rotate_sum_blocks_query" not in other
+
+
+@pytest.mark.parametrize("dtype", ("int8", "float8_e4m3"))
+def test_the_hopper_kernel_takes_codes_of_rotated_tensors(dtype: str) -> None:
+    spec = rotated(128, 128, "half", dtype)
+    assert why_not_gluon(spec) is None and slower(spec) is None
+    source = generate_gluon(spec).source
+    assert "query_codes, query_scale = rotate_quantize(q, cos, sin," in source
+    assert source.count("def round_to_codes(") == 1
+
+
+ROTATED_SHAPES = ((128, 128, "half"), (64, 64, "interleaved"), (96, 24, "half"))
+ROTATED_TARGETS = (90, "gfx942", 80)
+
+
+@compiles
+@pytest.mark.parametrize(
+    "shape, target",
+    [
+        pytest.param(shape, target, marks=pytest.mark.slow if n and m else ())
+        for n, shape in enumerate(ROTATED_SHAPES)
+        for m, target in enumerate(ROTATED_TARGETS)
+    ],
+)
+@pytest.mark.parametrize("dtype", ("int8", "float8_e4m3"))
+def test_kernels_that_rotate_compile(
+    shape: tuple[int, int, str], target: int | str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attncompile.codegen.triton.ahead import compile_kernel
+    from attncompile.codegen.triton.cache import load_module
+
+    monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
+    if dtype == "float8_e4m3" and target != 90:
+        pytest.skip("a GPU without e4m3")
+    module = generate(rotated(*shape, dtype))
+    loaded, chosen = load_module(module), next(each for each in TARGETS if each.arch == target)
+    names = [kernel.name for kernel in module.kernels]
+    assert names == ["rotate_quantize_blocks", "rotate_sum_blocks", "rotate_quantize_blocks", "attend_forward"]
+    for kernel in module.kernels[:-1]:
+        made = compile_kernel(getattr(loaded, kernel.name), kernel, chosen, "bfloat16")
+        assert made.shared <= chosen.memory
+        if dtype == "float8_e4m3":  # the division of int8 takes more registers than 128 keys leave
+            assert made.spills in (0, None)
+
+
 def test_one_position_has_no_kernel_of_its_own() -> None:
     """For a single value ptxas 12.8 died of the loads that were then known to be idle."""
     from attncompile.codegen.triton.cache import load_module

@@ -36,6 +36,35 @@ def _rounded(
     return _row(name, "\n".join(lines), sizes, note)
 
 
+def _rotated(
+    name: str,
+    note: str,
+    *,
+    channels: int,
+    rotated: int,
+    convention: str = "half",
+    dtype: str = "int8",
+    blocks: tuple[int, int] = (32, 48),
+    smooth: bool = True,
+    query: tuple[str, str] = ("cos[b, i, d]", "sin[b, i, d]"),
+    key: tuple[str, str] | None = None,
+    given: tuple[str, ...] = ("cos[B,I,{0}]:float32", "sin[B,I,{0}]:float32"),
+    keys: str = "I",
+) -> Case:
+    """A row whose queries and keys are rotated, then rounded; without ``key`` keys as queries."""
+    lines: list[str] = []
+    for tensor, heads, length, (cos, sin) in (("q", 4, "I", query), ("k", 2, keys, key or query)):
+        lines += [f"position  {tensor}[B,{heads},{length},{channels}]  float32", f"cos    {cos}", f"sin    {sin}"]
+        lines += [f"channels {rotated}", f"convention {convention}", f"out    {tensor}_rotated"]
+    for tensor, block in zip("qk", blocks, strict=True):
+        lines += [f"quantize  {tensor}_rotated", f"dtype  {dtype}", f"block  {block}"]
+        lines += [f"smooth {str(smooth and tensor == 'k').lower()}", f"out    {tensor}_codes"]
+    lines += [f"attend  q_codes  k_codes  v[B,2,{keys},40]  float32", "score  0.1·s", "mask   j ≤ i + 40"]
+    lines += ["kv_head h // 2", SOFTMAX, *(f"given  {each.format(rotated)}" for each in given)]
+    sizes = {"B": 2, "I": 70} | ({"J": 110} if keys == "J" else {})
+    return _row(name, "\n".join(lines), sizes, note)
+
+
 def _masked(name: str, mask: str, sizes: dict[str, int], note: str = "", *, empty_rows: bool = False) -> Case:
     return _row(
         name,
@@ -58,6 +87,52 @@ def _channels(query: int, value: int) -> Case:
         {"B": 1, "I": 37, "J": 45},
     )
 
+
+COMPUTED = ("cos(float(i)·exp2(−0.3·float(d % 12)))", "sin(float(i)·exp2(−0.3·float(d % 12)))")
+"""Angles that are computed from positions."""
+
+ROTATED: tuple[Case, ...] = (
+    _rotated("rotated", "a table for each row of the batch, heads that are no power of two", channels=72, rotated=72),
+    _rotated(
+        "rotated-interleaved",
+        "pairs of neighbours, some channels pass through",
+        channels=40,
+        rotated=24,
+        convention="interleaved",
+        dtype="float8_e4m3",
+    ),
+    _rotated(
+        "rotated-two-maps",
+        "queries and keys of different lengths, tables for the whole batch, indexed behind an offset",
+        channels=32,
+        rotated=20,
+        query=("cos_q[0, i + J − I, d % 10]", "sin_q[0, i + J − I, d % 10]"),
+        key=("cos_q[0, i, d % 10]", "1.0·sin_k[i, d]"),
+        given=("cos_q[1,J,10]:float32", "sin_q[1,J,10]:float32", "sin_k[J,20]:float32"),
+        keys="J",
+    ),
+    _rotated(
+        "rotated-computed",
+        "angles from positions, few queries a scale",
+        channels=24,
+        rotated=24,
+        query=COMPUTED,
+        given=(),
+        blocks=(5, 200),
+        dtype="float8_e4m3",
+    ),
+    _rotated(
+        "rotated-constant",
+        "an angle of zero",
+        channels=16,
+        rotated=2,
+        query=("1.0", "0.0"),
+        key=COMPUTED,
+        given=(),
+        smooth=False,
+    ),
+)
+"""Queries and keys behind rotary maps, rounded."""
 
 LONG = {"B": 1, "I": 150, "J": 150}
 RECTANGLE = {"B": 1, "I": 50, "J": 170}
@@ -339,6 +414,7 @@ KERNEL_CASES: tuple[Case, ...] = (
         given="sinks[2]:float32",
         lse=True,
     ),
+    *ROTATED,
     _row(
         "scan-decays",
         """

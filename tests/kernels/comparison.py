@@ -17,9 +17,10 @@ from unittest import mock
 import torch
 
 from attncompile.codegen.triton.structure import logits
-from attncompile.ir import Quantize, Spec
+from attncompile.ir import Position, Quantize, Spec
 from attncompile.ir.evaluate import evaluate
 from attncompile.ir.expr import TRUE
+from attncompile.ir.prologue import input_behind
 from attncompile.ir.types import bind_sizes
 from tests.cases import Case
 from tests.kernels.narrow import narrow_slack
@@ -77,13 +78,12 @@ def poisoned_memory() -> Iterator[None]:
 def rows_with_keys(spec: Spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Rows ``[b,h,i]`` of a softmax with a visible key; ``None`` where every row is to be compared."""
     attend = spec.attend()
-    rounded = {step.out: step.tensor for step in spec.operations if isinstance(step, Quantize)}
-    if attend is None or attend.norm.kind != "softmax" or len(spec.operations) > 1 + len(rounded):
+    others = [step for step in spec.operations if not isinstance(step, (Quantize, Position))]
+    if attend is None or attend.norm.kind != "softmax" or len(others) > 1:
         return None
     if logits(attend)[1] == TRUE:
         return None
-    sources = [rounded.get(name, name) for name in (attend.query, attend.key)]
-    attend = dataclasses.replace(attend, query=sources[0], key=sources[1])
+    attend = dataclasses.replace(attend, query=input_behind(spec, attend.query), key=input_behind(spec, attend.key))
     sizes = _sizes(spec, tensors)
     environment = attend.environment(tensors, sizes, torch.float64)
     query, key = tensors[attend.query], tensors[attend.key]

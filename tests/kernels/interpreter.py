@@ -47,6 +47,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"passed": around_hopper_backward(request["hopper_backward"])}
     if request.get("boxes"):
         return {"outcomes": moved(request["case"], tuple(request["boxes"]), getattr(torch, request["dtype"]))}
+    if request.get("text"):
+        given = Case("given", request["text"], request["sizes"])
+        found = compare(given, load_module(generate(given.spec)).attend, getattr(torch, request["dtype"]))
+        return {"outcomes": [[o.output, o.error, o.limit, o.passed] for o in found]}
+    if request.get("codes"):
+        from tests.kernels.rotary import wrong_codes
+
+        return {"codes": wrong_codes(BY_NAME[request["case"]], getattr(torch, request["dtype"]))}
     case = BY_NAME[request["case"]]
     if request.get("zeros"):
         case = ZeroCase(**vars(case))

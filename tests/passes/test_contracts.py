@@ -7,8 +7,21 @@ import dataclasses
 import pytest
 import torch
 
-from attncompile.ir import Quantize, Spec, parse_spec, print_spec, simplify
+from attncompile.ir import (
+    Kind,
+    Position,
+    Quantize,
+    Spec,
+    Value,
+    parse_expr,
+    parse_spec,
+    print_spec,
+    simplify,
+    tensor_type,
+)
 from attncompile.ir.expr import Const
+from attncompile.ir.prologue import Prologue, with_positions
+from attncompile.ir.sample import random_tensors
 from attncompile.passes import Options, Pass, PassCall, all_passes, parse_passes, run_passes
 from tests.cases import BY_NAME, CASES, Case
 
@@ -126,6 +139,54 @@ def test_what_is_rounded(text: str, dtypes: tuple[str, ...], weights: str) -> No
     attend = spec.attend()
     assert attend is not None and attend.norm.weights == weights
     assert {attend.query, attend.key, attend.value} >= {step.out for step in steps}
+
+
+COS, SIN = (parse_expr(f"{name}[i, d]", {name: Kind.FLOAT}) for name in ("cos", "sin"))
+MAPS = Prologue(
+    (Position("q", COS, SIN, 16), Position("k", COS, SIN, 16)),
+    tuple(Value(name, tensor_type("id", ("I", 16))) for name in ("cos", "sin")),
+)
+
+
+def test_rotary_maps_are_pulled_in_at_any_place_of_a_pipeline() -> None:
+    spec = BY_NAME["causal"].spec
+    first = run_passes(spec, parse_passes("fuse.rotary, quantize.int8"), prologue=MAPS)
+    last = run_passes(spec, parse_passes("quantize.int8, fuse.rotary"), prologue=MAPS)
+    assert first.applied == ("fuse.rotary", "quantize.int8") and first.pulled and last.pulled
+    tensors = random_tensors(first.spec, {"B": 2, "I": 13})
+    torch.testing.assert_close(first.spec.interpret(tensors), last.spec.interpret(tensors))
+    kinds = [step.keyword for step in first.spec.operations]
+    assert kinds == ["position", "position", "quantize", "quantize", "attend"]
+
+
+@pytest.mark.parametrize(
+    "prologue, said",
+    (
+        (None, "is not known here"),
+        (Prologue(), "no rotary map makes its queries or keys"),
+        (Prologue(refused=(("q", "q: somebody needs it"), ("k", "k: so too"))), "q: somebody needs it; k: so too"),
+    ),
+)
+def test_why_rotary_maps_stay_outside(prologue: Prologue | None, said: str) -> None:
+    spec = BY_NAME["causal"].spec
+    result = run_passes(spec, (call("fuse.rotary"),), prologue=prologue)
+    assert result.spec == spec and not result.pulled and said in result.refused[0][1]
+
+
+def test_rotary_maps_are_pulled_in_once() -> None:
+    result = run_passes(BY_NAME["causal"].spec, parse_passes("fuse.rotary, fuse.rotary"), prologue=MAPS)
+    assert result.refused == (("fuse.rotary", "rotary maps are stated in it already"),)
+
+
+def test_a_pass_that_pulls_may_change_nothing_else() -> None:
+    def apply(spec: Spec, options: Options, prologue: Prologue) -> Spec:
+        whole = with_positions(spec, prologue)
+        *maps, attend = whole.operations
+        return dataclasses.replace(whole, operations=(*maps, dataclasses.replace(attend, score=Const(0.0))))
+
+    wrong = dataclasses.replace(call("fuse.rotary").rewrite, apply=apply)
+    with pytest.raises(ValueError, match="changed more of the Spec than what makes its inputs"):
+        run_passes(BY_NAME["causal"].spec, (PassCall(wrong, wrong.options()),), prologue=MAPS)
 
 
 def test_large_channels_cost_less_with_smoothed_keys() -> None:

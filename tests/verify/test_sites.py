@@ -10,8 +10,9 @@ import torch
 from attncompile.ir import Spec, parse_spec
 from attncompile.passes import parse_passes, run_passes
 from attncompile.verify import check_site, refused_site
-from attncompile.verify.sites import DRAWS
+from attncompile.verify.sites import DRAWS, Draw
 from tests.cases import BY_NAME
+from tests.kernels.cases import ALL_BY_NAME
 
 
 def interpreted(spec: Spec, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -54,6 +55,35 @@ def test_canary_another_computation_fails(row: str, change: tuple[str, str]) -> 
     assert old in text
     wrong = parse_spec(text.replace(old, new))
     assert not check_site(row, spec, functools.partial(interpreted, wrong), operator="wrong").passed
+
+
+def _moved(factor: float, spec: Spec, *tensors: torch.Tensor) -> torch.Tensor:
+    """The definition in float64, of queries and keys that are a little larger."""
+    named = {value.name: tensor.double() for value, tensor in zip(spec.inputs, tensors, strict=True)}
+    named |= {name: named[name] * factor for name in "qk"}
+    return spec.interpret(named, torch.float64)[0].float()
+
+
+def test_a_code_at_an_edge_may_be_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotated number that float32 does not tell from the middle of two codes."""
+    spec, draws = ALL_BY_NAME["rotated-interleaved"].spec, (Draw(70, "ones", 9),)
+    near, far = (functools.partial(_moved, 1 + 2.0**-power, spec) for power in (22, 10))
+    assert check_site("rotated", spec, near, operator="nearly", draws=draws).passed
+    assert not check_site("rotated", spec, far, operator="not nearly", draws=draws).passed
+    monkeypatch.setattr("attncompile.verify.sites.EDGES", 0)
+    assert not check_site("rotated", spec, near, operator="nearly", draws=draws).passed
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    (("sin    sin[b, i, d]", "sin    −1.0·sin[b, i, d]"), ("convention interleaved", "convention half"), ("24", "22")),
+)
+def test_canary_another_rotation_fails(old: str, new: str) -> None:
+    case = ALL_BY_NAME["rotated-interleaved"]
+    wrong = case.text.replace(f"channels {old}", f"channels {new}") if old == "24" else case.text.replace(old, new)
+    assert wrong != case.text
+    run = functools.partial(interpreted, parse_spec(wrong))
+    assert not check_site(case.name, case.spec, run, operator="wrong", draws=DRAWS[:2]).passed
 
 
 def test_canary_a_single_nan_fails() -> None:
