@@ -25,7 +25,7 @@ def test_read_and_printed(text: str, calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("fus", r"unknown pass 'fus' \(did you mean 'fuse'\?\); the passes are fuse, sparsify.window"),
+    ("fus", r"unknown pass 'fus' \(did you mean 'fuse'\?\); the passes are fuse, fuse.rotary, sparsify.window"),
     ("sparsify.windows", r"unknown pass 'sparsify.windows' \(did you mean 'sparsify.window'\?\)"),
     ("zzz", r"unknown pass 'zzz'; the passes are"),
     ("sparsify.window(sise=3)", r"no option 'sise' \(did you mean 'size'\?\); its options are size, sinks"),
