@@ -38,6 +38,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.report import Report, arguments, chosen
+from benchmarks.timing import orders
 
 Run = Callable[[], torch.Tensor]
 
@@ -390,8 +391,9 @@ def first_calls(running: list[Process], size: int) -> dict[str, dict[str, Any]]:
 def in_turns(running: list[Process], size: int, answers: dict[str, dict[str, Any]], rounds: int) -> None:
     """Add to the answers the median and spread of the milliseconds of each, or why there is none."""
     times: dict[str, list[float]] = {p.name: [] for p in running if not p.judge and "failure" not in answers[p.name]}
-    for _ in range(rounds):
-        for process in running:
+    every = orders(len(running))
+    for turn in range(rounds):
+        for process in (running[place] for place in every[turn % len(every)]):
             if process.name in times:
                 process.ask({"size": size, "together": 60})
                 found = process.hear()
