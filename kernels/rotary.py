@@ -21,7 +21,7 @@ FUNCTIONS = ("angles", "rotate", "rotate_sum_blocks", "rotate_quantize_blocks", 
 SUMMED = 128
 """Positions of a partial sum of the mean: as many as the keys of a tile of the attention."""
 
-ELEMENTS = 32
+ELEMENTS = 64
 """Elements of a block that one thread holds: with their angles and partners they take about five times as many
 registers, and a thread has 255."""
 
@@ -83,23 +83,36 @@ class RotaryRounding:
     # --- functions ------------------------------------------------------------------------------------------
 
     def _angles(self) -> str:
-        first, second = ("2 * near", "2 * near + 1") if self.interleaved else ("near", f"near + {self.rotated // 2}")
-        lines = ['"""Cosine and sine at the first, then at the second channel of each pair."""']
-        for place, d in (("first", first), ("second", second)):
-            lines.append(f"d = {d}")
-            for name, function in (("cosine", self.cosine), ("sine", self.sine)):
-                head = f"{place}_{name} = {function.name}"
-                lines += signature(head, function.parameters, "", inside=4).splitlines()
+        """Adjacent elements stay adjacent, so that several are loaded at once: pairs that lie side by side are read as
+        they lie and taken apart, and an index is limited only where there are more lanes than channels."""
+        half = self.rotated // 2
+        arguments = ["b", "i", *self._arguments(), "TILE: tl.constexpr", "PAIRS: tl.constexpr"]
+        lines = ['"""Cosine and sine at the first, then at the second channel of each pair, [TILE,PAIRS] each."""']
+
+        def element(name: str, function: DeviceFunction) -> list[str]:
+            return signature(f"{name} = {function.name}", function.parameters, "", inside=4).splitlines()
+
+        both = (("cosine", self.cosine), ("sine", self.sine))
+        if self.interleaved:
+            lines.append(f"d = {_lanes('2 * PAIRS', self.rotated, 2 * self.pairs)}[None, :]")
+            for name, function in both:
+                lines += element(f"{name}s", function)
+                whole = f"tl.broadcast_to({name}s + tl.zeros_like(d), (TILE, 2 * PAIRS))"
+                lines.append(f"first_{name}, second_{name} = tl.split(tl.reshape({whole}, (TILE, PAIRS, 2)))")
+        else:
+            lines.append(f"near = {_lanes('PAIRS', half, self.pairs)}[None, :]")
+            for place, d in (("first", "near"), ("second", f"near + {half}")):
+                lines.append(f"d = {d}")
+                for name, function in both:
+                    lines += element(f"{place}_{name}", function)
         lines.append("return first_cosine, first_sine, second_cosine, second_sine")
-        return _function(f"angles{self.suffix}", ["b", "i", "near", *self._arguments()], lines)
+        return _function(f"angles{self.suffix}", arguments, lines)
 
     def _rotate(self) -> str:
         half = self.rotated // 2
         arguments = ["tensor", "b", "rows", "stop", "stride_i", "stride_d", *self._arguments()]
         lines = [
             '"""Both channels of each pair of a block after rotation, [TILE,PAIRS] each; zeros from ``stop`` on."""',
-            "pairs = tl.arange(0, PAIRS)",
-            f"near = tl.minimum(pairs, {half - 1})[None, :]",
             "i = tl.minimum(rows, stop - 1)[:, None]",
             "own = tensor + tl.cast(i, tl.int64) * stride_i",
         ]
@@ -112,13 +125,14 @@ class RotaryRounding:
             ]
         else:
             lines += [
-                f"inside = (rows < stop)[:, None] & (pairs < {half})[None, :]",
+                "near = tl.arange(0, PAIRS)[None, :]",
+                f"inside = (rows < stop)[:, None] & (near < {half})",
                 "first = tl.load(own + near * stride_d, mask=inside, other=0).to(tl.float32)",
                 f"second = tl.load(own + (near + {half}) * stride_d, mask=inside, other=0).to(tl.float32)",
             ]
         head = f"first_cosine, first_sine, second_cosine, second_sine = angles{self.suffix}"
         lines += [
-            *signature(head, ["b", "i", "near", *self._arguments()], "", inside=4).splitlines(),
+            *signature(head, ["b", "i", *self._arguments(), "TILE", "PAIRS"], "", inside=4).splitlines(),
             "return first * first_cosine - second * first_sine, second * second_cosine + first * second_sine",
         ]
         return _function(f"rotate{self.suffix}", [*arguments, "TILE: tl.constexpr", "PAIRS: tl.constexpr"], lines)
@@ -260,6 +274,11 @@ class RotaryRounding:
 def _there(mask: str) -> str:
     """Which elements of a tile exist: positions of the block, and channels that the mask shows."""
     return f"(rows < stop)[:, None] & {mask if mask.isidentifier() else f'({mask})'}[None, :]"
+
+
+def _lanes(count: str, there: int, lanes: int) -> str:
+    """The channels of so many lanes; those that there are not repeat the last one."""
+    return f"tl.arange(0, {count})" if lanes == there else f"tl.minimum(tl.arange(0, {count}), {there - 1})"
 
 
 def _function(name: str, arguments: list[str], lines: list[str]) -> str:
