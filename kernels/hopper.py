@@ -409,17 +409,13 @@ class HopperForward:
 
     def _consumer(self) -> str:
         unit = repr(WEIGHT_UNIT) if self.turned_values else ""
-        early: list[str] = []
         if self.sink:
             arguments = ["rows" if name == "i" else name for name in self.sink.parameters]
             if "i" in self.sink.parameters and self.clamped:
                 arguments = [f"gl.minimum(rows, {self.lengths[1]} - 1)" if a == "rows" else a for a in arguments]
-            loaded = [signature("sink_logit = sink", arguments, f" * {LOG2E!r}")]
-            if "i" not in self.sink.parameters:  # one number for a tile is there long before it is needed
-                early, loaded = loaded, []
             sink = [
                 "# One key more, whose value is zero.",
-                *loaded,
+                signature("sink_logit = sink", arguments, f" * {LOG2E!r}"),
                 "joined_peak = gl.maximum(peak, sink_logit)",
                 "kept = gl.exp2(peak - joined_peak)",
                 "total = total * kept + gl.exp2(sink_logit - joined_peak)",
@@ -443,7 +439,6 @@ class HopperForward:
             ]
         return self._filled(
             CONSUMER,
-            early_sink=early if self.softmax else [],
             sink=sink if self.softmax else [],
             lse=[self._named(line) for line in lse] if self.lse else [],
             full=[self._named(line) for line in full],

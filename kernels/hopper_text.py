@@ -143,7 +143,6 @@ def consumer(
         later_tile = gl.load(work + position)
         row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
-        # <early_sink>
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
         # What the next tile visits is known when it begins.  # if listed
         COUNTED = counted(next_tile, CONTEXT)  # if listed
