@@ -102,6 +102,20 @@ def test_keys_of_a_cache_are_rotated_outside() -> None:
     assert "position  q[" in said and "position  k[" not in said and "k: " in said and "stays outside" in said
 
 
+def test_a_site_beyond_its_budget_keeps_its_maps() -> None:
+    """Exact passes alone are run on the site as it was lifted, so that none finds its own work done already."""
+    model = llama()
+    options = {"passes": "fuse.rotary, quantize.int8", "rest": "eager", "budget": 1e-9}
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = torch.compile(model, backend="attncompile", options=options)
+        torch.testing.assert_close(run(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    complaints = [str(each.message) for each in said if isinstance(each.message, FallbackWarning)]
+    assert len(complaints) == 1 and "budget" in complaints[0]
+    text = str(explain(run))
+    assert "pass fuse.rotary" in text and "quantize" not in text and "position  k[" in text
+
+
 def test_gradients_go_through_the_map() -> None:
     model = llama().train()
     grads = []
