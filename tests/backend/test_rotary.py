@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -125,6 +126,30 @@ def test_gradients_go_through_the_map() -> None:
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
     for mine, plain in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", (False, True))
+def test_a_model_on_a_gpu(padded: bool) -> None:
+    """Rotated where it is rounded, a model is as near to its float64 self as when its graph rotates."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 512, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=256, num_key_value_heads=2)).cuda().eval()
+    ids = torch.randint(0, 50, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, : 90 if padded else 0] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    shown = mask.bool()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**given).logits[shown]
+        narrow = model.to(torch.bfloat16)
+        errors = {}
+        for passes in ("quantize.int8", "fuse.rotary, quantize.int8"):
+            torch._dynamo.reset()
+            run = compiled(narrow, passes)
+            errors[passes] = float((run(**given).logits[shown].double() - exact).norm())
+            assert ("position  k[" in str(explain(run))) == ("rotary" in passes)
+    assert errors["fuse.rotary, quantize.int8"] <= 1.5 * errors["quantize.int8"]
 
 
 def test_a_lowering_without_a_place_for_maps_gets_rotated_tensors() -> None:
