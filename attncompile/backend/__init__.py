@@ -247,7 +247,9 @@ class _Rewriting:
         def exactly(decision: Decision) -> Decision:
             asked = planned.get(decision.site.name, self.calls)
             calls = tuple(call for call in asked if not isinstance(call, str) and call.rewrite.contract == "exact")
-            return decided(dataclasses.replace(program, sites=(decision.site,)), calls, {})[0]
+            # as it was lifted: a pass may have made it larger
+            sites = tuple(site for site in program.sites if site.name == decision.site.name)
+            return decided(dataclasses.replace(program, sites=sites), calls, {})[0]
 
         decisions, told = verified(
             decided(program, self.calls, planned),

@@ -204,7 +204,7 @@ class Quantize(Operation):
             x = x - x.mean(dim=2, keepdim=True)
         length = x.shape[2]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
-        blocks = padded.reshape(*x.shape[:2], -1, self.block, x.shape[3])
+        blocks = padded.reshape(*x.shape[:2], padded.shape[2] // self.block, self.block, x.shape[3])
         largest = blocks.abs().amax(dim=(3, 4))
         if self.dtype == "float8_e4m3":
             scale = e4m3.power_scale(largest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +103,20 @@ def test_keys_of_a_cache_are_rotated_outside() -> None:
     assert "position  q[" in said and "position  k[" not in said and "k: " in said and "stays outside" in said
 
 
+def test_a_site_beyond_its_budget_keeps_its_maps() -> None:
+    """Exact passes alone are run on the site as it was lifted, so that none finds its own work done already."""
+    model = llama()
+    options = {"passes": "fuse.rotary, quantize.int8", "rest": "eager", "budget": 1e-9}
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = torch.compile(model, backend="attncompile", options=options)
+        torch.testing.assert_close(run(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    complaints = [str(each.message) for each in said if isinstance(each.message, FallbackWarning)]
+    assert len(complaints) == 1 and "budget" in complaints[0]
+    text = str(explain(run))
+    assert "pass fuse.rotary" in text and "quantize" not in text and "position  k[" in text
+
+
 def test_gradients_go_through_the_map() -> None:
     model = llama().train()
     grads = []
@@ -111,6 +126,30 @@ def test_gradients_go_through_the_map() -> None:
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
     for mine, plain in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", (False, True))
+def test_a_model_on_a_gpu(padded: bool) -> None:
+    """Rotated where it is rounded, a model is as near to its float64 self as when its graph rotates."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 512, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=256, num_key_value_heads=2)).cuda().eval()
+    ids = torch.randint(0, 50, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, : 90 if padded else 0] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    shown = mask.bool()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**given).logits[shown]
+        narrow = model.to(torch.bfloat16)
+        errors = {}
+        for passes in ("quantize.int8", "fuse.rotary, quantize.int8"):
+            torch._dynamo.reset()
+            run = compiled(narrow, passes)
+            errors[passes] = float((run(**given).logits[shown].double() - exact).norm())
+            assert ("position  k[" in str(explain(run))) == ("rotary" in passes)
+    assert errors["fuse.rotary, quantize.int8"] <= 1.5 * errors["quantize.int8"]
 
 
 def test_a_lowering_without_a_place_for_maps_gets_rotated_tensors() -> None:

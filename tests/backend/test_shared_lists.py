@@ -21,6 +21,7 @@ from attncompile.ir import Spec, parse_spec
 from attncompile.ir.expr import loads
 from attncompile.kernels import operators
 from attncompile.lift import lift_graph
+from attncompile.passes import parse_passes
 from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_backend import small_llama, tokens
 
@@ -101,6 +102,18 @@ def _inputs(batch: int = 2, length: int = 11) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     kinds = [torch.randint(0, 3, (batch, length), generator=generator).sort(-1).values for _ in range(2)]
     return torch.randn(batch, length, 16, generator=generator), *kinds
+
+
+def test_rounded_layers_share_lists_too() -> None:
+    """The kernel's operands are codes then; whose sizes are equal is asked of the tensors that they are made of."""
+    model, inputs = Layers().eval(), _inputs()
+    captured = capture_export(model, inputs)
+    program = lift_graph(aten_graph(captured), "layers")
+    decisions = decide(program, parse_passes("quantize.int8(smooth=false)"), chosen)
+    assert all(decision.passes is not None and decision.passes.applied for decision in decisions)
+    rewritten = rewrite(captured.graph_module, program, decisions)
+    shared = [node for node in rewritten.graph.nodes if node.op == "call_module" and "lists" in str(node.target)]
+    assert [len(node.users) for node in shared] == [2]
 
 
 def test_one_node_for_each_mask() -> None:

@@ -231,6 +231,13 @@ def test_position_rotates_pairs_as_complex_numbers(convention: str, channels: in
         torch.testing.assert_close(found[:, :, i, second], turned.imag)
 
 
+@pytest.mark.parametrize("shape", ((0, 2, 5, 4), (2, 2, 0, 4)), ids=("no-rows", "no-positions"))
+def test_quantize_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    codes, scale = Quantize("x", block=3).parts(x)
+    assert codes.shape == shape and scale.shape == (*shape[:2], -(-shape[2] // 3))
+
+
 @pytest.mark.parametrize(("length", "block"), [(7, 3), (1, 4), (6, 3), (5, 64), (4, 1)])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_quantize_rounds_each_block_by_its_largest_value(length: int, block: int, smooth: bool) -> None:
