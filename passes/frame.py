@@ -130,7 +130,12 @@ class PassResult:
 
 
 def run_passes(
-    spec: Spec, calls: tuple[PassCall, ...], allow_untrained: bool = False, prologue: Prologue | None = None
+    spec: Spec,
+    calls: tuple[PassCall, ...],
+    allow_untrained: bool = False,
+    prologue: Prologue | None = None,
+    *,
+    training: bool = False,
 ) -> PassResult:
     """Apply passes in order, each only where it can be.
 
@@ -143,6 +148,7 @@ def run_passes(
         calls: from :func:`attncompile.passes.parse_passes`.
         allow_untrained: also run passes whose result needs training.
         prologue: what makes the inputs, for passes that pull it into the Spec.
+        training: whether gradients may be asked of the result: only passes that serve training run then.
 
     Raises:
         ValueError: when a pass breaks its own contract; the message is for the pass' author.
@@ -154,6 +160,8 @@ def run_passes(
         reason = call.rewrite.why_not(*given)
         if reason is None and call.rewrite.untrained and not allow_untrained:
             reason = f"{call.rewrite.untrained}; it runs only when untrained results are allowed"
+        if reason is None and training and "training" not in call.rewrite.phases:
+            reason = f"it serves {' and '.join(call.rewrite.phases)}, and gradients may be asked of this graph"
         after = call.rewrite.apply(*given) if reason is None else spec
         if reason is None and call.rewrite.contract == "exact" and not call.rewrite.law:
             reason = _why_not_compared(spec, after)

@@ -248,3 +248,11 @@ def test_a_broken_contract_is_told_to_the_author(apply, contract, message) -> No
     broken = Pass("broken", "Break.", contract, ("prefill",), Options, lambda spec, options: None, apply)
     with pytest.raises(ValueError, match=f"(?s)pass developer: broken {message}.*attend"):
         run_passes(BY_NAME["causal"].spec, (PassCall(broken, Options()),))
+
+
+def test_in_training_only_passes_run_that_serve_it() -> None:
+    spec = BY_NAME["causal"].spec
+    result = run_passes(spec, parse_passes("fuse, sparsify.window(size=8), quantize.int8"), training=True)
+    assert result.applied == ("fuse", "sparsify.window(size=8)")
+    ((name, reason),) = result.refused
+    assert name == "quantize.int8" and "serves prefill and decode, and gradients may be asked" in reason
