@@ -163,7 +163,7 @@ def sparse(folder: Path) -> None:
         "volume-30x48x80-window-18x24x24": "volume 30×48×80, window 18×24×24",
     }
     series = {
-        label: [100 * rows[name][contender]["share"] for name in groups]
+        label: [100 * (number(rows[name], contender, key="share") or float("nan")) for name in groups]
         for label, contender in (("ours", "gluon"), ("FlexAttention", "flex"))
     }
     bars("Sparse maps on an H200: share of the dense kernel's rate for what has to be visited", "%",
