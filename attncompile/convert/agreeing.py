@@ -220,6 +220,7 @@ def compare_file(
         release()
     said = compared.problem()
     if said is None:
+        release()  # what was compared, before the result is loaded once more
         clean = judged(file, making.export, options.provider)
         if clean.problem is not None:
             return Problem(clean.problem)
