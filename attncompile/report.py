@@ -54,6 +54,7 @@ class SiteReport(_Data):
         passes: every pass that was asked for, in order.
         operator: what computes it now, such as ``Attention-23``; empty where the original was kept.
         why: why this operator, and why not the others.
+        rolled_back: it was rewritten, and the result failed in the way that ``why`` says: the original was put back.
         max_error: largest absolute error of what computes it now against its Spec in float64, over the inputs
             of the certificate; None where the original was kept.
         relative_error: the same as a share of the largest output.
@@ -75,6 +76,7 @@ class SiteReport(_Data):
     passes: tuple[PassOutcome, ...] = ()
     operator: str = ""
     why: str = ""
+    rolled_back: bool = False
     max_error: float | None = None
     relative_error: float | None = None
     change: float | None = None
@@ -181,8 +183,11 @@ def _text_lines(report: Report) -> list[str]:
             by_operator[site.operator, site.why] = by_operator.get((site.operator, site.why), 0) + 1
     for (operator, why), count in by_operator.items():
         lines.append(f"{_count(count, 'site')} as {operator}" + (f": {why}" if why else ""))
+    lines += [f"{site.name} ROLLED BACK to what it was: {site.why}" for site in kept if site.rolled_back]
     reasons: dict[str, int] = {}
     for site in kept:
+        if site.rolled_back:
+            continue
         text = site.reason or site.why or "; ".join(p.reason for p in site.passes if not p.applied)
         reasons[text] = reasons.get(text, 0) + 1
     lines += [f"{_count(count, 'site')} kept as it was: {text}" for text, count in reasons.items()]
@@ -269,7 +274,10 @@ def certificate_text(certificate: Certificate) -> str:
     """A certificate as a few lines: operators with their largest error, the whole model, and the verdict."""
     lines = []
     by_operator: dict[str, list[SiteCertificate]] = {}
+    lines += [f"{site.site} rolled back: {site.reason}" for site in certificate.sites if site.status == "rolled back"]
     for site in certificate.sites:
+        if site.status == "rolled back":
+            continue
         by_operator.setdefault(site.operator if site.status == "checked" else "", []).append(site)
     for operator, sites in by_operator.items():
         cases = [case for site in sites for case in site.cases]
@@ -328,6 +336,8 @@ def _page(report: Report) -> str:
         f"{sum(site.status == status for site in report.sites)} {status}"
         for status in ("lifted", "observed", "refused")
     )
+    rolled_back = sum(site.rolled_back for site in report.sites)
+    counts += f", {rolled_back} rolled back" if rolled_back else ""
     total = _count(len(report.sites), "attention site")
     summary = f"<p>{total}: {counts}. Passes: <code>{say(report.passes)}</code>.</p>\n"
     parts = [head, summary, _measurement_table(report), "<h2>Sites</h2>\n"]
@@ -409,6 +419,8 @@ def _site_block(names: list[str], site: SiteReport) -> str:
         lines.append(f"<p>{say(site.reason)}{'; ' + say(site.hint) if site.hint else ''}</p>")
     if site.check:
         lines.append(f'<p class="quiet">Failed check: {say(site.check)}</p>')
+    if site.rolled_back:
+        lines.append(f"<p><strong>Rolled back to what it was</strong>: {say(site.why)}</p>")
     if site.operator:
         because = f": {say(site.why)}" if site.why else ""
         lines.append(f"<p>Computed by <strong>{say(site.operator)}</strong>{because}</p>")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from attncompile.convert.onnx import parts_of
-from attncompile.convert.onnx_part import kept_export
+from attncompile.convert.part import kept_export
 from attncompile.convert.source import read_source, reopen
 
 

@@ -10,6 +10,7 @@ import onnx_ir
 
 from attncompile.codegen.onnx.stored import KEY_PAST, VALUE_PAST, Bits, caching_nodes, special_features, why_not_stored
 from attncompile.convert.calibration import Call
+from attncompile.convert.precision import NotStoredError
 from attncompile.convert.providers import kernels_of
 from attncompile.convert.runtime import CACHED, feeds, release, results, session
 from attncompile.frontends.errors import InputError
@@ -27,7 +28,8 @@ def cached_ranges(
         where: the model, for errors.
 
     Raises:
-        InputError: when a layer's cache is not written by ``GroupQueryAttention``, or that cannot keep it in integers.
+        NotStoredError: when a layer's cache is not written by ``GroupQueryAttention``.
+        InputError: when that cannot keep it in integers.
     """
     model = onnx_ir.load(file)
     nodes = caching_nodes(model)
@@ -35,7 +37,7 @@ def cached_ranges(
     if 2 * len(nodes) < len(caches):
         layers = f"{len(caches) // 2 - len(nodes)} of {len(caches) // 2} layers"
         what = f"the cache of {layers} is kept by plain operators, and GroupQueryAttention alone keeps one in integers"
-        raise InputError(what, where, _ADVICE)
+        raise NotStoredError(what, where, _ADVICE)
     special = {name for node in nodes for name in special_features(node)}
     reason = why_not_stored(bits, kernels_of(provider), version, dtype, sorted(special))
     if reason is not None:

@@ -20,7 +20,7 @@ import torch
 
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.continued import behind_caches
-from attncompile.convert.quality import Quality
+from attncompile.convert.quality import Quality, is_change
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.verify import EndToEnd, compare, measured
@@ -68,15 +68,24 @@ class Compared:
     entries: tuple[EndToEnd, ...]
     notes: tuple[str, ...] = ()
 
+    def faults(self) -> tuple[EndToEnd, ...]:
+        """The entries beyond their tolerances, but for changes that are larger than a budget and numbers: these are
+        what was asked for, and too much of it.
+        """
+        return tuple(
+            entry
+            for entry in self.entries
+            if not entry.passed and (not is_change(entry) or not math.isfinite(entry.after))
+        )
+
     def problem(self) -> str | None:
-        """The first entry that is beyond its tolerance, in words."""
-        for entry in self.entries:
-            if not entry.passed:
-                before = "" if entry.before is None else f" where it was {entry.before:.3g}"
-                return (
-                    f"{entry.metric} is {entry.after:.3g}{before} on {entry.inputs}, and {entry.tolerance:.2g} "
-                    f"{'more ' if entry.before is not None else ''}is allowed"
-                )
+        """The first of the faults, in words."""
+        for entry in self.faults():
+            before = "" if entry.before is None else f" where it was {entry.before:.3g}"
+            return (
+                f"{entry.metric} is {entry.after:.3g}{before} on {entry.inputs}, and {entry.tolerance:.2g} "
+                f"{'more ' if entry.before is not None else ''}is allowed"
+            )
         return None
 
 

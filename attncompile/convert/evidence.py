@@ -25,12 +25,14 @@ class Outcome:
         passes: the outcome of the passes; ``None`` where the original computation stays.
         operator: what computes it now; ``original`` where it stays.
         reason: why.
+        rolled_back: it was rewritten, and what was written failed: the original computation was put back.
     """
 
     site: Site
     passes: PassResult | None
     operator: str
     reason: str
+    rolled_back: bool = False
 
     @property
     def lossy(self) -> bool:
@@ -67,6 +69,7 @@ def _site_plan(outcome: Outcome) -> SitePlan:
         after=str(result.spec) if result else str(before) if before else "",
         operator=outcome.operator,
         reason=outcome.reason,
+        rolled_back=outcome.rolled_back,
         applied=result.applied if result else (),
         refused=tuple(Refused(call=call, reason=reason) for call, reason in result.refused) if result else (),
     )
@@ -145,6 +148,7 @@ def _site_report(outcome: Outcome, evidence: SiteCertificate | None, change: Cha
         passes=(*applied, *refused),
         operator=outcome.operator if replaced else "",
         why=outcome.reason,
+        rolled_back=outcome.rolled_back,
         max_error=max((case.max_abs for case in cases), default=None),
         relative_error=max((case.max_rel for case in cases), default=None),
         change=change.relative if change else None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir
 import torch
@@ -16,7 +18,7 @@ from onnxscript import rewriter
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import CaptureError
-from attncompile.frontends.torch_internals import flatten, leaf_paths
+from attncompile.frontends.torch_internals import flatten, forget_export, leaf_paths
 
 
 def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
@@ -42,6 +44,8 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
                 str(error).splitlines()[0],
                 "convert it with --target torch instead",
             ) from error
+        finally:
+            forget_export()
     assert exported is not None
     model = exported.model
     for value, name in zip(model.graph.outputs, names, strict=False):
@@ -100,12 +104,13 @@ def _without_searches() -> Iterator[None]:
     """Leave out the exporter's rewrites that search the whole graph for every node of it.
 
     A rule for several results at once (two slices that are one split, of 46 rules the only one) takes a third of the
-    export of a model of 2,000 nodes, and four times as long for one of twice as many. The name is onnxscript's own;
-    where it has another one, nothing is left out.
+    export of a model of 2,000 nodes, and four times as long for one of twice as many. The others are copied: a rule
+    keeps the graph that it looked at last, with all that this keeps. The names are onnxscript's own; where it has other
+    ones, nothing is left out.
     """
     rules = getattr(rewriter, _RULES, None)
     try:
-        few = [rule for rule in rules or () if rule._target_pattern.has_single_output_node]
+        few = [_copied(rule) for rule in rules or () if rule._target_pattern.has_single_output_node]
     except AttributeError:
         few = []
     if not few:
@@ -119,6 +124,13 @@ def _without_searches() -> Iterator[None]:
 
 
 _RULES = "_DEFAULT_REWRITE_RULES"
+
+
+def _copied(rule: Any) -> Any:
+    """The same rule, which looks at graphs with a matcher of its own."""
+    made = copy.copy(rule)
+    made._matcher = copy.copy(rule._matcher)
+    return made
 
 
 @contextlib.contextmanager

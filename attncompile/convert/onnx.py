@@ -18,25 +18,19 @@ from attncompile.convert.artifact import Conversion
 from attncompile.convert.comparison import Compared, DoesNotRunError, compare_on, inputs_of
 from attncompile.convert.evidence import make_certificate
 from attncompile.convert.export import export_onnx
-from attncompile.convert.frame import Made, Options, conversion, disagreement, plan_is_lossy, require_sites
+from attncompile.convert.frame import Made, Options, conversion, plan_is_lossy, require_sites
 from attncompile.convert.generator import write_generator
+from attncompile.convert.in_precision import budget_of
 from attncompile.convert.in_steps import compare_in_steps
-from attncompile.convert.onnx_part import (
-    MODEL,
-    Part,
-    budget_of,
-    finish_part,
-    kept_export,
-    make_part,
-    texts_for,
-)
+from attncompile.convert.onnx_part import make_part, making_of, texts_for
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
+from attncompile.convert.part import MODEL, Part, finish_part, kept_export
 from attncompile.convert.precision import Precision, parse_precision, require_possible
-from attncompile.convert.quality import over_budget
 from attncompile.convert.runtime import release, save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
+from attncompile.convert.together import made_together
 from attncompile.frontends.cached import Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
@@ -71,8 +65,8 @@ COPIED = (
 def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
     """Write a folder with ``model.onnx``, or ``encoder.onnx`` and ``decoder.onnx``, its plan and its evidence.
 
-    The result is loaded and compared with the original before it is written. When it does not agree, the plain
-    decomposition is tried, and the report says so.
+    The result is loaded and compared with the original before it is written. A site that fails goes back to what it
+    was and the report says so; the rest stays.
 
     Raises:
         InputError: when the target cannot be opened or exported, no site is found, or ``out`` cannot be written.
@@ -113,28 +107,14 @@ def _made_in(
         require_possible(precision, options.provider, target, shared=shared, version=version)
         opened = _in_float32(opened)
     parts, notes = _exported(opened, target, scratch, options)
-    done = [make_part(part, target, requested, folder, options, precision, notes[part.file], scratch) for part in parts]
-    program = join_programs(opened.name, [made.rewritten.program for made in done], ())
-    require_sites(program, target)
-    compared, decoder = [made.compared for made in done], _decoder(parts)
+    makings = [making_of(part, target, requested, options, precision, notes[part.file], scratch) for part in parts]
+    done = tuple(make_part(making, folder) for making in makings)
+    require_sites(join_programs(opened.name, [made.rewritten.program for made in done], ()), target)
+    decoder, compared = _decoder(parts), [made.compared for made in done]
     if decoder is not None:
-        options.progress("comparing generation with the original")
-        compared.append(
-            compare_in_steps(
-                opened,
-                decoder,
-                [scratch / part.before for part in parts],
-                [folder / part.file for part in parts],
-                options.provider,
-                scratch / "steps",
-                lossy=any(made.lossy for made in done),
-                budget=budget_of(options, precision),
-                progress=options.progress,
-            )
-        )
-        problem = None if over_budget(compared[-1].entries) else compared[-1].problem()
-        if problem is not None:
-            raise disagreement(problem, target)
+        together = made_together(opened, decoder, done, folder)
+        done = together.done
+        compared = [*(made.compared for made in done), together.compared]
     for part in parts:
         finish_part(part, folder, scratch)
     _copy_companions(opened, folder)
@@ -142,10 +122,11 @@ def _made_in(
     files = [part.file for part in parts]
     told = [note for one in caching for note in write_generator(one, files, folder, options.provider)]
     measured = [row for made in done for row in made.measurements]
+    precision = done[0].making.precision
     return Made(
-        program,
+        join_programs(opened.name, [made.rewritten.program for made in done], ()),
         tuple(outcome for made in done for outcome in made.rewritten.outcomes),
-        tuple(site for made in done for site in made.sites),
+        tuple(site for made in done for site in made.agreed.sites),
         Compared(
             tuple(entry for one in compared for entry in one.entries),
             tuple(dict.fromkeys(note for one in compared for note in one.notes)),

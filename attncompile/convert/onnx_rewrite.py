@@ -35,6 +35,9 @@ from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
 
+ROLLED_BACK = "attncompile.rolled_back"
+"""Metadata of a model: why a site was rolled back, under this and the site's name."""
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -68,6 +71,8 @@ def rewrite_onnx(
     *,
     one_buffer: bool = False,
     dtype: str | None = None,
+    program: Program | None = None,
+    rolled_back: Mapping[str, str] | None = None,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -82,11 +87,15 @@ def rewrite_onnx(
         version: of ONNX Runtime that will run it; the installed one where it is left out.
         one_buffer: whether past and present keys are.
         dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
+        program: what was lifted from the same model before; lifted now where it is left out.
+        rolled_back: sites that stay as they were, with the reason; the model says so in its metadata.
     """
+    back = rolled_back or {}
     opset_before = model.opset_imports.get("", 0)
     kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
     raised = raise_opset(model, wanted)
-    program = lift_graph(onnx_graph(model), name, notes)
+    graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
+    program = program or lift_graph(graph, name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
     values = {value.name: value for value in nested_values(model.graph)}
@@ -107,6 +116,10 @@ def rewrite_onnx(
             outcomes.append(Outcome(site, None, "original", reason))
             continue
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
+        if site.name in back:
+            outcomes.append(Outcome(site, _put_back(site.spec, result), "original", back[site.name], rolled_back=True))
+            model.metadata_props[f"{ROLLED_BACK}.{site.name}"] = back[site.name]
+            continue
         try:
             place = values[site.region.outputs[0].value].producer()
             assert place is not None
@@ -239,6 +252,12 @@ def first_positions(graph: Graph | None) -> Begins | None:
 def _untouched(spec: Spec, result: PassResult) -> PassResult:
     """What the passes said of a site that stays as it was: their refusals, and none applied."""
     return PassResult(spec, (), result.refused)
+
+
+def _put_back(spec: Spec, result: PassResult) -> PassResult:
+    """What the passes said of a site that was rolled back: with it went what they did."""
+    undone = tuple((call, "the site was rolled back") for call in result.applied)
+    return PassResult(spec, (), (*result.refused, *undone))
 
 
 def _replace(

@@ -11,7 +11,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +132,10 @@ class Precision:
         """Bits of an element of the cache; ``None`` where that is kept in the states' own dtype."""
         return _BITS.get(self.options.cache)
 
+    def without_cache(self) -> Precision:
+        """The same, with keys and values cached in the states' own dtype."""
+        return replace(self, options=self.options.model_copy(update={"cache": "float"}))
+
     @property
     def budget(self) -> float | None:
         """The largest relative change of an output unless the user gives another; none where nothing is rounded."""
@@ -235,7 +239,8 @@ def write_precise(
             (:func:`attncompile.convert.cached_ranges.cached_ranges`).
 
     Raises:
-        InputError: when the provider has no kernels for the precision, or a cache cannot be kept in integers.
+        InputError: when the provider has no kernels for the precision; a NotStoredError when a cache cannot be kept in
+            integers.
     """
     if precision.cache is None or ranges is None:
         return _write_rounded(source, target, precision, names, calibration, provider, where)
@@ -248,7 +253,7 @@ def write_precise(
         try:
             done = max(done, store_narrow(model, ranges, precision.cache))
         except ValueError as error:
-            raise InputError(f"--precision {precision}: {error}", where, _IN_FLOATS) from error
+            raise NotStoredError(f"--precision {precision}: {error}", where, _IN_FLOATS) from error
         _require_stored(model, precision, where)
         save(model, target)
     return done
@@ -258,13 +263,17 @@ _CODES = (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
 _IN_FLOATS = "leave cache= of --precision out"
 
 
+class NotStoredError(InputError):
+    """Keys or values of a layer cannot be cached in integers."""
+
+
 def _require_stored(model: onnx_ir.Model, precision: Precision, where: object) -> None:
-    """Raises InputError where a layer's keys or values are still cached in floats."""
+    """Raises NotStoredError where a layer's keys or values are still cached in floats."""
     caches = [value for value in model.graph.inputs if (value.name or "").startswith(CACHED)]
     floats = [str(value.name) for value in caches if value.dtype not in _CODES]
     if floats:
         what = f"--precision {precision} left {floats[0]} in floats, {len(floats)} of {len(caches)} caches are"
-        raise InputError(f"{what} not read by GroupQueryAttention alone", where, _IN_FLOATS)
+        raise NotStoredError(f"{what} not read by GroupQueryAttention alone", where, _IN_FLOATS)
 
 
 def _write_rounded(
@@ -330,4 +339,13 @@ def _quietly() -> Iterator[None]:
         logging.disable(level)
 
 
-__all__ = ["KINDS", "Kind", "Precision", "parse_precision", "prepared", "require_possible", "write_precise"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "NotStoredError",
+    "Precision",
+    "parse_precision",
+    "prepared",
+    "require_possible",
+    "write_precise",
+]

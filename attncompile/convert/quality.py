@@ -222,11 +222,15 @@ class Quality:
 
 def over_budget(entries: Sequence[EndToEnd]) -> str | None:
     """The first change beyond its budget, in words."""
-    start = CHANGE.format("")
     for entry in entries:
-        if entry.metric.startswith(start) and not entry.passed:
+        if is_change(entry) and not entry.passed:
             return f"the {entry.metric} is {entry.after:.3g} on {entry.inputs}, over the budget of {entry.tolerance:g}"
     return None
+
+
+def is_change(entry: EndToEnd) -> bool:
+    """Whether an entry is one that a budget is for."""
+    return entry.metric.startswith(CHANGE.format(""))
 
 
 def _are_over(logits: torch.Tensor, ids: torch.Tensor) -> bool:
@@ -239,4 +243,4 @@ def _are_over(logits: torch.Tensor, ids: torch.Tensor) -> bool:
     )
 
 
-__all__ = ["CHANGE", "Quality", "cached_positions", "form_of", "kept_and_new", "over_budget"]
+__all__ = ["CHANGE", "Quality", "cached_positions", "form_of", "is_change", "kept_and_new", "over_budget"]

@@ -84,6 +84,18 @@ class Rounded:
     notes: tuple[str, ...]
 
 
+class OverBudgetError(InputError):
+    """A precision changes an output by more than its budget lets.
+
+    Attributes:
+        finite: whether the change is a number.
+    """
+
+    def __init__(self, what: str, where: object, advice: str, *, finite: bool) -> None:
+        super().__init__(what, where, advice)
+        self.finite = finite
+
+
 def round_model(
     opened: OpenedModel,
     source: Path,
@@ -105,8 +117,9 @@ def round_model(
             if none.
 
     Raises:
-        InputError: when the budget does not hold even with half of the projections in float32, or the cache cannot be
-            kept as the precision says.
+        OverBudgetError: when the budget does not hold, even with half of the projections in float32.
+        InputError: when the cache cannot be kept as the precision says, or ONNX Runtime does not load the result.
+        DoesNotRunError: when it does not run it.
     """
     with tempfile.TemporaryDirectory(prefix="attncompile-") as folder:
         scratch = Path(folder)
@@ -160,12 +173,13 @@ def _fewest(counts: Sequence[int], holds: Callable[[int], bool]) -> int | None:
 
 def _beyond(
     precision: Precision, change: float, budget: float, quality: Quality, opened: OpenedModel, more: str
-) -> InputError:
-    return InputError(
+) -> OverBudgetError:
+    return OverBudgetError(
         f"--precision {precision} changes an output by {change:.2g} (relative, on {quality.inputs}), over the budget "
         f"of {budget:g}{more}",
         opened.name,
         "nothing was written; allow more with --budget, or take another precision",
+        finite=math.isfinite(change),
     )
 
 
@@ -252,4 +266,4 @@ def _site_outputs(program: Program, model: onnx_ir.Model) -> Mapping[str, str]:
     return native | written
 
 
-__all__ = ["Rounded", "Texts", "round_model", "rounding_changes", "texts_of"]
+__all__ = ["OverBudgetError", "Rounded", "Texts", "round_model", "rounding_changes", "texts_of"]

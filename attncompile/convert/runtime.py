@@ -47,6 +47,10 @@ def save(model: onnx_ir.Model, path: Path, *, largest: int = LARGEST_FILE) -> No
     onnx_ir.save(model, path, **beside)
 
 
+class LoadError(InputError):
+    """ONNX Runtime does not load a model."""
+
+
 class Session(onnxruntime.InferenceSession):
     """A session that knows how the model keeps its cache.
 
@@ -71,7 +75,7 @@ def session(
         defaults: leave the provider's options as they are, for what is timed.
 
     Raises:
-        InputError: when the provider is not installed, or ONNX Runtime cannot load the model.
+        InputError: when the provider is not installed; a LoadError when ONNX Runtime cannot load the model.
     """
     names = session_providers(provider)
     chosen = [{} if defaults else dict(IN_FULL.get(name, {})) for name in names]
@@ -87,10 +91,10 @@ def session(
         given = str(model) if isinstance(model, Path) else model
         loaded = Session(given, options, providers=list(names), provider_options=chosen)
     except Exception as error:
-        name = model if isinstance(model, Path) else "the model"
-        raise InputError(
-            f"ONNX Runtime cannot load it: {str(error).splitlines()[0]}", name, "please report this"
-        ) from error
+        name, said = model if isinstance(model, Path) else "the model", str(error).splitlines()[0]
+        if isinstance(model, Path):
+            said = said.replace(str(model), model.name)  # the whole path follows, and would be kept in reports
+        raise LoadError(f"ONNX Runtime cannot load it: {said}", name, "please report this") from error
     if names[0] not in loaded.get_providers():  # ONNX Runtime says so in its log and goes on with the next one
         raise InputError(
             f"{names[0]} cannot be used here: its libraries or its device are missing",

@@ -22,6 +22,7 @@ from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import traceback as fx_traceback
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -436,6 +437,16 @@ def open_package(file: Path) -> tuple[Callable[..., Any], dict[str, str]]:
 
     loaded = aoti_load_package(str(file))
     return loaded, dict(loaded.get_metadata())
+
+
+def forget_export() -> None:
+    """Let go of the graph that was exported last.
+
+    torch keeps a node of it for each tensor in a table of its own, which serves to look for leaks while it exports;
+    with a node lives the whole graph, until something else is exported.
+    """
+    known: dict[int, Any] = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {})
+    known.clear()
 
 
 def lacking_instructions(wanted: str) -> str | None:

@@ -39,6 +39,7 @@ class SitePlan(BaseModel):
         before, after: the Spec as it was lifted and after the passes, as text; empty where none was lifted.
         operator: what computes it in the result; ``original`` where it stays as it was.
         reason: why that operator.
+        rolled_back: it was rewritten, and the result failed: ``reason`` says how; it stays as it was.
         applied: passes applied, in order, with their options.
         refused: passes asked for that do not apply.
         cost: modelled work before and after, where sizes were given.
@@ -52,6 +53,7 @@ class SitePlan(BaseModel):
     after: str
     operator: str
     reason: str
+    rolled_back: bool = False
     applied: tuple[str, ...] = ()
     refused: tuple[Refused, ...] = ()
     cost: CostRow | None = None
@@ -69,6 +71,8 @@ class SitePlan(BaseModel):
             parse_spec(self.after)
         if self.before and parse_spec(self.before).fingerprint() != self.fingerprint:
             raise ValueError(f"the Spec of {self.site} does not have the fingerprint {self.fingerprint}")
+        if self.rolled_back and self.operator != "original":
+            raise ValueError(f"{self.site} was rolled back, but is computed by {self.operator}")
         return self
 
 

@@ -66,24 +66,25 @@ class SiteCertificate(Record):
         site: its name in the model.
         spec: the Spec it computes, as text; empty where none was lifted.
         fingerprint: hash of the Spec; empty where none was lifted.
-        status: ``checked`` (replaced and compared) or ``unchanged`` (the original computation).
+        status: ``checked`` (replaced and compared), ``unchanged`` (the original computation), or ``rolled back`` (the
+            original computation, put back because what had replaced it failed).
         operator: what computes it.
-        reason: why it is unchanged, or empty.
+        reason: why it is not replaced, or empty.
         cases: the random inputs it was compared on.
     """
 
     site: str
     spec: str
     fingerprint: str
-    status: Literal["checked", "unchanged"]
+    status: Literal["checked", "unchanged", "rolled back"]
     operator: str
     reason: str = ""
     cases: tuple[SiteCase, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether it is unchanged, or every case is within its tolerance."""
-        return self.status == "unchanged" or (bool(self.cases) and all(case.passed for case in self.cases))
+        """Whether it is the original computation, or every case is within its tolerance."""
+        return self.status != "checked" or (bool(self.cases) and all(case.passed for case in self.cases))
 
     @model_validator(mode="after")
     def _spec_is_the_one_hashed(self) -> SiteCertificate:

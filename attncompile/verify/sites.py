@@ -195,11 +195,13 @@ def _moved_by_edges(part: _Yardstick, references: Sequence[torch.Tensor]) -> lis
     return apart
 
 
-def refused_site(name: str, reason: str, spec: Spec | None = None) -> SiteCertificate:
-    """The entry of a site that was left as it was."""
+def refused_site(
+    name: str, reason: str, spec: Spec | None = None, *, rolled_back: bool = False
+) -> SiteCertificate:
+    """The entry of a site that was left as it was, or ``rolled_back`` to that."""
     text, fingerprint = (str(spec), spec.fingerprint()) if spec else ("", "")
-    return SiteCertificate(site=name, spec=text, fingerprint=fingerprint, status="unchanged",
-                           operator="original", reason=reason)
+    return SiteCertificate(site=name, spec=text, fingerprint=fingerprint,
+                           status="rolled back" if rolled_back else "unchanged", operator="original", reason=reason)
 
 
 __all__ = [

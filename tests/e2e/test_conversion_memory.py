@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 import transformers
 
 from attncompile.convert.calibration import Call
+from attncompile.convert.export import export_onnx
 from attncompile.convert.recorded import recorded
 from attncompile.convert.widened import Widened, outputs_of
+from attncompile.frontends.checkpoint import open_model
 from attncompile.verify import compare
 from attncompile.verify.tolerance import PIECE, largest
 
@@ -58,6 +61,21 @@ def test_a_conversion_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
     (tmp_path / "wide").mkdir()
     more = peak(tmp_path / "wide", wide) - peak(tmp_path / "thin", thin)
     assert more / grown <= COPIES
+
+
+def nodes_alive() -> int:
+    gc.collect()
+    return sum(isinstance(one, torch.fx.Node) for one in gc.get_objects())
+
+
+def test_nothing_of_the_exported_graph_is_kept(tmp_path: Path) -> None:
+    decoder(64, 128).save_pretrained(tmp_path)
+    opened = open_model(tmp_path, attn_implementation="eager")
+    before = nodes_alive()
+    model, _ = export_onnx(opened)
+    assert len(model.graph) > 50
+    del model
+    assert nodes_alive() <= before
 
 
 class Tied(torch.nn.Module):

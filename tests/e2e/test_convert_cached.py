@@ -25,6 +25,7 @@ from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate
+from tests.onnx_files import assert_clean
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL: dict[str, Any] = {
@@ -113,6 +114,7 @@ def assert_generates_alike(build: Build, folder: Path, prefer: str) -> Path:
     model.save_pretrained(checkpoint)
     conversion = attncompile.convert(checkpoint, out, prefer=prefer, cache=True)  # type: ignore[arg-type]
     assert conversion.certificate.passed
+    assert_clean(out)
     loaded = session(out / "model.onnx", "cpu")
     for batch, length, padded in ((1, 1, 0), (1, 24, 0), (3, 17, 6)):
         ids, mask = prompts(batch, length, padded)

@@ -22,6 +22,7 @@ from attncompile.frontends.encoder_decoder import with_cross_cache
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate
+from tests.onnx_files import assert_clean
 from tests.small_encoder_decoders import SMALL, START, encoder_inputs, small
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "transcribe_onnx.py"
@@ -91,6 +92,7 @@ def assert_generates_alike(kind: str, out: Path) -> None:
 def test_tokens_are_those_of_pytorch(kind: str, folder: Path, request: pytest.FixtureRequest) -> None:
     out = request.getfixturevalue("whisper") if kind == "whisper" else converted(kind, folder, cache=True)
     assert_generates_alike(kind, out)
+    assert_clean(out)
     assert attncompile.verify(out).passed
 
 

@@ -24,7 +24,7 @@ from attncompile.ir import parse_spec
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate, require_as_good_as_eager
 from tests.backend.test_backend import small_llama, tokens
-from tests.onnx_files import operators
+from tests.onnx_files import assert_clean, operators
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_onnx_folder_is_complete_and_judged(llama_onnx: Path) -> None:
     rewriting = [entry for entry in judged if "before and after rewriting" in entry.metric]
     assert rewriting and all(entry.tolerance == ABSOLUTE[torch.float32] for entry in rewriting)
     assert {entry.metric.partition(" in ")[0] for entry in judged} == {"error of logits against float64"}
-    onnx.checker.check_model(llama_onnx / "model.onnx")
+    assert_clean(llama_onnx)
     assert json.loads((llama_onnx / "report.json").read_text())["sites"][0]["why"]
 
 
@@ -111,12 +111,14 @@ def test_the_form_can_be_chosen(bert_folder: Path, tmp_path: Path, prefer: str) 
     assert conversion.certificate.passed
     fused = {"Attention", "MultiHeadAttention", "GroupQueryAttention"} & set(operators(out / "model.onnx"))
     assert bool(fused) == (prefer == "fused")
+    assert_clean(out)
 
 
 def test_onnx_goes_in_and_out(bert_folder: Path, tmp_path: Path) -> None:
     attncompile.convert(bert_folder, tmp_path / "plain", prefer="decomposed")
     conversion = attncompile.convert(tmp_path / "plain" / "model.onnx", tmp_path / "again", prefer="fused")
     assert conversion.certificate.passed and len(conversion.report.sites) == 2
+    assert_clean(tmp_path / "again")
     assert attncompile.verify(tmp_path / "again").passed
     once_more = attncompile.convert(tmp_path / "again" / "model.onnx", tmp_path / "third", prefer="fused").report
     assert any(note.startswith("nothing was rewritten") for note in once_more.notes)
@@ -180,6 +182,7 @@ def test_linearising_a_padded_export_can_be_forced(llama_folder: Path, tmp_path:
 def test_projections_are_quantised(bert_folder: Path, tmp_path: Path) -> None:
     conversion = attncompile.convert(bert_folder, tmp_path / "int8", passes="fuse,quantize.int8")
     assert "MatMulInteger" in operators(tmp_path / "int8" / "model.onnx")
+    assert_clean(tmp_path / "int8")
     assert any("INT8" in note for note in conversion.report.notes)
 
 

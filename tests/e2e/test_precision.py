@@ -23,7 +23,7 @@ from attncompile.plan.schema import load_plan
 from benchmarks.onnx_quality import embedding_cosines
 from tests.codegen.test_onnx_stored import CHANNELS, GROUPS, buffered
 from tests.e2e.test_convert_cached import QUICK, prompts
-from tests.onnx_files import operators
+from tests.onnx_files import assert_clean, operators
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_a_budget_leaves_what_hurts_most_in_float32(bert_folder: Path, tmp_path:
     assert all(entry.after <= budget for entry in part.certificate.end_to_end if entry.metric.startswith("relative"))
     said = [note for note in part.report.notes if "were left in float32" in note]
     assert len(said) == 1 and ".dense" in said[0] and f"budget of {budget:g}" in said[0]
+    assert_clean(tmp_path / "part")
     assert attncompile.verify(tmp_path / "part").passed
     assert attncompile.verify(tmp_path / "part" / "model.onnx", provider="CPUExecutionProvider").passed
     with pytest.raises(InputError, match="over the budget of 1e-06, also with half of them in float32"):
@@ -59,6 +60,7 @@ def test_float16_is_judged_and_damage_to_it_is_noticed(bert_folder: Path, tmp_pa
     made = attncompile.convert(bert_folder, tmp_path / "out", precision="fp16")
     assert load_plan(tmp_path / "out" / "plan.json").budget == KINDS["fp16"].budget
     assert made.certificate.passed and any(site.operator == "Attention" for site in made.report.sites)
+    assert_clean(tmp_path / "out")
     assert all(site.change is not None for site in made.report.sites)
     model = onnx.load(tmp_path / "out" / "model.onnx")
     weight = max(
@@ -83,7 +85,7 @@ def test_what_no_provider_here_runs_is_refused_by_name(bert_folder: Path, tmp_pa
 
 def test_a_language_model_of_four_bits_keeps_its_cache_and_configuration(llama: Path, tmp_path: Path) -> None:
     made = attncompile.convert(llama, tmp_path / "out", precision="int4(block=16)", cache=True)
-    onnx.checker.check_model(tmp_path / "out" / "model.onnx")
+    assert_clean(tmp_path / "out")
     assert operators(tmp_path / "out" / "model.onnx").count("MatMulNBits") == 15  # seven a layer, and the logits
     loaded = session(tmp_path / "out" / "model.onnx", "cpu")
     decoder = json.loads((tmp_path / "out" / GENERATOR).read_text())["model"]["decoder"]
@@ -95,6 +97,7 @@ def test_a_language_model_of_four_bits_keeps_its_cache_and_configuration(llama: 
 def test_a_language_model_of_float16_generates(llama: Path, tmp_path: Path) -> None:
     """Its cache is float16, its logits are float32; onnxruntime-genai takes it so."""
     attncompile.convert(llama, tmp_path / "out", precision="fp16", cache=True, prefer="fused")
+    assert_clean(tmp_path / "out")
     loaded = session(tmp_path / "out" / "model.onnx", "cpu")
     kinds = {entry.name: entry.type for entry in (*loaded.get_inputs(), *loaded.get_outputs())}
     assert kinds["logits"] == "tensor(float)"

@@ -19,7 +19,7 @@ from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import derive_tolerance, load_certificate
 from tests.e2e.test_convert_cached import EXAMPLES, GROUPED, MORE, QUICK, Build, expected, prompts, tiny
-from tests.onnx_files import operators
+from tests.onnx_files import assert_clean, operators
 from tests.small_encoder_decoders import END, small
 
 CAPACITY = 40
@@ -93,6 +93,7 @@ def test_every_site_is_one_operator_with_all_that_belongs_to_it(llama: Path) -> 
     said = {entry.inputs for entry in load_certificate(llama / "certificate.json").end_to_end}
     assert {"batch 3, length 33 behind 0", "batch 2, length 1 behind 70", "batch 1, length 7 behind 12"} <= said
     assert not any("behind 33" in inputs for inputs in said)
+    assert_clean(llama)
     assert attncompile.verify(llama).passed
 
 
@@ -179,6 +180,7 @@ def test_weights_of_four_bits_and_states_of_sixteen(tmp_path: Path) -> None:
     # query, key and value are one product: five a layer, and the logits
     assert operators(out / "model.onnx").count("MatMulNBits") == 2 * 5 + 1
     assert in_place(loaded, prompts(1, 9, 0)[0], 3).shape == (1, 3)
+    assert_clean(out)
     assert attncompile.verify(out).passed
 
 
@@ -259,6 +261,7 @@ def test_a_cache_in_integers_beside_narrow_weights_and_states(tmp_path: Path) ->
     assert "MatMulNBits" in operators(out / "model.onnx")
     kinds = {entry.type for entry in session(out / "model.onnx", "cpu").get_inputs() if entry.name.startswith("past")}
     assert kinds == {"tensor(int8)"}
+    assert_clean(out)
 
 
 def test_a_cache_in_integers_is_refused_where_nothing_keeps_one(tmp_path: Path) -> None:

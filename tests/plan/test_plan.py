@@ -55,6 +55,7 @@ def test_two_plans_of_the_same_sites_are_the_same_text(tmp_path: Path) -> None:
     (("sites", 0, "applied", 0), "sparsify.window(size=0)", "at sites.0.applied: .*size must be at least 1"),
     (("sites", 0, "fingerprint"), "0" * 16, "does not have the fingerprint 0000"),
     (("sites", 0, "after"), "attend", "not valid at sites.0"),
+    (("sites", 0, "rolled_back"), True, "layers.0 was rolled back, but is computed by sdpa"),
     (("target",), "tpu", "not valid at target: Input should be 'onnx', 'torch' or 'pt2'"),
     (("sites", 1, "site"), "layers.0", "the site layers.0 is planned twice"),
     (("schema",), 7, "not valid at schema"),

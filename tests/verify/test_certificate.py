@@ -77,7 +77,7 @@ def test_an_error_may_shrink_and_another_number_may_not(after: float, as_error: 
     (("sites", 0, "cases", 0, "passed"), "maybe", "not valid at sites.0.cases.0.passed"),
     (("sites", 0, "fingerprint"), "f" * 16, "the Spec of layers.0 does not have the fingerprint ffff"),
     (("sites", 0, "spec"), "nonsense", "not valid at sites.0: "),
-    (("sites", 0, "status"), "fine", "not valid at sites.0.status: Input should be 'checked' or 'unchanged'"),
+    (("sites", 0, "status"), "fine", "status: Input should be 'checked', 'unchanged' or 'rolled back'"),
     (("schema",), 2, "not valid at schema: Input should be 1"),
     (("extra",), 1, "not valid at extra: Extra inputs are not permitted"),
     (("end_to_end", 0, "passed"), False, "passed is False, but None → 1e-06"),

@@ -1,0 +1,109 @@
+"""What onnx.checker, shape inference and ONNX Runtime say against a file is noticed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import attncompile
+from attncompile.convert import clean
+from attncompile.convert.clean import complaints, judged
+from tests.onnx_files import assert_clean
+
+CHECKER, INFERENCE, LOADING = "onnx.checker", "shape inference", "ONNX Runtime, loading strictly"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file with a fault, and the tools that refuse it; the words of a warning where there is one."""
+
+    refused: frozenset[str] = frozenset()
+    warning: str = ""
+    inner: tuple[int, ...] = (2, 3)
+    outer: tuple[int, ...] = (2, 3)
+    operator: str = "Add"
+    domain: str = ""
+    unused: bool = False
+
+
+EVERY = frozenset({CHECKER, INFERENCE, LOADING})
+CASES = {
+    "clean": Case(),
+    "an output of another size": Case(EVERY, outer=(2, 4)),
+    "an inner value of another size": Case(EVERY, inner=(2, 4)),
+    "an unknown operator": Case(frozenset({CHECKER, LOADING}), operator="Nope"),
+    "an unknown contributed operator": Case(frozenset({LOADING}), operator="Nope", domain="com.microsoft"),
+    "an unused initialiser": Case(warning="Removing initializer 'unused'", unused=True),
+}
+
+
+def written(case: Case, file: Path) -> Path:
+    nodes = [
+        helper.make_node(case.operator, ["x", "y"], ["inner"], domain=case.domain),
+        helper.make_node("Relu", ["inner"], ["outer"]),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (2, 3)) for name in ("x", "y")]
+    output = helper.make_tensor_value_info("outer", TensorProto.FLOAT, case.outer)
+    inner = helper.make_tensor_value_info("inner", TensorProto.FLOAT, case.inner)
+    unused = [helper.make_tensor("unused", TensorProto.FLOAT, [1], [1.0])] if case.unused else []
+    graph = helper.make_graph(nodes, "g", inputs, [output], unused, value_info=[inner])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
+    return file
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_complaints_are_collected(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    case = CASES[name]
+    found = complaints(written(CASES[name], tmp_path / "model.onnx"), "cpu")
+    assert {one.tool for one in found if one.refused} == case.refused
+    assert [one.said[: len(case.warning)] for one in found if not one.refused] == [case.warning] * bool(case.warning)
+    assert not any(str(tmp_path) in one.said for one in found)
+    assert "onnxruntime" not in capfd.readouterr().err
+
+
+def test_what_others_write_meanwhile_goes_on_its_way(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = clean.onnxruntime.InferenceSession
+
+    def loud(*given: object, **options: object) -> object:
+        print("somebody else", file=sys.stderr, flush=True)
+        return make(*given, **options)
+
+    monkeypatch.setattr(clean.onnxruntime, "InferenceSession", loud)
+    (found,) = complaints(written(CASES["an unused initialiser"], tmp_path / "model.onnx"), "cpu")
+    assert "unused" in found.said and "somebody else" in capfd.readouterr().err
+
+
+def test_what_was_wrong_before_is_told_and_not_held_against_a_result(tmp_path: Path) -> None:
+    right = written(CASES["clean"], tmp_path / "right.onnx")
+    wrong = written(CASES["an output of another size"], tmp_path / "wrong.onnx")
+    warned = written(CASES["an unused initialiser"], tmp_path / "warned.onnx")
+    assert judged(right, wrong, "cpu").problem is None and not judged(right, wrong, "cpu").notes
+    assert (judged(wrong, right, "cpu").problem or "").startswith(CHECKER)
+    same = judged(wrong, wrong, "cpu")
+    assert same.problem is None and all("(so it was before)" in note for note in same.notes) and len(same.notes) == 3
+    only = judged(warned, right, "cpu")
+    assert only.problem is None and "warned.onnx is not clean: ONNX Runtime: Removing" in only.notes[0]
+
+
+def test_a_damaged_file_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"this is no protobuf")
+    assert {one.tool for one in complaints(tmp_path / "model.onnx", "cpu")} == {CHECKER, LOADING}
+
+
+@pytest.mark.parametrize("prefer", ["fused", "decomposed"])
+@pytest.mark.parametrize("name", ["minilm-int8", "paraphrase-minilm-l3"])
+@pytest.mark.slow
+def test_results_of_third_party_files_are_clean(
+    name: str, prefer: str, onnx_files: dict[str, Path], tmp_path: Path
+) -> None:
+    made = attncompile.convert(onnx_files[name], tmp_path / "out", prefer=prefer)
+    assert_clean(tmp_path / "out")
+    assert not any("is not clean" in note for note in made.report.notes)
