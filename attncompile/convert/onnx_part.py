@@ -141,21 +141,21 @@ def make_part(
     for preference in dict.fromkeys((options.prefer, "decomposed")):
         options.progress(f"finding attention{doing}")
         source, kernels, untrained = onnx_ir.load(scratch / part.before), kernels_of(provider), options.allow_untrained
-        with reading(opened.path) if opened.kind == "onnx" else nullcontext():
-            rewritten = rewrite_onnx(
-                source,
-                opened.name,
-                requested,
-                kernels,
-                preference,
-                untrained,
-                notes,
-                longest,
-                options.onnxruntime,
-                one_buffer=isinstance(opened, Generating) and opened.shared,
-                # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
-                dtype=precision.states if precision is not None and kernels != "cpu" else None,
-            )
+        rewritten = rewrite_onnx(
+            source,
+            opened.name,
+            requested,
+            kernels,
+            preference,
+            untrained,
+            notes,
+            longest,
+            options.onnxruntime,
+            one_buffer=isinstance(opened, Generating) and opened.shared,
+            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+            dtype=precision.states if precision is not None and kernels != "cpu" else None,
+            guarded=partial(reading, opened.path) if opened.kind == "onnx" else nullcontext,
+        )
         options.progress(f"writing the model{doing}")
         _remove(folder / part.file)
         save(rewritten.model, folder / part.file)
