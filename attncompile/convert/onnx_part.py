@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx_ir
 
-from attncompile.convert.calibration import calls, running_text, text_call, text_calls
+from attncompile.convert.calibration import Call, calls, running_text, text_call, text_calls
 from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import Compared, DoesNotRunError, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement, lossy_rewrites
@@ -27,7 +27,7 @@ from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
 from attncompile.convert.quality import over_budget
 from attncompile.convert.rounding import Rounded, Texts, round_model, rounding_changes, texts_of
-from attncompile.convert.runtime import release, run, save, session
+from attncompile.convert.runtime import Session, release, run, save, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.convert.unrewritten import UNREWRITTEN, load_unrewritten, save_unrewritten
 from attncompile.frontends.cached import Generating
@@ -292,12 +292,22 @@ def _measurements(
     found = [size_measurement(export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    timed = calls(part.opened)[-1:]
     release()  # what is cached in a call was made by the original, whose weights are not needed any more
     before, after = (session(each, provider, defaults=True) for each in (runnable(export, scratch), file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
-    found += [latency_measurement(before, after, call, what, which) for call in timed]
-    return found, []
+    timed = next((call for call in reversed(calls(part.opened)) if _runs(before, call)), None)
+    if timed is None:
+        return found, [f"no call that was made up runs in {what}, so its latency was not measured"]
+    return [*found, latency_measurement(before, after, timed, what, which)], []
+
+
+def _runs(loaded: Session, call: Call) -> bool:
+    """Whether a model takes a call: its positions may be fewer, for one."""
+    try:
+        run(loaded, call)
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
