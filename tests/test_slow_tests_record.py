@@ -16,7 +16,8 @@ FIRST = """<testsuites><testsuite>
 <testcase classname="tests.e2e.test_two" name="test_c" time="0.5"><skipped message="could not import 'hqq'"/></testcase>
 </testsuite></testsuites>"""
 
-SECOND = """<testsuite><testcase classname="tests.backend.test_one" name="test_b" time="2"/></testsuite>"""
+SECOND = """<testsuite><testcase classname="tests.backend.test_one" name="test_b" time="2"/>
+<testcase time="0.01"/></testsuite>"""
 
 
 def test_counts_reasons_and_a_second_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir
@@ -114,23 +115,23 @@ def write_rewritten(
     """
     part, options, precision = making.part, making.options, making.precision
     opened, kernels = part.opened, kernels_of(options.provider)
-    with reading(opened.path) if opened.kind == "onnx" else nullcontext():
-        rewritten = rewrite_onnx(
-            onnx_ir.load(making.export),
-            opened.name,
-            making.requested,
-            kernels,
-            options.prefer,
-            options.allow_untrained,
-            making.notes,
-            positions_of(opened.config) if opened.config is not None else None,
-            options.onnxruntime,
-            one_buffer=isinstance(opened, Generating) and opened.shared,
-            # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
-            dtype=precision.states if precision is not None and kernels != "cpu" else None,
-            program=program,
-            rolled_back=rolled_back,
-        )
+    rewritten = rewrite_onnx(
+        onnx_ir.load(making.export),
+        opened.name,
+        making.requested,
+        kernels,
+        options.prefer,
+        options.allow_untrained,
+        making.notes,
+        positions_of(opened.config) if opened.config is not None else None,
+        options.onnxruntime,
+        one_buffer=isinstance(opened, Generating) and opened.shared,
+        # on a CPU most of float16 is computed in float32 between two casts, so what was tried there holds
+        dtype=precision.states if precision is not None and kernels != "cpu" else None,
+        program=program,
+        rolled_back=rolled_back,
+        guarded=partial(reading, opened.path) if opened.kind == "onnx" else nullcontext,
+    )
     for stale in file.parent.glob(f"{file.name}*"):  # of an earlier form
         stale.unlink()
     save(rewritten.model, file)

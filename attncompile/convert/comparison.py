@@ -200,9 +200,9 @@ def measured_quality(runs: Runs, texts: Sequence[Call]) -> Quality:
 
 
 def _converted(runs: Runs, call: Call, notes: list[str]) -> Outputs | None:
-    """The result's outputs; ``None``, with a note, for a call that the exported graph does not take either."""
+    """The result's outputs; ``None``, with a note, for a call that the exported or given graph does not take."""
     try:
-        return runs.converted(call)
+        found = runs.converted(call)
     except (ValueError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         try:
@@ -211,6 +211,14 @@ def _converted(runs: Runs, call: Call, notes: list[str]) -> Outputs | None:
             notes.append(f"{call.what} was not compared: the exported graph has fixed sizes ({said})")
             return None
         raise DoesNotRunError(f"on {call.what}: {said}") from error
+    if runs.original is runs.unrewritten:  # a given graph, which may be stricter than the operators in the result
+        try:
+            runs.original(call)
+        except (ValueError, RuntimeError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            notes.append(f"{call.what} was not compared: the given model does not take it ({said})")
+            return None
+    return found
 
 
 def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> list[EndToEnd]:

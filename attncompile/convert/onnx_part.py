@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir
 
 from attncompile.convert.agreeing import Agreeing, Making, agreeing
-from attncompile.convert.calibration import calls, running_text, text_call, text_calls
+from attncompile.convert.calibration import Call, calls, running_text, text_call, text_calls
 from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.comparison import Compared
 from attncompile.convert.frame import Options, lossy_rewrites
@@ -23,7 +23,7 @@ from attncompile.convert.onnx_runs import runnable
 from attncompile.convert.part import Part
 from attncompile.convert.precision import Precision
 from attncompile.convert.rounding import Texts, texts_of
-from attncompile.convert.runtime import release, session
+from attncompile.convert.runtime import Session, release, run, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.passes import PassCall
 from attncompile.report import Measurement
@@ -156,12 +156,22 @@ def _measurements(making: Making, unchanged: bool, file: Path) -> tuple[list[Mea
     found = [size_measurement(making.export, file, which)]
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    timed = calls(part.opened)[-1:]
     release()  # what is cached in a call was made by the original, whose weights are not needed any more
     before, after = (session(each, provider, defaults=True) for each in (runnable(making.export, making.scratch), file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
-    found += [latency_measurement(before, after, call, what, which) for call in timed]
-    return found, []
+    timed = next((call for call in reversed(calls(part.opened)) if _runs(before, call)), None)
+    if timed is None:
+        return found, [f"no call that was made up runs in {what}, so its latency was not measured"]
+    return [*found, latency_measurement(before, after, timed, what, which)], []
+
+
+def _runs(loaded: Session, call: Call) -> bool:
+    """Whether a model takes a call: its positions may be fewer, for one."""
+    try:
+        run(loaded, call)
+    except RuntimeError:
+        return False
+    return True
 
 
 __all__ = ["MadePart", "make_part", "making_of", "texts_for"]

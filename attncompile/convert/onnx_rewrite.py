@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def rewrite_onnx(
     dtype: str | None = None,
     program: Program | None = None,
     rolled_back: Mapping[str, str] | None = None,
+    guarded: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Rewritten:
     """Lift the model, replace every site in place, and tidy what is around them.
 
@@ -89,6 +91,7 @@ def rewrite_onnx(
         dtype: what a precision rounds the model's states to afterwards; an operator must exist in that one.
         program: what was lifted from the same model before; lifted now where it is left out.
         rolled_back: sites that stay as they were, with the reason; the model says so in its metadata.
+        guarded: around what only the model's own oddities can make fail: its reading, and what comes behind the sites.
     """
     back = rolled_back or {}
     opset_before = model.opset_imports.get("", 0)
@@ -96,6 +99,10 @@ def rewrite_onnx(
     raised = raise_opset(model, wanted)
     graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
     program = program or lift_graph(graph, name, notes)
+    with guarded():
+        kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
+        raised = raise_opset(model, wanted)
+        program = lift_graph(onnx_graph(model), name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
     values = {value.name: value for value in nested_values(model.graph)}
@@ -159,9 +166,10 @@ def rewrite_onnx(
     for call in calls:
         if replaced.isdisjoint(call.nodes) and spelled.isdisjoint(call.nodes):
             put_back(call)
-    passes.RemoveUnusedNodesPass()(model)  # calls that were replaced need no newer operators
-    newer = is_too_new(model) and spell_out_unknown(model)
-    done = tidy(model, provider, version, longest, dtype, first_positions(program.graph))
+    with guarded():
+        passes.RemoveUnusedNodesPass()(model)  # calls that were replaced need no newer operators
+        newer = is_too_new(model) and spell_out_unknown(model)
+        done = tidy(model, provider, version, longest, dtype, first_positions(program.graph))
     told = [f"around attention: {done}"]
     if not raised:
         told.append(

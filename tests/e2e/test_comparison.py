@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from attncompile.convert.calibration import Call
-from attncompile.convert.comparison import ABSOLUTE, Outputs, Runs, distances, runtime_notes
+from attncompile.convert.comparison import (
+    ABSOLUTE,
+    DoesNotRunError,
+    Inputs,
+    Outputs,
+    Runs,
+    compare_on,
+    distances,
+    runtime_notes,
+)
 
 ALLOWED = ABSOLUTE[torch.float32]
 CALL = Call((), {}, "a call")
@@ -73,3 +82,21 @@ def test_what_the_runtime_rounds_by_itself_is_said(unrewritten: float, said: int
     notes = runtime_notes(distances(CALL, runs, runs.converted(CALL), judged=True), runs.runtime)
     assert len(notes) == said
     assert all("ONNX Runtime's own rounding of this model, unrewritten: the error of hidden" in note for note in notes)
+
+
+def strict(call: Call) -> Outputs:
+    """A given file that does not take every call."""
+    if call is not CALL:
+        raise RuntimeError("ONNX Runtime: an axis that does not broadcast")
+    return off_by(0.0)
+
+
+def test_a_call_that_the_given_file_does_not_take_is_not_compared() -> None:
+    """An operator in the result may be more lenient than what it stands for."""
+    other = Call((), {}, "another call")
+    runs = Runs(original=strict, converted=lambda call: off_by(0.0), unrewritten=strict)
+    found = compare_on(Inputs((CALL, other)), runs, None)
+    assert [entry.inputs for entry in found.entries] == ["a call"]
+    assert any("another call was not compared: the given model does not take it" in note for note in found.notes)
+    with pytest.raises(DoesNotRunError, match="does not take it"):
+        compare_on(Inputs((other,)), runs, None)
