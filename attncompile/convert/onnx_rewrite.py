@@ -95,14 +95,11 @@ def rewrite_onnx(
     """
     back = rolled_back or {}
     opset_before = model.opset_imports.get("", 0)
-    kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
-    raised = raise_opset(model, wanted)
-    graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
-    program = program or lift_graph(graph, name, notes)
     with guarded():
         kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
         raised = raise_opset(model, wanted)
-        program = lift_graph(onnx_graph(model), name, notes)
+        graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
+        program = program or lift_graph(graph, name, notes)
     # ONNX Runtime has no score product in INT8; that pass is the quantiser's, on the projections
     calls_of_sites = tuple(call for call in requested if call.rewrite.name != "quantize.int8")
     values = {value.name: value for value in nested_values(model.graph)}
