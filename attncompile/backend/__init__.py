@@ -29,7 +29,7 @@ from attncompile.backend.rewrite import Decision, decide, rewrite
 from attncompile.backend.verified import named, verified
 from attncompile.codegen.triton.ready import get_ready
 from attncompile.frontends.aten import aten_graph
-from attncompile.frontends.capture import Captured, capture_dynamo
+from attncompile.frontends.capture import Captured, capture_dynamo, differentiates
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.torch_internals import (
     ahead_of_time,
@@ -119,7 +119,7 @@ def _compiled(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
     get_ready()
-    rewriting = _Rewriting(options, parse_passes(options.passes))
+    rewriting = _Rewriting(options, parse_passes(options.passes), differentiates(example_inputs))
     rewritten = rewriting.of(module, example_inputs)
     if rewritten is not module:
         keep_identity(module, rewritten)
@@ -156,8 +156,8 @@ def _compile_rest(module: torch.fx.GraphModule, example_inputs: Sequence[Any], o
 class _Rewriting:
     """Rewrites one graph, with the bodies of its checkpointed blocks, and remembers what it did."""
 
-    def __init__(self, options: Options, calls: tuple[PassCall, ...]) -> None:
-        self.options, self.calls = options, calls
+    def __init__(self, options: Options, calls: tuple[PassCall, ...], training: bool) -> None:
+        self.options, self.calls, self.training = options, calls, training
         self.compilations: list[Compilation] = []
         self.reasons: list[str] = []
 
@@ -242,6 +242,7 @@ class _Rewriting:
                 lambda spec: choose_lowering(spec, device),
                 planned=by_site,
                 allow_untrained=options.allow_untrained,
+                training=self.training,
             )
 
         def exactly(decision: Decision) -> Decision:

@@ -12,7 +12,7 @@ import torch
 
 from attncompile.backend.site_module import SharedModule, SiteModule
 from attncompile.codegen.lowering import Lowering
-from attncompile.codegen.pytorch import mask_inputs
+from attncompile.codegen.pytorch import adds_numbers, mask_inputs, may_be_empty, passing_gradients, why_not_passed
 from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
@@ -53,6 +53,7 @@ def decide(
     planned: Mapping[str, tuple[PassCall, ...] | str] | None = None,
     allow_untrained: bool = False,
     even_reference: bool = False,
+    training: bool = False,
 ) -> tuple[Decision, ...]:
     """Run the passes on every site and choose its lowering; equal Specs share both.
 
@@ -60,7 +61,8 @@ def decide(
 
     Sites that ``planned`` names get the passes that it gives, or stay as they are for the reason that it gives. Where
     only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
-    caller wants even those sites replaced.
+    caller wants even those sites replaced. In ``training``, where gradients may be recorded, a site that adds its mask
+    passes on what such a sum passes on (:attr:`attncompile.lift.Site.swallows`), or stays as it is.
     """
     known: dict[tuple[str, ...], tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
@@ -93,8 +95,33 @@ def decide(
             left = f"no operator is known to be faster here than the graph itself: {lowering.reason}"
             made.append(Decision(site, None, None, left))
             continue
+        if training:
+            differentiated = _differentiated(site, result, lowering)
+            if isinstance(differentiated, str):
+                made.append(Decision(site, None, None, differentiated))
+                continue
+            reason, lowering = reason.replace(lowering.reason, differentiated.reason), differentiated
         made.append(Decision(site, result, lowering, reason))
     return tuple(made)
+
+
+def _differentiated(site: Site, result: PassResult, lowering: Lowering) -> Lowering | str:
+    """The lowering with the gradients of a site that adds its mask, or why the site stays as it is."""
+    spec = site.spec
+    if spec is None or not (adds_numbers(spec) or (site.swallows and may_be_empty(spec))):
+        return lowering
+    attend = result.spec.attend()
+    if result.lossy and (attend is None or not attend.norm.plain_softmax):
+        return lowering  # another function was asked for, with gradients of its own
+    problem = why_not_passed(spec)
+    if problem is None and result.spec.inputs == spec.inputs:
+        return passing_gradients(spec, lowering)
+    why = problem or "a pass reads other tensors"
+    return (
+        "its mask is added, so queries that see no key pass gradients on to scores that rounding has swallowed, which "
+        f"is not computed here: {why}; without gradients it is rewritten, and with them where the model is loaded with "
+        'attn_implementation="attncompile", or padded at the right and called without attention_mask'
+    )
 
 
 def _entangled(program: Program, site: Site) -> str:

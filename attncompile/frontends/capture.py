@@ -385,7 +385,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     mode, fakes = torch_internals.fake_inputs(example_inputs)
     fixed = _with_fixed_module_floats(graph_module, fakes)
     try:
-        cut = without_whole_calls(fixed, _differentiates(fakes))
+        cut = without_whole_calls(fixed, differentiates(fakes))
     except NotCut as error:
         raise CaptureError("Dynamo", "the compiled function", f"{error}", _RUNS_ANYWAY) from error
     source = without_vmap(cut.graph_module if cut is not None else fixed)
@@ -435,7 +435,7 @@ def _lost_in_tracing(
     function transform such as vmap does to the values inside it; and values that only existed while the tracer
     looked.
     """
-    if _differentiates(inputs):
+    if differentiates(inputs):
         lost = torch_internals.higher_order_calls(before) - torch_internals.higher_order_calls(after)
         if lost:
             return f"{', '.join(sorted(lost))} has a gradient of its own, which ATen does not hold"
@@ -448,7 +448,7 @@ def _lost_in_tracing(
     return None
 
 
-def _differentiates(inputs: Sequence[Any]) -> bool:
+def differentiates(inputs: Sequence[Any]) -> bool:
     """Whether gradients of some input are recorded."""
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in inputs

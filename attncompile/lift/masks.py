@@ -36,7 +36,7 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
     if not parts:
         return logits, TRUE, Const(-math.inf)
     mask = simplify(conjunction(parts))
-    return score, mask, _fill(logits, mask, parts)
+    return score, mask, _fill(logits, parts)
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,12 +136,31 @@ def _peel(expr: Expr) -> tuple[Expr, Expr] | None:
     return None
 
 
-def _fill(logits: Expr, mask: Expr, parts: list[Expr]) -> Expr:
+def swallows(logits: Expr) -> bool:
+    """Whether a hidden logit is the score plus a finite number that swallows it, where :func:`split_mask` gives that
+    number alone.
+
+    The values are the same, their gradients are not: that of a sum passes to the score, though rounding has left
+    nothing of it. It shows in rows all of whose positions are hidden; elsewhere a hidden position has the weight 0.
+    """
+    logits = _hidden_last(logits)
+    _, parts = _peeled(logits, _peel)
+    if not parts:
+        return False
+    fill = _fill(logits, parts)
+    return isinstance(fill, Const) and math.isfinite(fill.value) and SCORE in symbols(_hidden_logits(logits, parts))
+
+
+def _fill(logits: Expr, parts: list[Expr]) -> Expr:
+    """What the logits are where the mask does not hold, without a score that is swallowed."""
+    hidden = _hidden_logits(logits, parts)
+    absorbed = _absorbed(hidden)
+    return hidden if len(parts) > 1 and symbols(absorbed) else absorbed
+
+
+def _hidden_logits(logits: Expr, parts: list[Expr]) -> Expr:
     """What the logits are where the mask does not hold."""
-    if len(parts) > 1:
-        return _absorbed(logits) if not symbols(_absorbed(logits)) else logits
-    hidden = simplify(_where_false(logits, parts[0]))
-    return _absorbed(hidden)
+    return logits if len(parts) > 1 else simplify(_where_false(logits, parts[0]))
 
 
 def _where_false(logits: Expr, condition: Expr) -> Expr:

@@ -113,6 +113,8 @@ class Site:
         steps: every operation around it that was recognised, in the order of data flow.
         guarded: the mask that terms of its score are under facts about data, where there are such.
         nearest: of a refused site, the nearest thing that was recognised.
+        swallows: whether the model adds to hidden scores a finite number that swallows them, where the Spec has that
+            number alone: a query that sees no key then passes gradients on in the model, and none in the Spec.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Site:
     steps: tuple[Step, ...] = ()
     guarded: Guard | None = None
     nearest: str = ""
+    swallows: bool = False
 
 
 @dataclass(frozen=True)

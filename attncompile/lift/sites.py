@@ -19,6 +19,7 @@ from attncompile.ir import (
     RefusalError,
     Spec,
 )
+from attncompile.ir.attend import NO_SINK
 from attncompile.lift.anchors import (
     Anchor,
     Product,
@@ -34,7 +35,8 @@ from attncompile.lift.candidates import state_anchor, state_products
 from attncompile.lift.escapes import escaping, with_log_sum
 from attncompile.lift.fused import state_fused
 from attncompile.lift.joining import joined
-from attncompile.lift.program import Region, Site
+from attncompile.lift.masks import swallows
+from attncompile.lift.program import Region, Site, Status
 from attncompile.lift.recurrent import scan_site
 from attncompile.lift.specify import specify
 from attncompile.lift.statement import NoSite, Statement, refuse
@@ -138,7 +140,16 @@ def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
         refusal = Refusal("contradiction", reason, native.name, native.source, "report this model if it runs")
         return Site(name, "refused", refusal=refusal, source=native.source, anchor=native.name)
     escape = _escape(graph, statement)
-    return Site(name, "observed" if escape else "lifted", spec, escape, native.source, (), region, None, native.name)
+    status: Status = "observed" if escape else "lifted"
+    swallowed = _swallows(graph, statement)
+    return Site(name, status, spec, escape, native.source, (), region, None, native.name, swallows=swallowed)
+
+
+def _swallows(graph: Graph, statement: Statement) -> bool:
+    """See :attr:`Site.swallows`. Other normalisers, and a softmax with a sink, give such a position the weight 0."""
+    if statement.normalizer.kind != "softmax" or statement.sink != NO_SINK:
+        return False
+    return swallows(graph.simplifier(dict(statement.extents))(statement.logits))
 
 
 def _specified(graph: Graph, name: str, statement: Statement) -> tuple[Statement, Spec, Region]:

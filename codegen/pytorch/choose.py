@@ -366,13 +366,16 @@ def visible_mask(spec: Spec, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
     if attend is None:
         raise RefusalError(Refusal("operator", f"{spec.name} has not exactly one attention operation"))
     form = _expect(additive_form(attend, types))
-    sizes = read_sizes(spec, tensors)
-    known = dict(tensors)
-    for operation in spec.operations:
-        if operation is not attend:
-            known.update(_reference(operation, known, sizes, None))
-    where = _map(attend, _views(attend, types), known, sizes)
+    where = attention_map(spec, attend, tensors)
     _, _, queries, keys = where.extents
     if form.causal_at(queries, keys):
         return None
-    return additive_mask(form, form.mask_at(queries, keys), where, known[attend.query].dtype)
+    return additive_mask(form, form.mask_at(queries, keys), where, where.tensors[attend.query].dtype)
+
+
+def attention_map(spec: Spec, attend: Attend, tensors: Mapping[str, torch.Tensor]) -> Map:
+    """Where a Spec's attention evaluates its expressions, for these inputs by name; what precedes it is computed."""
+    known, sizes = dict(tensors), read_sizes(spec, tensors)
+    for operation in spec.operations[: spec.operations.index(attend)]:
+        known.update(_reference(operation, known, sizes, None))
+    return _map(attend, _views(attend, spec.types()), known, sizes)

@@ -98,7 +98,7 @@ def computed_bias(form: AdditiveForm) -> bool:
     return form.bias is not None and not isinstance(form.bias, Load)
 
 
-def _empty_rows(form: AdditiveForm, mask: Expr, where: Map) -> torch.Tensor:
+def empty_rows(form: AdditiveForm, mask: Expr, where: Map) -> torch.Tensor:
     """Whether a query sees no key: truth values ``[b,h,i,1]``, broadcastable."""
     visible = evaluate(mask, where.environment(torch.float32))
     return ~visible.reshape([1] * (4 - visible.dim()) + list(visible.shape)).any(-1, keepdim=True)
@@ -124,7 +124,7 @@ def attend_whole(
         added = additive_mask(form, mask, where, query.dtype)
     care = _empty_row_care(form, query, key) if added is not None and not form.proven and mask != TRUE else ()
     if care and added is not None:
-        empty = _empty_rows(form, mask, where)
+        empty = empty_rows(form, mask, where)
         added = added.masked_fill(empty, 0.0)
         query = query.masked_fill(empty, 0.0) if "query" in care else query
     out = _call(query, key, value, form, added, causal)
@@ -135,7 +135,7 @@ def attend_whole(
         wanted = math.nan if attend.norm.empty == "nan" else 0.0
         if attend.norm.empty == "nan" or where.device.type != "cpu":
             out = out.masked_fill((added == -math.inf).all(-1, keepdim=True), wanted)
-    return _edited(out, form, where)
+    return edited(out, form, where)
 
 
 def _empty_row_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _empty_row_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) 
     return ("query", "mask")
 
 
-def _edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
+def edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
     if form.edit is None:
         return out
     return (out * evaluate(form.edit, where.environment(_wide(out.dtype)))).to(out.dtype)
@@ -250,7 +250,7 @@ def attend_blockwise(attend: Attend, form: AdditiveForm, where: Map) -> torch.Te
             visible = evaluate(mask, where.environment(torch.float32, rows, columns))
             out = _replaced(out, ~visible.any(-1, keepdim=True), attend, form, operands)
         blocks.append(out)
-    return _edited(torch.cat(blocks, 2), form, where)
+    return edited(torch.cat(blocks, 2), form, where)
 
 
 def _finite_mask(form: AdditiveForm, mask: Expr, where: Map, dtype: torch.dtype, rows: Range,
