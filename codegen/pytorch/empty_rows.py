@@ -29,9 +29,9 @@ from attncompile.codegen.pytorch.choose import attention_map
 from attncompile.codegen.pytorch.form import AdditiveForm, additive_form
 from attncompile.codegen.pytorch.grid import Map
 from attncompile.codegen.pytorch.sdpa import being_traced, edited, empty_rows, read_operands
-from attncompile.ir import Attend, Kind, Refusal, RefusalError, Spec
+from attncompile.ir import NO_SINK, Attend, Index, Kind, Refusal, RefusalError, Spec
 from attncompile.ir.evaluate import evaluate
-from attncompile.ir.expr import TRUE, loads
+from attncompile.ir.expr import TRUE, loads, symbols
 from attncompile.ir.rows import never_empty
 
 PASSED = "a query whose keys are all hidden by added numbers passes gradients on as the model does"
@@ -45,12 +45,11 @@ def may_be_empty(spec: Spec) -> bool:
 
 
 def adds_numbers(spec: Spec) -> bool:
-    """Whether what is added to the scores is read from a tensor and may hide keys, where no mask is stated."""
+    """Whether a softmax without a sink states no mask, but reads real numbers for each key, which may hide it."""
     attend = spec.attend()
-    form = additive_form(attend, spec.types()) if attend is not None else None
-    if not isinstance(form, AdditiveForm) or form.bias is None or form.mask != TRUE:
+    if attend is None or not attend.norm.plain_softmax or attend.sink != NO_SINK or attend.mask != TRUE:
         return False
-    return any(load.element is Kind.FLOAT for load in loads(form.bias))
+    return any(load.element is Kind.FLOAT and Index("j") in symbols(load) for load in loads(attend.score))
 
 
 def why_not_passed(spec: Spec) -> str | None:

@@ -140,6 +140,8 @@ def test_a_score_that_is_not_linear_has_no_closed_form() -> None:
     text = GROUPED.format(score="30.0·tanh(0.01·s)", mask=PADDED, heads="h // 2", given="").strip()
     spec = parse_spec(text)
     assert "not linear" in (why_not_passed(spec) or "")
+    capped = parse_spec(LOADED.replace("0.35·s", "30.0·tanh(0.01·s)"))
+    assert adds_numbers(capped) and "not linear" in (why_not_passed(capped) or "")
     with pytest.raises(RefusalError, match="not linear"):
         passing_gradients(spec, lower(spec, "cpu", "reference"))
 
