@@ -147,12 +147,13 @@ def _empty_row_care(form: AdditiveForm, query: torch.Tensor, key: torch.Tensor) 
     but for float16, which cannot hold such a fill, and for CUDA's kernels, which scale it beyond the largest
     number. A fill that
     is added moves the whole row, which a softmax does not notice: the ``mask`` is zeroed, where kernels would
-    lose the score's last digits next to it.
+    lose the score's last digits next to it, or their backward pass the number of keys in the log-sum-exp.
     """
     elsewhere = query.device.type != "cpu"
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     if form.fill == "shifted":
-        return ("mask",) if elsewhere and form.bias is None and isinstance(form.masked, Const) else ()
+        moved = form.bias is None and isinstance(form.masked, Const)
+        return ("mask",) if moved and (elsewhere or differentiated) else ()
     swallowed = form.fill == "absorbing" and not elsewhere and query.dtype != torch.float16
     if form.fill == "infinite" or (swallowed and not (form.replaces and differentiated)):
         return ()

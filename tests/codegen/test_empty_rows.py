@@ -115,6 +115,20 @@ def test_numbers_that_a_tensor_adds_swallow_scores_too(learned: bool) -> None:
         torch.testing.assert_close(gradient, expected[tensor], rtol=1e-10, atol=1e-12)
 
 
+def test_a_number_that_swallows_only_digits_leaves_the_weights_to_the_backward_pass() -> None:
+    """Next to −1e9 float32 has no digits for ``ln J``, which SDPA's backward pass needs."""
+    spec = parse_spec(str(site("grouped heads")).replace("−1.7e+308", "0.35·s − 1e9"))
+    attend = spec.attend()
+    assert attend is not None and "s" in str(attend.fill)
+    wanted = inputs(spec)
+    found = {n: t.detach().float().requires_grad_() if t.is_floating_point() else t for n, t in wanted.items()}
+    expected = results(spec.interpret(wanted)[0], wanted)
+    out = lower(spec, "cpu", "sdpa").run(*(found[value.name] for value in spec.inputs))
+    assert isinstance(out, torch.Tensor)
+    for tensor, gradient in results(out, found).items():
+        torch.testing.assert_close(gradient.double(), expected[tensor], rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_computed_without_gradients() -> None:
     spec = site("grouped heads")
     seen: list[int] = []
