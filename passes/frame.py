@@ -161,7 +161,8 @@ def run_passes(
         if reason is None and call.rewrite.untrained and not allow_untrained:
             reason = f"{call.rewrite.untrained}; it runs only when untrained results are allowed"
         if reason is None and training and "training" not in call.rewrite.phases:
-            reason = f"it serves {' and '.join(call.rewrite.phases)}, and gradients may be asked of this graph"
+            served = " and ".join(call.rewrite.phases)
+            reason = f"it serves {served}, and gradients may be asked of this graph; call it under torch.no_grad()"
         after = call.rewrite.apply(*given) if reason is None else spec
         if reason is None and call.rewrite.contract == "exact" and not call.rewrite.law:
             reason = _why_not_compared(spec, after)

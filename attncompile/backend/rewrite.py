@@ -62,7 +62,8 @@ def decide(
     Sites that ``planned`` names get the passes that it gives, or stay as they are for the reason that it gives. Where
     only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
     caller wants even those sites replaced. In ``training``, where gradients may be recorded, a site that adds its mask
-    passes on what such a sum passes on (:attr:`attncompile.lift.Site.swallows`), or stays as it is.
+    passes on what such a sum passes on (:attr:`attncompile.lift.Site.swallows`), or stays as it is, and passes that do
+    not serve training are left out.
     """
     known: dict[tuple[str, ...], tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
@@ -83,7 +84,7 @@ def decide(
         prologue = rotated.prologue if rotated is not None else None
         key = (site.spec.fingerprint(), str(prologue), *map(str, asked))
         if key not in known:
-            result = run_passes(site.spec, asked, allow_untrained, prologue)
+            result = run_passes(site.spec, asked, allow_untrained, prologue, training=training)
             known[key] = (result, choose(result.spec))
         result, lowering = known[key]
         reason = lowering.reason

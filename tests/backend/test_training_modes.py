@@ -285,3 +285,16 @@ def test_two_processes_get_the_mean_of_their_gradients() -> None:
     assert {(rank, order) for rank, order, _, _ in found} == {
         (rank, order) for rank in range(2) for order in ("compiled, then wrapped", "wrapped, then compiled")
     }
+
+
+def test_passes_that_do_not_serve_training_are_left_out_of_it() -> None:
+    """Rounding has no gradient that anybody wants: where gradients are recorded nothing is rounded, with a warning."""
+    model, exact = small_llama("sdpa"), small_llama("sdpa").double()
+    compiled = attncompile.compile(model, passes="quantize.int8", rest="eager", dynamic=False)
+    with pytest.warns(FallbackWarning, match=r"quantize.int8 does not apply .* call it under torch.no_grad"):
+        found = gradients(compiled, model)
+    plain = small_llama("sdpa")
+    require_equal(found, gradients(plain, plain), gradients(exact, exact))
+    with torch.no_grad():
+        compiled(**tokens(2, 12))
+    assert "pass quantize.int8\n" in str(attncompile.explain(compiled))
