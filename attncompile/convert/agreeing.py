@@ -205,10 +205,17 @@ def compare_file(
         making: the part; file: the result.
         inputs: what it is run on; known: the other forms on these; budget: of lossy passes.
     """
+    with tempfile.TemporaryDirectory(dir=making.scratch) as results:  # one attempt's can be gigabytes
+        return _compared(making, file, inputs, known, budget, Path(results) / "results")
+
+
+def _compared(
+    making: Making, file: Path, inputs: Inputs, known: Runs, budget: float | None, results: Path
+) -> Compared | Problem:
     options, part = making.options, making.part
     try:
         told = running(options.progress, f"the result{part.doing}")
-        converted = session_results(file, options.provider, inputs.every, _fresh(making) / "results", told)
+        converted = session_results(file, options.provider, inputs.every, results, told)
         options.progress(f"comparing with the original{part.doing}")
         compared = compare_on(inputs, replace(known, converted=converted), budget)
     except LoadError as error:

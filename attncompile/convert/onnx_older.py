@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 
-from attncompile.codegen.onnx.tried import newest_opset
+from attncompile.codegen.onnx.tried import newest_ir_version, newest_opset
 from attncompile.frontends.onnx_bodies import nested_nodes
 from attncompile.frontends.onnx_definitions import PREVIEW, SpelledOut, spell_out
 
@@ -57,10 +57,10 @@ def unknown_calls(holder: ir.Graph | ir.Function, opsets: Mapping[str, int]) -> 
 
 
 def is_too_new(model: ir.Model) -> bool:
-    """Whether the installed ONNX Runtime does not take a model: for its operator set, or calls it does not know."""
+    """Whether the installed ONNX Runtime does not take a model: for its file format, its operator set, or its calls."""
     opsets = model.opset_imports
     newest = max(opsets.get(domain, 0) for domain in STANDARD)
-    return newest > newest_opset() or bool(unknown_calls(model.graph, opsets))
+    return _newer_format(model) or newest > newest_opset() or bool(unknown_calls(model.graph, opsets))
 
 
 def spell_out_unknown(model: ir.Model) -> bool:
@@ -78,7 +78,14 @@ def spell_out_unknown(model: ir.Model) -> bool:
         for domain in STANDARD:
             if opsets.get(domain, 0) > newest:
                 opsets[domain] = newest
+    if _newer_format(model):  # what that adds are types and fields which the runtime would refuse by name
+        model.ir_version = newest_ir_version()
     return True
+
+
+def _newer_format(model: ir.Model) -> bool:
+    """Whether a file's format is one that the installed onnx knows, and the installed ONNX Runtime not yet."""
+    return 0 < newest_ir_version() < model.ir_version <= onnx.IR_VERSION
 
 
 __all__ = ["is_too_new", "is_unknown", "spell_out_unknown", "unknown_calls"]

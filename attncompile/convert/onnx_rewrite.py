@@ -94,6 +94,8 @@ def rewrite_onnx(
         guarded: around what only the model's own oddities can make fail: its reading, and what comes behind the sites.
     """
     back = rolled_back or {}
+    for entry in [entry for entry in model.metadata_props if entry.startswith(f"{ROLLED_BACK}.")]:
+        del model.metadata_props[entry]  # of an earlier conversion
     opset_before = model.opset_imports.get("", 0)
     with guarded():
         kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)

@@ -107,3 +107,26 @@ def test_results_of_third_party_files_are_clean(
     made = attncompile.convert(onnx_files[name], tmp_path / "out", prefer=prefer)
     assert_clean(tmp_path / "out")
     assert not any("is not clean" in note for note in made.report.notes)
+
+
+def test_a_contradiction_that_an_operator_of_the_runtimes_own_hid_from_onnx_is_no_fault(tmp_path: Path) -> None:
+    """The export has it, and strict loading says so; in standard operators onnx sees it too."""
+
+    def file(name: str, operator: str, domain: str) -> Path:
+        behind = helper.make_tensor_value_info("inner", TensorProto.FLOAT, (2, 4))
+        nodes = [
+            helper.make_node(operator, ["x"], ["first"], domain=domain),
+            helper.make_node("Add", ["first", "x"], ["inner"]),
+            helper.make_node("Relu", ["inner"], ["outer"]),
+        ]
+        x, outer = (helper.make_tensor_value_info(name, TensorProto.FLOAT, (2, 3)) for name in ("x", "outer"))
+        graph = helper.make_graph(nodes, "g", [x], [outer], value_info=[behind])
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / name)
+        return tmp_path / name
+
+    before, after = file("before.onnx", "Gelu", "com.microsoft"), file("after.onnx", "Gelu", "")
+    assert {one.tool for one in complaints(before, "cpu")} == {LOADING}
+    assert {one.tool for one in complaints(after, "cpu")} == {CHECKER, INFERENCE, LOADING}
+    found = judged(after, before, "cpu")
+    assert found.problem is None and all("(so it was before)" in note for note in found.notes)

@@ -10,6 +10,8 @@ from onnx.backend.test.case import node as onnx_cases
 from onnx.backend.test.case.node import linear_attention
 
 import attncompile
+from attncompile.codegen.onnx.tried import newest_ir_version
+from attncompile.convert.onnx_rewrite import ROLLED_BACK
 
 REGISTERED = (linear_attention,)
 CASES = {case.name: case for case in onnx_cases._NodeTestCases}
@@ -28,3 +30,19 @@ def test_linear_attention_of_opset_27(name: str, operator: str, tmp_path: Path) 
     assert [site.operator for site in made.certificate.sites] == [operator]
     assert "written by its definition" in str(made)
     assert attncompile.verify(tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("opset", [26, 27])
+def test_the_newest_file_format(opset: int, tmp_path: Path) -> None:
+    """What the installed onnx writes by itself; a rollback that an earlier conversion told of is none of this one's."""
+    assert newest_ir_version() < onnx.IR_VERSION
+    model = onnx.parser.parse_model(
+        f"""<ir_version: {onnx.IR_VERSION}, opset_import: ["" : {opset}]>
+        g (float[B,S,8] x) => (float[B,S,8] y) {{ y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x) }}"""
+    )
+    model.metadata_props.add(key=f"{ROLLED_BACK}.once", value="a fault of then")
+    onnx.save(model, tmp_path / "given.onnx")
+    assert attncompile.convert(tmp_path / "given.onnx", tmp_path / "out", prefer="fused").certificate.passed
+    written = onnx.load(tmp_path / "out" / "model.onnx")
+    assert written.ir_version == newest_ir_version()
+    assert not [entry.key for entry in written.metadata_props if entry.key.startswith(ROLLED_BACK)]
