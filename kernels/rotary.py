@@ -97,8 +97,8 @@ class RotaryRounding:
             lines.append(f"d = {_lanes('2 * PAIRS', self.rotated, 2 * self.pairs)}[None, :]")
             for name, function in both:
                 lines += element(f"{name}s", function)
-                whole = f"tl.broadcast_to({name}s + tl.zeros_like(d), (TILE, 2 * PAIRS))"
-                lines.append(f"first_{name}, second_{name} = tl.split(tl.reshape({whole}, (TILE, PAIRS, 2)))")
+                lines.append(f"{name}s = tl.broadcast_to({name}s + tl.zeros_like(d), (TILE, 2 * PAIRS))")
+                lines.append(f"first_{name}, second_{name} = tl.split(tl.reshape({name}s, (TILE, PAIRS, 2)))")
         else:
             lines.append(f"near = {_lanes('PAIRS', half, self.pairs)}[None, :]")
             for place, d in (("first", "near"), ("second", f"near + {half}")):
