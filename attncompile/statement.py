@@ -9,6 +9,7 @@ import torch
 from attncompile.backend.choose import SUPPORTED
 from attncompile.backend.stated import computed, lowered
 from attncompile.codegen.lowering import Lowering
+from attncompile.codegen.pytorch.tracing import being_compiled
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.expr import Const, Size
 from attncompile.ir.types import DTYPES, NAMES, bind_sizes
@@ -46,7 +47,7 @@ class Attention:
                 device that is not supported.
         """
         ordered = self._ordered(tensors, named)
-        if torch.compiler.is_compiling():
+        if being_compiled(*ordered):
             return _traced(self._stated_text, self._text, *ordered)
         self._require_fitting(ordered)
         return computed(self._text, *ordered)

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attncompile.backend.choose import SUPPORTED
 from attncompile.backend.stated import computed, lowered
+from attncompile.codegen.pytorch.tracing import being_compiled
 from attncompile.frontends.torch_internals import fix_value
 from attncompile.hf.mask import StatedMask, added
 from attncompile.hf.models import NUMBERS, handling, reads_beyond
@@ -60,7 +61,7 @@ def attention_forward(
     Raises:
         ValueError: for a choice of blocks of keys, which this interface gives without saying how large they are.
     """
-    site, traced = type(module).__name__, torch.compiler.is_compiling()
+    site, traced = type(module).__name__, being_compiled(query)
     if options.get("block_indices") is not None:
         raise ValueError(
             f"{site} chooses blocks of keys, whose size its call of attention does not say: load this model with "

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import causal_mask_function, eager_mask, prepare_padding_mask, sdpa_mask
-from transformers.utils.import_utils import is_tracing
 
+from attncompile.codegen.pytorch.tracing import being_traced
 from attncompile.hf.models import NUMBERS, OWN, STATED, handling
 from attncompile.hf.sites import say_kept
 from attncompile.hf.terms import Unstated, state
@@ -183,7 +183,7 @@ def stated_mask(
     """
     if isinstance(q_offset, torch.Tensor):
         # 0 with an empty static cache; else a copy, since the cache counts on in place before the layers read it
-        empty = q_length > 1 and not is_tracing(q_offset) and int(q_offset) == 0
+        empty = q_length > 1 and _may_look(q_offset) and int(q_offset) == 0
         q_offset = 0 if empty else q_offset.clone()
     sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
     options |= {"q_offset": q_offset, "kv_offset": kv_offset, "use_vmap": use_vmap, "device": device}
@@ -249,6 +249,11 @@ def _statement(
     return text, tuple(tensors), tuple(names)
 
 
+def _may_look(tensor: torch.Tensor) -> bool:
+    """Whether Python may decide by a tensor's values: not while a graph is made or captured of what it does."""
+    return not being_traced(tensor) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _padding(
     lengths: tuple[int, int, int], q_offset: Any, kv_offset: Any, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | str | None:
@@ -267,7 +272,7 @@ def _padding(
     if isinstance(kv_offset, torch.Tensor):
         raise Unstated("the first key's position is known to a tensor only")
     _, queries, keys = lengths
-    look = not is_tracing(attention_mask) and not isinstance(q_offset, torch.Tensor)
+    look = _may_look(attention_mask) and not isinstance(q_offset, torch.Tensor)
     if look and q_offset == 0 and kv_offset == 0 and attention_mask.shape[1] == queries and bool(attention_mask.all()):
         return "(j < I)" if queries < keys else None  # an empty static cache has room behind
     padding = prepare_padding_mask(attention_mask, keys, kv_offset)

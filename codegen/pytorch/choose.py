@@ -21,12 +21,12 @@ from attncompile.codegen.pytorch.sdpa import (
     at_sizes,
     attend_blockwise,
     attend_whole,
-    being_traced,
     blockwise_pays,
     computed_bias,
     skips_blocks,
     visited_share,
 )
+from attncompile.codegen.pytorch.tracing import being_traced
 from attncompile.ir import Attend, Operation, Refusal, RefusalError, Scan, Spec
 from attncompile.ir.expr import TRUE, Const, Size, loads, substitute, walk
 from attncompile.ir.rows import extents

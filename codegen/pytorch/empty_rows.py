@@ -28,7 +28,8 @@ from attncompile.codegen.lowering import Lowering, Run
 from attncompile.codegen.pytorch.choose import attention_map
 from attncompile.codegen.pytorch.form import AdditiveForm, additive_form
 from attncompile.codegen.pytorch.grid import Map
-from attncompile.codegen.pytorch.sdpa import being_traced, edited, empty_rows, read_operands
+from attncompile.codegen.pytorch.sdpa import edited, empty_rows, read_operands
+from attncompile.codegen.pytorch.tracing import being_traced
 from attncompile.ir import NO_SINK, Attend, Index, Kind, Refusal, RefusalError, Spec
 from attncompile.ir.evaluate import evaluate
 from attncompile.ir.expr import TRUE, loads, symbols

@@ -183,14 +183,6 @@ def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Add
     return out.to(dtype)
 
 
-def being_traced(tensor: torch.Tensor) -> bool:
-    """Whether a graph is being made instead of a result: by Dynamo, export, or a tensor subclass that
-    records.
-    """
-    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    return torch.compiler.is_compiling() or not plain or not all(isinstance(n, int) for n in tensor.shape)
-
-
 @functools.lru_cache(maxsize=256)
 def visited_keys(mask: Expr, query_length: int, key_length: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """For each block of queries the ranges of keys that some query of it may see."""

@@ -135,6 +135,7 @@ def test_a_forked_child_calls_a_compiled_model_and_compiles_one(
     compiled = compiled_of(model, rest=rest)
     with torch.no_grad():
         compiled(inputs_of(model))
+    before = len(alive())  # with what Dynamo keeps of other tests: the first half of a graph that was broken
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     with warnings.catch_warnings():
@@ -143,6 +144,6 @@ def test_a_forked_child_calls_a_compiled_model_and_compiles_one(
         child.start()
     known, new, count = answers.get(timeout=WAIT)
     child.join(WAIT)
-    assert child.exitcode == 0 and count == 2
+    assert child.exitcode == 0 and count == before + 1
     require_same(torch.from_numpy(known), model, inputs_of(model))
     require_same(torch.from_numpy(new), model_of(2), inputs_of(model_of(2)))
