@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: OpenMP reads this once. Workers of pytest-xdist share the machine's cores.
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import attncompile
+from attncompile.kernels import operators
 from benchmarks.checkpoints import checkpoint_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +56,19 @@ def pytest_report_header() -> str:
 def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What computes Specs on each device type, free to be changed by a test: afterwards it is as it was."""
+    kept = ("_implementations", "_backwards", "_lists")
+    caches = (operators._resolved, operators._resolved_backward, operators.resolved_lists)
+    with monkeypatch.context() as changes:
+        for name in kept:
+            changes.setattr(operators, name, dict(getattr(operators, name)))
+        yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def being_traced(*tensors: object) -> bool:
@@ -20,7 +21,9 @@ def being_traced(*tensors: object) -> bool:
     """
     if torch.compiler.is_dynamo_compiling():  # Dynamo reads True here; Python itself always False
         return True
-    return get_proxy_mode() is not None or torch.jit.is_tracing() or not all(map(_is_plain, tensors))
+    if any(isinstance(mode, ProxyTorchDispatchMode) for mode in _get_current_dispatch_mode_stack()):
+        return True  # of this thread; get_proxy_mode() tells of another thread's, where it traces for export
+    return torch.jit.is_tracing() or not all(map(_is_plain, tensors))
 
 
 def being_compiled(*tensors: object) -> bool:

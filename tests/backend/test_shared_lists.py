@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -69,13 +69,11 @@ def chosen(spec: Spec, device: str = "cpu") -> Lowering:
 
 
 @pytest.fixture(autouse=True)
-def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _device(monkeypatch: pytest.MonkeyPatch, registrations: None) -> None:
     monkeypatch.setattr(backend, "choose_lowering", chosen)
     operators.register("cpu", _implementation, None, _lists)
     made.clear()
     handed.clear()
-    yield
-    operators.use_reference("cpu")
 
 
 class Layers(torch.nn.Module):

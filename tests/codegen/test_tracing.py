@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +53,21 @@ def test_code_is_told_whether_a_graph_is_made_of_it(
 ) -> None:
     torch._dynamo.reset()
     assert call(Told(), torch.zeros(1)).item() == told
+
+
+def test_what_another_thread_traces_is_its_own_business() -> None:
+    """Modes below autograd belong to a thread, those above it to the process."""
+    told: list[float] = []
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        other = threading.Thread(target=lambda: told.append(Told()(torch.zeros(1)).item()))
+        other.start()
+        other.join()
+        return x + 1
+
+    for pre_dispatch in (False, True):
+        make_fx(traced, pre_dispatch=pre_dispatch)(torch.zeros(1))
+    assert told == [0, 0]
 
 
 def test_what_another_thread_compiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

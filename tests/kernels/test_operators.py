@@ -28,13 +28,9 @@ GRADIENTS = (
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(operators, "_implementations", dict(operators._implementations))
-    monkeypatch.setattr(operators, "_backwards", dict(operators._backwards))
+def _on_the_cpu(registrations: None) -> Iterator[None]:
     operators.use_reference("cpu")
     yield
-    operators._resolved.cache_clear()
-    operators._resolved_backward.cache_clear()
     operators._say_recomputed.cache_clear()
 
 

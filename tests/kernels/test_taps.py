@@ -94,7 +94,7 @@ def test_who_refuses() -> None:
         parse_spec("x   attend  q,k,v[B,2,I,8]  float32\n  score  s\n  norm   relu (float32)\n  mass   got")
 
 
-def test_taps_have_no_gradient() -> None:
+def test_taps_have_no_gradient(registrations: None) -> None:
     operators.use_reference("cpu")
     spec = TAPS_BY_NAME["taps-causal"].spec
     case = dataclasses.replace(TAPS_BY_NAME["taps-causal"], sizes={"B": 1, "I": 5, "J": 7})
