@@ -19,9 +19,12 @@ SITE_LOG = "attncompile.sites"
 SITES = "attncompile_sites"
 """What torch's logs and ``TORCH_TRACE`` call the line for each attention site, as an artifact."""
 
+_OTHER_VERSION = (ImportError, AttributeError, TypeError, ValueError)
+"""What asking another version of torch for these private names ends in."""
+
 
 def register() -> None:
-    """Make the names known to torch; a second time changes nothing. Never raises.
+    """Make the names known to torch; a second time changes nothing, another version of torch goes without.
 
     The log of sites is a child of the other and has no name of its own, or torch would print its lines twice.
     """
@@ -30,7 +33,7 @@ def register() -> None:
 
         register_log(LOG, LOG)
         register_artifact(SITES, "What became of each attention site of a graph that attncompile compiled.")
-    except Exception:  # another version of torch: its logs lack our names, and nothing else
+    except _OTHER_VERSION:  # its logs lack our names, and nothing else
         logging.getLogger(LOG).debug("torch's logs could not be told the names of attncompile", exc_info=True)
 
 
@@ -56,7 +59,7 @@ def why_again() -> str:
         compilation = get_metrics_context()
         said = compilation._metrics.get("recompile_reason") if compilation.in_progress() else None
         reason = (said or "").partition("\n")[0]
-    except Exception:
+    except _OTHER_VERSION:
         logging.getLogger(LOG).debug("torch does not tell why it compiles again", exc_info=True)
         return ""
     number, _, rest = reason.partition(": ")  # of the graph whose guard failed

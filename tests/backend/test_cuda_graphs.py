@@ -202,8 +202,8 @@ def test_what_a_cache_keeps_in_place_is_known_to_what_records() -> None:
     decoder, kept = Decoder("llama", "cpu"), []
 
     def rest(module: torch.fx.GraphModule, inputs: Any, settings: Any) -> Callable[..., Any]:
-        written = [node for node in module.graph.nodes if node.op == "placeholder"]
-        kept.append([node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in written])
+        inputs_of_graph = [node for node in module.graph.nodes if node.op == "placeholder"]
+        kept.append([node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in inputs_of_graph])
         return module.forward
 
     with pytest.MonkeyPatch.context() as patch:
