@@ -15,8 +15,9 @@ from pathlib import Path
 
 import onnx_ir
 
+from attncompile.convert.blame import blaming
 from attncompile.convert.calibration import Call
-from attncompile.convert.clean import judged
+from attncompile.convert.clean import Before, judged
 from attncompile.convert.comparison import Compared, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
@@ -25,13 +26,12 @@ from attncompile.convert.onnx_sites import Known, checked_sites
 from attncompile.convert.part import Part
 from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
-from attncompile.convert.rollback import ATTEMPTS, Fails, failing_sites
+from attncompile.convert.rollback import Fails, failing_sites
 from attncompile.convert.rounding import Texts
 from attncompile.convert.runtime import LoadError, release, save
 from attncompile.frontends.cached import Generating
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.example_inputs import positions_of
-from attncompile.frontends.onnx_file import reading
 from attncompile.lift import Program
 from attncompile.passes import PassCall
 from attncompile.verify import SiteCertificate
@@ -50,6 +50,7 @@ class Making:
         notes: of the export.
         texts: what a lossy result is calibrated and judged with; ``None`` where nothing asks for any.
         scratch: a folder for files that are wanted while the conversion runs.
+        before: the export, for what was wrong with it.
     """
 
     part: Part
@@ -60,6 +61,7 @@ class Making:
     notes: tuple[str, ...]
     texts: Texts | None
     scratch: Path
+    before: Before
 
     @property
     def export(self) -> Path:
@@ -85,6 +87,7 @@ class Agreeing:
         rewritten: its sites; sites: their certificates.
         compared: the file against the original.
         inputs: what it was compared on; known: what the forms that it was compared with gave.
+        alone: what came of running sites alone.
         rolled_back: sites that are as they were, with the reason.
     """
 
@@ -93,6 +96,7 @@ class Agreeing:
     compared: Compared
     inputs: Inputs
     known: Runs
+    alone: Known
     rolled_back: Mapping[str, str]
 
 
@@ -130,7 +134,7 @@ def write_rewritten(
         dtype=precision.states if precision is not None and kernels != "cpu" else None,
         program=program,
         rolled_back=rolled_back,
-        guarded=partial(reading, opened.path) if opened.kind == "onnx" else nullcontext,
+        guarded=partial(blaming, opened.path, making.before) if opened.kind == "onnx" else nullcontext,
     )
     for stale in file.parent.glob(f"{file.name}*"):  # of an earlier form
         stale.unlink()
@@ -138,18 +142,26 @@ def write_rewritten(
     return rewritten
 
 
-def agreeing(making: Making, file: Path, rolled_back: Mapping[str, str]) -> Agreeing:
+def agreeing(
+    making: Making, file: Path, rolled_back: Mapping[str, str], earlier: Agreeing | None = None
+) -> Agreeing:
     """Write a part as a file that agrees with the original, in the precision of the export.
+
+    What the original gives is computed once in a conversion: it lies in files of ``making.scratch``, so that it takes
+    no memory, and ``earlier`` hands it on. So is what was lifted, and what sites give alone.
 
     Args:
         making: the part; file: where it goes; rolled_back: sites that stay as they were, with the reason.
+        earlier: the same part with fewer sites rolled back.
 
     Raises:
         InputError: when it does not agree without any site rewritten either.
     """
     part, options, budget = making.part, making.options, None if making.rounds else making.options.budget
-    back, program, alone, attempts = dict(rolled_back), None, Known(), ATTEMPTS
-    inputs, known = Inputs(()), None
+    back, attempts = dict(rolled_back), 0
+    program, alone, inputs, known = None, Known(), Inputs(()), None
+    if earlier is not None:
+        program, alone, inputs, known = earlier.rewritten.program, earlier.alone, earlier.inputs, earlier.known
     while True:
         options.progress(f"{'rewriting' if program else 'finding'} attention{part.doing}")
         rewritten = write_rewritten(making, file, back, program)
@@ -170,13 +182,13 @@ def agreeing(making: Making, file: Path, rolled_back: Mapping[str, str]) -> Agre
         seen = inputs if lossy else Inputs(inputs.calls)
         compared = compare_file(making, file, seen, known, budget)
         if isinstance(compared, Compared):
-            return Agreeing(rewritten, checked.certificates, compared, inputs, known, back)
+            return Agreeing(rewritten, checked.certificates, compared, inputs, known, alone, back)
         if not rewritten.choices:
             raise disagreement(compared.said, making.target)
         fewer = Inputs(compared.calls) if compared.calls and not seen.texts else seen
         fails = _fails(making, rewritten, back, fewer, known, budget)
-        found = failing_sites(kinds_of(rewritten), f"in the whole model: {compared.said}", fails, attempts)
-        attempts = max(0, attempts - found.attempts)
+        found = failing_sites(kinds_of(rewritten), f"in the whole model: {compared.said}", fails, made=attempts)
+        attempts += found.attempts
         if found.sites is None:
             raise disagreement(f"{compared.said} (with no site rewritten too)", making.target)
         back |= found.sites
@@ -229,7 +241,7 @@ def _compared(
     said = compared.problem()
     if said is None:
         release()  # what was compared, before the result is loaded once more
-        clean = judged(file, making.export, options.provider)
+        clean = judged(file, making.before)
         if clean.problem is not None:
             return Problem(clean.problem)
         return replace(compared, notes=(*compared.notes, *clean.notes))

@@ -4,6 +4,10 @@
 give as unknown. ONNX Runtime has the schemas of both; in its strict mode what it infers of shapes and types must not
 contradict what the file says. Nothing is registered with either. Files are read by their paths: ``onnx`` does not look
 into weights beside them, so there is no limit of two gigabytes.
+
+Of a result counts what was not wrong before (:mod:`attncompile.convert.faults`). ONNX Runtime tells one fault and
+stops, so that of several in a given file it may name another one once the first is gone: that one is held against the
+result unless onnx told it before.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx
 import onnxruntime
 
+from attncompile.convert.faults import Fault, faults
 from attncompile.convert.providers import session_providers
 
 LOGGED_AS = "attncompile.clean"
@@ -35,6 +41,9 @@ _ON_THE_CPU = "VerifyEachNodeIsAssignedToAnEp"
 _CHECKER, _INFERENCE, _STRICTLY = "onnx.checker", "shape inference", "ONNX Runtime, loading strictly"
 """Who complains."""
 
+_ONNX = frozenset({_CHECKER, _INFERENCE})
+"""Those of onnx, which share its inference."""
+
 
 @dataclass(frozen=True)
 class Complaint:
@@ -44,11 +53,13 @@ class Complaint:
         tool: which.
         said: its words, in one line.
         refused: whether the file is wrong by it, rather than something to warn of.
+        faults: all that it finds wrong.
     """
 
     tool: str
     said: str
     refused: bool = True
+    faults: tuple[Fault, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.tool}: {self.said}"
@@ -79,27 +90,87 @@ class Judged:
     notes: tuple[str, ...]
 
 
-def judged(file: Path, before: Path, provider: str) -> Judged:
+@dataclass(frozen=True)
+class Before:
+    """What a result is made from.
+
+    Attributes:
+        file: the model; provider: where it runs.
+    """
+
+    file: Path
+    provider: str
+
+    @cached_property
+    def complaints(self) -> tuple[Complaint, ...]:
+        """What there was to say against it; asked once, when something is to be said against a result."""
+        return complaints(self.file, self.provider)
+
+    @cached_property
+    def nodes(self) -> frozenset[str]:
+        """Names of its nodes."""
+        return _node_names(self.file)
+
+    def faults(self, tools: frozenset[str]) -> tuple[Fault, ...]:
+        """What some tools found wrong."""
+        return tuple(fault for one in self.complaints if one.tool in tools for fault in one.faults)
+
+
+def judged(file: Path, before: Before) -> Judged:
     """The complaints of a result, beside those of what it was made from.
 
     Args:
-        file: the result; before: what it was made from, looked at where there is a complaint; provider: where it runs.
+        file: the result; before: what it was made from, looked at where there is a complaint.
     """
-    found = complaints(file, provider)
-    refusing = {one.tool for one in complaints(before, provider) if one.refused} if found else set[str]()
-    if _STRICTLY in refusing:
-        # operators of ONNX Runtime's own may have kept from onnx's inference what that knew to be wrong before
-        refusing |= {_CHECKER, _INFERENCE}
-    problem = next((str(one) for one in found if one.refused and one.tool not in refusing), None)
-    said = (f"{one}{' (so it was before)' if one.tool in refusing else ''}" for one in found)
+    found = complaints(file, before.provider)
+    fresh = {one: _fresh(one, file, before) for one in found if one.refused}
+    problem = next((_worded(one, new) for one, new in fresh.items() if new), None)
+    said = (f"{one}{' (so it was before)' if one in fresh and not fresh[one] else ''}" for one in found)
     return Judged(problem, tuple(f"{file.name} is not clean: {one}" for one in said))
+
+
+def _fresh(complaint: Complaint, file: Path, before: Before) -> tuple[Fault, ...]:
+    """The faults of a refused result that were not there before."""
+    if not any(one.refused for one in before.complaints):
+        return complaint.faults
+    by_onnx, by_runtime = before.faults(_ONNX), before.faults(frozenset({_STRICTLY}))
+    if complaint.tool in _ONNX:
+        # operators of ONNX Runtime's own may have kept from onnx's inference what was wrong behind them; that counts
+        # wherever it shows now
+        own, others = by_onnx, {fault.kind for fault in by_runtime} - {fault.kind for fault in by_onnx}
+    else:
+        own, others = by_runtime, {fault.kind for fault in by_onnx}  # of which it told the first alone
+    nodes = _node_names(file)
+    return tuple(
+        fault for fault in complaint.faults if fault.kind not in others and not fault.is_known(own, before.nodes, nodes)
+    )
+
+
+def _worded(complaint: Complaint, fresh: tuple[Fault, ...]) -> str:
+    """The complaint, or of one that is partly known the first that is new."""
+    return str(complaint if len(fresh) == len(complaint.faults) else replace(complaint, said=fresh[0].said))
+
+
+def _node_names(file: Path) -> frozenset[str]:
+    """Names of all nodes of a file, in bodies too; none of one that cannot be read, or for nodes without a name."""
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except Exception:  # of what reads the file, which its complaints tell
+        return frozenset()
+    found, graphs = set[str](), [graph]
+    while graphs:
+        for node in graphs.pop().node:
+            found.add(node.name)
+            for attribute in node.attribute:
+                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    return frozenset(found - {""})
 
 
 def _checker(file: Path) -> Iterator[Complaint]:
     try:
         onnx.checker.check_model(str(file), full_check=True)  # in strict mode, by path and in place
     except Exception as error:  # of the checker, of inference, and of what reads the file
-        yield Complaint(_CHECKER, _line(error, file))
+        yield _refused(_CHECKER, error, file)
 
 
 def _inference(file: Path) -> Iterator[Complaint]:
@@ -109,7 +180,7 @@ def _inference(file: Path) -> Iterator[Complaint]:
                 str(file), str(Path(folder) / file.name), check_type=True, strict_mode=True, data_prop=True
             )
         except Exception as error:
-            yield Complaint(_INFERENCE, _line(error, file))
+            yield _refused(_INFERENCE, error, file)
 
 
 def _loading(file: Path, providers: tuple[str, ...]) -> Iterator[Complaint]:
@@ -123,7 +194,7 @@ def _loading(file: Path, providers: tuple[str, ...]) -> Iterator[Complaint]:
         except Exception as error:  # ONNX Runtime's own share no other base
             failed = error
     if failed is not None:
-        yield Complaint(_STRICTLY, _line(failed, file))
+        yield _refused(_STRICTLY, failed, file)
         return
     for said in dict.fromkeys(_plain(line, file) for line in lines):
         yield Complaint("ONNX Runtime", said, refused=False)
@@ -166,9 +237,9 @@ def _logged() -> Iterator[list[str]]:
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def _line(error: Exception, file: Path) -> str:
-    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return _plain(" ".join(said[:3]), file)
+def _refused(tool: str, error: Exception, file: Path) -> Complaint:
+    said = [line.strip() for line in _plain(str(error), file).splitlines() if line.strip()] or [type(error).__name__]
+    return Complaint(tool, " ".join(said[:3]), faults=faults("\n".join(said)))
 
 
 def _plain(said: str, file: Path) -> str:
@@ -176,4 +247,4 @@ def _plain(said: str, file: Path) -> str:
     return said.replace(str(file), file.name)
 
 
-__all__ = ["Complaint", "Judged", "complaints", "judged"]
+__all__ = ["Before", "Complaint", "Judged", "complaints", "judged"]

@@ -104,7 +104,7 @@ def rounded_file(making: Making, agreed: Agreeing, plain: Path, target: Path) ->
     made = round_model(opened, plain, target, precision, budget, texts, loaded, options.provider, version)
     compared = compare_on(agreed.inputs, loaded(target), budget)
     release()
-    clean = judged(target, making.export, options.provider)
+    clean = judged(target, making.before)
     problem = compared.problem() or clean.problem
     if problem is not None:
         raise DoesNotRunError(problem)

@@ -8,6 +8,7 @@ against one call of the original without any cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
-from attncompile.convert.comparison import Compared, Outputs, Run, Runs, compare_on, inputs_of
+from attncompile.convert.comparison import Compared, Inputs, Outputs, Run, Runs, compare_on, inputs_of
 from attncompile.convert.onnx_runs import running
 from attncompile.convert.recorded import recorded
 from attncompile.convert.runtime import release, run, session
@@ -31,32 +32,39 @@ STEPS = 5
 LOGITS = "logits"
 
 
-def compare_in_steps(
+@dataclass(frozen=True)
+class KnownInSteps:
+    """What a result in steps is compared with; all that was run is in files.
+
+    Attributes:
+        decoder: how the second part is called; inputs: calls of the whole model.
+        runs: what the original and the unrewritten parts gave; the place of the result is still the latter's.
+    """
+
+    decoder: DecoderModel
+    inputs: Inputs
+    runs: Runs
+
+
+def known_in_steps(
     opened: OpenedModel,
     decoder: DecoderModel,
     before: Sequence[Path],
-    after: Sequence[Path],
     provider: str,
     scratch: Path,
     *,
     lossy: bool,
-    budget: float | None = None,
     shift: int = 0,
     progress: Progress = silent,
-) -> Compared:
-    """The logits of every token. Two sessions are open at a time, encoder and decoder of one form.
+) -> KnownInSteps:
+    """Run the original, in float64 too, and the unrewritten parts: once for all results that are compared with them.
 
     Args:
-        opened: the original.
-        decoder: how its second part is called.
-        before, after: encoder and decoder, unrewritten and as they were converted; provider: where they run.
-        scratch: a folder to make for results.
-        lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`; budget: of what is lossy, as in
-            :func:`attncompile.convert.comparison.compare_on`.
+        opened: the original; decoder: how its second part is called.
+        before: encoder and decoder, unrewritten; provider: where they run.
+        scratch: a folder to make for results, which must outlive what is returned.
+        lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`.
         progress: told each call.
-
-    Raises:
-        DoesNotRunError: when the parts do not fit together.
     """
 
     def original(call: Call) -> Outputs:
@@ -64,17 +72,54 @@ def compare_in_steps(
 
     inputs = inputs_of(opened, lossy=lossy, shift=shift, part=f"encoder and decoder, {STEPS} steps")
     scratch.mkdir()
-
-    def results(files: Sequence[Path], where: str, what: str) -> Run:
-        decoded = partial(decoded_in_steps, decoder, *(session(file, provider, lean=True) for file in files))
-        return recorded(decoded, inputs.every, scratch / where, running(progress, what))
-
-    converted = results(after, "after", "the result in steps")
+    told = {what: running(progress, f"{what} in steps") for what in ("the export", "the original")}
+    wide = running(progress, "the original in steps in float64")
+    plain = _results(decoder, before, provider, inputs.every, scratch / "plain", told["the export"])
+    with torch.no_grad():
+        given = recorded(original, inputs.every, scratch / "original", told["the original"])
+        exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
     release()
-    unrewritten = results(before, "before", "the export in steps")
+    return KnownInSteps(decoder, inputs, Runs(given, plain, plain, exact, "ONNX Runtime"))
+
+
+def compare_in_steps(
+    known: KnownInSteps,
+    after: Sequence[Path],
+    provider: str,
+    scratch: Path,
+    *,
+    lossy: bool,
+    budget: float | None = None,
+    progress: Progress = silent,
+) -> Compared:
+    """The logits of every token. Two sessions are open at a time, encoder and decoder of one form.
+
+    Args:
+        known: what it is compared with.
+        after: encoder and decoder as they were converted; provider: where they run.
+        scratch: a folder to make for results.
+        lossy: whether these may compute something else; known must hold the texts for that.
+        budget: of what is lossy, as in :func:`attncompile.convert.comparison.compare_on`.
+        progress: told each call.
+
+    Raises:
+        DoesNotRunError: when the parts do not fit together.
+    """
+    inputs = known.inputs if lossy else Inputs(known.inputs.calls)
+    told = running(progress, "the result in steps")
+    converted = _results(known.decoder, after, provider, inputs.every, scratch, told)
+    return compare_on(inputs, replace(known.runs, converted=converted), budget)
+
+
+def _results(
+    decoder: DecoderModel, files: Sequence[Path], provider: str, calls: Sequence[Call], folder: Path, told: Progress
+) -> Run:
+    """What encoder and decoder in two files give; the sessions have ended by then."""
+    decoded = partial(decoded_in_steps, decoder, *(session(file, provider, lean=True) for file in files))
+    found = recorded(decoded, calls, folder, told)
+    del decoded
     release()
-    runs = Runs(original, converted, unrewritten, Widened(opened.model), "ONNX Runtime")
-    return compare_on(inputs, runs, budget)
+    return found
 
 
 def decoded_in_steps(
@@ -98,4 +143,4 @@ def decoded_in_steps(
     return {LOGITS: torch.cat(found, dim=1)}
 
 
-__all__ = ["STEPS", "compare_in_steps", "decoded_in_steps"]
+__all__ = ["STEPS", "KnownInSteps", "compare_in_steps", "decoded_in_steps", "known_in_steps"]

@@ -21,7 +21,7 @@ from attncompile.convert.export import export_onnx
 from attncompile.convert.frame import Made, Options, conversion, plan_is_lossy, require_sites
 from attncompile.convert.generator import write_generator
 from attncompile.convert.in_precision import budget_of
-from attncompile.convert.in_steps import compare_in_steps
+from attncompile.convert.in_steps import compare_in_steps, known_in_steps
 from attncompile.convert.onnx_part import make_part, making_of, texts_for
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
@@ -329,10 +329,11 @@ def verify_onnx(
                 release()
             decoder = _decoder(parts)
             if decoder is not None:
+                whole = known_in_steps(
+                    opened, decoder, before, provider, scratch / "known_in_steps", lossy=lossy, shift=shift
+                )
                 steps = scratch / "steps"
-                entries += compare_in_steps(
-                    opened, decoder, before, after, provider, steps, lossy=lossy, budget=plan.budget, shift=shift
-                ).entries
+                entries += compare_in_steps(whole, after, provider, steps, lossy=lossy, budget=plan.budget).entries
         except DoesNotRunError as error:
             raise InputError(f"the model does not run: {error}", folder, "convert the model again") from error
     return make_certificate(plan, verified_sites(plan, provider), entries)

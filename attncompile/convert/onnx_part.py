@@ -15,6 +15,7 @@ import onnx_ir
 from attncompile.convert.agreeing import Agreeing, Making, agreeing
 from attncompile.convert.calibration import Call, calls, running_text, text_call, text_calls
 from attncompile.convert.change import Change, changes_in_onnx
+from attncompile.convert.clean import Before
 from attncompile.convert.comparison import Compared
 from attncompile.convert.frame import Options, lossy_rewrites
 from attncompile.convert.in_precision import Retry, in_precision
@@ -76,7 +77,8 @@ def making_of(
     Raises:
         InputError: when a text was given that cannot be read, or to a model that reads none.
     """
-    making = Making(part, target, requested, options, precision, notes, None, scratch)
+    before = Before(scratch / part.before, options.provider)
+    making = Making(part, target, requested, options, precision, notes, None, scratch, before)
     if not making.rounds and options.text is None:
         return making
     texts = texts_for(part, options.text)
@@ -85,7 +87,9 @@ def making_of(
     return replace(making, texts=texts)
 
 
-def make_part(making: Making, folder: Path, rolled_back: Mapping[str, str] | None = None) -> MadePart:
+def make_part(
+    making: Making, folder: Path, rolled_back: Mapping[str, str] | None = None, earlier: Agreeing | None = None
+) -> MadePart:
     """Rewrite an export and write the result, after comparing both with the original. A precision comes last.
 
     A site that fails is rolled back, and the rest stays. At most one session is open at a time, but for the two whose
@@ -94,16 +98,17 @@ def make_part(making: Making, folder: Path, rolled_back: Mapping[str, str] | Non
     Args:
         making: the part; folder: where to write.
         rolled_back: sites that stay as they were, with the reason.
+        earlier: what it was made into with fewer of them.
 
     Raises:
         InputError: when no result agrees with the original, or a budget does not hold.
     """
     part, file = making.part, folder / making.part.file
-    agreed, given_up = agreeing(making, file, rolled_back or {}), list[str]()
+    agreed, given_up = agreeing(making, file, rolled_back or {}, earlier), list[str]()
     precise = in_precision(making, agreed, file) if making.rounds else None
     while isinstance(precise, Retry):
         making, given_up = precise.making, [*given_up, *precise.notes]
-        agreed = agreeing(making, file, precise.rolled_back)
+        agreed = agreeing(making, file, precise.rolled_back, agreed)
         precise = in_precision(making, agreed, file) if making.rounds else None
     rewritten, compared, kept = agreed.rewritten, agreed.compared, tuple[str, ...]()
     changes, told = _changes(making, rewritten)

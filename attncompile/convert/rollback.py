@@ -34,7 +34,9 @@ class Found:
     attempts: int
 
 
-def failing_sites(kinds: Mapping[str, Hashable], said: str, fails: Fails, attempts: int = ATTEMPTS) -> Found:
+def failing_sites(
+    kinds: Mapping[str, Hashable], said: str, fails: Fails, attempts: int = ATTEMPTS, made: int = 0
+) -> Found:
     """The sites without which nothing is wrong any more.
 
     A second site of a kind takes the others of its kind along that were not cleared: where an operator is wrong in one
@@ -45,9 +47,9 @@ def failing_sites(kinds: Mapping[str, Hashable], said: str, fails: Fails, attemp
             are of one kind.
         said: what is wrong where all of them are rewritten.
         fails: tries a form of the model.
-        attempts: forms to try at most.
+        attempts: forms to try at most, those of earlier searches among them; made: how many these tried.
     """
-    tries = _Tries(fails, attempts)
+    tries = _Tries(fails, attempts, made)
     if tries.left and tries(()) is not None:
         return Found(None, tries.made)
     rest, back, cleared = list(kinds), dict[str, str](), 0
@@ -58,8 +60,11 @@ def failing_sites(kinds: Mapping[str, Hashable], said: str, fails: Fails, attemp
             wrong = tries(rest[:middle])
             low, high, said = (middle, high, said) if wrong is None else (low, middle, wrong)
         if high - low > 1:
-            unclear = f"{said} (with it or another of {high - low} sites, of which {attempts} attempts did not tell)"
-            return Found(back | dict.fromkeys(rest[low:], unclear), tries.made)
+            others = "one other site" if high - low == 2 else f"one of {high - low - 1} other sites"
+            unclear = f"{said} (for this site or {others}: {tries.spent} did not tell which)"
+            behind = f"{said} (for a site before it, without which it was not tried: {tries.spent} did not find that)"
+            found = dict.fromkeys(rest[low:high], unclear) | dict.fromkeys(rest[high:], behind)
+            return Found(back | found, tries.made)
         culprit = rest[low]
         known = [site for site in back if kinds[site] == kinds[culprit]]
         back[culprit] = said
@@ -70,7 +75,7 @@ def failing_sites(kinds: Mapping[str, Hashable], said: str, fails: Fails, attemp
         if cleared == len(rest):
             return Found(back, tries.made)
         if not tries.left:
-            unclear = f"{said} (without {culprit} it was not tried again, after {attempts} attempts)"
+            unclear = f"{said} (for {culprit}, without which this site was not tried: {tries.spent} came before)"
             return Found(back | dict.fromkeys(rest[cleared:], unclear), tries.made)
         wrong = tries(rest)
         if wrong is None:
@@ -79,14 +84,20 @@ def failing_sites(kinds: Mapping[str, Hashable], said: str, fails: Fails, attemp
 
 
 class _Tries:
-    """Counts attempts."""
+    """Counts attempts, ``earlier`` of which were made before."""
 
-    def __init__(self, fails: Fails, most: int) -> None:
-        self._fails, self._most, self.made = fails, most, 0
+    def __init__(self, fails: Fails, most: int, earlier: int) -> None:
+        self._fails, self._most, self._earlier, self.made = fails, most, earlier, 0
 
     @property
     def left(self) -> int:
-        return max(0, self._most - self.made)
+        return max(0, self._most - self._earlier - self.made)
+
+    @property
+    def spent(self) -> str:
+        """All attempts so far, in words."""
+        count = self._earlier + self.made
+        return "no attempt" if not count else "1 attempt" if count == 1 else f"{count} attempts"
 
     def __call__(self, sites: list[str] | tuple[()]) -> str | None:
         self.made += 1

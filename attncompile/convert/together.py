@@ -16,7 +16,7 @@ from attncompile.convert.agreeing import kinds_of, write_rewritten
 from attncompile.convert.comparison import Compared
 from attncompile.convert.frame import disagreement
 from attncompile.convert.in_precision import FAULTS, budget_of, rounded_file
-from attncompile.convert.in_steps import compare_in_steps
+from attncompile.convert.in_steps import KnownInSteps, compare_in_steps, known_in_steps
 from attncompile.convert.onnx_part import MadePart, make_part
 from attncompile.convert.rollback import failing_sites
 from attncompile.convert.runtime import LoadError, release
@@ -43,18 +43,39 @@ def made_together(opened: OpenedModel, decoder: DecoderModel, done: Sequence[Mad
     Raises:
         InputError: when they do not agree without any site rewritten either.
     """
+    with tempfile.TemporaryDirectory(dir=done[0].making.scratch, prefix="steps_") as scratch:
+        return _made_together(_known(opened, decoder, done, Path(scratch) / "known"), done, folder)
+
+
+def _known(opened: OpenedModel, decoder: DecoderModel, done: Sequence[MadePart], scratch: Path) -> KnownInSteps:
+    """What the original gives in steps, computed once however many forms of the parts are tried."""
+    making = done[0].making
+    making.options.progress("comparing generation with the original")
+    exports, lossy = [one.making.export for one in done], any(one.lossy for one in done)
+    provider, progress = making.options.provider, making.options.progress
+    return known_in_steps(opened, decoder, exports, provider, scratch, lossy=lossy, progress=progress)
+
+
+def _made_together(known: KnownInSteps, done: Sequence[MadePart], folder: Path) -> Together:
     target = done[0].making.target
     while True:
-        compared = _compared(opened, decoder, done, [folder / one.making.part.file for one in done])
+        compared = _compared(known, done, [folder / one.making.part.file for one in done])
         if isinstance(compared, Compared):
             return Together(tuple(done), compared)
         kinds = {_key(one, site): kind for one in done for site, kind in kinds_of(one.rewritten).items()}
         if not kinds:
             raise disagreement(compared, target)
-        found = failing_sites(kinds, f"in steps: {compared}", _fails(opened, decoder, done))
+        found = failing_sites(kinds, f"in steps: {compared}", _fails(known, done))
         if found.sites is None:
             raise disagreement(f"{compared} (with no site rewritten too)", target)
-        done = [make_part(one.making, folder, _rolled_back(one, found.sites)) for one in done]
+        done = [_again(one, folder, _rolled_back(one, found.sites)) for one in done]
+
+
+def _again(one: MadePart, folder: Path, rolled_back: Mapping[str, str]) -> MadePart:
+    """The part with more sites rolled back; as it is where there are no more."""
+    if rolled_back.keys() == one.agreed.rolled_back.keys():
+        return one
+    return make_part(one.making, folder, rolled_back, one.agreed)
 
 
 def _key(one: MadePart, site: str) -> str:
@@ -67,18 +88,13 @@ def _rolled_back(one: MadePart, sites: Mapping[str, str]) -> dict[str, str]:
     return {**one.agreed.rolled_back, **here}
 
 
-def _compared(
-    opened: OpenedModel, decoder: DecoderModel, done: Sequence[MadePart], after: Sequence[Path]
-) -> Compared | str:
+def _compared(known: KnownInSteps, done: Sequence[MadePart], after: Sequence[Path]) -> Compared | str:
     """What a comparison in steps found, or what is wrong."""
     making = done[0].making
     scratch = Path(tempfile.mkdtemp(dir=making.scratch, prefix="steps_"))
-    making.options.progress("comparing generation with the original")
     try:
         compared = compare_in_steps(
-            opened,
-            decoder,
-            [one.making.export for one in done],
+            known,
             after,
             making.options.provider,
             scratch / "results",
@@ -98,9 +114,7 @@ def _compared(
     return compared.problem() or compared
 
 
-def _fails(
-    opened: OpenedModel, decoder: DecoderModel, done: Sequence[MadePart]
-) -> Callable[[frozenset[str]], str | None]:
+def _fails(known: KnownInSteps, done: Sequence[MadePart]) -> Callable[[frozenset[str]], str | None]:
     """Tries both parts with fewer sites rewritten."""
 
     def fails(sites: frozenset[str]) -> str | None:
@@ -119,7 +133,7 @@ def _fails(
                         rounded_file(one.making, one.agreed, plain, files[-1])
                     except FAULTS as error:
                         return f"in {one.making.precision}: {error}"
-            found = _compared(opened, decoder, done, files)
+            found = _compared(known, done, files)
         return None if isinstance(found, Compared) else f"in steps: {found}"
 
     return fails

@@ -212,15 +212,27 @@ def _is_made_of(graph: Graph, value: str, given: set[str]) -> bool:
 
 
 def _needed_elsewhere(graph: Graph, region: Region, rotated: set[str]) -> str:
-    """Who else needs a rotated tensor, so that it is made anyway; empty where nobody does."""
+    """Who else needs a rotated tensor, so that it is made anyway; empty where nobody does.
+
+    A movement or a cast of it is rotated too and needs nothing for itself: what is named reads one of these.
+    """
     needed = _needed_without(graph, frozenset(binding.value for binding in region.outputs))
-    for value in sorted(rotated & needed):
+    stack, seen = sorted(rotated & needed, reverse=True), set(rotated)
+    while stack:
+        value = stack.pop()
         if value in graph.outputs:
             return "the model returns it rotated, so it is made anyway"
+        if value in graph.effects:
+            return "the model writes it rotated to a tensor of the caller's, so it is made anyway"
         for user in graph.users.get(value, ()):
-            if user.output in needed:
+            if user.output not in needed:
+                continue
+            if not isinstance(user, Move | Cast):
                 reader = graph.describe(user.output)
                 return f"{reader.name} ({reader.what}) needs it rotated too, so it is made anyway"
+            if user.output not in seen:
+                seen.add(user.output)
+                stack.append(user.output)
     return ""
 
 

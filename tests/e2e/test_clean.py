@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 import attncompile
 from attncompile.convert import clean
-from attncompile.convert.clean import complaints, judged
+from attncompile.convert.clean import Before, complaints, judged
 from tests.onnx_files import assert_clean
 
 CHECKER, INFERENCE, LOADING = "onnx.checker", "shape inference", "ONNX Runtime, loading strictly"
@@ -85,11 +85,11 @@ def test_what_was_wrong_before_is_told_and_not_held_against_a_result(tmp_path: P
     right = written(CASES["clean"], tmp_path / "right.onnx")
     wrong = written(CASES["an output of another size"], tmp_path / "wrong.onnx")
     warned = written(CASES["an unused initialiser"], tmp_path / "warned.onnx")
-    assert judged(right, wrong, "cpu").problem is None and not judged(right, wrong, "cpu").notes
-    assert (judged(wrong, right, "cpu").problem or "").startswith(CHECKER)
-    same = judged(wrong, wrong, "cpu")
+    assert judged(right, Before(wrong, "cpu")).problem is None and not judged(right, Before(wrong, "cpu")).notes
+    assert (judged(wrong, Before(right, "cpu")).problem or "").startswith(CHECKER)
+    same = judged(wrong, Before(wrong, "cpu"))
     assert same.problem is None and all("(so it was before)" in note for note in same.notes) and len(same.notes) == 3
-    only = judged(warned, right, "cpu")
+    only = judged(warned, Before(right, "cpu"))
     assert only.problem is None and "warned.onnx is not clean: ONNX Runtime: Removing" in only.notes[0]
 
 
@@ -128,5 +128,45 @@ def test_a_contradiction_that_an_operator_of_the_runtimes_own_hid_from_onnx_is_n
     before, after = file("before.onnx", "Gelu", "com.microsoft"), file("after.onnx", "Gelu", "")
     assert {one.tool for one in complaints(before, "cpu")} == {LOADING}
     assert {one.tool for one in complaints(after, "cpu")} == {CHECKER, INFERENCE, LOADING}
-    found = judged(after, before, "cpu")
+    found = judged(after, Before(before, "cpu"))
     assert found.problem is None and all("(so it was before)" in note for note in found.notes)
+
+
+def chain(file: Path, names: str, declared: dict[str, tuple[int, int]], opset: int = 20, last: str = "Relu") -> Path:
+    """Nodes of these names behind each other, the first values of which are declared with sizes that may be wrong."""
+    nodes = [helper.make_node("Relu", [f"v{n}"], [f"v{n + 1}"], name=name) for n, name in enumerate(names)]
+    nodes.append(helper.make_node(last, [f"v{len(names)}"], ["out"], name="last"))
+    given, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, (2, 3)) for name in ("v0", "out"))
+    inner = [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in declared.items()]
+    graph = helper.make_graph(nodes, "g", [given], [out], value_info=inner)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), file)
+    return file
+
+
+def test_another_complaint_of_the_same_tool_is_held_against_a_result(tmp_path: Path) -> None:
+    before = chain(tmp_path / "before.onnx", "abcd", {"v1": (2, 4)})
+    more = chain(tmp_path / "more.onnx", "abcd", {"v1": (2, 4), "v3": (5, 3)})
+    found = judged(more, Before(before, "cpu"))
+    assert found.problem is not None and found.problem.startswith(f"{CHECKER}: (op_type:Relu, node name: c)")
+    assert "dimension 0: (2) vs (5)" in found.problem and "node name: a" not in found.problem
+    elsewhere = chain(tmp_path / "elsewhere.onnx", "abcd", {"v3": (2, 4)})
+    assert "node name: c" in (judged(elsewhere, Before(before, "cpu")).problem or "")
+
+
+def test_a_complaint_is_the_same_at_nodes_of_other_names(tmp_path: Path) -> None:
+    before = Before(chain(tmp_path / "before.onnx", "abcd", {"v1": (2, 4)}), "cpu")
+    renamed = chain(tmp_path / "renamed.onnx", "wxyz", {"v1": (2, 4)})
+    fewer = chain(tmp_path / "fewer.onnx", "cd", {"v1": (2, 4)})  # another node makes that value
+    for file in (renamed, fewer):
+        found = judged(file, before)
+        assert found.problem is None and all("(so it was before)" in note for note in found.notes) and found.notes
+
+
+def test_a_complaint_is_the_same_in_another_operator_set(tmp_path: Path) -> None:
+    older = chain(tmp_path / "older.onnx", "a", {}, opset=18, last="Nope")
+    newer = chain(tmp_path / "newer.onnx", "b", {}, opset=23, last="Nope")
+    assert {one.tool for one in complaints(older, "cpu")} == {CHECKER, LOADING}
+    found = judged(newer, Before(older, "cpu"))
+    assert found.problem is None and len(found.notes) == 2
+    other = judged(chain(tmp_path / "other.onnx", "b", {}, opset=23, last="Nopes"), Before(older, "cpu"))
+    assert "Nopes" in (other.problem or "")

@@ -69,6 +69,15 @@ def assert_reported(made: Conversion, back: str, reason: str, kept: dict[str, st
     assert verified.passed and {site.site: site.status for site in verified.sites} == statuses
 
 
+def assert_computed_once(said: list[str], forms: set[str]) -> None:
+    """Every call of the original and of the export, however many forms of the result were tried."""
+    known = [stage for stage in said if stage.startswith(("running the original", "running the export"))]
+    assert len(known) == len(set(known))
+    assert {stage.partition(": ")[0].removeprefix("running ") for stage in known} == forms
+    results = [stage for stage in said if stage.startswith("running the result")]
+    assert len(results) > len(set(results))  # there were several forms, on the same calls
+
+
 @pytest.fixture(scope="module")
 def plain(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that comes as a file."""
@@ -148,9 +157,16 @@ def test_a_shared_buffer_is_written_in_place_by_a_site_that_went_back(
 def test_a_cache_in_integers_goes_back_in_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide().save_pretrained(tmp_path / "checkpoint")
     tamper(monkeypatch, scaled, named(SECOND), alone=False)
+    said: list[str] = []
     made = attncompile.convert(
-        tmp_path / "checkpoint", tmp_path / "out", shared_buffer=True, precision="fp32(cache=int8)", budget=1.0
+        tmp_path / "checkpoint",
+        tmp_path / "out",
+        shared_buffer=True,
+        precision="fp32(cache=int8)",
+        budget=1.0,
+        progress=said.append,
     )
+    assert_computed_once(said, {"the export", "the original", "the original in float64"})
     assert any("cached in floats in all layers, which share one form" in note for note in made.report.notes)
     kept = {"model.layers.0.self_attn": "GroupQueryAttention in place"}
     assert_reported(made, SECOND, "in the whole model", kept)
@@ -164,8 +180,13 @@ def test_what_fails_in_another_precision_alone_goes_back(
 ) -> None:
     first, second = (f"encoder.layer.{number}.attention.self" for number in (0, 1))
     tamper(monkeypatch, too_small_for_float16, named(first), alone=False)
-    made = attncompile.convert(bert_folder, tmp_path / "out", prefer="fused", precision="fp16")
+    said: list[str] = []
+    made = attncompile.convert(
+        bert_folder, tmp_path / "out", prefer="fused", precision="fp16", progress=said.append
+    )
     assert_reported(made, first, "in fp16: ", {second: "Attention"})
+    assert_computed_once(said, {"the export", "the original", "the original in float64"})
+    assert said.count("finding attention") == 1
 
 
 def test_of_an_encoder_decoder_what_fails_in_steps_alone_goes_back(
@@ -174,12 +195,19 @@ def test_of_an_encoder_decoder_what_fails_in_steps_alone_goes_back(
     small("whisper").save_pretrained(tmp_path / "checkpoint")
     back = "model.decoder.layers.1.self_attn"
     tamper(monkeypatch, scaled_behind_a_cache, named(back), alone=False)
-    made = attncompile.convert(tmp_path / "checkpoint", tmp_path / "out", prefer="fused")
+    said: list[str] = []
+    made = attncompile.convert(tmp_path / "checkpoint", tmp_path / "out", prefer="fused", progress=said.append)
     operator = {site.site: site.operator for site in load_plan(tmp_path / "out" / "plan.json").sites}
     kept = {site: found for site, found in operator.items() if site != back}
     assert "original" not in kept.values() and len(kept) == 4
     assert_reported(made, back, "in steps: ", kept)
     assert_generates_alike("whisper", tmp_path / "out")
+    forms = ("the export{}", "the original{}", "the original{} in float64")
+    parts = {form.format(f" of the {part}") for form in forms for part in ("encoder", "decoder")}
+    assert_computed_once(
+        said, {*parts, "the export in steps", "the original in steps", "the original in steps in float64"}
+    )
+    assert said.count("measuring of the encoder") == 1  # none of its sites went back
 
 
 def test_with_a_lossy_site_goes_what_was_done_to_it(

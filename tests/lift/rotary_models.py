@@ -23,8 +23,8 @@ class Shape:
     Attributes:
         pairs: ``half`` or ``interleaved``; rotated: channels of the 16 of a head that are.
         heads, groups: of queries, and of keys and values.
-        keys: what becomes of rotated keys beside the attention: nothing, ``returned`` by the model, or ``cached``
-            behind those of earlier steps.
+        keys: what becomes of rotated keys beside the attention: nothing, ``returned`` by the model, ``scaled`` by it
+            behind a turn that the attention undoes, or ``cached`` behind those of earlier steps.
         own_angles: whether keys have other angles than queries.
         wide: whether the rotation is computed in float32, whatever the operands are.
         table: whether angles are read from a table at given positions.
@@ -90,6 +90,9 @@ class Rotary(nn.Module):
         if shape.keys == "cached":
             k = made = torch.cat([past, k], 2)
             v = torch.cat([past, v], 2)
+        if shape.keys == "scaled":
+            turned = k.transpose(2, 3)
+            made, k = 2 * turned, turned.transpose(2, 3)
         k, v = (t.repeat_interleave(shape.heads // shape.groups, 1) for t in (k, v))
         weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(16), -1)
         out = (weights @ v).transpose(1, 2).flatten(2)

@@ -64,7 +64,12 @@ def test_different_maps_for_queries_and_keys() -> None:
 
 
 # keys that somebody else needs rotated stay outside; queries go in all the same
-@pytest.mark.parametrize("keys, said", (("returned", "rotated too, so it is made anyway"), ("cached", "no rotary map")))
+@pytest.mark.parametrize(
+    "keys, said",
+    (("returned", "the model returns it rotated, so it is made anyway"),
+     ("scaled", "mul_6 (mul) needs it rotated too, so it is made anyway"),  # not the turn, which needs nothing
+     ("cached", "no rotary map")),
+)  # fmt: skip
 def test_keys_that_are_made_anyway_stay_outside(keys: str, said: str) -> None:
     found = rotated(Shape(keys=keys))
     assert [p.tensor for p in found.prologue.positions] == ["q"]

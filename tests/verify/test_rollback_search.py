@@ -83,3 +83,30 @@ def test_when_attempts_are_spent_what_is_left_was_tried(attempts: int, places: t
     assert {SITES[place] for place in places} <= set(made.sites)
     left = frozenset(SITES) - set(made.sites)
     assert left in model.right or (not attempts and not left)
+
+
+def test_the_words_of_a_site_that_was_not_told_apart() -> None:
+    """Of four the second fails: with every number of attempts a site says just what was and was not tried."""
+    sites = {site: number for number, site in enumerate("abcd")}
+
+    def words(attempts: int, earlier: int = 0) -> dict[str, str]:
+        made = failing_sites(sites, "it differs", Model("b"), attempts, earlier)
+        assert made.sites is not None
+        return {site: said.removeprefix("it differs ").removeprefix("b differ ") for site, said in made.sites.items()}
+
+    one_of_four = "(for this site or one of 3 other sites: {} did not tell which)"
+    assert words(0) == dict.fromkeys("abcd", one_of_four.format("no attempt"))
+    assert words(1) == dict.fromkeys("abcd", one_of_four.format("1 attempt"))
+    behind = "(for a site before it, without which it was not tried: {} did not find that)"
+    one_of_two = "(for this site or one other site: {} did not tell which)"
+    assert words(2) == dict.fromkeys("ab", one_of_two.format("2 attempts")) | dict.fromkeys(
+        "cd", behind.format("2 attempts")
+    )
+    later = "(for b, without which this site was not tried: 3 attempts came before)"
+    assert words(3) == {"b": "b differ", "c": later, "d": later}
+    assert words(4) == {"b": "b differ"}
+    # the limit holds for all searches of a conversion, and so does what is said of it
+    assert words(24, 24) == dict.fromkeys("abcd", one_of_four.format("24 attempts"))
+    assert words(24, 22) == dict.fromkeys("ab", one_of_two.format("24 attempts")) | dict.fromkeys(
+        "cd", behind.format("24 attempts")
+    )
