@@ -162,7 +162,8 @@ def _measurements(making: Making, unchanged: bool, file: Path) -> tuple[list[Mea
     if unchanged:
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
     release()  # what is cached in a call was made by the original, whose weights are not needed any more
-    before, after = (session(each, provider, defaults=True) for each in (runnable(making.export, making.scratch), file))
+    export = runnable(making.export, making.scratch, part.opened.path)
+    before, after = (session(each, provider, defaults=True) for each in (export, file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
     timed = next((call for call in reversed(calls(part.opened)) if _runs(before, call)), None)
     if timed is None:

@@ -9,14 +9,16 @@ from pathlib import Path
 import onnx_ir
 import torch
 
+from attncompile.codegen.onnx.tried import installed, newest_opset
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import Inputs, Run, Runs
-from attncompile.convert.onnx_older import is_too_new, spell_out_unknown
+from attncompile.convert.onnx_older import is_too_new, spell_out_unknown, why_too_new
 from attncompile.convert.recorded import recorded
 from attncompile.convert.runtime import release, run, save, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import InputError
 
 
 def known_runs(
@@ -42,7 +44,7 @@ def known_runs(
     """
     scratch.mkdir()
     release()
-    before = runnable(before, scratch)
+    before = runnable(before, scratch, opened.path)
     plain = session_results(before, provider, inputs.every, scratch / "plain", running(progress, f"the export{doing}"))
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)
@@ -58,13 +60,26 @@ def known_runs(
     return Runs(original, plain, plain, exact, "ONNX Runtime")
 
 
-def runnable(file: Path, folder: Path) -> Path:
+def runnable(file: Path, folder: Path, given: Path) -> Path:
     """A model that the installed ONNX Runtime takes: the file, or where it is too new the same model in a folder, with
-    the standard's definitions in the place of calls that are not known yet. What has none is left as it is.
+    the standard's definitions in the place of calls that are not known yet.
+
+    Args:
+        file: the model; folder: where to write another form; given: what the user calls it.
+
+    Raises:
+        InputError: when some call has no definition in terms of what is known, so that nothing here runs it.
     """
     model = onnx_ir.load(file)
-    if not is_too_new(model) or not spell_out_unknown(model):
+    if not is_too_new(model):
         return file
+    if not spell_out_unknown(model):
+        newest, why = newest_opset(), why_too_new(model)
+        raise InputError(
+            f"ONNX Runtime {installed()} runs opset {newest} at most, and not all can be said in it: {why}",
+            given,
+            f"export it with opset {newest}, do without that operator, or install a newer ONNX Runtime",
+        )
     older = folder / f"older_{file.name}"
     save(model, older, largest=0)
     return older

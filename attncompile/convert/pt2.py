@@ -106,6 +106,13 @@ def _made(
     sites = certificates(made.decisions)
     options.progress("exporting")
     program, record, notes = _exported(opened, made)
+    lost = sorted(set(made.captured.size_names.values()) - record.sizes.keys())
+    if lost:
+        raise InputError(
+            f"what replaced its attention holds for one size of {' and '.join(lost)} alone ({'; '.join(notes)})",
+            str(target),
+            "nothing was written; leave out the pass that needs it, or use --target torch",
+        )
     options.progress("compiling")
     try:
         compile_package(program, folder / PACKAGE)

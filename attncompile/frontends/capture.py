@@ -144,11 +144,7 @@ def capture_export(
         program = _export(model, args, kwargs, wanted, notes)
     graph_module = program.graph_module
     inputs = tuple(_exported_inputs(program))
-    placeholders = zip(_placeholders(graph_module), inputs, strict=True)
-    tensors = [
-        node for node, entry in placeholders if entry.role == "user" and isinstance(node.meta.get("val"), torch.Tensor)
-    ]
-    axes, size_names = _named_axes(tensors, wanted, notes)
+    axes, size_names = _named_axes(_user_tensors(program, inputs), wanted, notes)
     notes.extend(_mutation_notes(program))
     structure = program.call_spec.out_spec
     outputs = [spec.arg for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
@@ -184,8 +180,10 @@ def exported_program(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
+    wanted = dynamic_axes_of(args, kwargs) if axes is None else axes
     with evaluating(model):
-        program = _export(model, args, kwargs, dynamic_axes_of(args, kwargs) if axes is None else axes, notes)
+        program = _export(model, args, kwargs, wanted, notes)
+    _named_axes(_user_tensors(program, tuple(_exported_inputs(program))), wanted, notes)
     return program, tuple(dict.fromkeys(notes))
 
 
@@ -312,6 +310,14 @@ def _exported_inputs(program: torch.export.ExportedProgram) -> Iterator[Captured
         tables = (program.state_dict, program.constants)
         value = next((table[target] for table in tables if target in table), None)
         yield CapturedInput(spec.arg.name, target, role, value)
+
+
+def _user_tensors(program: torch.export.ExportedProgram, inputs: Sequence[CapturedInput]) -> list[torch.fx.Node]:
+    """Where a program takes the user's tensors, in the order of the arguments."""
+    placeholders = zip(_placeholders(program.graph_module), inputs, strict=True)
+    return [
+        node for node, entry in placeholders if entry.role == "user" and isinstance(node.meta.get("val"), torch.Tensor)
+    ]
 
 
 def _named_axes(

@@ -200,27 +200,33 @@ class Quantize(Operation):
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``[b,h,i,d]`` (in the dtype of ``x``) and scales ``[b,h,ceil(i/block)]``."""
-        if self.smooth:
-            x = x - x.mean(dim=2, keepdim=True)
-        length = x.shape[2]
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -length % self.block))
-        blocks = padded.reshape(*x.shape[:2], padded.shape[2] // self.block, self.block, x.shape[3])
-        largest = blocks.abs().amax(dim=(3, 4))
+        codes, scale = self._rounded(self._centred(x))
+        return codes, scale[:, :, :: self.block]
+
+    def _rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes ``[b,h,i,d]`` and the scale of each position ``[b,h,i]``.
+
+        Positions are told their block in the place of being cut into blocks: no size has to be a multiple of another,
+        so that lengths stay free where this is exported.
+        """
+        most = x.abs().amax(dim=3)
+        block = torch.arange(x.shape[2], device=x.device) // self.block
+        largest = torch.zeros_like(most).scatter_reduce(2, block.expand_as(most), most, "amax")[:, :, block]
         if self.dtype == "float8_e4m3":
             scale = e4m3.power_scale(largest)
-            codes = e4m3.e4m3(blocks / scale[..., None, None])
-        else:
-            scale = largest / 127
-            divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
-            codes = (blocks / divisor).round().clamp(-127, 127)
-        return codes.flatten(2, 3)[:, :, :length], scale
+            return e4m3.e4m3(x / scale[..., None]), scale
+        scale = largest / 127
+        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
+        return (x / divisor).round().clamp(-127, 127), scale
 
     def reference(
         self, tensors: Tensors, sizes: Mapping[str, int], dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        whole, scale = self.parts(tensors[self.tensor].to(dtype))
-        spread = scale.repeat_interleave(self.block, dim=2)[:, :, : whole.shape[2], None]
-        return {self.out: whole * spread}
+        codes, scale = self._rounded(self._centred(tensors[self.tensor].to(dtype)))
+        return {self.out: codes * scale[..., None]}
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=2, keepdim=True) if self.smooth else x
 
 
 OPERATIONS: dict[str, type[Operation]] = {

@@ -46,3 +46,40 @@ def test_the_newest_file_format(opset: int, tmp_path: Path) -> None:
     written = onnx.load(tmp_path / "out" / "model.onnx")
     assert written.ir_version == newest_ir_version()
     assert not [entry.key for entry in written.metadata_props if entry.key.startswith(ROLLED_BACK)]
+
+
+def newer(operator: str, kind: str = "float", opset: int = 28) -> onnx.ModelProto:
+    """Attention, and beside it a call of an operator of the opset."""
+    return onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : {opset}]>
+        g (float[B,S,8] x, {kind}[2,4,6,6] w) => (float[B,S,8] y, {kind}[A,C,D,E] z) {{
+            y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x)
+            [beside] z = {operator}
+        }}"""
+    )
+
+
+@pytest.mark.parametrize(
+    "operator", ["Celu(w)", "DepthToSpace<blocksize = 2>(w)", 'Einsum<equation = "abcd->abdc">(w)']
+)
+def test_operators_that_changed_for_types_alone(operator: str, tmp_path: Path) -> None:
+    onnx.save(newer(operator), tmp_path / "given.onnx")
+    made = attncompile.convert(tmp_path / "given.onnx", tmp_path / "out")
+    assert made.certificate.passed and attncompile.verify(tmp_path / "out").passed
+    written = onnx.load(tmp_path / "out" / "model.onnx")
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == 26
+    assert operator.partition("<")[0].partition("(")[0] in {node.op_type for node in written.graph.node}
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind", "said"),
+    [("Celu(w)", "float16", "Celu takes tensor(float16) since opset 28 alone (node 'beside')"),
+     ("Mod(w, w)", "int32", "Mod was defined anew in opset 28 (node 'beside')")],
+)  # fmt: skip
+def test_what_no_older_opset_can_say_is_named(operator: str, kind: str, said: str, tmp_path: Path) -> None:
+    onnx.save(newer(operator, kind), tmp_path / "given.onnx")
+    with pytest.raises(attncompile.InputError) as raised:
+        attncompile.convert(tmp_path / "given.onnx", tmp_path / "out")
+    assert said in str(raised.value) and "export it with opset 26" in str(raised.value)
+    assert "please report" not in str(raised.value) and "before_" not in str(raised.value)
+    assert not (tmp_path / "out").exists()

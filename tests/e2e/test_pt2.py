@@ -17,6 +17,7 @@ import attncompile
 from attncompile.convert import pt2, trusted
 from attncompile.convert.comparison import ABSOLUTE
 from attncompile.frontends.errors import InputError
+from attncompile.ir import Quantize
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate, require_as_good_as_eager
 from tests.backend.test_backend import small_bert, small_llama, tokens
@@ -272,3 +273,37 @@ def test_a_checkpoint_becomes_a_package(kind: str, private_cache: None, tmp_path
         alone = run_alone(tmp_path / "out" / "model.pt2", tmp_path, (), call)
         assert torch.equal(alone[names[0]], actual[0])
     assert attncompile.verify(tmp_path / "out").passed
+
+
+@pytest.mark.slow
+def test_rounded_products_keep_their_sizes_free(tmp_path: Path) -> None:
+    model = small_bert()
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    attncompile.convert(tmp_path / "model", out, to="pt2", passes="fuse,quantize.int8")
+    assert load_plan(out / "plan.json").passes == "fuse,quantize.int8"
+    assert set(json.loads((out / "package.json").read_text())["sizes"]) == {"batch", "length"}
+    loaded = attncompile.load(out)
+    for batch, length in ((1, 5), (3, 32), (2, 33)):
+        ids = tokens(batch, length)
+        with torch.no_grad():
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            apart = (loaded(**given)[0] - model(**given)[0]).abs().max()
+        assert 0 < apart < 0.1
+    assert attncompile.verify(out).passed
+
+
+def test_sizes_that_a_pass_fixes_are_said_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fixed(self: Quantize, tensors: Any, sizes: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        read = tensors[self.tensor].to(dtype)
+        return {self.out: read[:, :, : int(read.shape[2])]}
+
+    monkeypatch.setattr(Quantize, "reference", fixed)
+    monkeypatch.setattr(pt2, "compile_package", lambda *given: pytest.fail("it was compiled"))
+    (tmp_path / "own.py").write_text(OWN)
+    said = r"holds for one size of length alone \(axis 1 of x is fixed at 37: .*mask"
+    with pytest.raises(InputError, match=said) as raised:
+        attncompile.convert(f"{tmp_path / 'own.py'}:build", tmp_path / "out", to="pt2", passes="quantize.int8")
+    assert "leave out the pass" in str(raised.value) and not (tmp_path / "out").exists()

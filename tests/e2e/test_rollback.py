@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
 import attncompile
 from attncompile.cli import main
+from attncompile.cli.errors import DEFECT, MISUSED
 from attncompile.convert import onnx_rewrite
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.onnx_rewrite import ROLLED_BACK
@@ -252,6 +254,34 @@ def test_what_is_wrong_without_any_site_is_refused(
     said = capsys.readouterr().err
     assert "does not agree with the original" in said and "with no site rewritten too" in said
     assert "nothing was written" in said and list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_our_own_is_not_the_files(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*given: object) -> object:
+        raise KeyError("of ours")
+
+    monkeypatch.setattr(onnx_rewrite, "tidy", fails)
+    arguments = ["convert", str(plain), "-o", str(tmp_path / "out")]
+    assert main(arguments) == DEFECT
+    said = capsys.readouterr().err
+    assert "KeyError" in said and "defect of attncompile: please report it" in said
+    with pytest.raises(KeyError) as raised:
+        attncompile.convert(plain, tmp_path / "out")
+    (note,) = raised.value.__notes__
+    assert "ONNX Runtime take model.onnx as it is" in note and "please report" in note
+
+    def wrongly_declared(value: onnx.ValueInfoProto) -> None:
+        value.type.tensor_type.shape.dim[-1].dim_value = 3
+
+    model = onnx.load(plain)
+    wrongly_declared(model.graph.output[0])
+    onnx.save(model, tmp_path / "wrong.onnx")
+    assert main(["convert", str(tmp_path / "wrong.onnx"), "-o", str(tmp_path / "out")]) == MISUSED
+    said = capsys.readouterr().err
+    assert "the model contradicts itself (onnx.checker: " in said and "KeyError" in said and "wrong.onnx" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def _disagreement(before: Path, after: Path) -> str:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    files = (runnable(before, after.parent), after)
+    files = (runnable(before, after.parent, before), after)
     try:
         first = onnxruntime.InferenceSession(str(files[0]), options, providers=["CPUExecutionProvider"])
     except Exception:  # as it stands it loads with its nodes fused alone, and there is nothing to compare with

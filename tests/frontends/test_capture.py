@@ -16,6 +16,7 @@ from attncompile.frontends.capture import (
     capture_dynamo,
     capture_export,
     dynamic_axes_of,
+    exported_program,
     module_path,
     module_type,
     source_line,
@@ -184,6 +185,7 @@ def test_a_length_that_the_model_fixes_leaves_the_batch_dynamic() -> None:
     captured = capture_export(FixedLength(), (torch.randn(2, 11, 4),))
     assert captured.dynamic_axes == {"x": {0: "batch"}}
     assert captured.notes == ("axis 1 of x is fixed at 11: the model computes with that size",)
+    assert exported_program(FixedLength(), (torch.randn(2, 11, 4),))[1] == captured.notes
     x = torch.randn(5, 11, 4)
     torch.testing.assert_close(captured.run((x,)), FixedLength.forward(captured_module(captured), x))
 

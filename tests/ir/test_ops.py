@@ -238,6 +238,21 @@ def test_quantize_of_nothing_is_nothing(shape: tuple[int, ...]) -> None:
     assert codes.shape == shape and scale.shape == (*shape[:2], -(-shape[2] // 3))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_quantize_is_exported_for_all_lengths(dtype: str) -> None:
+    rounding = Quantize("x", dtype, block=32, smooth=True)
+
+    class Rounded(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return rounding.reference({"x": x}, {}, torch.float32)["out"]
+
+    free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("length")}
+    exported = torch.export.export(Rounded(), (torch.randn(2, 3, 37, 4),), dynamic_shapes={"x": free}).module()
+    for length in (1, 9, 32, 64, 100):
+        x = torch.randn(1, 3, length, 4)
+        assert torch.equal(exported(x), Rounded()(x))
+
+
 @pytest.mark.parametrize(("length", "block"), [(7, 3), (1, 4), (6, 3), (5, 64), (4, 1)])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_quantize_rounds_each_block_by_its_largest_value(length: int, block: int, smooth: bool) -> None:
