@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir
 import torch
 
-from attncompile.codegen.onnx.tried import installed, newest_ir_version, newest_opset, require_version
+from attncompile.codegen.onnx.tried import column, installed, newest_ir_version, newest_opset, require_version
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.comparison import Compared, DoesNotRunError, compare_on, inputs_of
 from attncompile.convert.evidence import make_certificate
@@ -175,7 +175,9 @@ def _chosen_for(options: Options) -> list[str]:
     asked, here = options.onnxruntime, installed()
     if asked is None or asked == here:
         return []
-    return [f"operators were chosen for ONNX Runtime {asked}, by what was tried with it; the checks here ran {here}"]
+    known = column(options.provider, asked)
+    by = "it" if known == asked else f"{known}, the last one before it that was tried"
+    return [f"operators were chosen for ONNX Runtime {asked}, by what was tried with {by}; the checks here ran {here}"]
 
 
 _WITHOUT = "converted without a cache"

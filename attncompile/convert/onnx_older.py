@@ -141,9 +141,10 @@ def spell_out_unknown(model: ir.Model) -> bool:
 
 def why_too_new(model: ir.Model) -> str:
     """What keeps a model that :func:`spell_out_unknown` has tried from being brought down, in words."""
+    holders: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     found = [
         f"{why} (node {node.name!r})" if node.name else why
-        for holder in (model.graph, *model.functions.values())
+        for holder in holders
         for node in nested_nodes(holder)
         if (why := why_unknown(node, holder.opset_imports)) is not None
     ]

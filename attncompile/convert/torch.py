@@ -87,27 +87,30 @@ def _made(
         ) from error
     changes, told = text_changes(opened, made.captured, outcomes)
     options.progress("writing")
-    _write_weights(opened, made.result, folder)
+    fixed = _write_weights(opened, made.result, folder)
     specs = [d.spec for d in made.decisions if d.spec is not None and d.lowering is not None]
     write_kernels(specs, folder)
     kernels = f"generated kernels in kernels/ run on CUDA devices; on a CPU {operators_of(outcomes)} runs"
-    return Made(made.program, outcomes, tuple(sites), compared, changes, notes=(kernels, *told))
+    return Made(made.program, outcomes, tuple(sites), compared, changes, notes=(kernels, *fixed, *told))
 
 
 def _on_cpu(spec: Spec) -> Lowering:
     return choose_lowering(spec, "cpu")
 
 
-def _write_weights(opened: OpenedModel, rewritten: Captured, folder: Path) -> None:
-    """A checkpoint where the model can be rebuilt from its configuration; its rewritten graph otherwise."""
+def _write_weights(opened: OpenedModel, rewritten: Captured, folder: Path) -> tuple[str, ...]:
+    """A checkpoint where the model can be rebuilt from its configuration; its rewritten graph otherwise, and what there
+    is to say about that: sizes that it fixes.
+    """
     if opened.config is not None and opened.path.is_dir():
         save_checkpoint(opened.model, folder, tokenizer_from=opened.path)
-        return
+        return ()
     args, kwargs = opened.example()
     with torch.no_grad():
         names = parameter_names(opened.model, len(args))
-        program, _ = exported_program(CapturedModule(rewritten, names).eval(), args, kwargs)
+        program, notes = exported_program(CapturedModule(rewritten, names).eval(), args, kwargs)
     torch.export.save(program, folder / PROGRAM)
+    return notes
 
 
 def load_torch(folder: Path, plan: Plan, *, rest: str = "eager", device: str | None = None) -> torch.nn.Module:
