@@ -229,8 +229,10 @@ def _open_folder(
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
+        files = sorted(path.name for path in folder.glob("*.onnx"))
+        which = f", or a file in this one, such as {files[0]}" if files else ""
         raise InputError(
-            "no config.json in this folder", folder, "give the folder of a Hugging Face checkpoint"
+            "no config.json in this folder", folder, f"give the folder of a Hugging Face checkpoint{which}"
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))

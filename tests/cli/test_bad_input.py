@@ -33,6 +33,12 @@ def empty_folder(folder: Path) -> list[object]:
     return ["inspect", folder / "model"]
 
 
+def folder_of_onnx_files(folder: Path) -> list[object]:
+    for name in ("second", "first"):
+        (folder / f"{name}.onnx").write_bytes(b"")
+    return ["inspect", folder]
+
+
 def broken_config(folder: Path) -> list[object]:
     (folder / "config.json").write_text("{")
     return ["inspect", folder]
@@ -81,6 +87,7 @@ def model_file(function: str) -> Callable[[Path], list[object]]:
 MISTAKES = (
     Mistake("no such path", lambda folder: ["inspect", folder / "nowhere"], "no such file or folder"),
     Mistake("folder without config", empty_folder, "no config.json in this folder"),
+    Mistake("folder of ONNX files", folder_of_onnx_files, "or a file in this one, such as first.onnx"),
     Mistake("broken config", broken_config, "not valid JSON"),
     Mistake("unknown architecture", unknown_architecture, "unknown architecture"),
     Mistake("only pickle", only_pickle, "--allow-pickle"),

@@ -17,6 +17,8 @@ import attncompile
 from attncompile.codegen.onnx import tried
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import ABSOLUTE
+from attncompile.convert.frame import Options
+from attncompile.convert.onnx import _chosen_for
 from attncompile.convert.runtime import run, session
 from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
@@ -381,3 +383,12 @@ def test_a_runtime_of_which_nothing_is_known_is_refused(
 def test_other_targets_have_no_onnx_runtime(llama_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ONNX operators"):
         attncompile.convert(llama_folder, tmp_path / "out", to="torch", onnxruntime="1.30")
+
+
+def test_a_version_that_was_not_tried_is_told_with_the_one_that_was() -> None:
+    newest, oldest = tried.versions()[-1], tried.versions()[0]
+    (told,) = _chosen_for(Options(onnxruntime="9.9"))
+    assert "for ONNX Runtime 9.9" in told and f"tried with {newest}, the last one before it that was tried" in told
+    (told,) = _chosen_for(Options(onnxruntime=oldest))
+    assert f"for ONNX Runtime {oldest}, by what was tried with it;" in told
+    assert _chosen_for(Options(onnxruntime=tried.installed())) == []
