@@ -294,6 +294,36 @@ def _cast(inputs: Inputs, attributes: Attributes) -> Known | None:
     return inputs[0].cast(dtype) if inputs[0] is not None and dtype is not None else None
 
 
+def _quantised(inputs: Inputs, attributes: Attributes) -> Known | None:
+    """Codes of known numbers, by one scale."""
+    numbers, scale, zero = [*inputs, None][:3]
+    if numbers is None or scale is None or zero is None or zero.dtype not in ("int8", "uint8"):
+        return None
+    if not len(scale.items) == len(zero.items) == 1:
+        return None
+    (step,), (shift,) = scale.items, zero.items
+    known = [item.value for item in (*numbers.items, step, shift) if isinstance(item, Const)]
+    if len(known) < len(numbers.items) + 2:
+        return None
+    lowest = -128 if zero.dtype == "int8" else 0
+    with np.errstate(all="ignore"):
+        codes = np.rint(np.array(known[:-2], np.float32) / np.float32(known[-2])) + known[-1]
+    return Known(numbers.dims, tuple(Const(int(n)) for n in np.clip(codes, lowest, lowest + 255)), zero.dtype)
+
+
+def _dequantised(inputs: Inputs, attributes: Attributes) -> Known | None:
+    """Numbers that are stored as codes of one scale."""
+    codes, scale, zero = [*inputs, None][:3]
+    if codes is None or scale is None or len(scale.items) != 1 or (zero is None and len(inputs) > 2):
+        return None
+    zeros = zero if zero is not None else Known((), (ZERO,), codes.dtype)
+    if len(zeros.items) != 1:
+        return None
+    (step,), (shift,) = scale.items, zeros.cast("int64").items
+    items = (as_kind(item - shift, Kind.FLOAT) for item in codes.cast("int64").items)
+    return Known(codes.dims, tuple(simplify(apply("mul", item, step)) for item in items), scale.dtype)
+
+
 def _modulo(inputs: Inputs, attributes: Attributes) -> Known | None:
     return None if attributes.get("fmod", 0) else elementwise("mod")(inputs, attributes)
 
@@ -318,7 +348,8 @@ RULES: dict[str, Rule] = {
         "Or": "or", "Xor": "ne", "Not": "not"}.items()},
     "Gather": _gather, "Concat": _concatenate, "Slice": _slice, "Unsqueeze": _unsqueezed,
     "Squeeze": _squeezed, "Reshape": _reshaped, "Flatten": _flattened, "Transpose": _transposed,
-    "Identity": _same, "Cast": _cast, "OneHot": _one_hot,
+    "Identity": _same, "Cast": _cast, "DequantizeLinear": _dequantised,
+    "QuantizeLinear": _quantised, "OneHot": _one_hot,
     "ConstantOfShape": _filled, "Expand": _expanded, "Range": _range, "Mod": _modulo,
     "ReduceProd": _reduced("mul", ONE),
     "ReduceSum": _reduced("add", ZERO), "ReduceMax": _reduced("max", None), "ReduceMin": _reduced("min",
