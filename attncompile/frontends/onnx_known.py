@@ -295,33 +295,29 @@ def _cast(inputs: Inputs, attributes: Attributes) -> Known | None:
 
 
 def _quantised(inputs: Inputs, attributes: Attributes) -> Known | None:
-    """Codes of known numbers, by one scale."""
+    """The code of one known number."""
     numbers, scale, zero = [*inputs, None][:3]
     if numbers is None or scale is None or zero is None or zero.dtype not in ("int8", "uint8"):
         return None
-    if not len(scale.items) == len(zero.items) == 1:
+    items = [item for known in (numbers, scale, zero) for item in known.items]
+    if len(items) > 3 or not all(isinstance(item, Const) for item in items):
         return None
-    (step,), (shift,) = scale.items, zero.items
-    known = [item.value for item in (*numbers.items, step, shift) if isinstance(item, Const)]
-    if len(known) < len(numbers.items) + 2:
-        return None
+    number, step, shift = (np.float32(item.value) for item in items if isinstance(item, Const))
     lowest = -128 if zero.dtype == "int8" else 0
-    with np.errstate(all="ignore"):
-        codes = np.rint(np.array(known[:-2], np.float32) / np.float32(known[-2])) + known[-1]
-    return Known(numbers.dims, tuple(Const(int(n)) for n in np.clip(codes, lowest, lowest + 255)), zero.dtype)
+    code = np.clip(np.rint(number / step) + shift, lowest, lowest + 255)
+    return Known(numbers.dims, (Const(int(code)),), zero.dtype)
 
 
 def _dequantised(inputs: Inputs, attributes: Attributes) -> Known | None:
-    """Numbers that are stored as codes of one scale."""
+    """The number that one known code stands for."""
     codes, scale, zero = [*inputs, None][:3]
-    if codes is None or scale is None or len(scale.items) != 1 or (zero is None and len(inputs) > 2):
+    if codes is None or scale is None or (zero is None and len(inputs) > 2):
         return None
-    zeros = zero if zero is not None else Known((), (ZERO,), codes.dtype)
-    if len(zeros.items) != 1:
+    zeros = zero if zero is not None else Known((), (ZERO,))
+    if not len(codes.items) == len(scale.items) == len(zeros.items) == 1:
         return None
-    (step,), (shift,) = scale.items, zeros.cast("int64").items
-    items = (as_kind(item - shift, Kind.FLOAT) for item in codes.cast("int64").items)
-    return Known(codes.dims, tuple(simplify(apply("mul", item, step)) for item in items), scale.dtype)
+    (code,), (step,), (shift,) = codes.cast("int64").items, scale.items, zeros.cast("int64").items
+    return Known(codes.dims, (simplify(as_kind(code - shift, Kind.FLOAT) * step),), scale.dtype)
 
 
 def _modulo(inputs: Inputs, attributes: Attributes) -> Known | None:

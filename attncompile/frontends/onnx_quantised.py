@@ -103,6 +103,8 @@ class _Spelling:
         domain, operator = ("" if node.domain in STANDARD else node.domain), node.op_type
         if (domain, operator) in OPERATORS:
             self._call(node, OPERATORS[domain, operator])
+        elif (domain, operator) == (CONTRIB, "QLinearConcat"):
+            self._call(node, Quantised("Concat", tuple(range(2, len(node.inputs), 3)), 0))
         elif (domain, operator) == (CONTRIB, "MatMulIntegerToFloat"):
             self._to_float(node)
         elif domain:
@@ -115,18 +117,20 @@ class _Spelling:
             self.codes[node.outputs[0]] = Codes(node.outputs[1], node.outputs[2])
         elif operator in MOVEMENTS and node.inputs and node.inputs[0] in self.codes:
             self._moved(node, self.codes[node.inputs[0]])
+        elif operator == "Concat" and (codes := self._common(node.inputs)) is not None:
+            self._moved(node, codes)
         elif operator == "MatMulInteger":
             self._integers(node)
 
     def _call(self, node: ir.Node, known: Quantised) -> None:
         """A call with scales among its inputs."""
-        given = list(node.inputs) + [None] * (known.result + 2 - len(node.inputs))
+        given = [*node.inputs, *[None] * 8]
         scale, zero = given[known.result : known.result + 2]
-        attributes = self._axis(node) if known.operator == "Softmax" else {}
+        attributes = self._axis(node) if known.operator == "Softmax" else dict(node.attributes)
         if scale is None or zero is None or attributes is None:
             return
-        axes = (-2, -1) if known.columns else (None, None)
-        read = [_Read(given[n], given[n + 1], given[n + 2], axis) for n, axis in zip(known.tensors, axes, strict=False)]
+        axes = (-2, -1) if known.columns else (None,) * len(known.tensors)
+        read = [_Read(given[n], given[n + 1], given[n + 2], axis) for n, axis in zip(known.tensors, axes, strict=True)]
         if not _is_single(scale) or not all(each.can_be(self.model.opset_imports.get("", 0)) for each in read):
             return
         place = _Place(self, node)
@@ -145,9 +149,17 @@ class _Spelling:
     def _moved(self, node: ir.Node, codes: Codes) -> None:
         """Codes that are moved: their numbers are moved as well, and rounded again to the same codes."""
         place = _Place(self, node)
-        data = place.numbers(node.inputs[0])
-        made = place(node.op_type, [data, *node.inputs[1:]], dict(node.attributes))
-        self._finish(place, made, codes)
+        inputs = [place.numbers(value) if value in self.codes else value for value in node.inputs]
+        self._finish(place, place(node.op_type, inputs, node.attributes), codes)
+
+    def _common(self, tensors: Sequence[ir.Value | None]) -> Codes | None:
+        """The codes that all tensors have; ``None`` where they have none or several."""
+        found = [self.codes.get(tensor) if tensor is not None else None for tensor in tensors]
+        codes, *others = found or [None]
+        if codes is None:
+            return None
+        same = (each and same_numbers(each.scale, codes.scale) and same_zeros(each.zero, codes.zero) for each in others)
+        return codes if all(same) else None
 
     def _to_float(self, node: ir.Node) -> None:
         """``MatMulIntegerToFloat``: both scales, both zero points and a bias."""
