@@ -304,7 +304,8 @@ def _quantised(inputs: Inputs, attributes: Attributes) -> Known | None:
         return None
     number, step, shift = (np.float32(item.value) for item in items if isinstance(item, Const))
     lowest = -128 if zero.dtype == "int8" else 0
-    code = np.clip(np.rint(number / step) + shift, lowest, lowest + 255)
+    with np.errstate(all="ignore"):  # more than float32 holds is the last code too
+        code = np.clip(np.rint(number / step) + shift, lowest, lowest + 255)
     return Known(numbers.dims, (Const(int(code)),), zero.dtype)
 
 

@@ -8,10 +8,10 @@ file computes and no rewriting of it. The pass ``unround`` is the permission to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from attncompile.frontends.graph import Graph, Rounding
+from attncompile.frontends.graph import Graph
 from attncompile.ir import Refusal
 from attncompile.lift.program import Region, RoundedPart, Site
 from attncompile.lift.refusals import complete
@@ -77,20 +77,21 @@ def _parts(graph: Graph, site: Site, region: Region) -> Iterator[RoundedPart]:
     plain = graph.unrounded
     assert plain is not None  # the site was found in it
     made = _made_of(plain, region)
+    tensors = {entry.name for entry in region.inputs if entry.layout is not None}
     anchored = {value for value in made if plain.describe(value).name == site.anchor}
     behind = frozenset[str]().union(*(plain.descendants(value) for value in anchored))
     for node in plain.nodes:
         rounding = graph.roundings.get(node.output)
         if rounding is not None and node.output in made:
-            yield RoundedPart(_part(rounding, made, behind), rounding)
+            of = made[node.output]
+            yield RoundedPart(_part(of & tensors or of, node.output in behind), rounding)
 
 
-def _part(rounding: Rounding, made: Mapping[str, frozenset[str]], behind: frozenset[str]) -> str:
-    """What a rounding rounds: a tensor of the Spec, the scores, the weights, or the result."""
-    of = made[rounding.output]
-    if rounding.output in behind:
-        return "the result" if any(name == "v" or name.startswith("v.") for name in of) else "the weights"
-    return next(iter(of)) if len(of) == 1 else "the scores"
+def _part(of: frozenset[str], behind: bool) -> str:
+    """What is made of some tensors of the Spec, before the normaliser or behind it."""
+    if behind:
+        return "the result" if any(name.startswith("v") for name in of) else "the weights"
+    return "the scores" if len(of) > 1 else "".join(of) or "a constant"
 
 
 def _made_of(graph: Graph, region: Region) -> dict[str, frozenset[str]]:
