@@ -50,6 +50,8 @@ class Pass:
         law: for an ``exact`` pass that proves each application by itself: what it looks at. Of a map with more
             than :data:`COMPARED` elements at fixed sizes others are compared on some rows, and refused where a Spec
             has no such form.
+        unrounds: whether it is about what the model rounds inside the attention: ``why_not`` and ``apply`` are then
+            given that too, in words.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Pass:
     untrained: str = ""
     law: str = ""
     pulls: bool = False
+    unrounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def run_passes(
     prologue: Prologue | None = None,
     *,
     training: bool = False,
+    rounded: str = "",
 ) -> PassResult:
     """Apply passes in order, each only where it can be.
 
@@ -149,6 +153,7 @@ def run_passes(
         allow_untrained: also run passes whose result needs training.
         prologue: what makes the inputs, for passes that pull it into the Spec.
         training: whether gradients may be asked of the result: only passes that serve training run then.
+        rounded: what the model rounds inside the attention and the Spec does not, in words; empty for nothing.
 
     Raises:
         ValueError: when a pass breaks its own contract; the message is for the pass' author.
@@ -156,7 +161,8 @@ def run_passes(
     stamps: list[Stamp] = []
     refused: list[tuple[str, str]] = []
     for call in calls:
-        given = (spec, call.options, *((prologue,) if call.rewrite.pulls else ()))
+        pulled, unrounded = (prologue,) if call.rewrite.pulls else (), (rounded,) if call.rewrite.unrounds else ()
+        given = (spec, call.options, *pulled, *unrounded)
         reason = call.rewrite.why_not(*given)
         if reason is None and call.rewrite.untrained and not allow_untrained:
             reason = f"{call.rewrite.untrained}; it runs only when untrained results are allowed"

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
-from attncompile.passes import fuse, linearize, quantize, regroup, rotary, sparsify
+from attncompile.passes import fuse, linearize, quantize, regroup, rotary, sparsify, unround
 from attncompile.passes.frame import Options, Pass
 
 GROUP = "attncompile.passes"
@@ -20,6 +20,7 @@ OURS: tuple[Pass, ...] = (
     sparsify.WINDOW,
     quantize.INT8,
     quantize.FP8,
+    unround.UNROUND,
     linearize.DECAY,
     regroup.BOXES,
 )

@@ -56,6 +56,11 @@ def _site_data(site: Site, seq: int, values: Tensors | None) -> dict[str, Any]:
         "density": density.share if density else None,
         "guard": str(site.guarded) if site.guarded else None,
         "block": as_data(site.steps),
+        "rounds": [
+            {"of": part.of, "value": part.rounding.source, "type": part.rounding.dtype}
+            | {"scale": part.rounding.scale, "dynamic": part.rounding.dynamic}
+            for part in site.roundings
+        ],
         "kind": site.refusal.kind if site.refusal else None,
         "check": failed_check(site.refusal) if site.refusal else None,
         "node": site.refusal.node if site.refusal else None,

@@ -39,7 +39,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A site and the Spec that it computes after lossy passes."""
+    """A site and the Spec that it computes after lossy passes.
+
+    A site that the model rounds inside is compared with what the model gave, another with its own Spec.
+    """
 
     site: Site
     after: Spec
@@ -48,6 +51,12 @@ class Rewrite:
     def operands(self) -> tuple[str, ...]:
         """Native values that the site reads."""
         return tuple(entry.value for entry in self.site.region.inputs) if self.site.region else ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Native values that the change is told from."""
+        rounded = self.site.roundings and self.site.region
+        return (*self.operands, *(entry.value for entry in rounded.outputs)) if rounded else self.operands
 
     def change(self, natives: Mapping[str, torch.Tensor], inputs: str) -> Change:
         """Both Specs by their definitions in float32, on native values by name."""
@@ -59,8 +68,13 @@ class Rewrite:
             else to_spec_axes(natives[entry.value], entry.layout, types[entry.name], sizes)
             for entry in self.site.region.inputs
         }
-        before = self.site.spec.interpret(tensors, torch.float32)
         after = self.after.interpret(tensors, torch.float32)
+        before: Sequence[torch.Tensor] = [
+            to_spec_axes(natives[entry.value].float(), entry.layout, types[entry.name], sizes)
+            for entry in (self.site.region.outputs if self.site.roundings else ())
+            if entry.layout is not None
+        ]
+        before = before or self.site.spec.interpret(tensors, torch.float32)
         return difference(after, before, inputs)
 
 
@@ -84,10 +98,10 @@ def changes_in_torch(captured: Captured, call: Call, rewrites: Sequence[Rewrite]
         def run_node(self, node: torch.fx.Node) -> Any:
             result = super().run_node(node)
             seen[node.name] = result
-            for rewrite in [one for one in waiting if all(name in seen for name in one.operands)]:
+            for rewrite in [one for one in waiting if all(name in seen for name in one.reads)]:
                 found[rewrite.site.name] = rewrite.change(seen, call.what)
                 waiting.remove(rewrite)
-            wanted = {name for one in waiting for name in one.operands}
+            wanted = {name for one in waiting for name in one.reads}
             for name in [name for name in seen if name not in wanted]:
                 del seen[name]
             return result
@@ -110,11 +124,11 @@ def changes_in_onnx(model: onnx_ir.Model, call: Call, provider: str, rewrites: S
         rewrites: sites that were lifted from the same model.
     """
     name_values(model)
-    natives = observed(model, call, provider, {name for one in rewrites for name in one.operands})
+    natives = observed(model, call, provider, {name for one in rewrites for name in one.reads})
     return {
         one.site.name: one.change(natives, call.what)
         for one in rewrites
-        if all(name in natives for name in one.operands)
+        if all(name in natives for name in one.reads)
     }
 
 

@@ -31,6 +31,7 @@ from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
 from attncompile.ir.simplify import simplify
 from attncompile.lift import Program, Region, Site, lift_graph
+from attncompile.lift.rounded import described, without_roundings
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
@@ -113,7 +114,8 @@ def rewrite_onnx(
     replaced: set[onnx_ir.Node] = set()
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
-    for site in program.sites:
+    unrounds = any(call.rewrite.unrounds for call in requested)
+    for site in map(without_roundings, program.sites) if unrounds else program.sites:
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
             continue
@@ -121,7 +123,8 @@ def rewrite_onnx(
             reason = "its log-sum-exp is a result too, and operators are put in the place of one node only"
             outcomes.append(Outcome(site, None, "original", reason))
             continue
-        result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained)
+        rounded = described(site.roundings)
+        result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained, rounded=rounded)
         if site.name in back:
             outcomes.append(Outcome(site, _put_back(site.spec, result), "original", back[site.name], rolled_back=True))
             model.metadata_props[f"{ROLLED_BACK}.{site.name}"] = back[site.name]

@@ -67,7 +67,8 @@ def checked_sites(rewritten: Rewritten, provider: str, known: Known | None = Non
             back = outcome.rolled_back
             made.append(refused_site(name, outcome.reason, outcome.site.spec, rolled_back=back))
             continue
-        original, choice = outcome.site.spec if result.lossy else None, rewritten.choices[name]
+        changed = result.lossy and outcome.site.spec != result.spec
+        original, choice = outcome.site.spec if changed else None, rewritten.choices[name]
         try:
             made.append(_checked(name, result.spec, choice, provider, known, original))
         except (InputError, DoesNotRunError) as error:
@@ -119,7 +120,8 @@ def verified_sites(plan: Plan, provider: str) -> list[SiteCertificate]:
             continue
         spec = parse_spec(site.after)
         choice = Choice(row_named(spec, site.operator), site.reason, ())
-        original = parse_spec(site.before) if site.before and is_lossy(site) else None
+        changed = is_lossy(site) and site.before != site.after
+        original = parse_spec(site.before) if site.before and changed else None
         made.append(_checked(site.site, spec, choice, provider, known, original))
     return made
 

@@ -363,6 +363,24 @@ class NativeNode:
     module_type: str = ""
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """A value that is rounded to a narrow type and read back.
+
+    Attributes:
+        output: what is read back; source: the value before it was rounded.
+        dtype: the narrow type, such as ``uint8`` or ``float8e4m3fn``.
+        scale: of one step of it; ``None`` where there are several, or where it is found in each call.
+        dynamic: whether it is found in each call.
+    """
+
+    output: str
+    source: str
+    dtype: str
+    scale: float | None = None
+    dynamic: bool = False
+
+
 def _sorted(extents: Mapping[str, Expr]) -> Extents:
     return tuple(sorted(extents.items(), key=lambda entry: entry[0]))
 
@@ -411,6 +429,8 @@ class Graph:
         entangled: native values in whose place no other tensor can be put, with the reason: what their memory holds is
             written or read later through a tensor that is not made of them.
         effects: values that were written to memory of the caller: they count though nothing may read them.
+        roundings: by what is read back, the values that are rounded on their way.
+        unrounded: the same graph with each of these passed on as it is; ``None`` where there are none.
     """
 
     infos: Mapping[str, Info]
@@ -429,6 +449,8 @@ class Graph:
     withheld: frozenset[str] = frozenset()
     entangled: Mapping[str, str] = field(default_factory=dict)
     effects: frozenset[str] = frozenset()
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    unrounded: Graph | None = None
 
     @cached_property
     def native_order(self) -> Mapping[str, int]:

@@ -49,6 +49,8 @@ from attncompile.frontends.onnx_known import (
     scalar,
 )
 from attncompile.frontends.onnx_opaque import opaque_info
+from attncompile.frontends.onnx_quantised import spell_out_quantised
+from attncompile.frontends.onnx_roundings import with_roundings
 from attncompile.frontends.onnx_rows import EVERY_OUTPUT, rows_of
 from attncompile.frontends.onnx_sizes import SizeNames, product
 from attncompile.frontends.onnx_unranked import refuse_unranked
@@ -62,7 +64,8 @@ def onnx_graph(model: ir.Model) -> Graph:
 
     Values keep their names, and natives are the nodes by name. So that both can be named, the model is
     prepared in place, without changing what it computes: functions are inlined, nameless nodes and values get
-    names, names become unique, and an ``If`` whose condition is known gives way to the branch that is taken.
+    names, names become unique, an ``If`` whose condition is known gives way to the branch that is taken, and operators
+    on quantised tensors are brought to the QDQ form.
 
     Nodes in the bodies of ``If``, ``Loop`` and ``Scan`` are part of the view, in front of the node that holds
     them, which reads what they capture and what they return. What a body is given round by round is an input.
@@ -72,6 +75,7 @@ def onnx_graph(model: ir.Model) -> Graph:
     """
     spell_out(model)
     prepare(model)
+    spell_out_quantised(model)
     sizes = SizeNames()
     for value in model.graph.inputs:
         for dim in value.shape or ():
@@ -323,7 +327,7 @@ class _View:
                 native_inputs[name] = tuple(reads(node)) if known is None else ()
         outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
         evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
-        return Graph(
+        found = Graph(
             self.infos,
             refuse_unranked(self.nodes, self.infos, self.natives, self.owner),
             self.inputs,
@@ -337,6 +341,7 @@ class _View:
             dict(self.sizes.display),
             precision=evaluator.precision,
         )
+        return with_roundings(found, evaluator)
 
 
 def _stated_module(node: ir.Node) -> tuple[str, str]:

@@ -8,7 +8,7 @@ be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,11 @@ class SpelledOut:
 def spelled_out(model: ir.Model) -> tuple[SpelledOut, ...]:
     """The calls of a model that their definitions stand for."""
     return tuple(model.meta.get(_CALL, ()))
+
+
+def keep_spelled_out(model: ir.Model, calls: Iterable[SpelledOut]) -> None:
+    """Keep with a model what stands in it for calls."""
+    model.meta[_CALL] = (*spelled_out(model), *calls)
 
 
 def put_back(call: SpelledOut) -> ir.Node:
@@ -118,7 +123,7 @@ def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) 
         model.opset_imports.setdefault(DOMAIN, 1)
         InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
         del model.opset_imports[DOMAIN]
-        model.meta[_CALL] = (*spelled_out(model), *_placed(model, inlined))
+        keep_spelled_out(model, _placed(model, inlined))
 
 
 def _placed(model: ir.Model, inlined: Mapping[str, tuple[SpelledOut, ir.Function, ir.Node]]) -> Iterator[SpelledOut]:

@@ -68,12 +68,14 @@ class OnnxEvaluator:
         model: the model. inputs: its inputs, parameters and constants. known: elements of values computed
             from sizes.
         number: what every whole number that the nodes hold is replaced by; ``None`` leaves them.
+        passed: by the name of a value, the one that it is taken to be.
     """
 
     model: ir.Model
     inputs: Mapping[str, GraphInput]
     known: Mapping[str, Known]
     number: Callable[[int], int] | None = None
+    passed: Mapping[str, str] = field(default_factory=dict)
     _producers: dict[str, ir.Node] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(
@@ -115,8 +117,7 @@ class OnnxEvaluator:
         """The nodes between some values and the stops, in graph order, and the other values that they start
         from."""
         if not self._producers:
-            everywhere = nested_nodes(self.model.graph)
-            self._producers.update({o.name: n for n in everywhere for o in n.outputs if o.name})
+            self._producers.update({o.name: n for n in self._nodes() for o in n.outputs if o.name})
         needed: set[str] = set()
         leaves: list[str] = []
         seen = set(stop)
@@ -132,7 +133,13 @@ class OnnxEvaluator:
                 continue
             needed.add(node.name or "")
             stack += reads(node)
-        return [node for node in nested_nodes(self.model.graph) if node.name in needed], leaves
+        return [node for node in self._nodes() if node.name in needed], leaves
+
+    def _nodes(self) -> Iterator[ir.Node]:
+        """All nodes, with an ``Identity`` in the place of one whose result is taken to be another value."""
+        for node in nested_nodes(self.model.graph):
+            source = self.passed.get(node.outputs[0].name or "") if node.outputs else None
+            yield node if source is None else _identity(node, source)
 
     def _part(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Part:
         nodes, leaves = self._needed(wanted, list(feeds))
@@ -161,6 +168,12 @@ class OnnxEvaluator:
         if tensor is None:
             raise ValueError(f"the constant {name!r} has no data")
         return tensor.numpy()
+
+
+def _identity(node: ir.Node, source: str) -> ir.Node:
+    """A node beside the graph that gives a value as the first result of another node."""
+    made = ir.Value(name=node.outputs[0].name, type=node.outputs[0].type)
+    return ir.Node("", "Identity", [ir.Value(name=source)], outputs=[made], name=node.name)
 
 
 def _computed(known: Known, sizes: Mapping[str, int]) -> np.ndarray:

@@ -294,6 +294,33 @@ def _cast(inputs: Inputs, attributes: Attributes) -> Known | None:
     return inputs[0].cast(dtype) if inputs[0] is not None and dtype is not None else None
 
 
+def _quantised(inputs: Inputs, attributes: Attributes) -> Known | None:
+    """The code of one known number."""
+    numbers, scale, zero = [*inputs, None][:3]
+    if numbers is None or scale is None or zero is None or zero.dtype not in ("int8", "uint8"):
+        return None
+    items = [item for known in (numbers, scale, zero) for item in known.items]
+    if len(items) > 3 or not all(isinstance(item, Const) for item in items):
+        return None
+    number, step, shift = (np.float32(item.value) for item in items if isinstance(item, Const))
+    lowest = -128 if zero.dtype == "int8" else 0
+    with np.errstate(all="ignore"):  # more than float32 holds is the last code too
+        code = np.clip(np.rint(number / step) + shift, lowest, lowest + 255)
+    return Known(numbers.dims, (Const(int(code)),), zero.dtype)
+
+
+def _dequantised(inputs: Inputs, attributes: Attributes) -> Known | None:
+    """The number that one known code stands for."""
+    codes, scale, zero = [*inputs, None][:3]
+    if codes is None or scale is None or (zero is None and len(inputs) > 2):
+        return None
+    zeros = zero if zero is not None else Known((), (ZERO,))
+    if not len(codes.items) == len(scale.items) == len(zeros.items) == 1:
+        return None
+    (code,), (step,), (shift,) = codes.cast("int64").items, scale.items, zeros.cast("int64").items
+    return Known(codes.dims, (simplify(as_kind(code - shift, Kind.FLOAT) * step),), scale.dtype)
+
+
 def _modulo(inputs: Inputs, attributes: Attributes) -> Known | None:
     return None if attributes.get("fmod", 0) else elementwise("mod")(inputs, attributes)
 
@@ -318,7 +345,8 @@ RULES: dict[str, Rule] = {
         "Or": "or", "Xor": "ne", "Not": "not"}.items()},
     "Gather": _gather, "Concat": _concatenate, "Slice": _slice, "Unsqueeze": _unsqueezed,
     "Squeeze": _squeezed, "Reshape": _reshaped, "Flatten": _flattened, "Transpose": _transposed,
-    "Identity": _same, "Cast": _cast, "OneHot": _one_hot,
+    "Identity": _same, "Cast": _cast, "DequantizeLinear": _dequantised,
+    "QuantizeLinear": _quantised, "OneHot": _one_hot,
     "ConstantOfShape": _filled, "Expand": _expanded, "Range": _range, "Mod": _modulo,
     "ReduceProd": _reduced("mul", ONE),
     "ReduceSum": _reduced("add", ZERO), "ReduceMax": _reduced("max", None), "ReduceMin": _reduced("min",

@@ -207,24 +207,34 @@ def products_after(graph: Graph, weights: str, passed: tuple[type[Node], ...] = 
     return found
 
 
-ROUNDINGS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-"""Operations that round a value to a narrow type and back, which interpretation does not pass."""
+ROUNDINGS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+"""Operations that round a value to a narrow type or back, which interpretation does not pass."""
+
+INTEGER_PRODUCTS = frozenset({"MatMulInteger", "QLinearMatMul", "MatMulIntegerToFloat"})
+"""Products of codes, which nothing states where their scales are not known to be those of their operands."""
 
 
-def products_after_rounding(graph: Graph, weights: str) -> list[Contract]:
-    """Products that read a value through pointwise operations and movements, and through roundings."""
-    found: list[Contract] = []
+def is_multiplied_rounded(graph: Graph, weights: str) -> bool:
+    """Whether a product reads a value through pointwise operations and movements, and through roundings."""
     seen, stack = {weights}, [weights]
     while stack:
         for user in graph.users.get(stack.pop(), ()):
-            if isinstance(user, Contract):
-                found.append(user)
-            elif user.output not in seen and (
+            if isinstance(user, Contract) or _is_integer_product(graph, user):
+                return True
+            if user.output not in seen and (
                 isinstance(user, TRANSPARENT) or (isinstance(user, Opaque) and user.what in ROUNDINGS)
             ):
                 seen.add(user.output)
                 stack.append(user.output)
-    return found
+    return False
+
+
+def _is_integer_product(graph: Graph, node: Node) -> bool:
+    """Whether a node multiplies codes of activations."""
+    if not isinstance(node, Opaque) or node.what not in INTEGER_PRODUCTS:
+        return False
+    right = node.reads[3 if node.what == "QLinearMatMul" else 1 :]
+    return {*node.reads[:1], *right[:1]} <= graph.varying
 
 
 def obstacle_after(graph: Graph, weights: str) -> Node | None:
@@ -246,10 +256,14 @@ def obstacle_behind(graph: Graph, source: str) -> Node | None:
     A map with parameters (a linear layer) is no obstacle: what it makes of the state are no scores.
     """
     for obstacle in _obstacles_behind(graph, source):
+        if _is_integer_product(graph, obstacle):
+            return obstacle
         stack, seen = list(obstacle.inputs), set(obstacle.inputs)
         while stack:
             node = graph.producer.get(stack.pop())
             if isinstance(node, Contract) and all(name in graph.varying for name in node.inputs):
+                return obstacle
+            if node is not None and _is_integer_product(graph, node):
                 return obstacle
             if isinstance(node, (*TRANSPARENT, Reduce, CumulativeSum)) or type(node) is Opaque:
                 fresh = [name for name in node.inputs if name not in seen]

@@ -12,6 +12,7 @@ from attncompile.lift.guard import find_guard
 from attncompile.lift.program import Program, Site
 from attncompile.lift.prove import Prover
 from attncompile.lift.refusals import complete, nearest
+from attncompile.lift.rounded import with_rounded
 from attncompile.lift.sites import find_sites
 
 
@@ -28,11 +29,19 @@ def lift_graph(graph: Graph, model: str = "model", notes: tuple[str, ...] = (), 
     Returns:
         A program whose sites are proven (``lifted`` or ``observed``) or refused with a reason.
     """
+    sites = _proven(graph, blocks)
+    if graph.unrounded is not None:
+        sites = with_rounded(graph, sites, _proven(graph.unrounded, blocks))
+    return Program(model, graph, sites, notes)
+
+
+def _proven(graph: Graph, blocks: bool) -> tuple[Site, ...]:
+    """The sites of a graph, each proven, or refused with a reason."""
     prover = Prover(graph, {})
     sites = tuple(prover.prove(site) for site in find_sites(graph))
     if blocks:
         sites = tuple(_with_block(graph, site) for site in sites)
-    return Program(model, graph, _explained(graph, sites), notes)
+    return _explained(graph, sites)
 
 
 def _with_block(graph: Graph, site: Site) -> Site:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from attncompile.frontends.graph import Cast, Contract, Graph, Indices, Move, Pointwise
 from attncompile.ir import Expr, Index, Kind, Load, simplify
-from attncompile.ir.expr import ONE, ZERO, Apply, Const, Score, Weight, apply, substitute, symbols, walk
+from attncompile.ir.expr import ONE, ZERO, Apply, Const, Score, Weight, apply, loads, substitute, symbols, walk
 from attncompile.ir.simplify import Simplifier
 from attncompile.ir.types import element_kind
 from attncompile.lift.interpret import Interpreter
@@ -82,7 +82,11 @@ def trace_operand(interpreter: Interpreter, value: str, indices: Indices, summed
 def _followed_factor(
     interpreter: Interpreter, node: Pointwise, indices: Indices, summed: frozenset[Expr]
 ) -> tuple[str, Indices, Expr] | None:
-    """Through ``x · f`` or ``x / f``, when the summed index does not move the scalar ``f``."""
+    """Through ``x · f`` or ``x / f``, when the summed index does not move the scalar ``f``.
+
+    A scalar that the graph finds from its data, such as the scale of numbers rounded in each call, stays with its
+    tensor.
+    """
     graph = interpreter.graph
     target = graph.infos[node.output].shape
     for place, operand in enumerate(node.operands):
@@ -101,11 +105,15 @@ def _followed_factor(
             factors.append(interpreter.at(other, tuple(ZERO for _ in graph.infos[other].shape)))
         else:
             factor = apply("mul", Const(1.0), *factors)
-            if symbols(factor) & summed:
+            if symbols(factor) & summed or any(_is_found(graph, load.tensor) for load in loads(factor)):
                 return None
             applied = apply("div", Const(1.0), factor) if node.operator == "div" else factor
             return operand, indices, applied
     return None
+
+
+def _is_found(graph: Graph, value: str) -> bool:
+    return value in graph.varying and value not in graph.inputs
 
 
 def layout_of(graph: Graph, indices: Indices, shape: Indices, axes: Mapping[str, tuple[Expr, Expr]]) -> Layout | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from attncompile.frontends.graph import Rounding
 from attncompile.ir import Operation, Refusal, Spec
 from attncompile.lift.guard import Guard
 from attncompile.lift.step import Step
@@ -97,12 +98,26 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class RoundedPart:
+    """A rounding inside an attention.
+
+    Attributes:
+        of: what is rounded: a tensor of the Spec, ``the scores``, ``the weights`` or ``the result``.
+        rounding: of which native value, and how.
+    """
+
+    of: str
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention site.
 
     Attributes:
         name: path of the module it belongs to, or of the anchor node.
-        status: ``lifted``, ``observed`` (described, but its weights are read elsewhere) or ``refused``.
+        status: ``lifted``, ``observed`` (described, but its weights are read elsewhere, or the model rounds inside) or
+            ``refused``.
         spec: what it computes, unless refused.
         refusal: why it was refused, or what makes it only observed.
         source: source line of the anchor.
@@ -115,6 +130,7 @@ class Site:
         nearest: of a refused site, the nearest thing that was recognised.
         swallows: whether the model adds to hidden scores a finite number that swallows them, where the Spec has that
             number alone: a query that sees no key then passes gradients on in the model, and none in the Spec.
+        roundings: what the model rounds to a narrow type between operands and results; the Spec does without that.
     """
 
     name: str
@@ -130,6 +146,7 @@ class Site:
     guarded: Guard | None = None
     nearest: str = ""
     swallows: bool = False
+    roundings: tuple[RoundedPart, ...] = ()
 
 
 @dataclass(frozen=True)

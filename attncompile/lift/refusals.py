@@ -110,6 +110,10 @@ CHECKS: dict[str, Check] = {
         "no inner value of the attention is read elsewhere",
         "do not return attention weights (output_attentions=False), or read them from another call",
     ),
+    "rounded-values": Check(
+        "nothing between queries, keys and values and the result is rounded to a narrow type and read back",
+        'compute it without rounding: convert with --passes "unround, fuse", and a --budget for the change',
+    ),
     "unproven": Check(
         "region and Spec can be run on random inputs and compared",
         "capture the model with a dynamic or shorter length; otherwise report it",

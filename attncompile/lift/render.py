@@ -19,6 +19,7 @@ from attncompile.ir.types import concrete
 from attncompile.lift.guard import Guard
 from attncompile.lift.program import Program, Site
 from attncompile.lift.refusals import failed_check
+from attncompile.lift.rounded import described, only_rounds
 from attncompile.lift.step import drawn
 
 DIGITS = 4
@@ -229,6 +230,8 @@ def _facts(site: Site) -> list[tuple[str, str]]:
     facts = []
     if site.guarded is not None:
         facts.append(("guard", str(site.guarded)))
+    if site.roundings and not only_rounds(site):
+        facts.append(("rounds", described(site.roundings)))
     attend = site.spec.attend()
     if attend is not None:
         types = site.spec.types()

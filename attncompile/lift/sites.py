@@ -24,10 +24,10 @@ from attncompile.lift.anchors import (
     Anchor,
     Product,
     is_learned,
+    is_multiplied_rounded,
     normalisers,
     obstacle_behind,
     products_after,
-    products_after_rounding,
     scores_behind,
     unnormalised_products,
 )
@@ -87,7 +87,7 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
                 continue  # a gate, or the hidden state of an expert
             known |= ends
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
-        elif anchor.kind == "softmax" and (products or products_after_rounding(graph, anchor.output)):
+        elif anchor.kind == "softmax" and (products or is_multiplied_rounded(graph, anchor.output)):
             obstacle = obstacle_behind(graph, anchor.source)
             if obstacle is not None:
                 add(anchor.output, partial(_refused_obstacle, graph, obstacle))

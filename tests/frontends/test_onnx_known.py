@@ -13,7 +13,7 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_bodies import nested_nodes
 from attncompile.frontends.onnx_known import Known, known_value, scalar, vector
 from attncompile.ir import Size
-from attncompile.ir.expr import Const
+from attncompile.ir.expr import ZERO, Const
 from attncompile.lift import lift_graph
 
 
@@ -186,3 +186,26 @@ def test_a_classifier_of_unknown_rank_is_no_site() -> None:
         }"""
     )
     assert lift_graph(onnx_graph(model), "model").sites == ()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+@pytest.mark.parametrize("number", [0.0, 0.25, -0.25, 0.75, 1e6, -1e4, 12.6])
+def test_one_number_and_its_code(number: float, kind: type[np.int8] | type[np.uint8]) -> None:
+    """Halves go to the even code, and what is beyond the codes to the last one."""
+    name = np.dtype(kind).name
+    scale, zero = scalar(Const(0.5), "float32"), Known((), (Const(3),), name)
+    written = np.array(number, np.float32), np.array(0.5, np.float32), np.array(3, kind)
+    code = known_value("QuantizeLinear", [scalar(Const(number), "float32"), scale, zero], {})
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[] x, float[] s, KIND[] z) => (KIND[] c, float[] y) {
+        c = QuantizeLinear(x, s, z)  y = DequantizeLinear(c, s, z) }""".replace("KIND", name)
+    wanted = ReferenceEvaluator(onnx.parser.parse_model(text)).run(None, dict(zip("xsz", written, strict=True)))
+    assert code == Known((), (Const(int(wanted[0])),), name)
+    assert known_value("DequantizeLinear", [code, scale, zero], {}) == scalar(Const(float(wanted[1])), "float32")
+
+
+def test_codes_of_several_numbers_are_not_written_out() -> None:
+    several = Known((2,), (Const(1.0), Const(2.0)), "float32")
+    scale, zero = scalar(Const(0.5), "float32"), Known((), (Const(0),), "int8")
+    assert known_value("QuantizeLinear", [several, scale, zero], {}) is None
+    assert known_value("DequantizeLinear", [Known((2,), (ZERO, ZERO), "int8"), scale, zero], {}) is None
+    assert known_value("DequantizeLinear", [scalar(ZERO, "int8"), scale, None], {}) is None

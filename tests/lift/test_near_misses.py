@@ -64,6 +64,7 @@ def test_every_kind_of_refusal_has_a_row() -> None:
         "no-key-axis",
         "recursive-score",
         "contradiction",  # of an ONNX file: see tests/frontends/test_onnx_damage.py
+        "rounded-values",  # of a quantised ONNX file: see tests/lift/test_rounded.py
     }
 
 

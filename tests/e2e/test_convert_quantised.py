@@ -1,0 +1,108 @@
+"""Quantised ONNX files whose attention is rounded inside: kept as they are, or in floats where that is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import attncompile
+from attncompile.cli import main
+from attncompile.frontends.errors import InputError
+from attncompile.plan.schema import load_plan
+from tests.onnx_files import assert_clean, operators
+from tests.quantised_attention import FORMS, inputs, quantised_file
+from tests.tampered_lowerings import scaled, tamper
+
+QUICK = ("qdq", "qoperator-everything", "dynamic")
+"""Forms that are not much like another one."""
+
+
+def run(file: Path, seed: int = 11) -> np.ndarray:
+    (found,) = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, inputs(seed))
+    return found
+
+
+def away(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("form", ["qdq-everything", "qoperator-everything", "dynamic"])
+def test_a_file_stays_as_it_is_unless_that_is_asked(form: str, tmp_path: Path) -> None:
+    file = quantised_file(form, tmp_path)
+    made = attncompile.convert(file, tmp_path / "out", to="onnx")
+    (site,) = load_plan(tmp_path / "out" / "plan.json").sites
+    assert site.operator == "original" and "rounds inside this attention" in site.reason
+    assert "1 site kept as it was: the file rounds inside this attention" in str(made)
+    (told,) = json.loads((tmp_path / "out" / "report.json").read_text())["sites"]
+    assert told["status"] == "observed" and "unround" in told["hint"] and told["check"].startswith("rounded-values")
+    assert sorted(operators(tmp_path / "out" / "model.onnx")) == sorted(operators(file))
+    np.testing.assert_array_equal(run(tmp_path / "out" / "model.onnx"), run(file))
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
+def test_unround_computes_attention_in_floats_and_nothing_else(form: str, tmp_path: Path) -> None:
+    file, out = quantised_file(form, tmp_path), tmp_path / "out"
+    attncompile.convert(file, out, to="onnx", passes="unround, fuse", budget=0.2)
+    (site,) = load_plan(out / "plan.json").sites
+    assert site.operator != "original" and site.applied == ("unround", "fuse")
+    (told,) = json.loads((out / "report.json").read_text())["sites"]
+    assert 0 < told["change"] < 0.2 and told["change_inputs"] == "batch 1, length 9"
+    before, after = (operators(each) for each in (file, out / "model.onnx"))
+    assert "QLinearSoftmax" not in after
+    for product in ("QLinearMatMul", "MatMulInteger"):  # those of scores and values are gone, the linear layers stay
+        assert after.count(product) == max(0, before.count(product) - 2)
+    assert after.count("QuantizeLinear") < before.count("QuantizeLinear") + 2
+    exact = run(tmp_path / "float.onnx")
+    assert away(run(out / "model.onnx"), exact) < away(run(file), exact)
+    assert attncompile.verify(out).passed
+    assert_clean(out)
+
+
+def test_a_budget_that_is_too_small_writes_nothing(tmp_path: Path) -> None:
+    file = quantised_file("qdq", tmp_path)
+    with pytest.raises(InputError, match="over the budget of 1e-05"):
+        attncompile.convert(file, tmp_path / "out", to="onnx", passes="unround", budget=1e-5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_rounds_nothing_has_nothing_to_unround(tmp_path: Path) -> None:
+    quantised_file("qdq", tmp_path)
+    attncompile.convert(tmp_path / "float.onnx", tmp_path / "out", to="onnx", passes="unround, fuse", prefer="fused")
+    (site,) = load_plan(tmp_path / "out" / "plan.json").sites
+    assert site.applied == ("fuse",)
+    assert [(one.call, one.reason) for one in site.refused] == [
+        ("unround", "the model rounds nothing inside this attention")
+    ]
+
+
+def test_a_site_that_fails_is_rounded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = quantised_file("qoperator-everything", tmp_path), tmp_path / "out"
+    tamper(monkeypatch, scaled, lambda site, spec, row: True, alone=True)
+    attncompile.convert(file, out, to="onnx", passes="unround, fuse")
+    (site,) = load_plan(out / "plan.json").sites
+    assert site.rolled_back and site.operator == "original"
+    assert sorted(operators(out / "model.onnx")) == sorted(operators(file))
+    np.testing.assert_array_equal(run(out / "model.onnx"), run(file))
+
+
+def test_inspect_as_data_names_every_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = quantised_file("qdq", tmp_path)
+    assert main(["inspect", str(file), "--json", "-"]) == 0
+    (site,) = json.loads(capsys.readouterr().out)["sites"]
+    assert [one["of"] for one in site["rounds"]] == ["q", "k", "v", "the scores", "the weights"]
+    scores = site["rounds"][3]
+    assert scores["value"] == "s0" and scores["type"] == "int8" and 0 < scores["scale"] < 1 and not scores["dynamic"]
+
+
+def test_inspect_says_what_is_rounded_and_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = quantised_file("dynamic", tmp_path)
+    assert main(["inspect", str(file), "--provider", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "q, k, v, the weights to uint8 by scales of each call" in told
+    assert '--passes "unround, fuse"' in told and "1 attention site, 0 lifted, 1 observed, 0 refused" in told

@@ -1,0 +1,153 @@
+"""Operators on quantised tensors are brought to the QDQ form, exactly, and can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from attncompile.frontends.graph import Rounding
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from tests.frontends.onnx_reference import parsed
+from tests.quantised_attention import FORMS, inputs, quantised_file
+
+
+def run(model: ir.Model, fed: Mapping[str, np.ndarray]) -> np.ndarray:
+    """By ONNX Runtime with its optimisations off: each operator as it is written."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    written = ir.to_proto(model).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"]).run(None, dict(fed))
+    return found
+
+
+def operators(model: ir.Model) -> list[str]:
+    return sorted(node.op_type for node in model.graph)
+
+
+QUANTISED = {"MatMulInteger", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearSoftmax"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_qdq_form_computes_the_same_and_goes_back(form: str, tmp_path: Path) -> None:
+    model = ir.load(quantised_file(form, tmp_path))
+    wanted, before, fed = run(model, inputs(7)), operators(model), inputs(7)
+    step = max(float(np.abs(wanted).max()) / 127, 1e-6)
+    graph = onnx_graph(model)
+    live = {node.output: node for node in graph.nodes if node.output in graph.live}
+    products = {getattr(node, "what", "") for node in live.values()} & QUANTISED
+    assert products == ({"MatMulInteger"} if form == "dynamic" else set())  # its linear layers stay
+    found = run(model, fed)
+    # a tie that floats break otherwise moves a code by one
+    assert np.abs(found - wanted).max() <= step and np.abs(found - wanted).mean() <= step / 50
+    for call in spelled_out(model):
+        put_back(call)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    assert operators(model) == before
+    np.testing.assert_array_equal(run(model, fed), wanted)
+
+
+TINY = """g (float[2,3,4] q, float[2,4,3] k, float[2,3,4] v) => (y)
+    <float a = {0.02}, float a2 = {0.02}, float b = {0.03}, uint8 za = {128}, uint8 zb = {120}> { BODY }"""
+
+
+def rounded(body: str, opset: int = 21) -> Mapping[str, Rounding]:
+    return onnx_graph(parsed(TINY.replace("BODY", body), opset)).roundings
+
+
+@pytest.mark.parametrize(
+    ("read", "is_one"),
+    [("a, za", True), ("a2, za", True), ("b, za", False), ("a, zb", False), ("a", False)],
+)
+def test_a_rounding_is_read_back_as_it_was_made(read: str, is_one: bool) -> None:
+    found = rounded(f"c = QuantizeLinear(q, a, za)  d = DequantizeLinear(c, {read})  y = MatMul(d, k)")
+    assert found == ({"d": Rounding("d", "q", "uint8", pytest.approx(0.02))} if is_one else {})
+
+
+def test_moved_codes_are_rounded_numbers_that_are_moved() -> None:
+    body = """c = QuantizeLinear(q, a, za)  t = Transpose<perm = [0, 2, 1]>(c)  d = DequantizeLinear(t, a, za)
+        y = MatMul(v, d)"""
+    graph = onnx_graph(parsed(TINY.replace("BODY", body)))
+    assert set(graph.roundings) == {"c.DequantizeLinear.out", "d"}
+    assert graph.unrounded is not None
+    moved = graph.unrounded.producer["d"]
+    assert [graph.unrounded.producer[name].inputs for name in moved.inputs] == [("c.DequantizeLinear.out",)]
+
+
+INTEGERS = """cq, sq, zq = DynamicQuantizeLinear(q)  ck, sk, zk = DynamicQuantizeLinear(k)
+    p = MatMulInteger(cq, ck, ZEROS)  f = Cast<to = 1>(p)  """
+
+
+@pytest.mark.parametrize(
+    ("zeros", "scaled", "both"),
+    [
+        ("zq, zk", "s = Mul(sq, sk)  y = Mul(f, s)", True),
+        ("zq, zk", "g = Mul(sk, f)  y = Mul(g, sq)", True),
+        ("zq, zk", "s = Mul(sq, sq)  y = Mul(f, s)", False),
+        ("zq, zk", "g = Mul(f, a)  y = Mul(g, sq)", False),
+        ("zk, zq", "s = Mul(sq, sk)  y = Mul(f, s)", False),
+        ("zq", "s = Mul(sq, sk)  y = Mul(f, s)", False),
+        ("zq, zk", "g = Neg(f)  s = Mul(sq, sk)  y = Mul(g, s)", False),
+    ],
+)
+def test_products_of_whole_numbers_by_both_scales_are_products_of_floats(zeros: str, scaled: str, both: bool) -> None:
+    text = TINY.replace("BODY", INTEGERS.replace("ZEROS", zeros) + scaled)
+    model = parsed(text)
+    fed = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+           for name, shape in (("q", (2, 3, 4)), ("k", (2, 4, 3)), ("v", (2, 3, 4)))}  # fmt: skip
+    wanted = run(parsed(text), fed)
+    graph = onnx_graph(model)
+    assert {r.source for r in graph.roundings.values()} == ({"q", "k"} if both else set())
+    assert all(rounding.dynamic and rounding.dtype == "uint8" for rounding in graph.roundings.values())
+    np.testing.assert_allclose(run(model, fed), wanted, atol=1e-5)
+
+
+JOINED = """c = QuantizeLinear(q, a, za)  e = QuantizeLinear(v, SCALE, za)  j = JOIN  d = DequantizeLinear(j, a, za)
+    y = MatMul(d, k)"""
+
+
+@pytest.mark.parametrize(
+    ("join", "scale", "roundings"),
+    [
+        ("Concat<axis = 1>(c, e)", "a", ["c.DequantizeLinear.out", "d", "e.DequantizeLinear.out"]),
+        ("Concat<axis = 1>(c, e)", "b", []),
+        ("com.microsoft.QLinearConcat<axis = 1>(a, za, c, a, za, e, b, za)", "b",
+         ["c.DequantizeLinear.out", "d", "e.DequantizeLinear.out"]),
+    ],
+)  # fmt: skip
+def test_codes_that_are_concatenated(join: str, scale: str, roundings: list[str]) -> None:
+    text = TINY.replace("BODY", JOINED.replace("JOIN", join).replace("SCALE", scale))
+    random = np.random.default_rng(0)
+    fed = {name: random.standard_normal(shape).astype(np.float32)
+           for name, shape in (("q", (2, 3, 4)), ("k", (2, 4, 3)), ("v", (2, 3, 4)))}  # fmt: skip
+    model, wanted = parsed(text), run(parsed(text), fed)
+    assert sorted(onnx_graph(model).roundings) == roundings
+    np.testing.assert_allclose(run(model, fed), wanted, atol=1e-5)
+
+
+def test_a_product_that_scales_itself() -> None:
+    text = TINY.replace(
+        "BODY",
+        """cq, sq, zq = DynamicQuantizeLinear(q)  ck, sk, zk = DynamicQuantizeLinear(k)
+        y = com.microsoft.MatMulIntegerToFloat(cq, ck, sq, sk, zq, zk)""",
+    )
+    assert {r.source for r in onnx_graph(parsed(text)).roundings.values()} == {"q", "k"}
+
+
+def test_scales_of_rows_and_columns_need_an_operator_set_that_writes_them() -> None:
+    text = """g (uint8[2,3,4] a, uint8[2,4,3] b) => (y)
+        <float[3] rows = {0.1, 0.2, 0.3}, float[3] columns = {0.2, 0.4, 0.1}, uint8[3] zeros = {1, 2, 3},
+         float step = {0.05}, uint8 zero = {128}> {
+        y = QLinearMatMul(a, rows, zeros, b, columns, zeros, step, zero) }"""
+    old = parsed(text, 12)
+    onnx_graph(old)
+    assert operators(old) == ["QLinearMatMul"]
+    new = parsed(text, 21)
+    onnx_graph(new)
+    read = [node for node in new.graph if node.op_type == "DequantizeLinear"]
+    assert [node.attributes["axis"].as_int() for node in read] == [-2, -1]
