@@ -115,6 +115,7 @@ class Site:
         nearest: of a refused site, the nearest thing that was recognised.
         swallows: whether the model adds to hidden scores a finite number that swallows them, where the Spec has that
             number alone: a query that sees no key then passes gradients on in the model, and none in the Spec.
+        numbers: whether its logits load real numbers that may hide positions, as a mask that is added does.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Site:
     guarded: Guard | None = None
     nearest: str = ""
     swallows: bool = False
+    numbers: bool = False
 
 
 @dataclass(frozen=True)
