@@ -12,7 +12,7 @@ import torch
 
 from attncompile.backend.site_module import SharedModule, SiteModule
 from attncompile.codegen.lowering import Lowering
-from attncompile.codegen.pytorch import adds_numbers, mask_inputs, may_be_empty, passing_gradients, why_not_passed
+from attncompile.codegen.pytorch import adds_fill, mask_inputs, may_be_empty, passing_gradients, why_not_passed
 from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
@@ -62,8 +62,8 @@ def decide(
     Sites that ``planned`` names get the passes that it gives, or stay as they are for the reason that it gives. Where
     only the reference computes a Spec, the original stays, unless a pass has changed what is computed, or the
     caller wants even those sites replaced. In ``training``, where gradients may be recorded, a site that adds its mask
-    passes on what such a sum passes on (:attr:`attncompile.lift.Site.swallows`), or stays as it is, and passes that do
-    not serve training are left out.
+    passes on what such a sum passes on (``swallows`` and ``numbers`` of :class:`attncompile.lift.Site`), or stays as it
+    is, and passes that do not serve training are left out.
     """
     known: dict[tuple[str, ...], tuple[PassResult, Lowering]] = {}
     made: list[Decision] = []
@@ -109,12 +109,12 @@ def decide(
 def _differentiated(site: Site, result: PassResult, lowering: Lowering) -> Lowering | str:
     """The lowering with the gradients of a site that adds its mask, or why the site stays as it is."""
     spec = site.spec
-    if spec is None or not (adds_numbers(spec) or (site.swallows and may_be_empty(spec))):
+    if spec is None or not (site.numbers or ((site.swallows or adds_fill(spec)) and may_be_empty(spec))):
         return lowering
     attend = result.spec.attend()
     if result.lossy and (attend is None or not attend.norm.plain_softmax):
         return lowering  # another function was asked for, with gradients of its own
-    problem = why_not_passed(spec)
+    problem = why_not_passed(spec, site.numbers)
     if problem is None and result.spec.inputs == spec.inputs:
         return passing_gradients(spec, lowering)
     why = problem or "a pass reads other tensors"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from attncompile.ir import Expr, simplify
-from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, substitute, symbols, walk
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, apply, conjunction, loads, substitute, symbols, walk
 
 HIDDEN = -1e4
 """A logit at or below this hides a position: ``exp`` of the distance to any ordinary logit is 0 in every
@@ -23,8 +23,13 @@ def _hides(value: Expr) -> bool:
 
 
 @functools.lru_cache(maxsize=256)  # the layers of a model share their masks
-def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
+def split_mask(logits: Expr, numbers: frozenset[str] = frozenset()) -> tuple[Expr, Expr, Expr]:
     """Write logits as ``where(mask, score, fill)``, exactly.
+
+    Args:
+        logits: over the score, positions and loads.
+        numbers: tensors whose numbers may be as low as those that hide
+            (:func:`attncompile.lift.loaded.loaded_numbers`): a constant does not swallow them.
 
     Returns:
         score, mask and fill; the fill is −∞ when nothing is masked. A hidden position keeps the value the
@@ -36,7 +41,7 @@ def split_mask(logits: Expr) -> tuple[Expr, Expr, Expr]:
     if not parts:
         return logits, TRUE, Const(-math.inf)
     mask = simplify(conjunction(parts))
-    return score, mask, _fill(logits, parts)
+    return score, mask, _fill(logits, parts, numbers)
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,7 +141,7 @@ def _peel(expr: Expr) -> tuple[Expr, Expr] | None:
     return None
 
 
-def swallows(logits: Expr) -> bool:
+def swallows(logits: Expr, numbers: frozenset[str] = frozenset()) -> bool:
     """Whether a hidden logit is the score plus a finite number that swallows it, where :func:`split_mask` gives that
     number alone.
 
@@ -147,14 +152,14 @@ def swallows(logits: Expr) -> bool:
     _, parts = _peeled(logits, _peel)
     if not parts:
         return False
-    fill = _fill(logits, parts)
+    fill = _fill(logits, parts, numbers)
     return isinstance(fill, Const) and math.isfinite(fill.value) and SCORE in symbols(_hidden_logits(logits, parts))
 
 
-def _fill(logits: Expr, parts: list[Expr]) -> Expr:
+def _fill(logits: Expr, parts: list[Expr], numbers: frozenset[str]) -> Expr:
     """What the logits are where the mask does not hold, without a score that is swallowed."""
     hidden = _hidden_logits(logits, parts)
-    absorbed = _absorbed(hidden)
+    absorbed = _absorbed(hidden, numbers)
     return hidden if len(parts) > 1 and symbols(absorbed) else absorbed
 
 
@@ -182,12 +187,17 @@ def _where_false(logits: Expr, condition: Expr) -> Expr:
     return resolved(logits)
 
 
-def _absorbed(expr: Expr) -> Expr:
-    """``s + −3e38`` is ``−3e38``, and anything plus −∞ is −∞ (scores are finite)."""
+def _absorbed(expr: Expr, numbers: frozenset[str]) -> Expr:
+    """``s + −3e38`` is ``−3e38``, and anything plus −∞ is −∞ (scores are finite).
+
+    ``m + −3e38`` is not −3e38 where ``m`` may be as low: in a row all of whose visible keys a loaded mask hides, what
+    is hidden once weighs as much as they do, and what is hidden twice nothing.
+    """
     if isinstance(expr, Apply) and expr.operator == "add":
         for term in expr.arguments:
             if isinstance(term, Const) and term.value <= ABSORBING:
-                return term
+                kept = math.isfinite(term.value) and any(load.tensor in numbers for load in loads(expr))
+                return expr if kept else term
     return expr
 
 

@@ -131,6 +131,7 @@ class Site:
         swallows: whether the model adds to hidden scores a finite number that swallows them, where the Spec has that
             number alone: a query that sees no key then passes gradients on in the model, and none in the Spec.
         roundings: what the model rounds to a narrow type between operands and results; the Spec does without that.
+        numbers: whether its logits load real numbers that may hide positions, as a mask that is added does.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Site:
     nearest: str = ""
     swallows: bool = False
     roundings: tuple[RoundedPart, ...] = ()
+    numbers: bool = False
 
 
 @dataclass(frozen=True)

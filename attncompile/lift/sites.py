@@ -35,6 +35,7 @@ from attncompile.lift.candidates import state_anchor, state_products
 from attncompile.lift.escapes import escaping, with_log_sum
 from attncompile.lift.fused import state_fused
 from attncompile.lift.joining import joined
+from attncompile.lift.loaded import loaded_numbers
 from attncompile.lift.masks import swallows
 from attncompile.lift.program import Region, Site, Status
 from attncompile.lift.recurrent import scan_site
@@ -141,15 +142,28 @@ def _site(graph: Graph, anchor: str, state: partial[Statement]) -> Site | None:
         return Site(name, "refused", refusal=refusal, source=native.source, anchor=native.name)
     escape = _escape(graph, statement)
     status: Status = "observed" if escape else "lifted"
-    swallowed = _swallows(graph, statement)
-    return Site(name, status, spec, escape, native.source, (), region, None, native.name, swallows=swallowed)
+    numbers = loaded_numbers(graph, statement.logits)
+    swallowed = _swallows(graph, statement, numbers)
+    return Site(
+        name,
+        status,
+        spec,
+        escape,
+        native.source,
+        (),
+        region,
+        None,
+        native.name,
+        swallows=swallowed,
+        numbers=bool(numbers),
+    )
 
 
-def _swallows(graph: Graph, statement: Statement) -> bool:
+def _swallows(graph: Graph, statement: Statement, numbers: frozenset[str]) -> bool:
     """See :attr:`Site.swallows`. Other normalisers, and a softmax with a sink, give such a position the weight 0."""
     if statement.normalizer.kind != "softmax" or statement.sink != NO_SINK:
         return False
-    return swallows(graph.simplifier(dict(statement.extents))(statement.logits))
+    return swallows(graph.simplifier(dict(statement.extents))(statement.logits), numbers)
 
 
 def _specified(graph: Graph, name: str, statement: Statement) -> tuple[Statement, Spec, Region]:

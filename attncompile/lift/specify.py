@@ -30,6 +30,7 @@ from attncompile.ir.expr import (
     symbols,
 )
 from attncompile.ir.simplify import polynomial
+from attncompile.lift.loaded import loaded_numbers
 from attncompile.lift.masks import scale_score, split_mask, split_zeros
 from attncompile.lift.naming import Naming
 from attncompile.lift.operands import Operand, layout_of
@@ -202,7 +203,7 @@ def specify(graph: Graph, name: str, statement: Statement) -> tuple[Spec, Region
     logits = simplifier(scale_score(statement.logits, factor))
     weight = simplifier(apply("mul", value.factor, statement.weight))
     linear = statement.normalizer.kind in HIDING_NOTHING
-    score, mask, fill = split_zeros(logits) if linear else split_mask(logits)
+    score, mask, fill = split_zeros(logits) if linear else split_mask(logits, loaded_numbers(graph, logits))
     parted = len(key.operands) + len(value.operands) > 2
     named = [("B", extents["b"]), ("I", extents["i"]), ("J", extents["j"])]
     if parted:  # heads may be the blocks of a sequence here, which are as many as its length says

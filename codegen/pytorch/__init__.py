@@ -9,13 +9,13 @@ from attncompile.codegen.pytorch.choose import (
     visible_mask,
     why_not,
 )
-from attncompile.codegen.pytorch.empty_rows import adds_numbers, may_be_empty, passing_gradients, why_not_passed
+from attncompile.codegen.pytorch.empty_rows import adds_fill, may_be_empty, passing_gradients, why_not_passed
 from attncompile.codegen.pytorch.rotary import rotating_first
 
 __all__ = [
     "OPERATORS",
     "MaskKey",
-    "adds_numbers",
+    "adds_fill",
     "lower",
     "lower_to_aten",
     "mask_inputs",

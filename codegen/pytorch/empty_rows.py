@@ -3,9 +3,7 @@
 Such a model adds a finite number to hidden scores, so low that it swallows them: all logits of a row without a visible
 key are that number, and every weight is ``1 / J``. The derivative of a sum does not know of rounding, and passes on to
 the scores: with weights ``p`` and ``dp_j = dout · v_j``, ``ds_j = p_j · (dp_j − Σ p · dp)``. Where a Spec states the
-mask, its fill is the number alone, and what computes it passes nothing on. Where it loads the numbers from a tensor
-(a mask that was made outside of the graph), fused kernels lose the weights: they compute them again from a log-sum-exp
-in which the number has swallowed ``ln J`` (PyTorch 2.11, CPU).
+mask, its fill is the number alone, and what computes it passes nothing on.
 
 With equal weights these gradients need no map. Such a row is the mean of the values, and what it passes to the scores
 is the gradient of ::
@@ -13,13 +11,16 @@ is the gradient of ::
     c · q_i · (1/J Σ_j k_j ⊗ (v_j − mean v))        with v held constant
 
 where ``c`` scales the scores: work and memory linear in the length. This term minus itself without its gradient is 0;
-it and the mean take the place of the row. A graph decides nothing from data, so it compiles and goes into CUDA graphs.
+it and the mean take the place of the row. Rows that several numbers hide, or such as are loaded, are computed by
+:mod:`attncompile.codegen.pytorch.low_rows`. A graph decides nothing from data, so it compiles and goes into CUDA
+graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from attncompile.codegen.lowering import Lowering, Run
 from attncompile.codegen.pytorch.choose import attention_map
 from attncompile.codegen.pytorch.form import AdditiveForm, additive_form
 from attncompile.codegen.pytorch.grid import Map
+from attncompile.codegen.pytorch.low_rows import attend_low, find_low_rows
 from attncompile.codegen.pytorch.sdpa import edited, empty_rows, read_operands
 from attncompile.codegen.pytorch.tracing import being_traced
-from attncompile.ir import NO_SINK, Attend, Index, Kind, Refusal, RefusalError, Spec
+from attncompile.ir import NO_SINK, Attend, Refusal, RefusalError, Spec
 from attncompile.ir.evaluate import evaluate
-from attncompile.ir.expr import TRUE, loads, symbols
+from attncompile.ir.expr import SCORE, TRUE, Const, loads, symbols
 from attncompile.ir.rows import never_empty
 
 PASSED = "a query whose keys are all hidden by added numbers passes gradients on as the model does"
@@ -45,21 +47,31 @@ def may_be_empty(spec: Spec) -> bool:
     return attend is not None and not never_empty(attend, spec.types())
 
 
-def adds_numbers(spec: Spec) -> bool:
-    """Whether a softmax without a sink states no mask, but reads real numbers for each key, which may hide it."""
+def adds_fill(spec: Spec) -> bool:
+    """Whether hidden scores of a softmax get more than one number added, or one beside a bias."""
     attend = spec.attend()
-    if attend is None or not attend.norm.plain_softmax or attend.sink != NO_SINK or attend.mask != TRUE:
+    if attend is None or not attend.norm.plain_softmax or attend.sink != NO_SINK or SCORE not in symbols(attend.fill):
         return False
-    return any(load.element is Kind.FLOAT and Index("j") in symbols(load) for load in loads(attend.score))
+    form = additive_form(attend, spec.types())
+    return isinstance(form, Refusal) or form.bias is not None or not isinstance(form.masked, Const)
 
 
-def why_not_passed(spec: Spec) -> str | None:
-    """Why these gradients have no such closed form, in one sentence, or ``None`` where they have."""
+def why_not_passed(spec: Spec, numbers: bool = False) -> str | None:
+    """Why these gradients are not computed, in one sentence, or ``None`` where they are.
+
+    Args:
+        spec: what the model computes.
+        numbers: whether it loads numbers that may hide keys (:attr:`attncompile.lift.Site.numbers`).
+    """
     attend = spec.attend()
     if attend is None:
         return "it has not exactly one attention operation"
     form = additive_form(attend, spec.types())
-    return str(form) if isinstance(form, Refusal) else None
+    if isinstance(form, Refusal):
+        return str(form)
+    if form.replaces and form.mask != TRUE and (form.fill == "constant" or (numbers and form.fill == "absorbing")):
+        return f"some keys are hidden by numbers that are added, and others by {attend.fill} in place of the score"
+    return None
 
 
 def passing_gradients(spec: Spec, lowering: Lowering) -> Lowering:
@@ -68,54 +80,61 @@ def passing_gradients(spec: Spec, lowering: Lowering) -> Lowering:
     Nothing changes where no gradient is recorded; results of other rows never do.
 
     Args:
-        spec: what the model computes: a mask whose fill stands for the sum of itself and the score, or none and numbers
-            that are added (:func:`adds_numbers`).
+        spec: what the model computes: a mask whose fill stands for the sum of itself and the score, or numbers that are
+            added to all scores.
         lowering: what computes it, or an approximation of it, from the same inputs.
 
     Raises:
-        RefusalError: where these gradients have no closed form.
+        RefusalError: where these gradients are not computed.
     """
     problem = why_not_passed(spec)
     attend = spec.attend()
     if problem is not None or attend is None:
-        raise RefusalError(Refusal("gradient", f"no closed form for gradients of rows without a key: {problem}"))
+        raise RefusalError(Refusal("gradient", f"no gradients for rows without a key: {problem}"))
     form = additive_form(attend, spec.types())
     assert isinstance(form, AdditiveForm)
-    run = functools.partial(_run, spec, attend, form, lowering.run)
+    rows = _low if form.fill != "absorbing" else _hidden
+    run = functools.partial(_run, spec, attend, functools.partial(rows, attend, form), lowering.run)
     return dataclasses.replace(lowering, run=run, reason=f"{lowering.reason}; {PASSED}")
 
 
+Rows = tuple[torch.Tensor, Callable[[], torch.Tensor]]
+"""Which rows have another result, ``[b,h,i,1]`` and broadcastable, and what makes it, ``[b,h,i,e]``."""
+
+
 def _run(
-    spec: Spec, attend: Attend, form: AdditiveForm, plain: Run, *tensors: torch.Tensor, **options: Any
+    spec: Spec, attend: Attend, rows_of: Callable[[Map], Rows], plain: Run, *tensors: torch.Tensor, **options: Any
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """The plain result, and where gradients are recorded the rows without a key in its place."""
     made = plain(*tensors, **options)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return made
-    where = attention_map(spec, attend, {v.name: tensor for v, tensor in zip(spec.inputs, tensors, strict=True)})
-    rows = _swallowed_rows(form, where) if form.mask == TRUE else _hidden_rows(form, where)
+    rows, replaced = rows_of(
+        attention_map(spec, attend, {v.name: tensor for v, tensor in zip(spec.inputs, tensors, strict=True)})
+    )
     if rows.device.type == "cpu" and not being_traced(rows) and not bool(rows.any()):
         return made  # a look that costs nothing here: on a GPU it would wait for it
     results = [made] if isinstance(made, torch.Tensor) else list(made)
     place = spec.outputs.index(attend.out)
-    results[place] = torch.where(rows, _equally_weighted(attend, form, where).to(results[place].dtype), results[place])
+    results[place] = torch.where(rows, replaced().to(results[place].dtype), results[place])
     return results[0] if isinstance(made, torch.Tensor) else tuple(results)
+
+
+def _low(attend: Attend, form: AdditiveForm, where: Map) -> Rows:
+    """Rows that get low numbers added."""
+    found = find_low_rows(form, where, _wide(form, where))
+    return found.low, functools.partial(attend_low, attend, form, where, found)
+
+
+def _hidden(attend: Attend, form: AdditiveForm, where: Map) -> Rows:
+    """Rows all of whose scores the fill stands for."""
+    return _hidden_rows(form, where), functools.partial(_equally_weighted, attend, form, where)
 
 
 def _hidden_rows(form: AdditiveForm, where: Map) -> torch.Tensor:
     """Whether the mask hides all keys of a query: ``[b,h,i,1]``, broadcastable."""
     _, _, queries, keys = where.extents
     return empty_rows(form, form.mask_at(queries, keys), where)
-
-
-def _swallowed_rows(form: AdditiveForm, where: Map) -> torch.Tensor:
-    """Whether all scores of a query get one number that swallows any up to 10⁴: ``[b,h,i,1]``, broadcastable."""
-    assert form.bias is not None
-    wide = _wide(form, where)
-    bias = evaluate(form.bias, where.environment(wide)).detach()
-    bias = bias.reshape([1] * (4 - bias.dim()) + list(bias.shape))
-    highest = bias.amax(-1, keepdim=True)
-    return (highest <= -1e4 / torch.finfo(wide).eps) & (highest == bias.amin(-1, keepdim=True))
 
 
 def _wide(form: AdditiveForm, where: Map) -> torch.dtype:
@@ -140,4 +159,4 @@ def _equally_weighted(attend: Attend, form: AdditiveForm, where: Map) -> torch.T
     return edited(mean.repeat_interleave(repeats, 1) + nothing, form, where)
 
 
-__all__ = ["PASSED", "adds_numbers", "may_be_empty", "passing_gradients", "why_not_passed"]
+__all__ = ["PASSED", "adds_fill", "may_be_empty", "passing_gradients", "why_not_passed"]

@@ -18,7 +18,7 @@ from attncompile.codegen.pytorch.grid import Map, Range, take
 from attncompile.ir import Attend, Expr, simplify
 from attncompile.ir.blocks import block_map
 from attncompile.ir.evaluate import evaluate
-from attncompile.ir.expr import TRUE, Const, Load, Size, substitute, walk
+from attncompile.ir.expr import TRUE, Const, Load, Size, loads, substitute, walk
 from attncompile.ir.intervals import Visibility
 
 # Queries of one block-wise call, and the tile in which the block map is read. A block sees its window and
@@ -82,15 +82,45 @@ def additive_mask(
     wide = _wide(dtype)
     environment = where.environment(wide, rows, columns)
     zero = torch.zeros((), dtype=wide, device=where.device)
-    bias = zero if form.bias is None else evaluate(form.bias, environment)
+    bias = zero if form.bias is None else evaluate(as_stored(form.bias, form, where), environment)
     added = bias
     if mask != TRUE:
         lowest = torch.finfo(dtype if form.bias is None else wide).min
-        fill = evaluate(form.masked, environment)
-        fill = fill if form.fill == "infinite" else fill.clamp(min=lowest)
+        fill = evaluate(as_stored(form.masked, form, where), environment)
+        # of numbers that are read, two may add up to −∞, and weigh nothing beside one of them
+        fill = fill.clamp(min=lowest) if form.fill != "infinite" and isinstance(form.masked, Const) else fill
         added = torch.where(evaluate(mask, environment), bias, fill)
     added = added if computed_bias(form) else added.to(dtype)
     return added.reshape([1] * (4 - added.dim()) + list(added.shape))
+
+
+def as_stored(expr: Expr, form: AdditiveForm, where: Map) -> Expr:
+    """An expression whose numbers that hide are rounded to the dtype of those that are loaded beside them.
+
+    A model that adds −1e9 in bfloat16 adds −999292928, which is what a mask holds that it loads: equal numbers, which
+    hide a row equally.
+    """
+    parts = (form.masked,) if form.bias is None else (form.bias, form.masked)
+    read = [where.tensors[load.tensor].dtype for part in parts for load in loads(part)]
+    narrow = [dtype for dtype in read if dtype.is_floating_point and dtype.itemsize < 4]
+    if not narrow:
+        return expr
+    dtype = functools.reduce(torch.promote_types, narrow)
+    rounded: dict[Expr, Expr] = {}
+    for node in walk(expr):
+        if isinstance(node, Const) and not isinstance(node.value, bool) and -NEGLIGIBLE <= abs(node.value) < math.inf:
+            near = _rounded(float(node.value), dtype)
+            rounded |= {node: Const(near)} if math.isfinite(near) else {}
+    return substitute(expr, rounded) if rounded else expr
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number in a float dtype, by arithmetic alone: while a graph is traced a tensor has no value."""
+    kind = torch.finfo(dtype)
+    fraction, exponent = math.frexp(value)
+    digits = 1 - round(math.log2(kind.eps))
+    near = math.ldexp(round(math.ldexp(fraction, digits)), exponent - digits)
+    return near if abs(near) <= kind.max else math.copysign(math.inf, near)
 
 
 def computed_bias(form: AdditiveForm) -> bool:
@@ -164,6 +194,11 @@ def edited(out: torch.Tensor, form: AdditiveForm, where: Map) -> torch.Tensor:
     if form.edit is None:
         return out
     return (out * evaluate(form.edit, where.environment(_wide(out.dtype)))).to(out.dtype)
+
+
+def attend_added(operands: Operands, form: AdditiveForm, added: torch.Tensor) -> torch.Tensor:
+    """One call with given numbers to add to the scaled scores, without :attr:`AdditiveForm.edit`."""
+    return _call(operands.query, operands.key, operands.value, form, added, causal=False)
 
 
 def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AdditiveForm,
@@ -265,11 +300,20 @@ def _replaced(out: torch.Tensor, empty: torch.Tensor, attend: Attend, form: Addi
     return torch.where(empty, mean.repeat_interleave(repeats, 1), out)
 
 
+def _reads_low_numbers(form: AdditiveForm, where: Map) -> bool:
+    """Whether a tensor that is added to the scores holds numbers so low that they hide, or that nobody knows."""
+    read = [] if form.bias is None else [where.tensors[load.tensor] for load in loads(form.bias)]
+    return any(tensor.numel() and float(tensor.amin()) <= NEGLIGIBLE / 2 for tensor in read if
+               tensor.is_floating_point())
+
+
 def blockwise_pays(form: AdditiveForm, where: Map) -> bool:
     """Whether the block-wise walk leaves out enough at the lengths of this call."""
     _, _, queries, keys = where.extents
     if not skips_blocks(form) or form.mask == TRUE or queries < FEWEST_BLOCKS * BLOCK_QUERY:
         return False
+    if form.fill != "infinite" and _reads_low_numbers(form, where):
+        return False  # of a row whose visible keys they hide, hidden keys weigh as much
     mask = at_sizes(form.mask, tuple(where.sizes.items()))
     if form.causal_at(queries, keys):
         return False  # SDPA skips those blocks itself

@@ -21,7 +21,9 @@ from attncompile.ir.expr import (
     Size,
     Weight,
     apply,
+    loads,
     substitute,
+    symbols,
     walk,
     where,
 )
@@ -271,12 +273,16 @@ def is_wide(spec: Spec) -> bool:
 
 
 def negligible(fill: Expr) -> bool:
-    """Whether a masked position with this logit has weight 0: it is, or adds to the score, −10000 or less."""
+    """Whether a masked position with this logit has weight 0: it is, or adds to the score, −10000 or less.
+
+    Not where real numbers are read beside it, which may hide all that is visible: then both weigh.
+    """
     match fill:
         case Const(value):
             return value <= NEGLIGIBLE
         case Apply("add", arguments):
-            return any(isinstance(a, Const) and a.value <= NEGLIGIBLE for a in arguments)
+            low = any(isinstance(a, Const) and a.value <= NEGLIGIBLE for a in arguments)
+            return low and not any(load.element is Kind.FLOAT and Index("j") in symbols(load) for load in loads(fill))
     return False
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import pytest
 import torch
 
 from attncompile.codegen.triton import lower, why_not
 from attncompile.codegen.triton.lower import _Chosen, modules
+from attncompile.codegen.triton.structure import logits
 from attncompile.ir import parse_spec, print_spec
+from attncompile.ir.expr import TRUE
 from attncompile.ir.neighbourhood import neighbourhood
 from attncompile.ir.rearrange import regrouped
 from tests.cases import BY_NAME
@@ -98,3 +101,18 @@ def test_the_query_is_known_by_which_kernels_are_chosen() -> None:
     boxes = regrouped(spec, 128, 128, False)
     assert boxes is not None
     assert [_Chosen(print_spec(each))._query for each in (spec, boxes)] == [0, 0]
+
+
+def test_a_fill_beside_numbers_that_are_read_counts() -> None:
+    """They may hide all that the mask leaves visible, and then weigh no more than what it hides."""
+    text = """
+    site   attend  q[B,4,I,16]  k,v[B,4,J,16]  float32
+      score  0.25·s + added[b, 0, 0, j]
+      mask   j ≤ i
+      fill   {fill}
+      norm   softmax (float32)
+      given  added[B,1,1,J]:float32
+    """
+    for fill, counts in (("0.25·s + added[b, 0, 0, j] − 1e30", True), ("0.25·s − 1e30", False)):
+        attend = parse_spec(textwrap.dedent(text.format(fill=fill)).strip()).attend()
+        assert attend is not None and (logits(attend)[1] == TRUE) is counts

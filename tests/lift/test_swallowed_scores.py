@@ -22,13 +22,22 @@ class Attention(torch.nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
+        self.bias = torch.nn.Parameter(torch.randn(9, 9))
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, numbers: torch.Tensor
+    ) -> torch.Tensor:
         places = torch.arange(q.shape[2])
         seen = places[None, :] <= places[:, None]
         if "padding" in self.how:
             seen = seen & keep[:, None, None, :]
+        if "condition" in self.how:
+            seen = seen & (numbers > 0.5)
         scores = q @ k.mT * 0.3
+        if "loaded" in self.how:
+            scores = scores + numbers
+        if "learned" in self.how:
+            scores = scores + self.bias
         if "capped" in self.how:
             scores = 30.0 * torch.tanh(scores / 30.0)
         if "adds" in self.how:
@@ -43,7 +52,7 @@ class Attention(torch.nn.Module):
 
 def lifted(how: str) -> Program:
     q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
-    captured = capture_export(Attention(how), (q, k, v, torch.ones(2, 9, dtype=torch.bool)))
+    captured = capture_export(Attention(how), (q, k, v, torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 1, 1, 9)))
     return lift_graph(aten_graph(captured), how, captured.notes)
 
 
@@ -61,6 +70,25 @@ def lifted(how: str) -> Program:
 def test_a_site_knows_whether_hidden_scores_are_swallowed(how: str, swallows: bool) -> None:
     (site,) = lifted(how).sites
     assert site.status == "lifted" and site.swallows is swallows
+
+
+@pytest.mark.parametrize(
+    ("how", "numbers", "fill"),
+    [
+        ("adds loaded", True, "+"),  # which is read beside the fill
+        ("adds learned", False, "−3.4"),
+        ("adds condition", False, "−3.4"),
+        ("adds padding", False, "−3.4"),
+        ("fills loaded", True, "−3.4"),
+    ],
+)
+def test_a_number_swallows_no_mask_that_is_loaded(how: str, numbers: bool, fill: str) -> None:
+    """It may be as low: two of them weigh less than one."""
+    (site,) = lifted(how).sites
+    assert site.status == "lifted" and site.numbers is numbers and site.spec is not None
+    attend = site.spec.attend()
+    assert attend is not None
+    assert ("s" in str(attend.fill)) is (fill == "+") and (fill == "+") is ("[" in str(attend.fill))
 
 
 def test_the_spec_is_the_same_either_way() -> None:
