@@ -87,7 +87,8 @@ def test_json_has_every_site_and_specs_that_parse_back(run: Run, models: str, tm
     assert data["summary"] == {"sites": 2, "lifted": 2, "observed": 0, "refused": 0}
     for site in data["sites"]:
         assert list(site)[:7] == ["name", "status", "spec", "reason", "hint", "source", "density"]
-        assert list(site)[7:] == ["guard", "block", "kind", "check", "node", "line", "nearest"]
+        assert list(site)[7:] == ["guard", "block", "rounds", "kind", "check", "node", "line", "nearest"]
+        assert site["rounds"] == []
         assert {step["operand"] for step in site["block"]} >= {"q", "k", "v"}
         assert all(step["text"] for step in site["block"])
         assert site["status"] == "lifted"
