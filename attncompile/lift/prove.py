@@ -23,6 +23,7 @@ from attncompile.ir.expr import TRUE, Apply, Const, Load, loads, walk
 from attncompile.ir.prologue import input_behind
 from attncompile.ir.sample import bounded_draws
 from attncompile.ir.types import DTYPES, concrete
+from attncompile.lift.masks import HIDDEN
 from attncompile.lift.program import Binding, Layout, Proof, Region, Site
 from attncompile.lift.shortened import shortenings
 
@@ -312,16 +313,21 @@ def _run_both(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int
 
 
 def _rows_that_see(spec: Spec, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor | None:
-    """Which rows ``[b,h,i]`` see a key; ``None`` without a mask, or where keys are put together first."""
+    """Which rows ``[b,h,i]`` see a key, which is one whose logit no number hides (:data:`HIDDEN`).
+
+    ``None`` where no number of the Spec is that large and every row sees one, or where keys are put together first.
+    """
     attend = spec.attend()
-    if attend is None or attend.mask == TRUE:
+    if attend is None or (attend.mask == TRUE and _largest_number(spec) < -HIDDEN):
         return None
     attend = replace(attend, query=input_behind(spec, attend.query), key=input_behind(spec, attend.key))
     if not {attend.query, attend.key} <= set(tensors):
         return None
     query, key = tensors[attend.query], tensors[attend.key]
-    visible = evaluate(attend.mask, attend.environment(tensors, sizes, torch.float64))
-    return visible.expand(*query.shape[:3], key.shape[2]).any(dim=-1)
+    zero = torch.zeros((), dtype=torch.float64)  # of which what is added to it is left
+    environment = attend.environment(tensors, sizes, torch.float64, score=zero)
+    seen = evaluate(attend.mask, environment) & (evaluate(attend.score, environment) > HIDDEN)
+    return seen.expand(*query.shape[:3], key.shape[2]).any(dim=-1)
 
 
 def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, int]]:
@@ -396,19 +402,24 @@ def _single_blocks(exprs: Sequence[Expr], values: Mapping[str, int]) -> bool:
 
 
 def _allowed(spec: Spec, precision: torch.dtype) -> float:
-    """The largest difference that rounding may make in a row that sees no key.
+    """The largest difference that rounding may make in a row that sees no key (:func:`_rows_that_see`).
 
     Such a row is a softmax of ``s − 1e10``, whose last digit is 2e-6 in float64: there the order of the additions
     shows. From :data:`SWALLOWS` on nothing is left of the score, and all its logits are equal.
     """
-    constants = {
+    return max(AGREEMENT[precision], min(4 * torch.finfo(precision).eps * _largest_number(spec), LOOSEST))
+
+
+def _largest_number(spec: Spec) -> float:
+    """The size of the largest constant of a Spec that leaves something of a score."""
+    constants = (
         abs(float(node.value))
         for operation in spec.operations
         for expr in operation.expressions()
         for node in walk(expr)
-        if isinstance(node, Const) and not isinstance(node.value, bool) and abs(float(node.value)) < SWALLOWS
-    }
-    return max(AGREEMENT[precision], min(4 * torch.finfo(precision).eps * max(constants, default=0.0), LOOSEST))
+        if isinstance(node, Const) and not isinstance(node.value, bool)
+    )
+    return max((size for size in constants if size < SWALLOWS), default=0.0)
 
 
 def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str) -> Proof | Refusal:
