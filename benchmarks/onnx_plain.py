@@ -20,7 +20,7 @@ from attncompile.convert.source import read_source, reopen
 def write_plain(converted: Path, out: Path) -> None:
     """Write the folder, which must not exist."""
     source = read_source(converted)
-    parts, _ = parts_of(reopen(converted), source.cache, source.shared)
+    parts, _ = parts_of(reopen(converted), source.cache, shared=source.shared, last=source.last_logits)
     out.mkdir(parents=True)
     for part in parts:
         with kept_export(part, converted) as file:

@@ -162,6 +162,14 @@ def convert(
             "without padding",
         ),
     ] = False,
+    last_logits: Annotated[
+        bool,
+        typer.Option(
+            "--last-logits",
+            help="onnx: a language model computes the logits of each call's last position alone, as generation reads "
+            "them; for rows that are not padded at the right",
+        ),
+    ] = False,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -197,6 +205,7 @@ def convert(
             allow_untrained=allow_untrained,
             cache=cache,
             shared_buffer=shared_buffer,
+            last_logits=last_logits,
             precision=precision,
             budget=budget,
             text=text,

@@ -35,6 +35,7 @@ class Options:
         cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
             ``None`` does so where it can.
         shared_buffer: whether past and present of a language model's cache are one buffer.
+        last_logits: whether a language model gives the logits of each call's last position alone.
         precision: element types of the result, as :func:`attncompile.convert.precision.parse_precision` reads it;
             ``None`` keeps the model's own.
         budget: the largest relative change of an output that lossy passes and a precision may bring; ``None`` takes
@@ -53,6 +54,7 @@ class Options:
     allow_untrained: bool = False
     cache: bool | None = None
     shared_buffer: bool = False
+    last_logits: bool = False
     precision: str | None = None
     budget: float | None = None
     text: Path | None = None
@@ -74,7 +76,8 @@ class Made:
         measurements: sizes and latencies.
         notes: what the reader should know.
         files: hashes by name of the files that run, for the certificate.
-        cache, shared: whether its cache is among its inputs and outputs, and in one buffer.
+        cache, shared: whether its cache is among its inputs and outputs, and in one buffer; last_logits: whether it
+            gives the logits of a call's last position alone.
         precision, budget, kept: how it was rounded, by what it is judged, and what was left in float32.
     """
 
@@ -88,6 +91,7 @@ class Made:
     files: Mapping[str, str] = field(default_factory=dict)
     cache: bool = False
     shared: bool = False
+    last_logits: bool = False
     precision: str = ""
     budget: float | None = None
     kept: tuple[str, ...] = ()
@@ -149,6 +153,7 @@ def conversion(
             folder,
             cache=made.cache,
             shared=made.shared,
+            last_logits=made.last_logits,
             text=options.text,
         )
     return Conversion(out, kind, report, certificate)

@@ -31,7 +31,7 @@ from attncompile.convert.runtime import release, save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
 from attncompile.convert.together import made_together
-from attncompile.frontends.cached import Generating, with_cache
+from attncompile.frontends.cached import ALL_LOGITS, Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
@@ -78,6 +78,8 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
     _precision(options, parse_passes(options.passes))  # what is misspelt is said before anything is opened
     if options.shared_buffer and options.cache is False:
         raise ValueError("--no-cache and --shared-buffer contradict each other; leave one of them out")
+    if options.last_logits and options.cache is False:
+        raise ValueError("--no-cache and --last-logits contradict each other; leave one of them out")
 
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
@@ -136,6 +138,7 @@ def _made_in(
         (*_chosen_for(options), *(note for made in done for note in made.notes), *told, *slower(measured)),
         cache=bool(caching),
         shared=options.shared_buffer,
+        last_logits=options.last_logits,
         precision=str(precision) if precision is not None else "",
         budget=budget_of(options, precision) if any(made.lossy for made in done) else None,
         kept=tuple(name for made in done for name in made.kept),
@@ -184,18 +187,21 @@ _WITHOUT = "converted without a cache"
 
 
 def parts_of(
-    opened: OpenedModel, wanted: bool | None, shared: bool = False
+    opened: OpenedModel, wanted: bool | None, *, shared: bool, last: bool
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """What is made of a model, and a note where it has no cache.
 
     Args:
         opened: the model; wanted: whether with its cache; shared: whether that is one buffer for past and present.
+        last: whether only the logits of a call's last position are computed.
 
     Raises:
         InputError: when a cache is insisted on.
     """
+    if last:
+        _require_decoder(opened)
     if shared:
-        return (Part(MODEL, _on_a_buffer(opened)),), ()
+        return (Part(MODEL, _on_a_buffer(opened, last)),), ()
     whole = (Part(MODEL, opened),)
     if wanted is False or (opened.kind == "onnx" and not wanted):
         return whole, ()
@@ -203,15 +209,25 @@ def parts_of(
         if encodes_and_decodes(opened):
             encoder, decoder = with_cross_cache(opened)
             return (Part(ENCODER, encoder), Part(DECODER, decoder)), ()
-        return (Part(MODEL, with_cache(opened)),), ()
+        return (Part(MODEL, with_cache(opened, last=last)),), ()
     except InputError as error:
-        if wanted:
+        if wanted or last:
             raise
         generates = getattr(opened.model, "can_generate", lambda: False)()
         return whole, (f"{_WITHOUT}: {error.what}",) if generates else ()
 
 
-def _on_a_buffer(opened: OpenedModel) -> SharedModel:
+def _require_decoder(opened: OpenedModel) -> None:
+    """Raises InputError for what does not generate from one file."""
+    if opened.kind == "onnx":
+        reason = "the logits of an ONNX file are what they are; --last-logits is for checkpoints"
+        raise InputError(reason, opened.name, ALL_LOGITS)
+    if encodes_and_decodes(opened):
+        reason = "the decoder of an encoder-decoder has short prompts; --last-logits is for decoders alone"
+        raise InputError(reason, opened.name, ALL_LOGITS)
+
+
+def _on_a_buffer(opened: OpenedModel, last: bool) -> SharedModel:
     """Raises InputError for what has no such cache."""
     if opened.kind == "onnx":
         reason = "past and present of an ONNX file are what they are; --shared-buffer is for checkpoints"
@@ -219,18 +235,18 @@ def _on_a_buffer(opened: OpenedModel) -> SharedModel:
     if encodes_and_decodes(opened):
         reason = "an encoder-decoder's caches are not kept in one buffer; --shared-buffer is for decoders alone"
         raise InputError(reason, opened.name, SEPARATE)
-    return with_shared_buffer(opened)
+    return with_shared_buffer(opened, last=last)
 
 
 def _exported(
     opened: OpenedModel, target: str | Path, scratch: Path, options: Options
 ) -> tuple[tuple[Part, ...], Mapping[str, tuple[str, ...]]]:
     """What the model is made into, with the export of each part written to ``scratch``, and notes by file."""
-    parts, told = parts_of(opened, options.cache, options.shared_buffer)
+    parts, told = parts_of(opened, options.cache, shared=options.shared_buffer, last=options.last_logits)
     try:
         return parts, _save_exports(parts, target, scratch, options, told)
     except CaptureError as error:
-        insisted = options.cache or options.shared_buffer
+        insisted = options.cache or options.shared_buffer or options.last_logits
         if insisted or not any(isinstance(part.opened, Generating) for part in parts):
             raise
         whole = (Part(MODEL, opened),)
@@ -312,7 +328,7 @@ def verify_onnx(
     if precision is not None:
         opened = _in_float32(opened)
     rounds, text = precision is not None and precision.budget is not None, source_text(source)
-    parts, _ = parts_of(opened, source.cache, source.shared)
+    parts, _ = parts_of(opened, source.cache, shared=source.shared, last=source.last_logits)
     lossy = rounds or plan_is_lossy(plan)
     entries: list[EndToEnd] = []
     with ExitStack() as kept:

@@ -212,6 +212,12 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
             str(target),
             "use --target onnx, or leave it out: a model for PyTorch keeps its own cache",
         )
+    if options.last_logits:
+        raise InputError(
+            "last_logits=True makes one position's logits the output of an ONNX model",
+            str(target),
+            "use --target onnx, or leave it out: a model for PyTorch takes logits_to_keep in each call",
+        )
     if options.cache:
         raise InputError(
             "cache=True makes a cache the inputs and outputs of an ONNX model",

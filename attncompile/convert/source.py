@@ -28,7 +28,8 @@ class Source(Record):
         kind: ``torch`` or ``onnx``.
         attn_implementation: which of its own implementations a Hugging Face folder was loaded with.
         allow_pickle: its weights were read from pickle, because the user allowed it; a verification asks again.
-        cache: the conversion has its cache among its inputs and outputs; shared: one buffer is both.
+        cache: the conversion has its cache among its inputs and outputs; shared: one buffer is both;
+            last_logits: it gives the logits of a call's last position alone.
         text: file of running text that the result was judged by, with its whole path; empty for the one that every
             machine has.
         text_hash: of that file.
@@ -44,6 +45,7 @@ class Source(Record):
     allow_pickle: bool = False
     cache: bool = False
     shared: bool = False
+    last_logits: bool = False
     text: str = ""
     text_hash: str = ""
     weights: str
@@ -58,6 +60,7 @@ def write_source(
     *,
     cache: bool = False,
     shared: bool = False,
+    last_logits: bool = False,
     text: Path | None = None,
 ) -> None:
     """Write ``source.json``."""
@@ -72,6 +75,7 @@ def write_source(
         allow_pickle=allow_pickle and opened.path.is_dir() and not any(opened.path.glob("*.safetensors")),
         cache=cache,
         shared=shared,
+        last_logits=last_logits,
         text=str(text.expanduser().resolve()) if text is not None else "",
         text_hash=_digest(text.expanduser()) if text is not None else "",
         weights=weights_digest(opened),

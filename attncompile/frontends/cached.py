@@ -28,8 +28,14 @@ PRESENT = "present."
 EXAMPLE_PAST = 14
 """Cached positions of the example that a model is exported with."""
 
+KEEP = "logits_to_keep"
+"""What transformers calls the number of positions, from the end, of which a model computes logits."""
+
 ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
 """What helps where a model has no cache to convert with."""
+
+ALL_LOGITS = "leave --last-logits (in Python last_logits=True) out: it then computes those of every position"
+"""What helps where a model cannot leave logits out."""
 
 Past = Sequence[dict[str, torch.Tensor]]
 """``key`` and ``value`` of each layer, ``[B, G, P, D]``."""
@@ -56,11 +62,13 @@ class CachedDecoder(TensorFunction):
 
     Attributes:
         positions: whether it takes ``position_ids``.
+        last: whether it computes the logits of the last position alone, ``[B, 1, vocabulary]``.
     """
 
-    def __init__(self, inner: torch.nn.Module, *, positions: bool) -> None:
+    def __init__(self, inner: torch.nn.Module, *, positions: bool, last: bool = False) -> None:
         super().__init__(inner)
         self.positions = positions
+        self.last = last
 
     def forward(
         self,
@@ -69,7 +77,7 @@ class CachedDecoder(TensorFunction):
         position_ids: torch.Tensor | None = None,
         past_key_values: Past = (),
     ) -> dict[str, torch.Tensor]:
-        """Logits ``[B, N, vocabulary]`` and what is cached afterwards, by name.
+        """Logits ``[B, N, vocabulary]``, or of the last position, and what is cached afterwards, by name.
 
         Args:
             input_ids: ``[B, N]`` int64.
@@ -83,13 +91,16 @@ class CachedDecoder(TensorFunction):
                 torch._check(tensor.shape[2] == past)
         cache = filled_cache(past_key_values)
         given = {"position_ids": position_ids} if self.positions else {}
-        result = self.inner(
+        found = self.logits(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
         )
-        found = {"logits": result.logits}
         for number, (keys, values) in enumerate(kept(cache)):
             found[f"{PRESENT}{number}.key"], found[f"{PRESENT}{number}.value"] = keys, values
         return found
+
+    def logits(self, **given: Any) -> dict[str, torch.Tensor]:
+        """The model's logits for a call, by name; the call fills the cache that it is given."""
+        return {"logits": self.inner(**given, **({KEEP: 1} if self.last else {})).logits}
 
 
 def filled_cache(layers: Past) -> DynamicCache:
@@ -247,12 +258,15 @@ class CachedModel(Generating):
         return (tokens, masks, *([tokens] if "position_ids" in kwargs else []), *heads)
 
 
-def with_cache(opened: OpenedModel) -> CachedModel:
+def with_cache(opened: OpenedModel, *, last: bool = False) -> CachedModel:
     """A model that generates, with its cache as arguments and results.
 
+    Args:
+        opened: the model; last: whether only the logits of the last position are computed.
+
     Raises:
-        InputError: when it is no decoder-only language model, or keeps something else than the keys and values of
-            every position.
+        InputError: when it is no decoder-only language model, keeps something else than the keys and values of every
+            position, or computes the logits of all positions only.
     """
     model = opened.model
     reason = _no_decoder(opened)
@@ -269,12 +283,14 @@ def with_cache(opened: OpenedModel) -> CachedModel:
         widths = widths_of(cache, 7)
     except LookupError as error:
         raise InputError(error.args[0], opened.name, ADVICE) from error
-    positions = "position_ids" in inspect.signature(model.forward).parameters
+    taken = inspect.signature(model.forward).parameters
+    if last and KEEP not in taken:
+        raise InputError(f"{type(model).__name__} takes no {KEEP}", opened.name, ALL_LOGITS)
     made = CachedModel(
         "torch",
         opened.name,
         opened.path,
-        CachedDecoder(model, positions=positions).eval(),
+        CachedDecoder(model, positions="position_ids" in taken, last=last).eval(),
         config=opened.config,
         notes=opened.notes,
         opened=opened,
@@ -304,14 +320,20 @@ def _no_decoder(opened: OpenedModel) -> str | None:
 
 
 def _require_steps(cached: CachedModel) -> None:
-    """Raises InputError unless a step behind cached tokens gives what the whole sequence gives at once."""
+    """Raises InputError unless a step behind cached tokens gives what the whole sequence gives at once, and as many
+    logits as are wanted.
+    """
     assert cached.opened is not None
     # no padding: some models give NaN for queries that see no key
     ids = cached.opened.example(2, 9, padding="none")[1]["input_ids"]
     with torch.no_grad():
-        at_once = cached.model(**cached.arguments(ids))["logits"][:, -1]
-        stepped = cached.model(**cached.arguments(ids, past=8))["logits"][:, -1]
-    require_equal_steps(at_once, stepped, cached.name)
+        at_once = cached.model(**cached.arguments(ids))["logits"]
+        stepped = cached.model(**cached.arguments(ids, past=8))["logits"]
+    if cached.model.last and at_once.shape[1] != 1:
+        kind, count = type(cached.opened.model).__name__, at_once.shape[1]
+        reason = f"{kind} takes {KEEP}, and gives the logits of {count} positions where one is asked for"
+        raise InputError(reason, cached.name, ALL_LOGITS)
+    require_equal_steps(at_once[:, -1], stepped[:, -1], cached.name)
 
 
 def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str, advice: str = ADVICE) -> None:
@@ -329,6 +351,7 @@ def require_equal_steps(at_once: torch.Tensor, stepped: torch.Tensor, name: str,
 
 __all__ = [
     "ADVICE",
+    "ALL_LOGITS",
     "EXAMPLE_PAST",
     "PRESENT",
     "CachedDecoder",

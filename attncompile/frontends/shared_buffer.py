@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from attncompile.frontends.cached import (
+    ALL_LOGITS,
     PRESENT,
     CachedDecoder,
     CachedModel,
@@ -57,7 +58,7 @@ class SharedDecoder(CachedDecoder):
         position_ids: torch.Tensor | None = None,
         past_key_values: Past = (),
     ) -> dict[str, torch.Tensor]:
-        """Logits ``[B, N, vocabulary]`` and the buffers after the call, by name.
+        """Logits ``[B, N, vocabulary]``, or of the last position, and the buffers after the call, by name.
 
         Args:
             input_ids: ``[B, N]`` int64.
@@ -79,8 +80,7 @@ class SharedDecoder(CachedDecoder):
         embedded = embedded + torch.where(whole, 0.0, math.nan).to(embedded.dtype)
         counted = torch.arange(past, total, device=input_ids.device)[None]
         given = {"position_ids": counted} if self.positions else {}
-        result = self.inner(inputs_embeds=embedded, past_key_values=cache, use_cache=True, **given)
-        found = {"logits": result.logits}
+        found = self.logits(inputs_embeds=embedded, past_key_values=cache, use_cache=True, **given)
         for number, (pair, layer) in enumerate(zip(kept(cache), past_key_values, strict=True)):
             for (side, buffer), made in zip(layer.items(), pair, strict=True):
                 found[f"{PRESENT}{number}.{side}"] = torch.cat([made, buffer[:, :, total:]], dim=2)
@@ -139,17 +139,21 @@ class SharedModel(CachedModel):
         return ({0: "batch", 1: "length"}, {0: "batch", 1: "total"}, *heads)
 
 
-def with_shared_buffer(opened: OpenedModel) -> SharedModel:
+def with_shared_buffer(opened: OpenedModel, *, last: bool = False) -> SharedModel:
     """A model that generates, with one buffer for past and present of each layer's keys, and of its values.
+
+    Args:
+        opened: the model; last: whether only the logits of the last position are computed.
 
     Raises:
         InputError: when it has no cache as :func:`attncompile.frontends.cached.with_cache` has it, or does not start
             from embedded tokens.
     """
     try:
-        cached = with_cache(opened)
+        cached = with_cache(opened, last=last)
     except InputError as error:  # without the option a model that generates gets what cache it can have, others none
-        raise InputError(error.what, opened.name, LEAVE_OUT) from error
+        advice = ALL_LOGITS if error.advice == ALL_LOGITS else LEAVE_OUT
+        raise InputError(error.what, opened.name, advice) from error
     if "inputs_embeds" not in inspect.signature(opened.model.forward).parameters:
         reason = f"{type(opened.model).__name__} takes no inputs_embeds, so rows with padding could not be told"
         raise InputError(reason, opened.name, SEPARATE)
@@ -157,7 +161,7 @@ def with_shared_buffer(opened: OpenedModel) -> SharedModel:
         "torch",
         opened.name,
         opened.path,
-        SharedDecoder(opened.model, positions=cached.model.positions).eval(),
+        SharedDecoder(opened.model, positions=cached.model.positions, last=last).eval(),
         config=opened.config,
         notes=opened.notes,
         opened=opened,
