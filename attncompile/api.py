@@ -256,8 +256,8 @@ def convert(
             two, with both caches; None does so where it can, and False converts its forward pass.
         shared_buffer: for ONNX Runtime, whether past and present of a language model's cache are one buffer, which each
             call writes in place; for rows without padding.
-        last_logits: for ONNX Runtime, whether a language model gives the logits of each call's last position alone,
-            ``[batch, 1, vocabulary]``, which is all that generation reads; rows are then padded at the left, if at all.
+        last_logits: for ONNX Runtime, whether a language model gives the logits of each row's last token alone,
+            ``[batch, 1, vocabulary]``, which is all that generation reads.
         precision: for ONNX Runtime, element types of weights and states: ``fp32``, ``fp16``, ``bf16``, ``int8``,
             ``int8-static``, ``int8-weights``, ``int4`` or ``fp8``, with options as passes have them; None keeps the
             model's own.

@@ -1,6 +1,7 @@
 """Prompts and steps of generation in onnxruntime-genai: our model beside others of the same checkpoint.
 
-    python benchmarks/onnx_generation.py OUT.json [--sound FILE.wav] ours=FOLDER builder=FOLDER plain=FOLDER
+    python benchmarks/onnx_generation.py OUT.json [--lengths 512 2048] ours=FOLDER builder=FOLDER plain=FOLDER
+    python benchmarks/onnx_generation.py OUT.json --sound FILE.wav ours=FOLDER builder=FOLDER plain=FOLDER
 
 A folder holds a model and its ``genai_config.json``: ``attncompile convert`` writes one,
 ``python -m onnxruntime_genai.models.builder -m CHECKPOINT -o FOLDER -p fp32 -e cpu`` another, and
@@ -19,7 +20,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,8 @@ def loaded_often(og: Any, folders: Mapping[str, Path], measure: Measure, loads: 
     return {"loads": loads, **middle, "same_tokens": all(one["same_tokens"] for one in found)}
 
 
-def main(out: Path, folders: Mapping[str, Path], sound: Path | None) -> None:
-    """Measure every length, or the sound, and write the results."""
+def main(out: Path, folders: Mapping[str, Path], sound: Path | None, lengths: Sequence[int], loads: int) -> None:
+    """Measure every length, loaded so often, or the sound, and write the results."""
     import onnxruntime_genai as og
 
     rows = []
@@ -147,8 +148,8 @@ def main(out: Path, folders: Mapping[str, Path], sound: Path | None) -> None:
         heard = loaded_often(og, folders, partial(measure_sound, sound=sound), LOADS)
         rows.append({"sound": sound.name, **heard})
     else:
-        for length in LENGTHS:
-            read = loaded_often(og, folders, partial(measure, length=length), TEXT_LOADS)
+        for length in lengths:
+            read = loaded_often(og, folders, partial(measure, length=length), loads)
             rows.append({"prompt": length, **read})
     record = {"onnxruntime-genai": og.__version__, "threads": 1, "load_average": list(os.getloadavg()), "rows": rows}
     out.write_text(json.dumps(record, indent=2) + "\n")
@@ -159,6 +160,8 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, metavar="OUT.json", help="where the results go")
     parser.add_argument("folders", nargs="+", metavar="NAME=FOLDER", help="models that take turns")
     parser.add_argument("--sound", type=Path, metavar="FILE.wav", help="what models such as Whisper listen to")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="tokens of the prompts")
+    parser.add_argument("--loads", type=int, default=TEXT_LOADS, metavar="N", help="loads of models that read")
     chosen = parser.parse_args()
     named = {name: Path(folder) for name, _, folder in (word.partition("=") for word in chosen.folders)}
-    main(chosen.out, named, chosen.sound)
+    main(chosen.out, named, chosen.sound, chosen.lengths, chosen.loads)

@@ -166,8 +166,7 @@ def convert(
         bool,
         typer.Option(
             "--last-logits",
-            help="onnx: a language model computes the logits of each call's last position alone, as generation reads "
-            "them; for rows that are not padded at the right",
+            help="onnx: a language model computes the logits of each row's last token alone, as generation reads them",
         ),
     ] = False,
     precision: Annotated[

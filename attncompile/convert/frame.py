@@ -35,7 +35,7 @@ class Options:
         cache: whether a language model becomes one for prompts and steps, with its cache as inputs and outputs;
             ``None`` does so where it can.
         shared_buffer: whether past and present of a language model's cache are one buffer.
-        last_logits: whether a language model gives the logits of each call's last position alone.
+        last_logits: whether a language model gives the logits of each row's last token alone.
         precision: element types of the result, as :func:`attncompile.convert.precision.parse_precision` reads it;
             ``None`` keeps the model's own.
         budget: the largest relative change of an output that lossy passes and a precision may bring; ``None`` takes
@@ -77,7 +77,7 @@ class Made:
         notes: what the reader should know.
         files: hashes by name of the files that run, for the certificate.
         cache, shared: whether its cache is among its inputs and outputs, and in one buffer; last_logits: whether it
-            gives the logits of a call's last position alone.
+            gives the logits of each row's last token alone.
         precision, budget, kept: how it was rounded, by what it is judged, and what was left in float32.
     """
 

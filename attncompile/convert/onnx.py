@@ -193,7 +193,7 @@ def parts_of(
 
     Args:
         opened: the model; wanted: whether with its cache; shared: whether that is one buffer for past and present.
-        last: whether only the logits of a call's last position are computed.
+        last: whether only the logits of each row's last token are computed.
 
     Raises:
         InputError: when a cache is insisted on.

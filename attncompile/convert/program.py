@@ -214,7 +214,7 @@ def require_no_onnx_options(target: str | Path, options: Options) -> None:
         )
     if options.last_logits:
         raise InputError(
-            "last_logits=True makes one position's logits the output of an ONNX model",
+            "last_logits=True makes one token's logits the output of an ONNX model",
             str(target),
             "use --target onnx, or leave it out: a model for PyTorch takes logits_to_keep in each call",
         )

@@ -29,7 +29,7 @@ class Source(Record):
         attn_implementation: which of its own implementations a Hugging Face folder was loaded with.
         allow_pickle: its weights were read from pickle, because the user allowed it; a verification asks again.
         cache: the conversion has its cache among its inputs and outputs; shared: one buffer is both;
-            last_logits: it gives the logits of a call's last position alone.
+            last_logits: it gives the logits of each row's last token alone.
         text: file of running text that the result was judged by, with its whole path; empty for the one that every
             machine has.
         text_hash: of that file.

@@ -28,9 +28,6 @@ PRESENT = "present."
 EXAMPLE_PAST = 14
 """Cached positions of the example that a model is exported with."""
 
-KEEP = "logits_to_keep"
-"""What transformers calls the number of positions, from the end, of which a model computes logits."""
-
 ADVICE = "pass --no-cache (in Python cache=False) to convert its forward pass"
 """What helps where a model has no cache to convert with."""
 
@@ -62,7 +59,7 @@ class CachedDecoder(TensorFunction):
 
     Attributes:
         positions: whether it takes ``position_ids``.
-        last: whether it computes the logits of the last position alone, ``[B, 1, vocabulary]``.
+        last: whether it computes the logits of each row's last token alone, ``[B, 1, vocabulary]``.
     """
 
     def __init__(self, inner: torch.nn.Module, *, positions: bool, last: bool = False) -> None:
@@ -77,7 +74,7 @@ class CachedDecoder(TensorFunction):
         position_ids: torch.Tensor | None = None,
         past_key_values: Past = (),
     ) -> dict[str, torch.Tensor]:
-        """Logits ``[B, N, vocabulary]``, or of the last position, and what is cached afterwards, by name.
+        """Logits ``[B, N, vocabulary]``, or of the last token, and what is cached afterwards, by name.
 
         Args:
             input_ids: ``[B, N]`` int64.
@@ -91,16 +88,40 @@ class CachedDecoder(TensorFunction):
                 torch._check(tensor.shape[2] == past)
         cache = filled_cache(past_key_values)
         given = {"position_ids": position_ids} if self.positions else {}
+        seen = attention_mask[:, past:]
         found = self.logits(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
+            seen, input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given
         )
         for number, (keys, values) in enumerate(kept(cache)):
             found[f"{PRESENT}{number}.key"], found[f"{PRESENT}{number}.value"] = keys, values
         return found
 
-    def logits(self, **given: Any) -> dict[str, torch.Tensor]:
-        """The model's logits for a call, by name; the call fills the cache that it is given."""
-        return {"logits": self.inner(**given, **({KEEP: 1} if self.last else {})).logits}
+    def logits(self, seen: torch.Tensor, **given: Any) -> dict[str, torch.Tensor]:
+        """The model's logits for a call, by name.
+
+        Args:
+            seen: ``[B, N]``, 0 for padding.
+            given: the call; it fills the cache that it is given.
+        """
+        if not self.last:
+            return {"logits": self.inner(**given).logits}
+        head = self.inner.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, states: (last_tokens(states[0], seen), *states[1:]))
+        try:
+            return {"logits": self.inner(**given).logits}
+        finally:
+            hook.remove()
+
+
+def last_tokens(states: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Of states ``[B, N, C]`` those of each row's last token, ``[B, 1, C]``; of a row without one, the first.
+
+    Args:
+        states: hidden states; seen: ``[B, N]``, 0 for padding, which may lie on any side.
+    """
+    counted = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+    last = torch.where(seen != 0, counted, 0).argmax(dim=1)
+    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))
 
 
 def filled_cache(layers: Past) -> DynamicCache:
@@ -262,11 +283,11 @@ def with_cache(opened: OpenedModel, *, last: bool = False) -> CachedModel:
     """A model that generates, with its cache as arguments and results.
 
     Args:
-        opened: the model; last: whether only the logits of the last position are computed.
+        opened: the model; last: whether only the logits of each row's last token are computed.
 
     Raises:
         InputError: when it is no decoder-only language model, keeps something else than the keys and values of every
-            position, or computes the logits of all positions only.
+            position, or has no output embedding that could be given less.
     """
     model = opened.model
     reason = _no_decoder(opened)
@@ -283,14 +304,14 @@ def with_cache(opened: OpenedModel, *, last: bool = False) -> CachedModel:
         widths = widths_of(cache, 7)
     except LookupError as error:
         raise InputError(error.args[0], opened.name, ADVICE) from error
-    taken = inspect.signature(model.forward).parameters
-    if last and KEEP not in taken:
-        raise InputError(f"{type(model).__name__} takes no {KEEP}", opened.name, ALL_LOGITS)
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    if last and model.get_output_embeddings() is None:
+        raise InputError(f"{type(model).__name__} names no output embedding", opened.name, ALL_LOGITS)
     made = CachedModel(
         "torch",
         opened.name,
         opened.path,
-        CachedDecoder(model, positions="position_ids" in taken, last=last).eval(),
+        CachedDecoder(model, positions=positions, last=last).eval(),
         config=opened.config,
         notes=opened.notes,
         opened=opened,
@@ -331,7 +352,7 @@ def _require_steps(cached: CachedModel) -> None:
         stepped = cached.model(**cached.arguments(ids, past=8))["logits"]
     if cached.model.last and at_once.shape[1] != 1:
         kind, count = type(cached.opened.model).__name__, at_once.shape[1]
-        reason = f"{kind} takes {KEEP}, and gives the logits of {count} positions where one is asked for"
+        reason = f"{kind} gives the logits of {count} positions where its output embedding is given one"
         raise InputError(reason, cached.name, ALL_LOGITS)
     require_equal_steps(at_once[:, -1], stepped[:, -1], cached.name)
 

@@ -58,7 +58,7 @@ class SharedDecoder(CachedDecoder):
         position_ids: torch.Tensor | None = None,
         past_key_values: Past = (),
     ) -> dict[str, torch.Tensor]:
-        """Logits ``[B, N, vocabulary]``, or of the last position, and the buffers after the call, by name.
+        """Logits ``[B, N, vocabulary]``, or of the last token, and the buffers after the call, by name.
 
         Args:
             input_ids: ``[B, N]`` int64.
@@ -80,7 +80,8 @@ class SharedDecoder(CachedDecoder):
         embedded = embedded + torch.where(whole, 0.0, math.nan).to(embedded.dtype)
         counted = torch.arange(past, total, device=input_ids.device)[None]
         given = {"position_ids": counted} if self.positions else {}
-        found = self.logits(inputs_embeds=embedded, past_key_values=cache, use_cache=True, **given)
+        seen = attention_mask[:, past:]
+        found = self.logits(seen, inputs_embeds=embedded, past_key_values=cache, use_cache=True, **given)
         for number, (pair, layer) in enumerate(zip(kept(cache), past_key_values, strict=True)):
             for (side, buffer), made in zip(layer.items(), pair, strict=True):
                 found[f"{PRESENT}{number}.{side}"] = torch.cat([made, buffer[:, :, total:]], dim=2)
@@ -143,7 +144,7 @@ def with_shared_buffer(opened: OpenedModel, *, last: bool = False) -> SharedMode
     """A model that generates, with one buffer for past and present of each layer's keys, and of its values.
 
     Args:
-        opened: the model; last: whether only the logits of the last position are computed.
+        opened: the model; last: whether only the logits of each row's last token are computed.
 
     Raises:
         InputError: when it has no cache as :func:`attncompile.frontends.cached.with_cache` has it, or does not start

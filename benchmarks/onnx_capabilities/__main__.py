@@ -26,7 +26,7 @@ from benchmarks.onnx_capabilities.trial import PROVIDERS, Row, Verdict, all_atte
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE, PAGE = ROOT / "codegen" / "onnx" / tried.TABLE, ROOT / "docs" / "onnx-operators.md"
-RELEASES = tuple(f"1.{minor}" for minor in range(22, 32))
+RELEASES = tuple(f"1.{minor}" for minor in range(22, 33))
 """Versions that the table has columns for; the newest patch release of each is tried."""
 
 _RAISED_BY = re.compile(

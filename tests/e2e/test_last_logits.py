@@ -1,9 +1,10 @@
-"""Logits of the last position alone: what generation reads, and all that a long prompt then costs less."""
+"""Logits of the last token alone: what generation reads, and all that a long prompt then costs less."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 import attncompile
 from attncompile.convert.runtime import session
 from attncompile.convert.source import read_source
+from attncompile.frontends.cached import with_cache
+from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
-from tests.e2e.test_convert_cached import GROUPED, SMALL, expected, greedy, prompts, tiny
+from tests.e2e.test_convert_cached import GROUPED, expected, greedy, prompts
 from tests.e2e.test_shared_buffer import endless, in_place, wide
 from tests.onnx_files import assert_clean
 from tests.small_encoder_decoders import small
@@ -40,6 +43,24 @@ def test_prompts_and_steps_give_one_row_of_logits(llama: Path) -> None:
         assert torch.equal(greedy(loaded, ids, mask, 8), expected(model, ids, mask, 8))
 
 
+def test_the_last_token_is_found_wherever_the_padding_lies(llama: Path) -> None:
+    """Generators pad at the right, too: the last position of such a row is padding."""
+    model, loaded = endless(wide), session(llama / "out" / "model.onnx", "cpu")
+    ids, mask = prompts(4, 11, 3)
+    mask[0], mask[1, 6:], mask[2, [4, 10]] = 0, 0, 0
+    mask[0, 5] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+    for entry in loaded.get_inputs():
+        if entry.name.startswith("past_key_values."):
+            feeds[entry.name] = np.zeros((4, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
+    (found,) = loaded.run(["logits"], feeds)
+    with torch.no_grad():
+        every = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    for row, last in enumerate((5, 5, 9, 10)):
+        torch.testing.assert_close(torch.from_numpy(found[row, 0]), every[row, last], atol=1e-5, rtol=0)
+
+
 def test_nothing_is_multiplied_with_the_vocabulary_but_one_position(llama: Path) -> None:
     """The largest product of a long prompt is gone; its result is not cut."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(llama / "out" / "model.onnx")).graph
@@ -64,12 +85,13 @@ def test_in_one_buffer(tmp_path: Path) -> None:
     assert torch.equal(in_place(loaded, ids, 6), expected(model, ids, mask, 6))
 
 
+@pytest.mark.slow
 def test_a_precision_is_judged_on_it(llama: Path, tmp_path: Path) -> None:
     made = attncompile.convert(llama / "checkpoint", tmp_path / "out", last_logits=True, precision="int8-weights")
     assert made.certificate.passed
 
 
-def test_what_has_no_last_position_is_refused(tmp_path: Path, llama: Path) -> None:
+def test_what_has_no_last_token_is_refused(tmp_path: Path, llama: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="--no-cache and --last-logits contradict each other"):
         attncompile.convert(llama / "checkpoint", out, last_logits=True, cache=False)
@@ -80,7 +102,14 @@ def test_what_has_no_last_position_is_refused(tmp_path: Path, llama: Path) -> No
     small("t5").save_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="--last-logits is for decoders alone"):
         attncompile.convert(tmp_path / "t5", out, last_logits=True)
-    tiny("trocr", **SMALL).save_pretrained(tmp_path / "trocr")
-    with pytest.raises(InputError, match=r"takes no logits_to_keep: .*; leave --last-logits"):
-        attncompile.convert(tmp_path / "trocr", out, last_logits=True)
     assert not out.exists()
+
+
+def test_a_model_without_an_output_embedding_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_model(llama / "checkpoint")
+    monkeypatch.setattr(type(opened.model), "get_output_embeddings", lambda _: None)
+    with pytest.raises(InputError, match=r"names no output embedding: .*; leave --last-logits"):
+        with_cache(opened, last=True)
+    monkeypatch.setattr(type(opened.model), "get_output_embeddings", lambda _: torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="gives the logits of 9 positions where its output embedding is given one"):
+        with_cache(opened, last=True)
