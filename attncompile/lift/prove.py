@@ -9,38 +9,23 @@ stays common.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from attncompile.frontends.graph import Graph
-from attncompile.ir import Expr, Refusal, Size, Spec, TensorType
-from attncompile.ir.evaluate import Environment, evaluate, index_grid
-from attncompile.ir.expr import TRUE, Apply, Const, Load, loads, walk
+from attncompile.ir import Expr, Refusal, Spec, TensorType
+from attncompile.ir.evaluate import evaluate
+from attncompile.ir.expr import TRUE, Apply, Const, Load, walk
 from attncompile.ir.prologue import input_behind
 from attncompile.ir.sample import bounded_draws
 from attncompile.ir.types import DTYPES, concrete
+from attncompile.lift.instances import INSTANCES, LARGEST_MAP, bound_sizes, instances
 from attncompile.lift.masks import HIDDEN
-from attncompile.lift.program import Binding, Layout, Proof, Region, Site
+from attncompile.lift.program import Layout, Proof, Region, Site
 from attncompile.lift.shortened import shortenings
-
-INSTANCES = ((2, 5, 7, 11, 3, 13), (3, 6, 4, 9, 5, 8))
-"""Values given to the symbolic sizes, one per distinct example size, in ascending order of the example sizes.
-"""
-
-GROWN = (4, 16, 64)
-"""Factors of the small values where those do not run (a convolution leaves nothing of a short sequence), or where
-some number of blocks would be 1 in every instance, which hides the order of blocks and rows.
-"""
-
-SEARCHED = range(2, 14)
-"""Values tried for sizes that only data decide."""
-
-LARGEST_MAP = 10**8
-"""Elements of the attention map (all rows and heads) up to which a proof is computed."""
 
 ENOUGH = 10**7
 """Elements of the attention map from which one instance is enough: its sizes are those of the model."""
@@ -69,39 +54,6 @@ def canonical(native: torch.Tensor, layout: Layout, kind: TensorType, sizes: Map
     for name in missing:
         result = result.unsqueeze(names.index(name))
     return result.expand([lengths[name] for name in names])
-
-
-def _size_values(graph: Graph, exprs: list[Expr], instance: tuple[int, ...]) -> dict[str, int]:
-    """Small values for the symbolic sizes that keep the example's coincidences.
-
-    Sizes with one example value get one value here; a size that in the example equals a compound size of the
-    graph (the length of a mask and ``cache + 1``) follows that compound size.
-    """
-    symbols = {node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)}
-    values = _plain_values(graph, symbols, instance)
-    hints = {name: hint for name in symbols if (hint := graph.size_hints.get(name)) is not None}
-    compound = [
-        e
-        for e in dict.fromkeys(exprs)
-        if not isinstance(e, Size | Const) and all(n.name in hints for n in walk(e) if isinstance(n, Size))
-    ]
-    for name, hint in hints.items():
-        for expr in compound:
-            inside = {n.name for n in walk(expr) if isinstance(n, Size)}
-            if name not in inside and concrete(expr, hints) == hint:
-                values[name] = concrete(expr, values)
-    return values
-
-
-def _plain_values(graph: Graph, symbols: set[str], instance: tuple[int, ...]) -> dict[str, int]:
-    hints = {name: graph.size_hints.get(name) for name in symbols}
-    distinct = sorted({hint for hint in hints.values() if hint is not None})
-    values = {hint: instance[n % len(instance)] + 10 * (n // len(instance)) for n, hint in enumerate(distinct)}
-    free = iter(range(len(distinct), len(distinct) + len(symbols)))
-    return {
-        name: values[hint] if hint is not None else instance[next(free) % len(instance)]
-        for name, hint in sorted(hints.items())
-    }
 
 
 def _random(kind: str, shape: list[int], generator: torch.Generator, compared: bool, longest: int) -> torch.Tensor:
@@ -193,43 +145,6 @@ def _structure(graph: Graph, site: Site) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
-def _all_sizes(graph: Graph, spec: Spec, region: Region) -> list[Expr]:
-    """Every axis size in and around a region, and the graph's sizes that the Spec's expressions read."""
-    exprs: list[Expr] = [s for b in (*region.inputs, *region.outputs) for s in graph.infos[b.value].shape]
-    stated = [e for operation in spec.operations for e in operation.expressions()]
-    stated += [size for value in spec.inputs for size in value.type.sizes]
-    exprs += {node for e in stated for node in walk(e) if isinstance(node, Size) and node.name in graph.size_hints}
-    inside = set(region.nodes)
-    for value, info in graph.infos.items():
-        if graph.owner.get(value) in inside:
-            exprs += info.shape
-    return exprs
-
-
-def _bound_sizes(
-    spec: Spec, feeds: Mapping[str, tuple[Binding, torch.Tensor]], graph: Graph, values: Mapping[str, int]
-) -> dict[str, int]:
-    """Values of the Spec's sizes, read off native shapes: an operand's axis has the native axes' size."""
-    found: dict[str, int] = {}
-    joined: list[tuple[list[Expr], int]] = []
-    for value in spec.inputs:
-        binding, tensor = feeds[value.name]
-        if binding.layout is None:
-            joined += [([axis.size], int(n)) for axis, n in zip(value.type.axes, tensor.shape, strict=False)]
-        else:
-            axes = [[value.type.size(name) for name in group] for group in binding.layout.groups]
-            joined += zip(axes, binding.layout.extents(tensor.shape), strict=True)
-    for group, extent in sorted(joined, key=lambda entry: len(entry[0])):
-        open_sizes = [size for size in group if isinstance(size, Size) and size.name not in found]
-        rest = [size for size in group if size not in open_sizes]
-        if len(open_sizes) != 1 or any(n.name not in found for s in rest for n in walk(s) if isinstance(n, Size)):
-            continue
-        known = math.prod(concrete(size, found) for size in rest)
-        if known and extent % known == 0:
-            found[open_sizes[0].name] = extent // known
-    return found
-
-
 @dataclass(frozen=True)
 class _Comparison:
     """Region and Spec on one random instance.
@@ -290,7 +205,7 @@ def _run_both(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int
     """
     feeds = _feeds(graph, spec, region, values, torch.Generator().manual_seed(seed))
     named = {b.name: (b, feeds[b.value]) for b in region.inputs}
-    sizes = {**values, **_bound_sizes(spec, named, graph, values)}
+    sizes = {**values, **bound_sizes(spec, named, graph, values)}
     types = spec.types()
     attend = spec.attend()
     elements = attend.map_elements(types, sizes) if attend is not None else 0
@@ -330,77 +245,6 @@ def _rows_that_see(spec: Spec, tensors: Mapping[str, torch.Tensor], sizes: Mappi
     return seen.expand(*query.shape[:3], key.shape[2]).any(dim=-1)
 
 
-def _instances(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, int]]:
-    """Values of the symbolic sizes to run on: small ones first, then such as may fit together where those do not.
-
-    The sizes of the example surely do. Sizes that only data decide have no example; two at most are searched, because
-    the graph asks that they multiply to some other size, for instance. A number that no shape shows, such as the width
-    of a window, is what it was in the example.
-    """
-    for values in _shown_sizes(graph, spec, region):
-        yield {**graph.size_hints, **values}
-
-
-def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str, int]]:
-    """Values of the sizes that shapes show."""
-    exprs = _all_sizes(graph, spec, region)
-    names = sorted({node.name for expr in exprs for node in walk(expr) if isinstance(node, Size)})
-    small = [_size_values(graph, exprs, instance) for instance in (INSTANCES if names else INSTANCES[:1])]
-    grown = (_size_values(graph, exprs, tuple(factor * size for size in INSTANCES[-1])) for factor in GROWN)
-    if len(small) > 1 and _single_blocks(exprs, small[-1]):
-        small[-1] = next((values for values in grown if not _single_blocks(exprs, values)), small[-1])
-    yield from small
-    hinted = {name: graph.size_hints[name] for name in names if name in graph.size_hints}
-    searched = [name for name in names if name not in hinted]
-    if hinted and not searched:
-        yield {**small[0], **hinted}
-        for factor in GROWN:
-            yield _size_values(graph, exprs, tuple(factor * size for size in INSTANCES[0]))
-    elif 0 < len(searched) <= 2:
-        for found in itertools.product(SEARCHED, repeat=len(searched)):
-            yield {**small[0], **dict(zip(searched, found, strict=True))}
-    for values in small:
-        try:
-            reached = _reaching(graph, spec, region, values)
-        except (ValueError, RuntimeError):  # a size that no shape tells, or none at all
-            continue
-        yield reached
-
-
-def _reaching(graph: Graph, spec: Spec, region: Region, values: Mapping[str, int]) -> dict[str, int]:
-    """The values, with every captured tensor at least as long as the Spec reads it.
-
-    Nothing in a graph relates the length of a mask of which every hundredth element is read to the number of keys.
-    """
-    attend = spec.attend()
-    bindings = {binding.name: binding for binding in region.inputs}
-    if attend is None or not {attend.query, attend.key} <= bindings.keys():
-        return dict(values)
-    shapes = {name: graph.infos[binding.value].shape for name, binding in bindings.items()}
-    stored = {name: torch.empty([concrete(s, values) for s in shape], device="meta") for name, shape in shapes.items()}
-    sizes = {**values, **_bound_sizes(spec, {n: (b, stored[n]) for n, b in bindings.items()}, graph, values)}
-    types = spec.types()
-    extents = [*types[attend.query].sizes[:3], types[attend.key].sizes[2]]
-    lengths = [concrete(size, sizes) for size in extents]
-    if max(lengths) > LARGEST_MAP:
-        return dict(values)
-    grid = index_grid(dict(zip("bhij", lengths, strict=True)), "cpu")
-    reached = dict(values)
-    for load in (node for expr in attend.expressions() for node in walk(expr) if isinstance(node, Load)):
-        for index, size in zip(load.indices, shapes.get(load.tensor, ()), strict=False):
-            if isinstance(size, Size) and not loads(index):
-                last = int(evaluate(index, Environment(grid, sizes)).max())
-                reached[size.name] = max(reached.get(size.name, 0), last + 1)
-    return reached
-
-
-def _single_blocks(exprs: Sequence[Expr], values: Mapping[str, int]) -> bool:
-    """Whether a compound size, such as a number of blocks, is at most 1."""
-    compound = [expr for expr in dict.fromkeys(exprs) if not isinstance(expr, Size | Const)]
-    known = [expr for expr in compound if all(n.name in values for n in walk(expr) if isinstance(n, Size))]
-    return any(concrete(expr, values) <= 1 for expr in known)
-
-
 def _allowed(spec: Spec, precision: torch.dtype) -> float:
     """The largest difference that rounding may make in a row that sees no key (:func:`_rows_that_see`).
 
@@ -437,7 +281,7 @@ def _compare(graph: Graph, spec: Spec, region: Region, anchor: str, source: str)
         return shortened
     done: list[_Comparison] = []
     problem = ""
-    for number, values in enumerate(_instances(graph, spec, region)):
+    for number, values in enumerate(instances(graph, spec, region)):
         if number >= len(INSTANCES) and done:
             break
         try:
@@ -486,7 +330,7 @@ def _compare_shortened(
         try:
             short = shorter.spec(spec)
             inside = shorter.graph(graph, region, short)
-            values = next(_instances(inside, short, region))
+            values = next(instances(inside, short, region))
             found = _run_both(inside, short, region, values, seed)
         except (_TooLarge, ValueError, RuntimeError, IndexError, KeyError):
             continue

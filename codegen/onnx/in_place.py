@@ -4,7 +4,7 @@ A graph with such a buffer ``[B, G, C, D]`` slices off the ``P`` cached position
 attends to both, and gives the buffer with the new ones in it as a result: four copies of a cache. The operator takes
 the buffer as it is, with the number of keys, and gives it back with ``I`` positions written; where a runtime has bound
 one piece of memory to both, nothing else moves. There is no other form beside it, and no ``If``: it is for calls that
-it computes, one row, one query or an empty cache (ONNX Runtime 1.22 to 1.31 refuse others), under a mask that is causal
+it computes, one row, one query or an empty cache (ONNX Runtime 1.22 to 1.32 refuse others), under a mask that is causal
 and nothing else.
 """
 

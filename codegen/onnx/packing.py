@@ -39,7 +39,7 @@ SAMPLES = ((0, 5), (3, 1), (11, 4))
 """First position and number of positions for which rows of a table are computed again by themselves."""
 
 CHANNELS = 16
-"""The operator turns heads whose channels are a multiple of it (ONNX Runtime 1.22 to 1.31 refuse others)."""
+"""The operator turns heads whose channels are a multiple of it (ONNX Runtime 1.22 to 1.32 refuse others)."""
 
 LARGEST_TABLE = 2**28
 """Elements of a table beyond which it is not stored."""
