@@ -27,6 +27,7 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.frontends.onnx_projected import CONTRIB, PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
 from attncompile.ir.simplify import simplify
@@ -34,6 +35,7 @@ from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.lift.rounded import described, without_roundings
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
+PROJECTED_CALLS = frozenset((CONTRIB, operator) for operator in PROJECTED)
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
 
@@ -230,6 +232,8 @@ def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Pro
     domain, operator = ("" if native[0] == "ai.onnx" else native[0]), native[1]
     if (domain, operator) == (choice.row.domain, choice.row.operator):
         return f"it is {operator} already: {choice.reason}"
+    if prefer == "fastest" and (domain, operator) in PROJECTED_CALLS:
+        return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
     if prefer != "fastest" or choice.row.operator != "decomposition":
         return None
     if operator not in FUSED:

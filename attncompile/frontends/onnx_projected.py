@@ -238,6 +238,9 @@ def _filter(body: _Body, call: Call, mask: ir.Value, states: ir.Value, keys: ir.
         seen = _within(body, mask, body.size(states, 0), body.size(keys, 2))
     else:
         seen = body("Greater", mask, body.constant(0, np.int32))
+        if "past" in call.names:  # its keys are then as many as past and new ones, whatever the model calls that
+            positions = _range(body, body.constant([0]), body.size(keys, 2), np.int64)
+            seen = body("Gather", seen, positions, axis=call.mask - 1)
     seen = body.unsqueezed(seen, *([1] if call.mask == 3 else [1, 2]))
     return body("Where", seen, body.constant(0.0, call.dtype), body.constant(call.filtered, call.dtype))
 

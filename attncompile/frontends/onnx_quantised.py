@@ -189,7 +189,7 @@ class _Spelling:
         place.end(product if bias is None else place("Add", [product, bias]))
 
     def _gemm(self, node: ir.Node) -> None:
-        """``QGemm``: ``alpha · scales · (A' @ B' + C)`` of codes ``A``, ``B`` and whole numbers ``C``, or codes of it."""
+        """``QGemm``: ``alpha · scales · (A' @ B' + C)`` of codes ``A``, ``B`` and whole numbers ``C``; or its codes."""
         given = [*node.inputs, None, None, None]
         added, scale, zero = given[6:9]
         swapped = node.attributes.get("transB")
