@@ -24,7 +24,7 @@ STANDARD = ("", "ai.onnx")
 AXES_OPSET = 13
 """The opset from which on a scale may have an axis."""
 NARROW_OPSET = 21
-"""The opset from which on codes may have other than 8 bits."""
+"""The opset from which on what is rounded may have other than 8 bits."""
 PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -213,8 +213,8 @@ class _Spelling:
     def _pair(self, node: ir.Node) -> None:
         """``QuantizeLinear`` and ``DequantizeLinear`` of ONNX Runtime's own set, which are those of the standard."""
         value, scale, zero = [*node.inputs, None][:3]
-        narrow = zero.dtype if zero is not None else ir.DataType.UINT8
-        lowest = AXES_OPSET if narrow in (ir.DataType.INT8, ir.DataType.UINT8) else NARROW_OPSET
+        old = zero is None or zero.dtype in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
+        lowest = AXES_OPSET if old else NARROW_OPSET
         if value is None or scale is None or self.opset < lowest:
             return
         place = _Place(self, node)
