@@ -24,10 +24,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx_builder import AttentionRefused
+from attncompile.frontends.onnx_known import DTYPE_NAMES
 from attncompile.ir.expr import ONE, Const
+from attncompile.ir.types import DTYPES
 
 CONTRIB = "com.microsoft"
 PROJECTED = frozenset({"Attention", "QAttention"})
@@ -36,6 +39,8 @@ AXES_INPUT_OPSET = 13
 """The opset from which on ``Unsqueeze`` takes its axes as an input."""
 LOWEST_OPSET = 11
 """The opset that brought ``Range``; the definitions are written in operators of this one and later."""
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 # fmt: off
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -94,44 +99,65 @@ class Call:
     scale: float
     filtered: float
     causal: bool
-    dtype: np.dtype[np.generic]
+    dtype: ir.DataType
     mask: int
 
     @classmethod
     def of(cls, call: ir.Node, infos: Mapping[str, Info]) -> Call:
         """Read a call. Raises AttentionRefused for one that is not defined."""
-        values = {n: v for n, v in zip(INPUTS[call.op_type], call.inputs, strict=False) if v is not None and v.name}
-        settings = {name: attribute.value for name, attribute in call.attributes.items()}
+        known, quantised = INPUTS[call.op_type], call.op_type == "QAttention"
+        if len(call.inputs) > len(known) or not 1 <= len(call.outputs) <= 2:
+            raise AttentionRefused(f"it has {len(call.inputs)} inputs and {len(call.outputs)} outputs")
+        values = {n: v for n, v in zip(known, call.inputs, strict=False) if v is not None and v.name}
         for name in ("do_rotary", "past_present_share_buffer"):
-            if settings.get(name):
+            if _number(call, name, 0):
                 raise AttentionRefused(f"its attribute {name} is set")
         if "past_sequence_length" in values:
             raise AttentionRefused("it updates a cache in place (past_sequence_length)")
-        needed = INPUTS[call.op_type][: 5 if call.op_type == "QAttention" else 2]
-        for name in needed:
+        for name in known[: 5 if quantised else 2]:
             if name not in values:
                 raise AttentionRefused(f"it has no {name}")
-        heads = int(settings.get("num_heads", 0))
-        widths = _widths(settings.get("qkv_hidden_sizes"), infos.get(values["weight"].name or ""), heads)
-        floats = values["input_scale" if call.op_type == "QAttention" else "weight"].dtype or ir.DataType.FLOAT
-        if call.op_type == "QAttention" and floats != ir.DataType.FLOAT:
-            raise AttentionRefused(f"its scales are {floats.name}, where sums of whole numbers need FLOAT")
+        heads = int(_number(call, "num_heads", 0))
+        widths = _widths(call, infos.get(values["weight"].name or ""), heads)
         mask = _mask(values.get("mask_index"), infos)
         names = tuple(name for name in values if name != "mask_index" or mask)
         return cls(
             call.op_type, names, heads, widths,
-            float(settings.get("scale") or 1.0 / math.sqrt(widths[0] // heads)),
-            float(settings.get("mask_filter_value", -10000.0)),
-            bool(settings.get("unidirectional", 0)), floats.numpy(), mask,
+            float(_number(call, "scale", 0) or 1.0 / math.sqrt(widths[0] // heads)),
+            float(_number(call, "mask_filter_value", -10000.0)),
+            bool(_number(call, "unidirectional", 0)),
+            # sums of whole numbers are beyond float16
+            _floats(values["input_scale" if quantised else "weight"], infos, FLOATS[:1] if quantised else FLOATS), mask,
         )  # fmt: skip
 
 
-def _widths(written: object, weight: Info | None, heads: int) -> tuple[int, int, int]:
+def _number(call: ir.Node, name: str, default: float) -> float:
+    attribute = call.attributes.get(name)
+    if attribute is None:
+        return default
+    if attribute.type not in (ir.AttributeType.INT, ir.AttributeType.FLOAT) or attribute.is_ref():
+        raise AttentionRefused(f"its attribute {name} is no number")
+    return float(attribute.value) if attribute.type is ir.AttributeType.FLOAT else int(attribute.value)
+
+
+def _floats(value: ir.Value, infos: Mapping[str, Info], allowed: Sequence[ir.DataType]) -> ir.DataType:
+    """The type of a call's numbers, which is that of one of its inputs."""
+    info = infos.get(value.name or "")
+    found = next((dtype for dtype in allowed if info is not None and DTYPE_NAMES[dtype] == info.dtype), None)
+    if found is None:
+        names = " or ".join(DTYPE_NAMES[dtype] for dtype in allowed)
+        raise AttentionRefused(f"{value.name} is {info.dtype if info else 'of unknown type'}, where it should be {names}")
+    return found
+
+
+def _widths(call: ir.Node, weight: Info | None, heads: int) -> tuple[int, int, int]:
     """Channels of all heads of queries, keys and values."""
-    if isinstance(written, Sequence) and len(written) == 3:
-        found = [int(size) for size in written]
+    written = call.attributes.get("qkv_hidden_sizes")
+    if written is not None and written.type is ir.AttributeType.INTS and len(written.value) == 3:
+        found = [int(size) for size in written.value]
     elif weight is not None and len(weight.shape) == 2 and isinstance(weight.shape[1], Const):
-        found = [int(weight.shape[1].value) // 3] * 3
+        third, rest = divmod(int(weight.shape[1].value), 3)
+        found = [third, third, third + rest]
     else:
         raise AttentionRefused("the shape of its weights is not known")
     if heads <= 0 or any(size <= 0 or size % heads for size in found) or found[0] != found[1]:
@@ -143,9 +169,10 @@ def _mask(mask: ir.Value | None, infos: Mapping[str, Info]) -> int:
     """How many axes a mask has, 0 where it hides nothing."""
     if mask is None:
         return 0
-    if mask.name not in infos:
+    info = infos.get(mask.name or "")
+    if info is None:
         raise AttentionRefused("it is not known how many axes its mask has")
-    shape = infos[mask.name].shape
+    shape = info.shape
     if not 1 <= len(shape) <= 3:
         raise AttentionRefused(f"its mask has {len(shape)} axes")
     return 0 if len(shape) == 2 and shape[1] == ONE else len(shape)
@@ -159,7 +186,9 @@ class _Body:
     name: str
     nodes: list[ir.Node] = field(default_factory=list)
 
-    def __call__(self, operator: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
+    def __call__(
+        self, operator: str, *inputs: ir.Value | None, **attributes: int | Sequence[int] | ir.TensorProtocol
+    ) -> ir.Value:
         """One more node; its output."""
         place = len(self.nodes)
         made = ir.node(
@@ -169,8 +198,8 @@ class _Body:
         self.nodes.append(made)
         return made.outputs[0]
 
-    def constant(self, value: object, dtype: np.typing.DTypeLike = np.int64) -> ir.Value:
-        return self("Constant", value=ir.tensor(np.array(value, dtype)))
+    def constant(self, value: float | Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        return self("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype))
 
     def unsqueezed(self, value: ir.Value, *axes: int) -> ir.Value:
         if self.opset < AXES_INPUT_OPSET:
@@ -203,7 +232,8 @@ def _attention(
     if "attention_bias" in given:
         scores = body("Add", scores, given["attention_bias"])
     if call.causal:
-        scores = body("Where", _later(body, q, k), body.constant(np.finfo(call.dtype).min, call.dtype), scores)
+        lowest = torch.finfo(DTYPES[DTYPE_NAMES[call.dtype]]).min
+        scores = body("Where", _later(body, q, k), body.constant(lowest, call.dtype), scores)
     attended = body("MatMul", body("Softmax", scores, axis=-1), v)
     rows = body("Transpose", attended, perm=[0, 2, 1, 3])
     outputs = [body("Reshape", rows, body.constant([0, 0, call.widths[2]]))]
@@ -237,9 +267,9 @@ def _filter(body: _Body, call: Call, mask: ir.Value, states: ir.Value, keys: ir.
     if call.mask == 1:
         seen = _within(body, mask, body.size(states, 0), body.size(keys, 2))
     else:
-        seen = body("Greater", mask, body.constant(0, np.int32))
+        seen = body("Greater", mask, body.constant(0, ir.DataType.INT32))
         if "past" in call.names:  # its keys are then as many as past and new ones, whatever the model calls that
-            positions = _range(body, body.constant([0]), body.size(keys, 2), np.int64)
+            positions = _range(body, body.constant([0]), body.size(keys, 2))
             seen = body("Gather", seen, positions, axis=call.mask - 1)
     seen = body.unsqueezed(seen, *([1] if call.mask == 3 else [1, 2]))
     return body("Where", seen, body.constant(0.0, call.dtype), body.constant(call.filtered, call.dtype))
@@ -247,8 +277,8 @@ def _filter(body: _Body, call: Call, mask: ir.Value, states: ir.Value, keys: ir.
 
 def _within(body: _Body, ends: ir.Value, rows: ir.Value, keys: ir.Value) -> ir.Value:
     """Which keys ``[B, T]`` lie before the end of their row, and not before its start where a second half says one."""
-    bounds = body("Concat", ends, body("Expand", body.constant(0, np.int32), rows), axis=0)
-    positions = _range(body, body.constant([0]), keys, np.int32)
+    bounds = body("Concat", ends, body("Expand", body.constant(0, ir.DataType.INT32), rows), axis=0)
+    positions = _range(body, body.constant([0]), keys, ir.DataType.INT32)
     first = body.sliced(bounds, body.constant([0]), rows, 0)
     second = body.sliced(bounds, rows, body("Add", rows, rows), 0)
     before = body("Less", positions, body.unsqueezed(first, 1))
@@ -259,15 +289,15 @@ def _later(body: _Body, queries: ir.Value, keys: ir.Value) -> ir.Value:
     """Which keys ``[S, T]`` come after a query; the queries are the last of them."""
     count, total = body.size(queries, 2), body.size(keys, 2)
     past = body("Sub", total, count)
-    rows = body.unsqueezed(_range(body, past, total, np.int64), 1)
-    return body("Greater", _range(body, body.constant([0]), total, np.int64), rows)
+    rows = body.unsqueezed(_range(body, past, total), 1)
+    return body("Greater", _range(body, body.constant([0]), total), rows)
 
 
-def _range(body: _Body, start: ir.Value, end: ir.Value, dtype: np.typing.DTypeLike) -> ir.Value:
+def _range(body: _Body, start: ir.Value, end: ir.Value, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
     """The whole numbers from a start to an end, which are tensors of one element."""
-    ends = [body("Reshape", each, body.constant([], np.int64)) for each in (start, end)]
+    ends = [body("Reshape", each, body.constant([])) for each in (start, end)]
     made = body("Range", *ends, body.constant(1))
-    return made if dtype is np.int64 else body("Cast", made, to=ir.DataType.INT32.value)
+    return made if dtype is ir.DataType.INT64 else body("Cast", made, to=dtype.value)
 
 
 __all__ = ["PROJECTED", "Call", "definition", "is_projected"]

@@ -82,6 +82,12 @@ TEXT = """g (float[B,S,24] x, float[24,72] w, MASK, float[2,B,3,P,8] past, int32
         ("Attention<num_heads=5>(x, w)", "", "(24, 24, 24) are no multiples of 5 heads"),
         ("Attention<num_heads=3, qkv_hidden_sizes=[24, 12, 36]>(x, w)", "", "(24, 12, 36)"),
         ("QAttention<num_heads=3>(x, w)", "", "it has no bias"),
+        ("QAttention<num_heads=3>(c, d, h, h, h)", "float16 h, int8[B,S,24] c, int8[24,72] d", "h is float16"),
+        ("Attention<num_heads=3>(c, d)", "int8[B,S,24] c, int8[24,72] d", "d is int8"),
+        ('Attention<num_heads="three">(x, w)', "", "its attribute num_heads is no number"),
+        ("Attention<num_heads=3>(x, w, , m, past, , count, count)", "", "it has 8 inputs"),
+        ("Attention<num_heads=3>(x, past)", "", "the shape of its weights is not known"),
+        ("Attention<num_heads=3>(x, e)", "float[24,73] e", "(24, 24, 25)"),
     ],
 )
 def test_a_call_that_is_not_defined_says_why(called: str, mask: str, reason: str) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
+import torch.ao.quantization.fx._decomposed  # registers its operators
 
 from attncompile.frontends.graph import Rounding
 from attncompile.frontends.onnx import onnx_graph
@@ -205,6 +207,27 @@ def test_codes_that_are_split_are_rounded_numbers_that_are_split() -> None:
         e = DequantizeLinear(r, a, za)  f = Concat<axis = 2>(e, d)  y = MatMul(f, k)"""
     graph = onnx_graph(parsed(TINY.replace("BODY", body)))
     assert set(graph.roundings) == {"c.DequantizeLinear.out", "d", "e"}
+
+
+class Quantised(torch.nn.Module):
+    """Attention with what torch's quantiser (pt2e) puts around its products."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(rounded_by_torch(q) @ rounded_by_torch(k).transpose(-1, -2) * 0.35, -1)
+        return rounded_by_torch(weights) @ rounded_by_torch(v)
+
+
+def rounded_by_torch(x: torch.Tensor) -> torch.Tensor:
+    operators = torch.ops.quantized_decomposed
+    coded = operators.quantize_per_tensor(x, 0.03, 128, 0, 255, torch.uint8)
+    return operators.dequantize_per_tensor(coded, 0.03, 128, 0, 255, torch.uint8)
+
+
+def test_what_torch_exports_of_a_quantised_model_is_in_the_qdq_form(tmp_path: Path) -> None:
+    given = tuple(torch.randn(2, 4, 9, 8) for _ in range(3))
+    torch.onnx.export(Quantised(), given, tmp_path / "model.onnx", dynamo=True, verbose=False)
+    found = onnx_graph(ir.load(tmp_path / "model.onnx")).roundings.values()
+    assert sorted((one.dtype, one.scale) for one in found) == [("uint8", pytest.approx(0.03))] * 4
 
 
 def test_scales_of_rows_and_columns_need_an_operator_set_that_writes_them() -> None:
