@@ -94,7 +94,7 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]
 def quantised_file(form: str, folder: Path) -> Path:
     """The file of a form, written to a folder."""
     if form.endswith(OPTIMISED):
-        return _optimised(quantised_file(form.removesuffix(OPTIMISED), folder), folder / f"{form}.onnx")
+        return saved_by_the_runtime(quantised_file(form.removesuffix(OPTIMISED), folder), folder / f"{form}.onnx")
     plain, file = folder / "float.onnx", folder / f"{form}.onnx"
     if not plain.exists():
         onnx.save(attention_model(packed=form.startswith(PACKED)), plain)
@@ -110,7 +110,7 @@ def quantised_file(form: str, folder: Path) -> Path:
     return file
 
 
-def _optimised(file: Path, made: Path) -> Path:
+def saved_by_the_runtime(file: Path, made: Path) -> Path:
     """What ONNX Runtime makes of a file when it loads it, written to another one."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(made)

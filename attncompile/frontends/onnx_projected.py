@@ -146,7 +146,8 @@ def _floats(value: ir.Value, infos: Mapping[str, Info], allowed: Sequence[ir.Dat
     found = next((dtype for dtype in allowed if info is not None and DTYPE_NAMES[dtype] == info.dtype), None)
     if found is None:
         names = " or ".join(DTYPE_NAMES[dtype] for dtype in allowed)
-        raise AttentionRefused(f"{value.name} is {info.dtype if info else 'of unknown type'}, where it should be {names}")
+        kind = info.dtype if info is not None else "of unknown type"
+        raise AttentionRefused(f"{value.name} is {kind}, where it should be {names}")
     return found
 
 
