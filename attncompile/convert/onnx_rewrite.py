@@ -17,7 +17,7 @@ from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.packing import Begins
-from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tidy, without_kernel
+from attncompile.codegen.onnx.tidy import Tidied, loses_types, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
@@ -102,6 +102,7 @@ def rewrite_onnx(
     opset_before = model.opset_imports.get("", 0)
     with guarded():
         kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
+        signed = loses_types(model)
         raised = raise_opset(model, wanted)
         graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
         program = program or lift_graph(graph, name, notes)
@@ -183,6 +184,11 @@ def rewrite_onnx(
         told.append(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
             f"{installed()} has no kernel for its {', '.join(kernelless)} there"
+        )
+    elif signed and wanted < OPSET:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: it rounds to "
+            f"INT8, and from opset 21 on ONNX Runtime {installed()} fails to optimise that (it loses the type of codes)"
         )
     elif wanted < OPSET and opset_before < OPSET:
         told.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnxruntime.quantization import quantize_dynamic
@@ -14,6 +15,8 @@ from onnxruntime.transformers.optimizer import optimize_model
 
 import attncompile
 from attncompile.cli import main
+from attncompile.codegen.onnx.normalisation import OPSET
+from attncompile.codegen.onnx.tidy import loses_types, suited_opset
 from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from tests.frontends.projected_calls import CALLS
@@ -163,3 +166,43 @@ def test_what_the_runtimes_own_tools_make_of_a_real_model(
     assert [site.operator for site in load_plan(out / "plan.json").sites] == ["Attention"] * 3
     assert "QAttention" not in operators(out / "model.onnx")
     assert attncompile.verify(out).passed
+
+
+MOVED_CODES = """<ir_version: 9, opset_import: ["" : 20]>
+g (float[B,2,I,8] q, float[B,2,I,8] k, float[B,2,I,8] v) => (float[B,2,I,8] y) <float a = {0.05}, int8 z = {3}> {
+    c = QuantizeLinear(k, a, z)  d = DequantizeLinear(c, a, z)  t = Transpose<perm = [0, 1, 3, 2]>(d)  n = Neg(t)
+    s = MatMul(q, n)  w = Softmax<axis = -1>(s)  y = MatMul(w, v) }"""
+"""Attention over INT8 codes that are moved: ONNX Runtime 1.31 fails to optimise that from opset 21 on."""
+
+
+def test_codes_with_a_sign_stay_at_an_opset_that_the_runtime_can_optimise(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(MOVED_CODES)
+    onnx.save(model, tmp_path / "old.onnx")
+    made = attncompile.convert(tmp_path / "old.onnx", tmp_path / "out", to="onnx", prefer="fused")
+    opset = onnx.load(tmp_path / "out" / "model.onnx").opset_import[0].version
+    assert opset == (20 if loses_types(ir.from_proto(model)) else OPSET)
+    assert ("it loses the type of codes" in str(made)) == (opset == 20)
+    assert attncompile.verify(tmp_path / "out").passed
+
+
+def test_a_file_that_the_runtimes_optimiser_fails_on_is_refused_with_what_helps(tmp_path: Path) -> None:
+    file, model = tmp_path / "new.onnx", onnx.parser.parse_model(MOVED_CODES)
+    if not loses_types(ir.from_proto(model)):
+        pytest.skip("this ONNX Runtime optimises such files")
+    model.opset_import[0].version = 21
+    onnx.save(model, file)
+    with pytest.raises(InputError, match=r"own optimiser that fails.*at opset 20, or round to UINT8"):
+        attncompile.convert(file, tmp_path / "out", to="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_rounding_to_codes_with_a_sign_keeps_an_opset_low() -> None:
+    model = onnx.parser.parse_model(MOVED_CODES)
+    unsigned = onnx.parser.parse_model(MOVED_CODES.replace("int8 z", "uint8 z"))
+    assert not loses_types(ir.from_proto(unsigned)) and suited_opset(ir.from_proto(unsigned)) == OPSET
+    stored = MOVED_CODES.replace("int8 z", "int8[2] w = {1, 2}, int8 z")
+    weight = onnx.parser.parse_model(stored.replace("c = Q", "u = DequantizeLinear(w, a, z)  c = Q"))
+    del weight.graph.node[1:]
+    assert not loses_types(ir.from_proto(weight))
+    model.opset_import[0].version = 21
+    assert not loses_types(ir.from_proto(model))  # it is there already
