@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 WIDTH = 32
+OPTIMISED, PACKED = ", saved by the runtime", "packed "
 FLOAT = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[B,I,32] x, float[B,1,1,I] mask) => (float[B,I,32] y) <float scale = {0.35355339}> {
     heads = Constant<value_ints = [0, 0, 4, 8]>()  rows = Constant<value_ints = [0, 0, 32]>()
@@ -32,12 +34,39 @@ STATIC: dict[str, dict[str, Any]] = {
 FORMS = (*STATIC, "dynamic")
 """Pairs around products, pairs around everything, products of codes, all in codes, and products of whole numbers."""
 
+CONTRIB = "qdq, ONNX Runtime's own pairs"
+BY_RANGES: dict[str, dict[str, Any]] = {
+    **STATIC,
+    CONTRIB: {"quant_format": QuantFormat.QDQ, "extra_options": {"UseQDQContribOps": True}},
+}
+REWRITTEN = (
+    *(f"{form}{OPTIMISED}" for form in ("qdq-everything", "qoperator-everything", "dynamic")),
+    f"{PACKED}qoperator-everything", f"{PACKED}{CONTRIB}", f"{PACKED}{CONTRIB}{OPTIMISED}",
+)  # fmt: skip
+"""Some of these as ONNX Runtime saves them once it has optimised them, and of a model with one product for queries,
+keys and values."""
 
-def attention_model() -> onnx.ModelProto:
+LINEAR = ("wq", "wk", "wv", "wo", "bq", "bk", "bv")
+_PROJECTIONS = {
+    "q0 = MatMul(x, wq)  q1 = Add(q0, bq)": """p0 = MatMul(x, w)  p1 = Add(p0, b)
+    parts = Constant<value_ints = [32, 32, 32]>()  q1, k1, v1 = Split<axis = 2>(p1, parts)""",
+    "k0 = MatMul(x, wk)  k1 = Add(k0, bk)": "shape = Shape(x)",
+    "v0 = MatMul(x, wv)  v1 = Add(v0, bv)": "flat = Constant<value_ints = [-1, 32]>()",
+    "y = MatMul(o2, wo)": "y0 = Reshape(o2, flat)  y1 = Gemm(y0, wo, bo)  y = Reshape(y1, shape)",
+}
+"""What becomes of the text above where there is one product, and a ``Gemm`` behind the attention."""
+
+
+def attention_model(packed: bool = False) -> onnx.ModelProto:
     """The model in floats."""
-    model, random = onnx.parser.parse_model(FLOAT), np.random.default_rng(0)
-    for name in ("wq", "wk", "wv", "wo", "bq", "bk", "bv"):
-        array = random.standard_normal((WIDTH, WIDTH) if name[0] == "w" else WIDTH).astype(np.float32) / 5
+    text = FLOAT
+    for apart, together in _PROJECTIONS.items():
+        text = text.replace(apart, together) if packed else text
+    model, random = onnx.parser.parse_model(text), np.random.default_rng(0)
+    shapes = {"w": (WIDTH, 3 * WIDTH), "b": 3 * WIDTH, "wo": (WIDTH, WIDTH), "bo": WIDTH}
+    apart = {name: (WIDTH, WIDTH) if name[0] == "w" else WIDTH for name in LINEAR}
+    for name, shape in (shapes if packed else apart).items():
+        array = random.standard_normal(shape).astype(np.float32) / 5
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     for number, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{number}"
@@ -64,15 +93,27 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]
 
 def quantised_file(form: str, folder: Path) -> Path:
     """The file of a form, written to a folder."""
+    if form.endswith(OPTIMISED):
+        return saved_by_the_runtime(quantised_file(form.removesuffix(OPTIMISED), folder), folder / f"{form}.onnx")
     plain, file = folder / "float.onnx", folder / f"{form}.onnx"
     if not plain.exists():
-        onnx.save(attention_model(), plain)
+        onnx.save(attention_model(packed=form.startswith(PACKED)), plain)
+    form = form.removeprefix(PACKED)
     silenced, logging.root.disabled = logging.root.disabled, True  # the quantiser's advice
     try:
-        if form in STATIC:
-            quantize_static(plain, file, _Calibration(), **STATIC[form])
+        if form in BY_RANGES:
+            quantize_static(plain, file, _Calibration(), **BY_RANGES[form])
         else:
             quantize_dynamic(plain, file, extra_options={"MatMulConstBOnly": False})
     finally:
         logging.root.disabled = silenced
     return file
+
+
+def saved_by_the_runtime(file: Path, made: Path) -> Path:
+    """What ONNX Runtime makes of a file when it loads it, written to another one."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(made)
+    options.log_severity_level = 3  # that what it writes depends on this machine
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return made

@@ -17,7 +17,7 @@ from attncompile.codegen.onnx.expressions import Scopes, Shared
 from attncompile.codegen.onnx.layouts import Operand, joined, reshaped, single_groups
 from attncompile.codegen.onnx.normalisation import OPSET
 from attncompile.codegen.onnx.packing import Begins
-from attncompile.codegen.onnx.tidy import Tidied, raise_opset, suited_opset, tidy, without_kernel
+from attncompile.codegen.onnx.tidy import Tidied, loses_types, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
 from attncompile.convert.evidence import Outcome
@@ -27,6 +27,7 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.frontends.onnx_projected import CONTRIB, PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
 from attncompile.ir.simplify import simplify
@@ -34,6 +35,7 @@ from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.lift.rounded import described, without_roundings
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
+PROJECTED_CALLS = frozenset((CONTRIB, operator) for operator in PROJECTED)
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
 
@@ -100,6 +102,7 @@ def rewrite_onnx(
     opset_before = model.opset_imports.get("", 0)
     with guarded():
         kernelless, wanted = without_kernel(model, OPSET), suited_opset(model, version, provider)
+        signed = loses_types(model)
         raised = raise_opset(model, wanted)
         graph = onnx_graph(model)  # names every value as the graph of an earlier program was named
         program = program or lift_graph(graph, name, notes)
@@ -182,6 +185,11 @@ def rewrite_onnx(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
             f"{installed()} has no kernel for its {', '.join(kernelless)} there"
         )
+    elif signed and wanted < OPSET:
+        told.append(
+            f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: it rounds to "
+            f"INT8, and from opset 21 on ONNX Runtime {installed()} fails to optimise that (it loses the type of codes)"
+        )
     elif wanted < OPSET and opset_before < OPSET:
         told.append(
             f"the model is at opset {model.opset_imports.get('', 0)}, without the operators of {OPSET}: ONNX Runtime "
@@ -230,6 +238,8 @@ def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Pro
     domain, operator = ("" if native[0] == "ai.onnx" else native[0]), native[1]
     if (domain, operator) == (choice.row.domain, choice.row.operator):
         return f"it is {operator} already: {choice.reason}"
+    if prefer == "fastest" and (domain, operator) in PROJECTED_CALLS:
+        return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
     if prefer != "fastest" or choice.row.operator != "decomposition":
         return None
     if operator not in FUSED:

@@ -94,7 +94,7 @@ def session(
         name, said = model if isinstance(model, Path) else "the model", str(error).splitlines()[0]
         if isinstance(model, Path):
             said = said.replace(str(model), model.name)  # the whole path follows, and would be kept in reports
-        raise LoadError(f"ONNX Runtime cannot load it: {said}", name, "please report this") from error
+        raise LoadError(f"ONNX Runtime cannot load it: {said}", name, _advice(given, names)) from error
     if names[0] not in loaded.get_providers():  # ONNX Runtime says so in its log and goes on with the next one
         raise InputError(
             f"{names[0]} cannot be used here: its libraries or its device are missing",
@@ -105,6 +105,21 @@ def session(
         kept = onnx_ir.load(model) if isinstance(model, Path) else onnx_ir.from_proto(onnx.load_from_string(model))
         loaded.codes = codes_of(kept)
     return loaded
+
+
+def _advice(model: str | bytes, names: Sequence[str]) -> str:
+    """What helps with a model that does not load: it may be ONNX Runtime's own optimiser that fails."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        Session(model, options, providers=list(names))
+    except Exception:  # its errors have no base of their own
+        return "please report this"
+    return (
+        "it is ONNX Runtime's own optimiser that fails, without which the model loads. INT8 codes lose their type in "
+        "it from opset 21 on (1.31): write such a file at opset 20, or round to UINT8; report others to ONNX Runtime"
+    )
 
 
 CACHED = "past_key_values."

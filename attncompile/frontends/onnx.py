@@ -35,7 +35,7 @@ from attncompile.frontends.onnx_bodies import (
 )
 from attncompile.frontends.onnx_branches import inline_decided
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
-from attncompile.frontends.onnx_definitions import spell_out
+from attncompile.frontends.onnx_definitions import spell_out, spell_out_projected
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
 from attncompile.frontends.onnx_file import reading
 from attncompile.frontends.onnx_inference import Inference
@@ -64,8 +64,8 @@ def onnx_graph(model: ir.Model) -> Graph:
 
     Values keep their names, and natives are the nodes by name. So that both can be named, the model is
     prepared in place, without changing what it computes: functions are inlined, nameless nodes and values get
-    names, names become unique, an ``If`` whose condition is known gives way to the branch that is taken, and operators
-    on quantised tensors are brought to the QDQ form.
+    names, names become unique, an ``If`` whose condition is known gives way to the branch that is taken, operators
+    on quantised tensors are brought to the QDQ form, and attention calls to their definitions.
 
     Nodes in the bodies of ``If``, ``Loop`` and ``Scan`` are part of the view, in front of the node that holds
     them, which reads what they capture and what they return. What a body is given round by round is an input.
@@ -91,7 +91,7 @@ def onnx_graph(model: ir.Model) -> Graph:
         view.build()
         if (sizes.merged, len(growing)) != before:
             continue
-        if not inline_decided(model, view.known):
+        if not spell_out_projected(model, view.infos) and not inline_decided(model, view.known):
             return view.graph()
         inference = Inference(model, sizes)
 

@@ -20,6 +20,7 @@ from attncompile.frontends.graph import (
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Row
 from attncompile.frontends.onnx_known import DTYPE_NAMES
+from attncompile.frontends.onnx_projected import LOWEST_OPSET, PROJECTED, Call
 from attncompile.frontends.onnx_recurrence import linear_attention
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
@@ -332,6 +333,12 @@ def _refused(reason: str) -> Row:
     return row
 
 
+def _projected(b: Builder) -> str:
+    """A call with projections, whose definition has not come into its place, or cannot."""
+    Call.of(b.node, b.infos)
+    raise AttentionRefused(f"it holds projections, and is defined for opset {LOWEST_OPSET} and later")
+
+
 CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_attention}
 """Calls of the standard operator set."""
 
@@ -339,8 +346,7 @@ CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_atte
 CONTRIB_CALLS: dict[str, Row] = {
     "MultiHeadAttention": _multi_head_attention,
     "GroupQueryAttention": _group_query_attention,
-    "Attention": _refused("it holds the projections of query, key and value"),
-    "QAttention": _refused("it holds quantised projections of query, key and value"),
+    **dict.fromkeys(PROJECTED, _projected),
     "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),
     "PackedMultiHeadAttention": _refused("it takes rows of different length without padding"),
     "DecoderMaskedMultiHeadAttention": _refused("it updates a cache"),

@@ -1,4 +1,4 @@
-"""Attention calls spelled out by the body that ONNX itself defines for them.
+"""Attention calls spelled out by the body that defines them, first of all the one that ONNX itself gives.
 
 ``Attention`` with a cache, or with a second output that is read, and ``FlexAttention`` are more than one
 product over tensors of the graph. The standard defines them by a function of plain operators; with that body
@@ -8,7 +8,7 @@ be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from attncompile.frontends import onnx_projected
+from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx_bodies import nested_graphs, nested_nodes, nested_values
+from attncompile.frontends.onnx_builder import AttentionRefused
 from attncompile.frontends.onnx_inference import infer_types
 
 DOMAIN = "attncompile.definition"
@@ -91,7 +94,7 @@ def put_back(call: SpelledOut) -> ir.Node:
 
 
 def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) -> None:
-    """Replace the calls of a model that need it by their definitions, in place; exactly what they compute.
+    """Replace the calls of a model that need it by the definitions of the standard, in place: what they compute.
 
     Args:
         model: the model.
@@ -101,17 +104,48 @@ def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) 
     with the model, see :func:`spelled_out`.
     """
     calls = [node for graph in nested_graphs(model.graph) for node in graph if (needed or _needs_definition)(node)]
-    if not calls or model.opset_imports.get("", 0) < LOWEST_OPSET:
-        return
-    types = _types(model)
+    if calls and model.opset_imports.get("", 0) >= LOWEST_OPSET:
+        types = _types(model)
+        inline_definitions(model, calls, lambda node: _definition(model, node, types))
+
+
+def spell_out_projected(model: ir.Model, infos: Mapping[str, Info]) -> bool:
+    """Put the definition of every call that holds its projections in its place, as far as it has one; whether any has.
+
+    Args:
+        model: changed in place. infos: shapes of its values, as far as they are known.
+    """
+    calls = [node for node in nested_nodes(model.graph) if onnx_projected.is_projected(node)]
+    opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx", 1)
+
+    def define(call: ir.Node) -> ir.Function | None:
+        try:
+            return onnx_projected.definition(call, opset, infos)
+        except AttentionRefused:
+            return None  # the view says why
+
+    return bool(calls) and inline_definitions(model, calls, define)
+
+
+def inline_definitions(
+    model: ir.Model, calls: Sequence[ir.Node], define: Callable[[ir.Node], ir.Function | None]
+) -> bool:
+    """Put functions in the place of calls, in place; whether any was.
+
+    Args:
+        model: whose calls they are, and which keeps them (:func:`spelled_out`).
+        calls: each reads what its function reads, and may leave the last inputs out.
+        define: the function of a call; ``None`` for a call that stays.
+    """
     inlined: dict[str, tuple[SpelledOut, ir.Function, ir.Node]] = {}
     for number, node in enumerate(calls):
         call = SpelledOut(
             node.domain, node.op_type, node.version, node.name, dict(node.attributes), (), tuple(node.inputs), ()
         )
-        body = _definition(model, node, types)
+        body = define(node)
         if body is None:
             continue
+        node.attributes.clear()  # they are written into the body
         body.domain, body.name = DOMAIN, f"{node.op_type}_{number}"
         model.functions[body.identifier()] = body
         node.domain, node.op_type, node.version = DOMAIN, body.name, None
@@ -124,6 +158,7 @@ def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) 
         InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
         del model.opset_imports[DOMAIN]
         keep_spelled_out(model, _placed(model, inlined))
+    return bool(inlined)
 
 
 def _placed(model: ir.Model, inlined: Mapping[str, tuple[SpelledOut, ir.Function, ir.Node]]) -> Iterator[SpelledOut]:
@@ -192,7 +227,7 @@ def _definition(model: ir.Model, node: ir.Node, types: dict[str, onnx.TypeProto]
             max(versions), ir.to_proto(node).SerializeToString(), [kind.SerializeToString() for kind in given]
         )
         proto = onnx.FunctionProto.FromString(written)
-        del proto.attribute[:]  # they are written into the body already
+        del proto.attribute[:]
         for position, inner in enumerate(proto.node):
             inner.name = f"{node.name or node.op_type}.{inner.op_type}_{position}"
         made = {name for inner in proto.node for name in inner.output}
@@ -209,5 +244,4 @@ def _definition(model: ir.Model, node: ir.Node, types: dict[str, onnx.TypeProto]
     for name in function.opset_imports:
         function.opset_imports[name] = model.opset_imports.get(name, function.opset_imports[name])
     function.opset_imports.setdefault("", model.opset_imports[""])
-    node.attributes.clear()
     return function

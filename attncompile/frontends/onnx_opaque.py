@@ -9,6 +9,7 @@ from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstat
 from attncompile.frontends.onnx_products import matmul_labels
 from attncompile.frontends.onnx_recurrence import state_info
 from attncompile.frontends.onnx_reduction import reduced_shape
+from attncompile.ir.expr import Const
 
 # fmt: off
 SAME_SHAPE = frozenset({
@@ -36,11 +37,25 @@ def _dynamically_quantized(b: Builder) -> tuple[Indices, str]:
     return ((b.shape(b.tensor()), "uint8"), ((), "float32"), ((), "uint8"))[b.position]
 
 
-def _integer_product(b: Builder) -> tuple[Indices, str]:
-    left, right = b.shape(b.tensor(0)), b.shape(b.tensor(1))
-    labels = matmul_labels(left, right)
-    sizes = {**dict(zip(labels[1], right, strict=True)), **dict(zip(labels[0], left, strict=True))}
-    return tuple(sizes[label] for label in labels[2]), "int32"
+def _product(right: int, dtype: str | int, swaps: bool = False) -> Callable[[Builder], tuple[Indices, str]]:
+    """A product of the first input with another one, of a type or of that of an input."""
+
+    def rule(b: Builder) -> tuple[Indices, str]:
+        sizes = b.shape(b.tensor(0)), b.shape(b.tensor(right))
+        swapped = (bool(b.attribute("transA", 0)), bool(b.attribute("transB", 0))) if swaps else (False, False)
+        labels = matmul_labels(*sizes, *swapped)
+        known = {**dict(zip(labels[1], sizes[1], strict=True)), **dict(zip(labels[0], sizes[0], strict=True))}
+        return tuple(known[label] for label in labels[2]), dtype if isinstance(dtype, str) else b.dtype(b.tensor(dtype))
+
+    return rule
+
+
+def _quantised_gemm(b: Builder) -> tuple[Indices, str]:
+    return _product(3, 8 if b.input(8) is not None else 1, swaps=True)(b)
+
+
+def _blocks(b: Builder) -> tuple[Indices, str]:
+    return (*b.shape(b.tensor())[:-1], Const(int(b.attribute("N")))), b.dtype(b.tensor())
 
 
 def _state(b: Builder) -> tuple[Indices, str]:
@@ -52,6 +67,14 @@ def _state(b: Builder) -> tuple[Indices, str]:
         raise Unstated from None
 
 
+def _embedded(b: Builder) -> tuple[Indices, str]:
+    """Embeddings, the number of seen keys of each row, and embeddings before they are normalised."""
+    table = b.tensor(2)
+    scale = b.tensor(8) if b.node.op_type.startswith("Q") else table  # the tables may be codes
+    rows = b.shape(b.tensor())
+    return (rows[:1], "int32") if b.position == 1 else ((*rows, b.shape(table)[1]), b.dtype(scale))
+
+
 def _reduction(b: Builder) -> tuple[Indices, str]:
     return reduced_shape(b), b.dtype(b.tensor())
 
@@ -60,7 +83,10 @@ def _reduction(b: Builder) -> tuple[Indices, str]:
 OPAQUE_SHAPES: dict[str, Callable[[Builder], tuple[Indices, str]]] = {
     "QuantizeLinear": _quantized, "DequantizeLinear": _dequantized,
     "DynamicQuantizeLinear": _dynamically_quantized,
-    "MatMulInteger": _integer_product, "LinearAttention": _state,
+    "MatMulInteger": _product(1, "int32"), "LinearAttention": _state,
+    "DynamicQuantizeMatMul": _product(1, 0), "MatMulIntegerToFloat": _product(1, 2), "MatMulNBits": _blocks,
+    "QLinearMatMul": _product(3, 7), "QGemm": _quantised_gemm,
+    "EmbedLayerNormalization": _embedded, "QEmbedLayerNormalization": _embedded,
     **{f"Reduce{name}": _reduction for name in (
         "Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
 }

@@ -13,24 +13,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from attncompile.frontends.onnx_bodies import nested_graphs, nested_values
+from attncompile.frontends.onnx_codes import Codes, is_single, same_numbers, same_zeros
 from attncompile.frontends.onnx_definitions import SpelledOut, keep_spelled_out
 
 CONTRIB = "com.microsoft"
 STANDARD = ("", "ai.onnx")
 AXES_OPSET = 13
 """The opset from which on a scale may have an axis."""
-
-
-@dataclass(frozen=True)
-class Codes:
-    """How a quantised tensor is read: ``(code − zero) · scale``; ``zero`` may be left out for 0."""
-
-    scale: ir.Value
-    zero: ir.Value | None
+NARROW_OPSET = 21
+"""The opset from which on what is rounded may have other than 8 bits."""
+PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass(frozen=True)
@@ -58,12 +53,13 @@ OPERATORS: Mapping[tuple[str, str], Quantised] = {
     (CONTRIB, "QLinearMul"): Quantised("Mul", (0, 3), 6),
     (CONTRIB, "QLinearSigmoid"): Quantised("Sigmoid", (0,), 3),
     (CONTRIB, "QLinearSoftmax"): Quantised("Softmax", (0,), 3),
+    (CONTRIB, "QLinearLeakyRelu"): Quantised("LeakyRelu", (0,), 3),
     (CONTRIB, "QLinearWhere"): Quantised("Where", (1, 4), 7, plain=(0,)),
 }
 
 # fmt: off
 MOVEMENTS = frozenset({
-    "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Gather", "Flatten", "Identity", "Tile",
+    "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Gather", "Flatten", "Identity", "Tile", "Split",
 })
 # fmt: on
 """Operators that move the elements of their first input and compute nothing."""
@@ -98,6 +94,11 @@ class _Spelling:
     calls: list[SpelledOut] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
 
+    @property
+    def opset(self) -> int:
+        """Of the standard's operators."""
+        return self.model.opset_imports.get("") or self.model.opset_imports.get("ai.onnx", 0)
+
     def visit(self, node: ir.Node) -> None:
         """Spell out a node where that is possible, and note the codes of what it makes."""
         domain, operator = ("" if node.domain in STANDARD else node.domain), node.op_type
@@ -107,9 +108,15 @@ class _Spelling:
             self._call(node, Quantised("Concat", tuple(range(2, len(node.inputs), 3)), 0))
         elif (domain, operator) == (CONTRIB, "MatMulIntegerToFloat"):
             self._to_float(node)
+        elif (domain, operator) == (CONTRIB, "DynamicQuantizeMatMul"):
+            self._rounds_left(node)
+        elif (domain, operator) == (CONTRIB, "QGemm"):
+            self._gemm(node)
+        elif domain == CONTRIB and operator in PAIR:
+            self._pair(node)
         elif domain:
             return
-        elif operator == "QuantizeLinear" and _is_single(node.inputs[1]):
+        elif operator == "QuantizeLinear" and is_single(node.inputs[1]):
             scale, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
             assert scale is not None  # it is single
             self.codes[node.outputs[0]] = Codes(scale, zero)
@@ -131,11 +138,11 @@ class _Spelling:
             return
         axes = (-2, -1) if known.columns else (None,) * len(known.tensors)
         read = [_Read(given[n], given[n + 1], given[n + 2], axis) for n, axis in zip(known.tensors, axes, strict=True)]
-        if not _is_single(scale) or not all(each.can_be(self.model.opset_imports.get("", 0)) for each in read):
+        if not is_single(scale) or not all(each.can_be(self.opset) for each in read):
             return
         place = _Place(self, node)
         operands = [*(given[other] for other in known.plain), *map(place.dequantised, read)]
-        self._finish(place, place(known.operator, operands, attributes), Codes(scale, zero))
+        self._finish(place, [place(known.operator, operands, attributes)], Codes(scale, zero))
 
     def _axis(self, node: ir.Node) -> dict[str, ir.Attr] | None:
         """The axis of ``QLinearSoftmax``; ``None`` where it may run over several, as before opset 13."""
@@ -143,14 +150,14 @@ class _Spelling:
         number = -1 if axis is None else int(axis.value)
         shape = node.inputs[0].shape if node.inputs[0] is not None else None
         last = number == -1 or (shape is not None and number == len(shape) - 1)
-        versions = (0 if opset is None else int(opset.value), self.model.opset_imports.get("", 0))
+        versions = (0 if opset is None else int(opset.value), self.opset)
         return {"axis": ir.AttrInt64("axis", number)} if last or min(versions) >= 13 else None
 
     def _moved(self, node: ir.Node, codes: Codes) -> None:
         """Codes that are moved: their numbers are moved as well, and rounded again to the same codes."""
         place = _Place(self, node)
         inputs = [place.numbers(value) if value in self.codes else value for value in node.inputs]
-        self._finish(place, place(node.op_type, inputs, node.attributes), codes)
+        self._finish(place, place.several(node.op_type, inputs, node.attributes, len(node.outputs)), codes)
 
     def _common(self, tensors: Sequence[ir.Value | None]) -> Codes | None:
         """The codes that all tensors have; ``None`` where they have none or several."""
@@ -170,6 +177,51 @@ class _Spelling:
         place = _Place(self, node)
         product = self._product(place, left, right)
         place.end(product if bias is None else place("Add", [product, bias]))
+
+    def _rounds_left(self, node: ir.Node) -> None:
+        """``DynamicQuantizeMatMul``: it rounds the left matrix, takes codes of the right one, and adds a bias."""
+        left, right, scale, zero, bias = [*node.inputs, None, None][:5]
+        if left is None or not self._reads(right, scale, zero):
+            return  # a linear layer
+        place = _Place(self, node)
+        rounded = place("DequantizeLinear", place.several("DynamicQuantizeLinear", [left], {}, 3))
+        product = place("MatMul", [rounded, place.numbers(right)])
+        place.end(product if bias is None else place("Add", [product, bias]))
+
+    def _gemm(self, node: ir.Node) -> None:
+        """``QGemm``: ``alpha · scales · (A' @ B' + C)`` of codes ``A``, ``B`` and whole numbers ``C``; or its codes."""
+        given = [*node.inputs, None, None, None]
+        added, scale, zero = given[6:9]
+        swapped = node.attributes.get("transB")
+        columns = 0 if swapped is not None and swapped.value else 1
+        read = _Read(given[0], given[1], given[2], None), _Read(given[3], given[4], given[5], columns)
+        if (scale is None) != (zero is None) or not all(each.can_be(self.opset) for each in read):
+            return
+        place = _Place(self, node)
+        operands: list[ir.Value | None] = [place.dequantised(each) for each in read]
+        if added is not None:
+            whole = place("Cast", [added], {"to": ir.AttrInt64("to", ir.DataType.FLOAT)})
+            operands.append(place("Mul", [whole, place("Mul", [given[1], given[4]])]))
+        alpha = node.attributes.get("alpha")
+        attributes = dict(node.attributes) | ({} if alpha is None else {"beta": ir.AttrFloat32("beta", alpha.value)})
+        made = place("Gemm", operands, attributes)
+        if scale is None:
+            place.end(made)
+        else:
+            self._finish(place, [made], Codes(scale, zero))
+
+    def _pair(self, node: ir.Node) -> None:
+        """``QuantizeLinear`` and ``DequantizeLinear`` of ONNX Runtime's own set, which are those of the standard."""
+        value, scale, zero = [*node.inputs, None][:3]
+        old = zero is None or zero.dtype in (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
+        lowest = AXES_OPSET if old else NARROW_OPSET
+        if value is None or scale is None or self.opset < lowest:
+            return
+        place = _Place(self, node)
+        made = place(node.op_type, [value, scale, zero], node.attributes)
+        place.end(made)
+        if node.op_type == "QuantizeLinear" and is_single(scale):
+            self.codes[made] = Codes(scale, zero)
 
     def _integers(self, node: ir.Node) -> None:
         """``MatMulInteger``, where a product with the scales of both operands follows, in one or in two steps."""
@@ -192,11 +244,11 @@ class _Spelling:
     def _product(self, place: _Place, left: ir.Value | None, right: ir.Value | None) -> ir.Value:
         return place("MatMul", [place.numbers(left), place.numbers(right)])
 
-    def _finish(self, place: _Place, made: ir.Value, codes: Codes) -> None:
-        """Round a result to codes, in the place of the call's output."""
-        rounded = place("QuantizeLinear", [made, codes.scale, codes.zero])
-        place.end(rounded)
-        self.codes[rounded] = codes
+    def _finish(self, place: _Place, made: Sequence[ir.Value], codes: Codes) -> None:
+        """Round results to codes, in the place of the call's outputs."""
+        rounded = [place("QuantizeLinear", [each, codes.scale, codes.zero]) for each in made]
+        place.end(*rounded)
+        self.codes.update(dict.fromkeys(rounded, codes))
 
     def fresh(self, name: str) -> str:
         """A name that nothing in the model has."""
@@ -225,7 +277,7 @@ class _Read:
         if self.tensor is None or self.scale is None:
             return False
         rank = len(self.scale.shape) if self.scale.shape is not None else None
-        return _is_single(self.scale) or (self.axis is not None and rank == 1 and opset >= AXES_OPSET)
+        return is_single(self.scale) or (self.axis is not None and rank == 1 and opset >= AXES_OPSET)
 
 
 class _Place:
@@ -240,17 +292,29 @@ class _Place:
         self, operator: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, ir.Attr] | None = None
     ) -> ir.Value:
         """One more node; its output."""
-        self.nodes.append(self._made(f"{self.node.name}.{operator}", operator, inputs, attributes or {}))
-        return self.nodes[-1].outputs[0]
+        return self.several(operator, inputs, attributes or {}, 1)[0]
+
+    def several(
+        self, operator: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, ir.Attr], count: int
+    ) -> Sequence[ir.Value]:
+        """One more node with so many outputs; these."""
+        self.nodes.append(self._made(f"{self.node.name}.{operator}", operator, inputs, attributes, count))
+        return self.nodes[-1].outputs
 
     def _made(
-        self, name: str, operator: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, ir.Attr]
+        self,
+        name: str,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, ir.Attr],
+        count: int = 1,
     ) -> ir.Node:
         made = ir.Node(
-            "", operator, list(inputs), attributes.values(), num_outputs=1, name=self.spelling.fresh(name)
+            "", operator, list(inputs), attributes.values(), num_outputs=count, name=self.spelling.fresh(name)
         )
         made.metadata_props.update(self.node.metadata_props)
-        made.outputs[0].name = self.spelling.fresh(f"{made.name}.out")
+        for output in made.outputs:
+            output.name = self.spelling.fresh(f"{made.name}.out")
         return made
 
     def dequantised(self, read: _Read) -> ir.Value:
@@ -258,7 +322,7 @@ class _Place:
         codes = self.spelling.codes.get(read.tensor) if read.tensor is not None else None
         if codes is not None and same_numbers(codes.scale, read.scale) and same_zeros(codes.zero, read.zero):
             return self.numbers(read.tensor)
-        along = {} if read.axis is None or _is_single(read.scale) else {"axis": ir.AttrInt64("axis", read.axis)}
+        along = {} if read.axis is None or is_single(read.scale) else {"axis": ir.AttrInt64("axis", read.axis)}
         return self("DequantizeLinear", [read.tensor, read.scale, read.zero], along)
 
     def numbers(self, tensor: ir.Value | None) -> ir.Value:
@@ -277,20 +341,22 @@ class _Place:
         self.shared.append(reads)
         return known[tensor]
 
-    def end(self, made: ir.Value) -> None:
-        """Put the nodes in the place of the call, whose one output their last value becomes."""
+    def end(self, *made: ir.Value) -> None:
+        """Put the nodes in the place of the call, whose outputs these values become."""
         node, graph = self.node, self.node.graph
         assert graph is not None
-        (old,) = node.outputs
         call = SpelledOut(
             node.domain, node.op_type, node.version, node.name, dict(node.attributes),
-            tuple(self.nodes), tuple(self._read(value) for value in node.inputs), (made,),
+            tuple(self.nodes), tuple(self._read(value) for value in node.inputs), made,
         )  # fmt: skip
         graph.insert_before(node, self.nodes)
-        made.type, made.shape, name = old.type, old.shape, old.name
-        old.replace_all_uses_with(made, replace_graph_outputs=True)
+        names = [old.name for old in node.outputs]
+        for old, new in zip(node.outputs, made, strict=True):
+            new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        made.name = name
+        for new, name in zip(made, names, strict=True):
+            new.name = name
         self.spelling.calls.append(call)
 
     def _read(self, value: ir.Value | None) -> tuple[ir.Node, int] | ir.Value | None:
@@ -327,31 +393,4 @@ def _factors(value: ir.Value | None, scales: Sequence[ir.Value]) -> Sequence[ir.
     return node.inputs
 
 
-def _is_single(value: ir.Value | None) -> bool:
-    """Whether a scale is one number."""
-    if value is None:
-        return False
-    if value.const_value is not None:
-        return value.const_value.size == 1
-    return value.shape is not None and all(size == 1 for size in value.shape)
-
-
-def same_numbers(one: ir.Value | None, other: ir.Value | None) -> bool:
-    """Whether two values are one, or constants of one content."""
-    if one is other:
-        return True
-    if one is None or other is None or one.const_value is None or other.const_value is None:
-        return False
-    found, wanted = one.const_value, other.const_value
-    return found.dtype == wanted.dtype and np.array_equal(found.numpy(), wanted.numpy())
-
-
-def same_zeros(one: ir.Value | None, other: ir.Value | None) -> bool:
-    """Whether two zero points are the same; one that is left out is 0."""
-    if one is not None and other is not None:
-        return same_numbers(one, other)
-    given = one if one is not None else other
-    return given is None or (given.const_value is not None and not np.any(given.const_value.numpy().astype(np.float32)))
-
-
-__all__ = ["MOVEMENTS", "OPERATORS", "same_numbers", "same_zeros", "spell_out_quantised"]
+__all__ = ["MOVEMENTS", "OPERATORS", "spell_out_quantised"]

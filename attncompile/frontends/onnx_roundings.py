@@ -14,8 +14,9 @@ import onnx_ir as ir
 from attncompile.frontends import movement
 from attncompile.frontends.graph import Cast, Graph, Move, Node, Rounding
 from attncompile.frontends.onnx_bodies import nested_nodes
+from attncompile.frontends.onnx_codes import same_numbers, same_zeros
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator
-from attncompile.frontends.onnx_quantised import STANDARD, same_numbers, same_zeros
+from attncompile.frontends.onnx_quantised import STANDARD
 
 PASSED_ON = "Identity"
 """The operation of a value that is no longer rounded, in signatures."""

@@ -64,9 +64,47 @@ PLAIN = 18
 
 
 def suited_opset(model: ir.Model, version: str | None = None, provider: Provider = "cpu") -> int:
-    """The opset to bring a model to: :func:`wanted_opset`, but no further than its operators have kernels."""
+    """The opset to bring a model to: :func:`wanted_opset`, but no further than its operators have kernels and its codes
+    a type that ONNX Runtime keeps.
+    """
     wanted = wanted_opset(version, provider)
-    return min(wanted, max(PLAIN, model.opset_imports.get("", 0))) if without_kernel(model, wanted) else wanted
+    short = without_kernel(model, wanted) or loses_types(model)
+    return min(wanted, max(PLAIN, model.opset_imports.get("", 0))) if short else wanted
+
+
+def loses_types(model: ir.Model) -> bool:
+    """Whether a model rounds to INT8 below opset 21, which the installed ONNX Runtime fails to load from there on: its
+    optimiser states the type of pairs that it adds, makes the codes UINT8, and leaves the type (1.31).
+    """
+    pairs = (node for node in model.graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+    zeros = (node.inputs[2] for node in pairs if len(node.inputs) > 2 and not _is_stored(node.inputs[0]))
+    signed = any(zero is not None and zero.dtype == ir.DataType.INT8 for zero in zeros)
+    return signed and model.opset_imports.get("", 0) < TYPED_OPSET and _loses_types()
+
+
+TYPED_OPSET = 21
+"""The opset from which on ``QuantizeLinear`` may state the type that it gives."""
+_MOVED_CODES = """<ir_version: 9, opset_import: ["" : 21]>
+    g (float[2,3] x) => (float[3,2] y) <float scale = {0.1}, int8 zero = {3}> {
+        c = QuantizeLinear(x, scale, zero)  d = DequantizeLinear(c, scale, zero)  t = Transpose(d)  y = Neg(t) }"""
+
+
+@functools.cache
+def _loses_types() -> bool:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    written = onnx.parser.parse_model(_MOVED_CODES).SerializeToString()
+    try:
+        onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
+    except Exception:  # its errors have no base of their own
+        return True
+    return False
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
 
 
 def without_kernel(model: ir.Model, opset: int) -> list[str]:

@@ -115,9 +115,9 @@ def test_fused_call_is_lifted(call: Call) -> None:
         ),
         ("y = com.microsoft.MultiHeadAttention<num_heads=6>(q)", "float[B,I,6,3,8] q", "packed"),
         (
-            "y = com.microsoft.Attention<num_heads=6>(q, w, b)",
+            "y = com.microsoft.Attention<num_heads=6, do_rotary=1>(q, w, b)",
             "float[B,I,48] q, float[48,144] w, float[144] b",
-            "projections",
+            "do_rotary",
         ),
         (
             "y = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2>(q, k, v, , , l, t)",
@@ -150,7 +150,7 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "none of linear",
         ),
     ],
-    ids=["bias", "packed", "projections", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
+    ids=["bias", "packed", "rotary", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
 )
 def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
     graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))

@@ -12,7 +12,7 @@ from attncompile.lift import Site, lift_graph
 from attncompile.lift.render import render_site
 from attncompile.lift.rounded import described, without_roundings
 from tests.frontends.onnx_reference import parsed
-from tests.quantised_attention import FORMS, attention_model, quantised_file
+from tests.quantised_attention import FORMS, PACKED, REWRITTEN, attention_model, quantised_file
 
 PARTS = {
     "qdq": "q, k, v, the scores, the weights to int8",
@@ -20,6 +20,12 @@ PARTS = {
     "qoperator": "q, k, v, the scores, the weights to int8",
     "qoperator-everything": "mask, q, k, v, the scores, the weights to int8",
     "dynamic": "q, k, v, the weights to uint8 by scales of each call",
+    "qdq-everything, saved by the runtime": "k, q, the scores, mask, the weights, v to uint8",
+    "qoperator-everything, saved by the runtime": "mask, q, k, v, the scores, the weights to int8",
+    "dynamic, saved by the runtime": "k, q, v, the weights to uint8 by scales of each call",
+    "packed qoperator-everything": "mask, q, k, v, the scores, the weights to int8",
+    "packed qdq, ONNX Runtime's own pairs": "mask, q, k, v, the scores, the weights to int8",
+    "packed qdq, ONNX Runtime's own pairs, saved by the runtime": "q, k, v, the scores, mask, the weights to uint8",
 }
 
 
@@ -28,9 +34,9 @@ def only_site(model: ir.Model) -> Site:
     return site
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *REWRITTEN])
 def test_every_quantised_form_states_the_attention_of_the_float_model(form: str, tmp_path: Path) -> None:
-    plain = only_site(ir.from_proto(attention_model()))
+    plain = only_site(ir.from_proto(attention_model(packed=form.startswith(PACKED))))
     site = only_site(ir.load(quantised_file(form, tmp_path)))
     assert plain.status == "lifted" and not plain.roundings
     assert site.status == "observed" and site.refusal is not None and site.refusal.kind == "rounded-values"
