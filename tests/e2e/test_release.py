@@ -6,16 +6,16 @@ from unittest import mock
 
 import pytest
 
-from attncompile.convert import runtime
+from attncompile.convert import memory
 
 
 @pytest.mark.parametrize(
     ("sizes", "collections"),
     (
         ((0,), 1),
-        ((0, runtime.GROWN - 1), 1),
-        ((0, runtime.GROWN), 2),
-        ((runtime.GROWN, 0, runtime.GROWN), 2),
+        ((0, memory.GROWN - 1), 1),
+        ((0, memory.GROWN), 2),
+        ((memory.GROWN, 0, memory.GROWN), 2),
         ((0, None), 2),
     ),
     ids=("first", "hardly-grown", "grown", "shrunk-between", "nothing-known"),
@@ -24,21 +24,21 @@ def test_only_a_process_that_has_grown_looks_for_garbage(
     sizes: tuple[int | None, ...], collections: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = 1 << 30
-    monkeypatch.setattr(runtime, "_held", 0)
-    with mock.patch.object(runtime.gc, "collect") as collect:
+    monkeypatch.setattr(memory, "_held", 0)
+    with mock.patch.object(memory.gc, "collect") as collect:
         for size in sizes:
             resident = None if size is None else base + size
-            with mock.patch.object(runtime, "_resident", return_value=resident):
-                runtime.release()
+            with mock.patch.object(memory, "_resident", return_value=resident):
+                memory.release()
     assert collect.call_count == collections
 
 
 def test_the_resident_memory_is_that_of_the_process() -> None:
-    before = runtime._resident()
+    before = memory._resident()
     if before is None:
         pytest.skip("no file says what this process has")
     held = bytearray(b"x") * (1 << 27)
-    after = runtime._resident()
+    after = memory._resident()
     assert after is not None and len(held) <= 1.1 * (after - before)
 
 
@@ -66,7 +66,7 @@ Swap:                  0 kB
 
 
 def test_weights_that_were_only_read_are_given_back() -> None:
-    assert runtime._unwritten(SMAPS) == [(0x7F0000000000, 0x400000)]
+    assert memory._unwritten(SMAPS) == [(0x7F0000000000, 0x400000)]
 
 
 @pytest.mark.parametrize("pages", ["Anonymous", "Private_Dirty", "Shared_Dirty", "Swap"])
@@ -77,9 +77,9 @@ def test_weights_that_were_written_to_stay(pages: str) -> None:
     start = after.index(name) + len(name)
     end = after.index("\n", start)
     written = before + line + after[:start] + " 4 kB" + after[end:]
-    assert runtime._unwritten(written) == []
+    assert memory._unwritten(written) == []
 
 
 def test_no_weights_are_mapped_where_no_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.Path, "read_text", mock.Mock(side_effect=OSError))
-    assert runtime._mapped_weights() == []
+    monkeypatch.setattr(memory.Path, "read_text", mock.Mock(side_effect=OSError))
+    assert memory._mapped() == []
