@@ -52,8 +52,8 @@ def let_go() -> None:
 
 
 MOST = 1 << 27
-"""Bytes of files that are read before their pages are let go: to look through the mappings of a process takes as long
-as to multiply with a fifth of so many weights."""
+"""Bytes of files that are read before their pages are let go: to look through the mappings of a process takes some
+forty milliseconds."""
 
 
 class Reading:

@@ -183,7 +183,7 @@ def _ran(form: Run, call: Call) -> bool:
     """Whether a model took a call: its positions may be fewer, for one."""
     try:
         form(call)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
     return True
 

@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
 from sympy.core.cache import clear_cache
+from torch._decomp.decompositions_for_rng import PhiloxStateTracker
 from torch._dynamo.exc import UserError
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source, TracingContext, detect_fake_mode
@@ -446,11 +447,13 @@ def forget_export() -> None:
     torch keeps a node of it for each tensor in a table of its own, which serves to look for leaks while it exports;
     with a node lives the whole graph, until something else is exported. What it keeps for sizes that it sees again
     (shapes of results, facts, simplified terms) is of no use to other symbols, and is small, but lies between all that
-    was made on the way: Python gives memory back by the megabyte, and only where nothing in it is left.
+    was made on the way: Python gives memory back by the megabyte, and only where nothing in it is left. The state of
+    its random numbers, of fake tensors, holds all of that too.
     """
     known: dict[int, Any] = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {})
     known.clear()
     FakeTensorMode.cache_clear()
+    PhiloxStateTracker.reset()
     for function in (*vars(symbolic_shapes).values(), *vars(ShapeEnv).values()):
         forget = getattr(function, "cache_clear", None)
         if callable(forget):
