@@ -441,19 +441,25 @@ def open_package(file: Path) -> tuple[Callable[..., Any], dict[str, str]]:
     return loaded, dict(loaded.get_metadata())
 
 
-def forget_export() -> None:
-    """Let go of the graph that was exported last, and of what was worked out for its sizes.
+def forget_export(program: torch.export.ExportedProgram) -> None:
+    """Let go of a graph that was exported and is not wanted any more, and of what was worked out for its sizes.
 
     torch keeps a node of it for each tensor in a table of its own, which serves to look for leaks while it exports;
     with a node lives the whole graph, until something else is exported. What it keeps for sizes that it sees again
     (shapes of results, facts, simplified terms) is of no use to other symbols, and is small, but lies between all that
     was made on the way: Python gives memory back by the megabyte, and only where nothing in it is left. The state of
-    its random numbers, of fake tensors, holds all of that too.
+    its random numbers, of fake tensors, holds all of that too; and the fake tensors that an environment of sizes tracks
+    hold it in turn, by sizes that Python's collector does not see.
     """
     known: dict[int, Any] = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {})
     known.clear()
     FakeTensorMode.cache_clear()
     PhiloxStateTracker.reset()
+    mode = fake_mode_of_graph(program.graph_module)
+    for name in ("tracked_fakes", "fake_tensor_cache"):
+        held = getattr(mode.shape_env, name, None) if mode is not None else None
+        if held:
+            held.clear()
     for function in (*vars(symbolic_shapes).values(), *vars(ShapeEnv).values()):
         forget = getattr(function, "cache_clear", None)
         if callable(forget):
