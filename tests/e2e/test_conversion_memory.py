@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_what_is_timed_is_in_memory_in_its_turn_alone(monkeypatch: pytest.Monkey
         return seconds[run.name]
 
     monkeypatch.setattr(timing, "_seconds_of", told)
-    found = timing.medians_in_turns([lambda name=name: Loaded(name) for name in seconds])
+    found = timing.medians_in_turns([partial(Loaded, name) for name in seconds])
     assert found == ([3.0, 1.5], 2 * timing.ROUNDS, True)
     assert turns == ["before", "after", "after", "before"]
     assert not alive
