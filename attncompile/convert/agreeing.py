@@ -20,6 +20,7 @@ from attncompile.convert.calibration import Call
 from attncompile.convert.clean import Before, judged
 from attncompile.convert.comparison import Compared, Inputs, Runs, compare_on, inputs_of
 from attncompile.convert.frame import Options, disagreement
+from attncompile.convert.memory import release
 from attncompile.convert.onnx_rewrite import Rewritten, rewrite_onnx
 from attncompile.convert.onnx_runs import known_runs, running, session_results
 from attncompile.convert.onnx_sites import Known, checked_sites
@@ -28,7 +29,7 @@ from attncompile.convert.precision import Precision
 from attncompile.convert.providers import kernels_of
 from attncompile.convert.rollback import Fails, failing_sites
 from attncompile.convert.rounding import Texts
-from attncompile.convert.runtime import LoadError, release, save
+from attncompile.convert.runtime import LoadError, save
 from attncompile.frontends.cached import Generating
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.example_inputs import positions_of

@@ -10,9 +10,10 @@ import onnx_ir
 
 from attncompile.codegen.onnx.stored import KEY_PAST, VALUE_PAST, Bits, caching_nodes, special_features, why_not_stored
 from attncompile.convert.calibration import Call
+from attncompile.convert.memory import release
 from attncompile.convert.precision import NotStoredError
 from attncompile.convert.providers import kernels_of
-from attncompile.convert.runtime import CACHED, feeds, release, results, session
+from attncompile.convert.runtime import CACHED, feeds, results, session
 from attncompile.frontends.errors import InputError
 
 

@@ -20,11 +20,12 @@ import torch
 
 from attncompile.convert.calibration import Call, calls, text_call
 from attncompile.convert.continued import behind_caches
+from attncompile.convert.memory import Reading
 from attncompile.convert.quality import Quality, is_change
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.verify import EndToEnd, compare, measured
-from attncompile.verify.tolerance import largest
+from attncompile.verify.tolerance import PIECE, all_finite, largest
 
 ABSOLUTE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How much the error of a whole model's outputs may grow by exact rewrites, by dtype; absolute."""
@@ -239,10 +240,15 @@ def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> li
     exact = runs.exact(call) if runs.exact is not None else {}
     plain = runs.unrewritten(call) if runs.runtime and exact else {}
     found: list[EndToEnd] = []
+    reading = Reading()
+
+    def apart_by(left: torch.Tensor, right: torch.Tensor) -> float:
+        comparison = compare(left, right)
+        reading.read(left, right)
+        return math.inf if comparison.misplaced else comparison.max_abs
 
     def distance(names: Sequence[str], one: Outputs, other: Outputs) -> float:
-        found = [compare(call.judged(name, one[name]), call.judged(name, other[name])) for name in names]
-        return max(math.inf if comparison.misplaced else comparison.max_abs for comparison in found)
+        return max(apart_by(call.judged(name, one[name]), call.judged(name, other[name])) for name in names)
 
     def state(metric: str, before: float | None, after: float, allowed: float | None, error: bool = False) -> None:
         found.append(measured(metric, before, after, call.what, allowed if judged else None, error=error))
@@ -258,7 +264,9 @@ def distances(call: Call, runs: Runs, converted: Outputs, *, judged: bool) -> li
             lost = sum(_lost(call.judged(name, converted[name]), call.judged(name, original[name])) for name in names)
             found.append(measured(LOST.format(what), None, lost, call.what, 0.0))
         truths = [call.judged(name, exact[name]) for name in names if name in exact]
-        if len(truths) < len(names) or not all(truth.isfinite().all() for truth in truths):
+        finite = all(map(all_finite, truths))
+        reading.read(*truths)
+        if len(truths) < len(names) or not finite:
             state(f"largest difference of {what}", None, apart, allowed)
             continue
         state(f"largest difference of {what}", None, apart, None)
@@ -281,7 +289,8 @@ LOST = "elements of {} that are not finite where the original's are"
 
 
 def _lost(found: torch.Tensor, wanted: torch.Tensor) -> int:
-    return int((wanted.isfinite() & ~found.isfinite()).sum())
+    pieces = zip(wanted.reshape(-1).split(PIECE), found.reshape(-1).split(PIECE), strict=True)
+    return sum(int((one.isfinite() & ~other.isfinite()).sum()) for one, other in pieces)
 
 
 def _together(outputs: Outputs) -> dict[str, list[str]]:

@@ -45,7 +45,7 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
                 "convert it with --target torch instead",
             ) from error
         finally:
-            forget_export()
+            forget_export(program)
     assert exported is not None
     model = exported.model
     for value, name in zip(model.graph.outputs, names, strict=False):

@@ -20,10 +20,11 @@ from attncompile.convert.change import Change
 from attncompile.convert.clean import judged
 from attncompile.convert.comparison import Compared, DoesNotRunError, Runs, compare_on
 from attncompile.convert.frame import Options
+from attncompile.convert.memory import release
 from attncompile.convert.precision import NotStoredError, Precision
 from attncompile.convert.rollback import failing_sites
 from attncompile.convert.rounding import OverBudgetError, Rounded, round_model, rounding_changes
-from attncompile.convert.runtime import LoadError, release, run, session
+from attncompile.convert.runtime import LoadError, run, session
 from attncompile.frontends.errors import InputError
 
 FAULTS = (NotStoredError, LoadError, DoesNotRunError, OverBudgetError)

@@ -18,9 +18,10 @@ import torch
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import Compared, Inputs, Outputs, Run, Runs, compare_on, inputs_of
+from attncompile.convert.memory import read_by_modules, release
 from attncompile.convert.onnx_runs import running
 from attncompile.convert.recorded import recorded
-from attncompile.convert.runtime import release, run, session
+from attncompile.convert.runtime import run, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.cached import empty_past
 from attncompile.frontends.checkpoint import OpenedModel
@@ -76,7 +77,8 @@ def known_in_steps(
     wide = running(progress, "the original in steps in float64")
     plain = _results(decoder, before, provider, inputs.every, scratch / "plain", told["the export"])
     with torch.no_grad():
-        given = recorded(original, inputs.every, scratch / "original", told["the original"])
+        with read_by_modules(opened.model):
+            given = recorded(original, inputs.every, scratch / "original", told["the original"])
         exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
     release()
     return KnownInSteps(decoder, inputs, Runs(given, plain, plain, exact, "ONNX Runtime"))

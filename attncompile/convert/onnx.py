@@ -22,12 +22,13 @@ from attncompile.convert.frame import Made, Options, conversion, plan_is_lossy, 
 from attncompile.convert.generator import write_generator
 from attncompile.convert.in_precision import budget_of
 from attncompile.convert.in_steps import compare_in_steps, known_in_steps
+from attncompile.convert.memory import release
 from attncompile.convert.onnx_part import make_part, making_of, texts_for
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
 from attncompile.convert.part import MODEL, Part, finish_part, kept_export
 from attncompile.convert.precision import Precision, parse_precision, require_possible
-from attncompile.convert.runtime import release, save
+from attncompile.convert.runtime import save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
 from attncompile.convert.together import made_together

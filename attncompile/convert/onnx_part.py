@@ -16,15 +16,15 @@ from attncompile.convert.agreeing import Agreeing, Making, agreeing
 from attncompile.convert.calibration import Call, calls, running_text, text_call, text_calls
 from attncompile.convert.change import Change, changes_in_onnx
 from attncompile.convert.clean import Before
-from attncompile.convert.comparison import Compared
+from attncompile.convert.comparison import Compared, Run
 from attncompile.convert.frame import Options, lossy_rewrites
 from attncompile.convert.in_precision import Retry, in_precision
+from attncompile.convert.memory import release
 from attncompile.convert.onnx_rewrite import Rewritten
 from attncompile.convert.onnx_runs import runnable
 from attncompile.convert.part import Part
 from attncompile.convert.precision import Precision
 from attncompile.convert.rounding import Texts, texts_of
-from attncompile.convert.runtime import Session, release, run, session
 from attncompile.convert.timing import latency_measurement, size_measurement
 from attncompile.passes import PassCall
 from attncompile.report import Measurement
@@ -92,8 +92,7 @@ def make_part(
 ) -> MadePart:
     """Rewrite an export and write the result, after comparing both with the original. A precision comes last.
 
-    A site that fails is rolled back, and the rest stays. At most one session is open at a time, but for the two whose
-    latencies are compared.
+    A site that fails is rolled back, and the rest stays. At most one session with the weights is open at a time.
 
     Args:
         making: the part; folder: where to write.
@@ -117,7 +116,7 @@ def make_part(
         compared, kept, changes = precise.compared, precise.rounded.kept, {**changes, **precise.changes}
     release()
     making.options.progress(f"measuring{part.doing}")
-    measured, unchanged = _measurements(making, not (rewritten.changed or making.rounds), file)
+    measured, unchanged = _measurements(making, agreed, file)
     release()
     said = tuple(
         f"{part.name}: {note}" if part.name else note for note in (*rewritten.notes, *told, *given_up, *unchanged)
@@ -162,27 +161,29 @@ def _changes(making: Making, rewritten: Rewritten) -> tuple[dict[str, Change], l
     return found, told
 
 
-def _measurements(making: Making, unchanged: bool, file: Path) -> tuple[list[Measurement], list[str]]:
-    """Size and latency before and after, and a sentence where nothing was changed."""
+def _measurements(making: Making, agreed: Agreeing, file: Path) -> tuple[list[Measurement], list[str]]:
+    """Size and latency before and after, and a sentence where nothing was changed.
+
+    The call is one that the export took before: no original and no session is wanted to know that.
+    """
     part, provider, which = making.part, making.options.provider, f" of {file.name}" if making.part.name else ""
     found = [size_measurement(making.export, file, which)]
-    if unchanged:
+    if not (agreed.rewritten.changed or making.rounds):
         return found, ["nothing was rewritten: the model runs as it did, so its latency was not measured"]
-    release()  # what is cached in a call was made by the original, whose weights are not needed any more
-    export = runnable(making.export, making.scratch, part.opened.path)
-    before, after = (session(each, provider, defaults=True) for each in (export, file))
     what = "torch's own export" if part.opened.kind == "torch" else "the given file"
-    timed = next((call for call in reversed(calls(part.opened)) if _runs(before, call)), None)
+    timed = next((call for call in reversed(agreed.inputs.calls) if _ran(agreed.known.unrewritten, call)), None)
     if timed is None:
         return found, [f"no call that was made up runs in {what}, so its latency was not measured"]
-    return [*found, latency_measurement(before, after, timed, what, which)], []
+    export = runnable(making.export, making.scratch, part.opened.path)
+    timed = replace(timed, what=timed.what.removeprefix(f"{part.name}: "))  # which file it is, is said already
+    return [*found, latency_measurement(export, file, provider, timed, what, which)], []
 
 
-def _runs(loaded: Session, call: Call) -> bool:
-    """Whether a model takes a call: its positions may be fewer, for one."""
+def _ran(form: Run, call: Call) -> bool:
+    """Whether a model took a call: its positions may be fewer, for one."""
     try:
-        run(loaded, call)
-    except RuntimeError:
+        form(call)
+    except (RuntimeError, ValueError):
         return False
     return True
 

@@ -13,9 +13,10 @@ from attncompile.codegen.onnx.tried import installed, newest_opset
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
 from attncompile.convert.comparison import Inputs, Run, Runs
+from attncompile.convert.memory import read_by_modules, release
 from attncompile.convert.onnx_older import is_too_new, spell_out_unknown, why_too_new
 from attncompile.convert.recorded import recorded
-from attncompile.convert.runtime import release, run, save, session
+from attncompile.convert.runtime import run, save, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -51,9 +52,13 @@ def known_runs(
     told, wide = running(progress, f"the original{doing}"), running(progress, f"the original{doing} in float64")
     exact: Run | None = None
     with torch.no_grad():
-        original = recorded(
-            lambda call: outputs_of(opened.model(*call.args, **call.kwargs)), inputs.every, scratch / "original", told
-        )
+        with read_by_modules(opened.model):
+            original = recorded(
+                lambda call: outputs_of(opened.model(*call.args, **call.kwargs)),
+                inputs.every,
+                scratch / "original",
+                told,
+            )
         if exactly:
             exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
     release()

@@ -12,6 +12,7 @@ import torch
 
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
+from attncompile.convert.memory import RESULT, let_go
 from attncompile.frontends.torch_internals import flatten
 
 
@@ -49,16 +50,11 @@ def recorded(
     for number, call in enumerate(calls):
         progress(f"{call.what} ({number + 1} of {len(calls)})")
         which = _identity(call)
+        let_go()  # what was free when the form was loaded, and behind the call before
         try:
-            results = run(call)
+            found[which] = _written(run(call), folder, number)
         except (ValueError, RuntimeError) as error:
             found[which] = error.with_traceback(None)  # its frames hold the results so far
-            continue
-        kept: dict[str, _Kept] = {}
-        for place, (name, tensor) in enumerate(results.items()):
-            kept[name] = _Kept(folder / f"{number}-{place}", tensor.shape, tensor.dtype)
-            _bytes(tensor).tofile(kept[name].file)
-        found[which] = kept
 
     def again(call: Call) -> Mapping[str, torch.Tensor]:
         known = found[_identity(call)]
@@ -67,6 +63,15 @@ def recorded(
         return {name: one.read() for name, one in known.items()}
 
     return again
+
+
+def _written(results: Mapping[str, torch.Tensor], folder: Path, number: int) -> dict[str, _Kept]:
+    """The results of a call in files of their own."""
+    kept: dict[str, _Kept] = {}
+    for place, (name, tensor) in enumerate(results.items()):
+        kept[name] = _Kept(folder / f"{number}-{place}{RESULT}", tensor.shape, tensor.dtype)
+        _bytes(tensor).tofile(kept[name].file)
+    return kept
 
 
 def _identity(call: Call) -> tuple[str, bytes]:

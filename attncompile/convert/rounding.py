@@ -17,9 +17,10 @@ from attncompile.convert.calibration import Call, calls, running_text, text_call
 from attncompile.convert.change import Change, difference, observed
 from attncompile.convert.comparison import Runs, measured_quality
 from attncompile.convert.continued import behind_caches
+from attncompile.convert.memory import release
 from attncompile.convert.precision import Precision, prepared, write_precise
 from attncompile.convert.quality import Quality
-from attncompile.convert.runtime import feeds, release, save, session
+from attncompile.convert.runtime import feeds, save, session
 from attncompile.convert.sensitivity import most_hurt
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,78 +126,6 @@ _INTEGERS = ("tensor(int8)", "tensor(uint8)")
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 """Float types of inputs that NumPy has too."""
-
-
-GROWN = 1 << 26
-"""Bytes that are worth looking for: the garbage collector looks through all objects of a process, which takes half a
-second where many libraries are loaded, fifty times in a conversion."""
-
-_held = 0
-"""Resident memory after the last :func:`release`."""
-
-
-def release() -> None:
-    """Give the system back what is free: the allocator of glibc keeps it, after a session as much as its weights. Pages
-    of weights that are mapped from a file go too; they are read again where they are wanted. Where the process has not
-    grown by :data:`GROWN` since the last time, nothing is done.
-    """
-    global _held
-    resident = _resident()
-    if resident is not None and resident < _held + GROWN:
-        _held = min(_held, resident)
-        return
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which has no such functions
-        library = ctypes.CDLL(None, use_errno=True)
-        library.malloc_trim(0)
-        for start, size in _mapped_weights():
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
-    _held = _resident() or 0
-
-
-def _resident() -> int | None:
-    """Bytes of memory that the process has now; ``None`` where no file says so."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-WEIGHTS = (".safetensors", ".data")
-"""How files end that hold weights and are mapped."""
-
-MADV_DONTNEED = 4
-"""Of Linux: pages of the range are dropped; those of a file are read again from it."""
-
-
-def _mapped_weights() -> list[tuple[int, int]]:
-    """Address and size of the mappings of weights of which no page was written to: all of those is in their files."""
-    try:
-        return _unwritten(Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace"))
-    except OSError:  # another system
-        return []
-
-
-WRITTEN = ("Anonymous:", "Private_Dirty:", "Shared_Dirty:", "Swap:")
-"""What Linux calls pages of a mapping that were written to: in memory, and those of the process's own that it has put
-out of memory, which are no longer counted among the others."""
-
-
-def _unwritten(text: str) -> list[tuple[int, int]]:
-    """What :func:`_mapped_weights` gives, of such a file's text."""
-    found: list[tuple[int, int]] = []
-    current = False
-    for line in text.splitlines():
-        name, *rest = line.split()
-        if not name.endswith(":"):
-            start, _, end = name.partition("-")
-            current = rest[-1].endswith(WEIGHTS)
-            if current:
-                found.append((int(start, 16), int(end, 16) - int(start, 16)))
-        elif current and name in WRITTEN and rest[0] != "0":
-            found.pop()
-            current = False
-    return found
 
 
 def feeds(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from attncompile.convert.memory import Reading
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
 from attncompile.frontends.errors import InputError
 from attncompile.verify.certificate import Record, read_record, write_record
@@ -161,10 +162,12 @@ def weights_digest(opened: OpenedModel) -> str:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
     state: dict[str, Any] = opened.model.state_dict()
+    reading = Reading()
     for name, tensor in sorted(state.items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            reading.read(tensor)
     return digest.hexdigest()
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir
-import onnxruntime
 
 from attncompile.convert.calibration import Call
-from attncompile.convert.runtime import feeds
+from attncompile.convert.memory import release
+from attncompile.convert.runtime import feeds, session
 from attncompile.report import Measurement
 
 WARM_UP = 3
 ROUNDS = 7
-"""Interleaved repetitions between two looks at the medians."""
+"""Repetitions of each between two looks at the medians."""
 
 SETTLED = 0.01
 """The ratio of both medians has settled when one more set of rounds moves it by less than this share."""
@@ -39,21 +40,16 @@ def _bytes(path: Path) -> int:
 
 
 def latency_measurement(
-    before: onnxruntime.InferenceSession,
-    after: onnxruntime.InferenceSession,
-    call: Call,
-    what: str,
-    which: str = "",
+    before: Path, after: Path, provider: str, call: Call, what: str, which: str = ""
 ) -> Measurement:
-    """Latency of both sessions on a call, in milliseconds.
+    """Latency of both models on a call, in milliseconds.
 
     Args:
         before, after: what to run; what: what ``before`` is, in words.
-        call: on what; which: of what model, behind a space.
+        provider: where; call: on what; which: of what model, behind a space.
     """
-    runs = [_runner(loaded, call) for loaded in (before, after)]
-    medians, rounds, settled = interleaved_medians(runs)
-    note = f"medians of {rounds} interleaved runs" + ("" if settled else ", not settled: the machine is busy")
+    medians, rounds, settled = medians_in_turns([partial(_loaded, file, provider, call) for file in (before, after)])
+    note = f"medians of {rounds} runs in turns" + ("" if settled else ", not settled: the machine is busy")
     return Measurement(
         name=f"latency{which}, {call.what}",
         before=1e3 * medians[0],
@@ -63,9 +59,39 @@ def latency_measurement(
     )
 
 
-def _runner(loaded: onnxruntime.InferenceSession, call: Call) -> Callable[[], object]:
-    fed = feeds(loaded, call)
-    return lambda: loaded.run(None, fed)
+def _loaded(file: Path, provider: str, call: Call) -> Callable[[], object]:
+    """A model in a session of its own, which ends with what is returned."""
+    loaded = session(file, provider, defaults=True)
+    return partial(loaded.run, None, feeds(loaded, call))
+
+
+def medians_in_turns(
+    loads: Sequence[Callable[[], Callable[[], object]]], seconds: float = SECONDS
+) -> tuple[list[float], int, bool]:
+    """Median seconds of functions of which one at a time may be in memory.
+
+    Each is loaded, run and let go in its turn, and the order of the turns is reversed each time, so that a machine that
+    slows down slows all of them. Where its weights come to lie in memory, which moves a latency by some per cent, is
+    another place in each turn.
+
+    Args:
+        loads: give what to run.
+        seconds: see :func:`interleaved_medians`, which gives the same results.
+    """
+    times: list[list[float]] = [[] for _ in loads]
+    turns = list(zip(times, loads, strict=True))
+
+    def take_turns() -> None:
+        for record, load in turns:
+            run = load()
+            for _ in range(WARM_UP):
+                run()
+            record += [_seconds_of(run) for _ in range(ROUNDS)]
+            del run
+            release()
+        turns.reverse()
+
+    return _settled_medians(times, take_turns, seconds)
 
 
 def interleaved_medians(
@@ -80,14 +106,29 @@ def interleaved_medians(
         for run in runs:
             run()
     times: list[list[float]] = [[] for _ in runs]
+
+    def interleave() -> None:
+        for _ in range(ROUNDS):
+            for record, run in zip(times, runs, strict=True):
+                record.append(_seconds_of(run))
+
+    return _settled_medians(times, interleave, seconds)
+
+
+def _seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _settled_medians(
+    times: Sequence[Sequence[float]], measure: Callable[[], None], seconds: float
+) -> tuple[list[float], int, bool]:
+    """What :func:`interleaved_medians` gives; ``measure`` adds to all times."""
     end = time.perf_counter() + seconds
     last = 0.0
     while True:
-        for _ in range(ROUNDS):
-            for record, run in zip(times, runs, strict=True):
-                start = time.perf_counter()
-                run()
-                record.append(time.perf_counter() - start)
+        measure()
         medians = [float(np.median(record)) for record in times]
         ratio = medians[0] / medians[1] if len(medians) > 1 else medians[0]
         settled = abs(ratio - last) < SETTLED * ratio

@@ -17,9 +17,10 @@ from attncompile.convert.comparison import Compared
 from attncompile.convert.frame import disagreement
 from attncompile.convert.in_precision import FAULTS, budget_of, rounded_file
 from attncompile.convert.in_steps import KnownInSteps, compare_in_steps, known_in_steps
+from attncompile.convert.memory import release
 from attncompile.convert.onnx_part import MadePart, make_part
 from attncompile.convert.rollback import failing_sites
-from attncompile.convert.runtime import LoadError, release
+from attncompile.convert.runtime import LoadError
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel
 from attncompile.frontends.errors import InputError

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 import torch
 
+from attncompile.convert.memory import Reading
 from attncompile.convert.runtime import save
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -30,12 +31,13 @@ SMALLEST = 1024
 def save_unrewritten(model: onnx_ir.Model, opened: OpenedModel, path: Path) -> None:
     """Write a model with every weight that the original has as a marked input; ``model`` is used up by this."""
     known = _digests(opened.model)
-    graph = model.graph
+    graph, reading = model.graph, Reading()
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or tensor.nbytes < SMALLEST:
             continue
         found = known.get(_digest(tensor.numpy()))
+        reading.read(tensor)
         if found is None:
             continue  # computed by the exporter, so it is kept
         parameter, transposed = found
@@ -84,12 +86,14 @@ def _tensors(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
 def _digests(model: torch.nn.Module) -> dict[bytes, tuple[str, bool]]:
     """Content of every weight, and of its transpose, to its name and whether it is the transpose."""
     known: dict[bytes, tuple[str, bool]] = {}
+    reading = Reading()
     for name, tensor in _tensors(model).items():
         if tensor.numel() * tensor.element_size() < SMALLEST:
             continue
         if tensor.dim() == 2:
             known.setdefault(_digest(_array(tensor.t())), (name, True))
         known[_digest(_array(tensor))] = (name, False)
+        reading.read(tensor)
     return known
 
 

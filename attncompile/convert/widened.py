@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from attncompile.convert.calibration import Call, named_outputs
+from attncompile.convert.memory import Reading
 
 SMALLEST = 1 << 20
 """Bytes in float64 from which a weight is widened only while it is used."""
@@ -37,6 +38,7 @@ class Widened:
         self.held = self.most = 0
         self._model = model
         self._whole: torch.nn.Module | None = None
+        self._reading = Reading()
         self._open: Counter[torch.nn.Parameter] = Counter()
         self._sources: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         self._lean: torch.nn.Module | None = self._copied()
@@ -85,6 +87,7 @@ class Widened:
             if not self._open[one]:
                 one.data = self._sources[one].detach().double()
                 self.held += one.nbytes
+                self._reading.read(self._sources[one])
             self._open[one] += 1
         self.most = max(self.most, self.held)
 

@@ -16,13 +16,15 @@ import sympy
 import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
+from sympy.core.cache import clear_cache
+from torch._decomp.decompositions_for_rng import PhiloxStateTracker
 from torch._dynamo.exc import UserError
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_scalar, statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -439,14 +441,30 @@ def open_package(file: Path) -> tuple[Callable[..., Any], dict[str, str]]:
     return loaded, dict(loaded.get_metadata())
 
 
-def forget_export() -> None:
-    """Let go of the graph that was exported last.
+def forget_export(program: torch.export.ExportedProgram) -> None:
+    """Let go of a graph that was exported and is not wanted any more, and of what was worked out for its sizes.
 
     torch keeps a node of it for each tensor in a table of its own, which serves to look for leaks while it exports;
-    with a node lives the whole graph, until something else is exported.
+    with a node lives the whole graph, until something else is exported. What it keeps for sizes that it sees again
+    (shapes of results, facts, simplified terms) is of no use to other symbols, and is small, but lies between all that
+    was made on the way: Python gives memory back by the megabyte, and only where nothing in it is left. The state of
+    its random numbers, of fake tensors, holds all of that too; and the fake tensors that an environment of sizes tracks
+    hold it in turn, by sizes that Python's collector does not see.
     """
     known: dict[int, Any] = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {})
     known.clear()
+    FakeTensorMode.cache_clear()
+    PhiloxStateTracker.reset()
+    mode = fake_mode_of_graph(program.graph_module)
+    for name in ("tracked_fakes", "fake_tensor_cache"):
+        held = getattr(mode.shape_env, name, None) if mode is not None else None
+        if held:
+            held.clear()
+    for function in (*vars(symbolic_shapes).values(), *vars(ShapeEnv).values()):
+        forget = getattr(function, "cache_clear", None)
+        if callable(forget):
+            forget()
+    clear_cache()
 
 
 def lacking_instructions(wanted: str) -> str | None:

@@ -73,3 +73,8 @@ def largest(tensor: torch.Tensor) -> float:
         finite = part[part.isfinite()]
         found = max(found, float(finite.abs().max())) if finite.numel() else found
     return found
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is a finite number."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(PIECE))

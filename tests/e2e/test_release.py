@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
-from attncompile.convert import runtime
+from attncompile.convert import memory
+
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not say what is mapped")
 
 
 @pytest.mark.parametrize(
     ("sizes", "collections"),
     (
         ((0,), 1),
-        ((0, runtime.GROWN - 1), 1),
-        ((0, runtime.GROWN), 2),
-        ((runtime.GROWN, 0, runtime.GROWN), 2),
+        ((0, memory.GROWN - 1), 1),
+        ((0, memory.GROWN), 2),
+        ((memory.GROWN, 0, memory.GROWN), 2),
         ((0, None), 2),
     ),
     ids=("first", "hardly-grown", "grown", "shrunk-between", "nothing-known"),
@@ -24,21 +29,21 @@ def test_only_a_process_that_has_grown_looks_for_garbage(
     sizes: tuple[int | None, ...], collections: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = 1 << 30
-    monkeypatch.setattr(runtime, "_held", 0)
-    with mock.patch.object(runtime.gc, "collect") as collect:
+    monkeypatch.setattr(memory, "_held", 0)
+    with mock.patch.object(memory.gc, "collect") as collect:
         for size in sizes:
             resident = None if size is None else base + size
-            with mock.patch.object(runtime, "_resident", return_value=resident):
-                runtime.release()
+            with mock.patch.object(memory, "_resident", return_value=resident):
+                memory.release()
     assert collect.call_count == collections
 
 
 def test_the_resident_memory_is_that_of_the_process() -> None:
-    before = runtime._resident()
+    before = memory._resident()
     if before is None:
         pytest.skip("no file says what this process has")
     held = bytearray(b"x") * (1 << 27)
-    after = runtime._resident()
+    after = memory._resident()
     assert after is not None and len(held) <= 1.1 * (after - before)
 
 
@@ -66,20 +71,80 @@ Swap:                  0 kB
 
 
 def test_weights_that_were_only_read_are_given_back() -> None:
-    assert runtime._unwritten(SMAPS) == [(0x7F0000000000, 0x400000)]
+    assert memory._unwritten(SMAPS) == [(0x7F0000000000, 0x400000)]
 
 
-@pytest.mark.parametrize("pages", ["Anonymous", "Private_Dirty", "Shared_Dirty", "Swap"])
-def test_weights_that_were_written_to_stay(pages: str) -> None:
-    """A page that was changed and put out of memory is in no file, and is no longer counted as dirty."""
+@pytest.mark.parametrize(("pages", "stays"), [("Anonymous", True), ("Swap", True), ("Private_Dirty", False)])
+def test_weights_that_were_written_to_stay(pages: str, stays: bool) -> None:
+    """A page that was changed is in no file, in memory or out of it. One that is dirty alone is that of a file."""
     before, line, after = SMAPS.partition("model.safetensors")
     name = f"\n{pages}:"
     start = after.index(name) + len(name)
     end = after.index("\n", start)
     written = before + line + after[:start] + " 4 kB" + after[end:]
-    assert runtime._unwritten(written) == []
+    assert memory._unwritten(written) == ([] if stays else [(0x7F0000000000, 0x400000)])
 
 
 def test_no_weights_are_mapped_where_no_file_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.Path, "read_text", mock.Mock(side_effect=OSError))
-    assert runtime._mapped_weights() == []
+    monkeypatch.setattr(memory.Path, "read_text", mock.Mock(side_effect=OSError))
+    assert memory._mapped() == []
+
+
+ELEMENTS = 1 << 24
+
+
+def mapped(file: Path) -> torch.Tensor:
+    """Ones in float32, in a file that is mapped."""
+    torch.ones(ELEMENTS).numpy().tofile(file)
+    return torch.from_file(str(file), shared=False, size=ELEMENTS)
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that are in the memory of the process."""
+    _, _, behind = Path("/proc/self/smaps").read_text().partition(str(file))
+    return 1024 * int(behind.partition("Rss:")[2].split()[0])
+
+
+@ON_LINUX
+def test_pages_of_a_file_that_was_just_written_are_let_go(tmp_path: Path) -> None:
+    file = tmp_path / f"x{memory.RESULT}"
+    tensor = mapped(file)
+    assert tensor.sum() == ELEMENTS
+    assert resident(file) == tensor.nbytes
+    memory.let_go()
+    assert resident(file) == 0
+    assert tensor.sum() == ELEMENTS
+
+
+@ON_LINUX
+def test_what_was_written_to_pages_of_a_file_is_not_lost(tmp_path: Path) -> None:
+    file = tmp_path / f"x{memory.RESULT}"
+    tensor = mapped(file)
+    tensor[1234567] = 5.0
+    memory.let_go()
+    assert tensor[1234567] == 5.0 and tensor.sum() == ELEMENTS + 4
+
+
+@ON_LINUX
+def test_a_model_keeps_few_pages_of_its_weights_while_it_runs(tmp_path: Path) -> None:
+    """Sixteen modules of a file, of which two are read between two looks."""
+    file = tmp_path / "x.safetensors"
+    tensor = mapped(file)
+    width, most = 1024, []
+    layers = [torch.nn.Linear(width, width, bias=False) for _ in range(ELEMENTS // width**2)]
+    for layer, weight in zip(layers, tensor.split(width**2), strict=True):
+        layer.weight = torch.nn.Parameter(weight.reshape(width, width), requires_grad=False)
+    model = torch.nn.Sequential(*layers)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: most.append(resident(file)))
+    states = torch.full((1, width), 1e-3)
+    expected = model(states)
+    most.clear()
+    memory.let_go()
+    with memory.read_by_modules(model, 2 * layers[0].weight.nbytes):
+        assert torch.equal(model(states), expected)
+    assert len(most) == len(layers)
+    assert max(most) <= 4 * layers[0].weight.nbytes  # twice as many: the system maps pages around those that are wanted
+    most.clear()
+    model(states)
+    assert max(most) > 10 * layers[0].weight.nbytes  # behind the block nothing is let go
