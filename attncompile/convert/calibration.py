@@ -68,12 +68,14 @@ class Call:
 
         Args:
             name: of the output; output: ``[batch, length, …]``, or cached ``[batch, heads, past + length, …]``, in a
-                buffer with room behind that, which means nothing.
+                buffer with room behind that, which means nothing. Positions that are fewer than what a mask speaks of
+                (of frames of sound) are judged all.
         """
         mask = self._mask()
-        if name.startswith(PRESENT) and mask is not None and output.shape[2] > mask.shape[1]:
-            output = output[:, :, : mask.shape[1]]
-        if name.startswith(PRESENT) and mask is not None and not mask.all():
+        if not name.startswith(PRESENT) or mask is None or output.shape[2] < mask.shape[1]:
+            return without_padding(output, self.kept())
+        output = output[:, :, : mask.shape[1]]
+        if not mask.all():
             return output.transpose(1, 2)[mask]
         return without_padding(output, self.kept())
 

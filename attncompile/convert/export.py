@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir
@@ -16,8 +16,8 @@ import torch
 from onnxscript import rewriter
 
 from attncompile.frontends.capture import exported_program
-from attncompile.frontends.checkpoint import OpenedModel
-from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
+from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.frontends.torch_internals import flatten, forget_export, leaf_paths
 
 
@@ -26,10 +26,15 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
 
     Raises:
         CaptureError: when torch cannot export it.
+        InputError: when the inputs that were made for it are none that it takes.
     """
     args, kwargs = opened.example()
     axes = opened.axes(args, kwargs)
-    program, notes = exported_program(opened.model, args, kwargs, axes)
+    try:
+        program, notes = exported_program(opened.model, args, kwargs, axes)
+    except CaptureError:
+        _require_run(opened, args, kwargs)
+        raise
     with torch.no_grad(), _quiet():
         result = opened.model(*args, **kwargs)
         paths, leaves = leaf_paths(result), flatten(result)[0]
@@ -57,6 +62,17 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
     if opened.scope:
         _leave_scope(model, opened.scope)
     return model, notes
+
+
+def _require_run(opened: OpenedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises InputError for a model that does not run by itself either: it is not the export that it lacks."""
+    try:
+        with torch.no_grad():
+            opened.model(*args, **kwargs)
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        what = "the given inputs" if opened.given is not None else f"inputs made for it: {', '.join(kwargs)}"
+        raise InputError(f"it does not run on {what} ({said})", opened.name, FUNCTION_ADVICE) from error
 
 
 def _leave_scope(model: onnx_ir.Model, scope: str) -> None:

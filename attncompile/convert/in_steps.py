@@ -24,7 +24,6 @@ from attncompile.convert.recorded import recorded
 from attncompile.convert.runtime import run, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.cached import empty_past
-from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, decoder_call, grown, of_encoder
 
 STEPS = 5
@@ -48,7 +47,6 @@ class KnownInSteps:
 
 
 def known_in_steps(
-    opened: OpenedModel,
     decoder: DecoderModel,
     before: Sequence[Path],
     provider: str,
@@ -61,12 +59,15 @@ def known_in_steps(
     """Run the original, in float64 too, and the unrewritten parts: once for all results that are compared with them.
 
     Args:
-        opened: the original; decoder: how its second part is called.
+        decoder: how the second part of the original is called.
         before: encoder and decoder, unrewritten; provider: where they run.
         scratch: a folder to make for results, which must outlive what is returned.
         lossy, shift: as in :func:`attncompile.convert.comparison.inputs_of`.
         progress: told each call.
     """
+
+    opened = decoder.opened
+    assert opened is not None
 
     def original(call: Call) -> Outputs:
         return {LOGITS: outputs_of(opened.model(*call.args, **call.kwargs))[LOGITS]}
@@ -134,7 +135,7 @@ def decoded_in_steps(
         encoding, decoding: the parts; call: with the arguments of the whole model.
     """
     inputs, ids = of_encoder(call.kwargs), call.kwargs["decoder_input_ids"]
-    cross = run(encoding, Call((), inputs, call.what))
+    cross = run(encoding, Call((), inputs, call.what), integers=True)
     past = empty_past(decoder.widths, ids.shape[0], decoder.dtype)
     prompt = max(1, ids.shape[1] - STEPS)
     found = []

@@ -115,7 +115,7 @@ def _made_in(
     require_sites(join_programs(opened.name, [made.rewritten.program for made in done], ()), target)
     decoder, compared = _decoder(parts), [made.compared for made in done]
     if decoder is not None:
-        together = made_together(opened, decoder, done, folder)
+        together = made_together(decoder, done, folder)
         done = together.done
         compared = [*(made.compared for made in done), together.compared]
     for part in parts:
@@ -349,7 +349,7 @@ def verify_onnx(
             decoder = _decoder(parts)
             if decoder is not None:
                 whole = known_in_steps(
-                    opened, decoder, before, provider, scratch / "known_in_steps", lossy=lossy, shift=shift
+                    decoder, before, provider, scratch / "known_in_steps", lossy=lossy, shift=shift
                 )
                 steps = scratch / "steps"
                 entries += compare_in_steps(whole, after, provider, steps, lossy=lossy, budget=plan.budget).entries

@@ -184,8 +184,11 @@ def _value(array: np.ndarray, kind: str) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(onnx_ir.DataType.BFLOAT16))
 
 
-def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Tensor]:
+def run(loaded: onnxruntime.InferenceSession, call: Call, *, integers: bool = False) -> dict[str, torch.Tensor]:
     """The float outputs of a model in ONNX Runtime, by name; a cache in integers as the floats that it stands for.
+
+    Args:
+        loaded: the model; call: its inputs; integers: whether outputs that are integers, a mask for one, are given too.
 
     Raises:
         RuntimeError: when ONNX Runtime does not run the call; its own errors share no other base.
@@ -197,4 +200,4 @@ def run(loaded: onnxruntime.InferenceSession, call: Call) -> dict[str, torch.Ten
     codes = loaded.codes if isinstance(loaded, Session) else {}
     for name in codes.keys() & found.keys():
         found[name] = torch.from_numpy(codes[name].decode(found[name].numpy()))
-    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+    return {name: tensor for name, tensor in found.items() if integers or tensor.is_floating_point()}

@@ -21,7 +21,6 @@ from attncompile.convert.memory import release
 from attncompile.convert.onnx_part import MadePart, make_part
 from attncompile.convert.rollback import failing_sites
 from attncompile.convert.runtime import LoadError
-from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel
 from attncompile.frontends.errors import InputError
 
@@ -34,27 +33,27 @@ class Together:
     compared: Compared
 
 
-def made_together(opened: OpenedModel, decoder: DecoderModel, done: Sequence[MadePart], folder: Path) -> Together:
+def made_together(decoder: DecoderModel, done: Sequence[MadePart], folder: Path) -> Together:
     """Compare the parts in steps, and roll back sites where they do not agree.
 
     Args:
-        opened: the original; decoder: how its second part is called.
+        decoder: how the second part of the original is called.
         done: encoder and decoder, each in agreement by itself; folder: where they lie.
 
     Raises:
         InputError: when they do not agree without any site rewritten either.
     """
     with tempfile.TemporaryDirectory(dir=done[0].making.scratch, prefix="steps_") as scratch:
-        return _made_together(_known(opened, decoder, done, Path(scratch) / "known"), done, folder)
+        return _made_together(_known(decoder, done, Path(scratch) / "known"), done, folder)
 
 
-def _known(opened: OpenedModel, decoder: DecoderModel, done: Sequence[MadePart], scratch: Path) -> KnownInSteps:
+def _known(decoder: DecoderModel, done: Sequence[MadePart], scratch: Path) -> KnownInSteps:
     """What the original gives in steps, computed once however many forms of the parts are tried."""
     making = done[0].making
     making.options.progress("comparing generation with the original")
     exports, lossy = [one.making.export for one in done], any(one.lossy for one in done)
     provider, progress = making.options.provider, making.options.progress
-    return known_in_steps(opened, decoder, exports, provider, scratch, lossy=lossy, progress=progress)
+    return known_in_steps(decoder, exports, provider, scratch, lossy=lossy, progress=progress)
 
 
 def _made_together(known: KnownInSteps, done: Sequence[MadePart], folder: Path) -> Together:

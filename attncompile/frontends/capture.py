@@ -187,6 +187,25 @@ def exported_program(
     return program, tuple(dict.fromkeys(notes))
 
 
+def fixes_axes(
+    model: torch.nn.Module, kwargs: Mapping[str, Any], axes: Sequence[Mapping[int, str]]
+) -> bool:
+    """Whether an export computes with the size of an axis that should vary.
+
+    Args:
+        model: what would be exported; kwargs: of a call; axes: names of those that vary, for each tensor in order.
+
+    Raises:
+        CaptureError: when the model cannot be exported.
+    """
+    with evaluating(model):
+        program = _export(model, (), dict(kwargs), axes, [])
+    tensors = _user_tensors(program, tuple(_exported_inputs(program)))
+    return any(
+        asked.keys() - dict(_symbolic_axes(tensor)).keys() for tensor, asked in zip(tensors, axes, strict=True)
+    )
+
+
 def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
     """Names for the axes that should vary: ``{axis: name}`` for each tensor, in the order of the arguments.
 

@@ -50,7 +50,7 @@ _TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_FUNCTION_ADVICE = "write a function that returns (model, args, kwargs) and give file.py:function instead"
+FUNCTION_ADVICE = "write a function that returns (model, args, kwargs) and give file.py:function instead"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class OpenedModel:
 
     ``model`` is in evaluation mode for the kind "torch" and an `onnx.ModelProto` without its external data
     for the kind "onnx". ``path`` is the folder or file it came from. ``given`` are the arguments that
-    ``file.py:function`` returned.
+    ``file.py:function`` returned. ``without`` are arguments that examples leave out.
     """
 
     kind: Literal["torch", "onnx"]
@@ -69,6 +69,7 @@ class OpenedModel:
     config: Any = None
     given: Arguments | None = None
     notes: tuple[str, ...] = ()
+    without: frozenset[str] = frozenset()
 
     @property
     def scope(self) -> str:
@@ -115,10 +116,11 @@ class OpenedModel:
         if self.kind == "onnx":
             return onnx_arguments(self.model, batch, length, padding or "right")
         try:
-            return model_arguments(self.model, self.config, batch, length, padding, self.tokenizer)
+            args, kwargs = model_arguments(self.model, self.config, batch, length, padding, self.tokenizer)
+            return args, {name: value for name, value in kwargs.items() if name not in self.without}
         except LookupError as error:
             reason = f"no example inputs can be derived: {error.args[0]}"
-            raise InputError(reason, self.name, _FUNCTION_ADVICE) from error
+            raise InputError(reason, self.name, FUNCTION_ADVICE) from error
 
 
 def open_model(
@@ -244,7 +246,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             "this configuration has no model_type",
             file,
-            f"add the one that transformers knows, or {_FUNCTION_ADVICE}",
+            f"add the one that transformers knows, or {FUNCTION_ADVICE}",
         )
     return description
 
@@ -258,7 +260,7 @@ def _model_class(folder: Path, description: Mapping[str, Any]) -> Any:
             f"unknown architecture: transformers {transformers.__version__} has no model_type {kind!r}"
             f"{own_code}",
             folder,
-            f"update transformers, or {_FUNCTION_ADVICE}",
+            f"update transformers, or {FUNCTION_ADVICE}",
         )
     architectures = description.get("architectures") or ["AutoModel"]
     name = architectures[0] if isinstance(architectures, list) else architectures
@@ -269,7 +271,7 @@ def _model_class(folder: Path, description: Mapping[str, Any]) -> Any:
         raise InputError(
             f"unknown architecture: {name!r} is no model class of transformers {transformers.__version__}",
             folder,
-            f"correct `architectures` in config.json, or {_FUNCTION_ADVICE}",
+            f"correct `architectures` in config.json, or {FUNCTION_ADVICE}",
         )
     return found
 

@@ -7,14 +7,16 @@ A call without randomness of its own: the same sizes give the same inputs.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import onnx
 import torch
+import transformers
 
 from attncompile.frontends import torch_internals
 from attncompile.frontends.capture import dynamic_axes_of
+from attncompile.frontends.encoder_inputs import Steps, convolved_stride, encoder_input, steps_of
 from attncompile.frontends.errors import InputError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,7 +57,7 @@ def model_arguments(
         raise LookupError(f"{type(model).__name__} has no configuration")
     text = _text_config(config)
     encodes_and_decodes = bool(getattr(config, "is_encoder_decoder", False))
-    main = getattr(model, "main_input_name", "input_ids")
+    main = encoder_input(model) if encodes_and_decodes else getattr(model, "main_input_name", "input_ids")
     _check_length(config, length)
     if padding is None:
         generates = bool(model.can_generate()) if hasattr(model, "can_generate") else False
@@ -66,8 +68,10 @@ def model_arguments(
     names = [main]
     if main == "input_ids":
         names += [name for name in ("attention_mask", "token_type_ids") if name in signature]
-    if encodes_and_decodes and "decoder_input_ids" in signature:
-        names.append("decoder_input_ids")
+    elif encodes_and_decodes and "attention_mask" in signature and _varies(main, config):
+        names.append("attention_mask")
+    if encodes_and_decodes:  # of a decoder that reads no tokens, too: a row that is missing is told
+        names += [name for name in signature if name.startswith("decoder_input_")]
     if "use_cache" in signature:
         names.append("use_cache")
     required = [
@@ -80,7 +84,10 @@ def model_arguments(
     unknown = [name for name in names if name not in _INPUTS]
     if unknown:
         raise LookupError(f"{type(model).__name__} takes {', '.join(unknown)}, which is not known here")
-    return (), {name: _INPUTS[name](request) for name in names}
+    made = {name: _INPUTS[name](request) for name in names}
+    if main in _IN_STEPS and "attention_mask" in made:
+        made["attention_mask"] = _padding_mask(replace(request, length=made[main].shape[1]))
+    return (), made
 
 
 def resized_arguments(given: Arguments, batch: int, length: int) -> Arguments:
@@ -146,17 +153,25 @@ def _input_features(request: _Request) -> torch.Tensor:
     number ``[B, frames, features]``, as many frames as make ``length`` positions.
     """
     encoder = _encoder_config(request.config)
-    stride, mels = _positions_stride(request.model), getattr(encoder, "num_mel_bins", None)
-    if mels is not None and getattr(encoder, "max_source_positions", None) is not None:
-        return _smooth(request.batch, mels, encoder.max_source_positions * stride)
-    features = _first(encoder, "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "feature_size")
-    return _smooth(request.batch, request.length * stride, features * getattr(encoder, "input_channels", 1))
+    if not _varies("input_features", request.config):
+        frames = encoder.max_source_positions * convolved_stride(request.model)
+        return _smooth(request.batch, encoder.num_mel_bins, frames)
+    return _in_steps(request, "input_features", _frame_width(encoder))
 
 
 def _input_values(request: _Request) -> torch.Tensor:
     """``[B, samples]`` raw audio, as long as makes ``length`` positions."""
-    stride = _positions_stride(request.model)
-    return _smooth(request.batch, request.length * stride + stride)
+    return _in_steps(request, "input_values")
+
+
+def _flattened_patches(request: _Request) -> torch.Tensor:
+    """``[B, patches, 2 + values]``: row and column of each patch, from 1, and its values."""
+    vision = _modality_config(request.config, "vision_config")
+    values = _smooth(request.batch, request.length, _first(vision, "patch_embed_hidden_size"))
+    numbers = torch.arange(request.length)
+    columns = max(1, math.isqrt(request.length))
+    places = torch.stack([numbers // columns + 1, numbers % columns + 1], dim=-1).to(values.dtype)
+    return torch.cat([places.expand(request.batch, -1, -1), values], dim=-1)
 
 
 def _pixel_values(request: _Request) -> torch.Tensor:
@@ -175,9 +190,13 @@ _INPUTS: Mapping[str, Callable[[_Request], Any]] = {
     "input_features": _input_features,
     "input_values": _input_values,
     "pixel_values": _pixel_values,
+    "flattened_patches": _flattened_patches,
     # A captured graph is a function: what a cache holds goes in and out of it as tensors or not at all.
     "use_cache": lambda request: False,
 }
+
+_IN_STEPS = ("input_features", "input_values", "flattened_patches")
+"""Inputs of any number of steps along their axis 1, of which a mask says what is padding."""
 
 
 def _tokens(request: _Request) -> torch.Tensor:
@@ -215,14 +234,15 @@ def _token_id(request: _Request, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-def _modality_config(config: Any, name: str) -> Any:
-    return getattr(config, name, None) or config
+def _modality_config(config: Any, *names: str) -> Any:
+    """The first of a configuration's parts with these names, or that of its encoder; where it has none, itself."""
+    parts = (getattr(config, name, None) for name in (*names, "encoder"))
+    return next((part for part in parts if isinstance(part, transformers.PretrainedConfig)), config)
 
 
 def _encoder_config(config: Any) -> Any:
     """The configuration of the part that listens: the audio one, else that of an encoder with a name of its own."""
-    found = _modality_config(config, "audio_config")
-    return _modality_config(config, "encoder_config") if found is config else found
+    return _modality_config(config, "audio_config", "encoder_config")
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -234,9 +254,29 @@ def _first(config: Any, *names: str) -> Any:
     raise LookupError(f"{type(config).__name__} has no {' or '.join(names)}")
 
 
-def _positions_stride(model: Any) -> int:
-    """How many input steps make one position: the strides of a model's 1-D convolutions together."""
-    return math.prod(module.stride[0] for module in model.modules() if isinstance(module, torch.nn.Conv1d))
+def _varies(main: str, config: Any) -> bool:
+    """Whether an encoder takes any number of steps of an input; one with positions for a whole recording does not."""
+    encoder = _encoder_config(config)
+    whole = all(getattr(encoder, name, None) is not None for name in ("num_mel_bins", "max_source_positions"))
+    return main in _IN_STEPS and not (main == "input_features" and whole)
+
+
+def _frame_width(encoder: Any) -> int:
+    """Features of a frame; those of a frame that is embedded already are the channels of the encoder."""
+    width = _first(
+        encoder, "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "feature_size", "hidden_size"
+    )
+    return int(width * getattr(encoder, "input_channels", 1))
+
+
+def _in_steps(request: _Request, main: str, *shape: int) -> torch.Tensor:
+    """``[B, steps, ...]`` of an input of any number of steps, as many as make ``length`` positions."""
+    if getattr(request.config, "is_encoder_decoder", False):
+        steps = steps_of(request.model, main, lambda number: _smooth(1, number, *shape).to(request.model.dtype))
+    else:
+        stride = convolved_stride(request.model)
+        steps = Steps(stride, stride if main == "input_values" else 0)
+    return _smooth(request.batch, steps.of(request.length), *shape)
 
 
 def _check_length(config: Any, length: int) -> None:

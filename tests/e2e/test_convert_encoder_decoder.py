@@ -23,7 +23,7 @@ from attncompile.frontends.errors import InputError
 from attncompile.plan.schema import load_plan
 from attncompile.verify import load_certificate
 from tests.onnx_files import assert_clean
-from tests.small_encoder_decoders import SMALL, START, encoder_inputs, small
+from tests.small_encoder_decoders import PAD, SMALL, START, encoder_inputs, small
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "transcribe_onnx.py"
 QUICK = ("whisper", "t5")
@@ -55,13 +55,13 @@ def greedy(out: Path, inputs: dict[str, torch.Tensor], prompt: torch.Tensor, cou
     feeds = {
         output.name.replace("present", "past_key_values"): value
         for output, value in zip(encoder.get_outputs(), encoded, strict=True)
-        if output.name.startswith("present")
+        if output.name != "last_hidden_state"
     }
     for entry in decoder.get_inputs():
         if entry.name.endswith(("decoder.key", "decoder.value")):
             feeds[entry.name] = np.zeros((len(prompt), entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
-    if "attention_mask" in inputs:
-        feeds["encoder_attention_mask"] = inputs["attention_mask"].numpy()
+    if "attention_mask" in inputs:  # the encoder's own, where it gives one
+        feeds.setdefault("encoder_attention_mask", inputs["attention_mask"].numpy())
     made, step = [], prompt
     for _ in range(count):
         results = dict(zip(names, decoder.run(None, feeds | {"input_ids": step.numpy()}), strict=True))
@@ -80,12 +80,27 @@ def expected(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor, 
     return ids[:, prompt.shape[1] :]
 
 
+def generated(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """What transformers' own generation gives, with its caches and its way to encode."""
+    settings = transformers.GenerationConfig(
+        max_new_tokens=count, pad_token_id=PAD, bos_token_id=START, decoder_start_token_id=int(prompt[0, 0])
+    )
+    with torch.no_grad():
+        ids = transformers.GenerationMixin.generate(
+            model, **inputs, decoder_input_ids=prompt, generation_config=settings
+        )
+    return ids[:, prompt.shape[1] :]
+
+
 def assert_generates_alike(kind: str, out: Path) -> None:
     model = small(kind)
     for batch, length, prompt in ((1, 9, 1), (3, 17, 1), (2, 11, 4)):
         inputs = encoder_inputs(kind, batch, length)
         ids = torch.arange(3, 3 + batch * prompt).reshape(batch, prompt)
-        assert torch.equal(greedy(out, inputs, ids, 12), expected(model, inputs, ids, 12)), (batch, length, prompt)
+        found = greedy(out, inputs, ids, 12)
+        assert torch.equal(found, expected(model, inputs, ids, 12)), (batch, length, prompt)
+        if batch == 1:
+            assert torch.equal(found, generated(model, inputs, ids, 12)), (batch, length, prompt)
 
 
 @pytest.mark.parametrize("kind", QUICK)
