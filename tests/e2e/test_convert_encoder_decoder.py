@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import attncompile
 from attncompile.convert import generator
@@ -81,13 +82,20 @@ def expected(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor, 
 
 
 def generated(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """What transformers' own generation gives, with its caches and its way to encode."""
+    """What transformers' own generation gives, with its caches and its way to encode.
+
+    The cache is handed in: the one that it would make has as many layers as the encoder, where T5's decoder has more.
+    """
     settings = transformers.GenerationConfig(
         max_new_tokens=count, pad_token_id=PAD, bos_token_id=START, decoder_start_token_id=int(prompt[0, 0])
     )
     with torch.no_grad():
         ids = transformers.GenerationMixin.generate(
-            model, **inputs, decoder_input_ids=prompt, generation_config=settings
+            model,
+            **inputs,
+            decoder_input_ids=prompt,
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            generation_config=settings,
         )
     return ids[:, prompt.shape[1] :]
 
