@@ -1,6 +1,6 @@
 """Where ONNX Runtime's CPU spends a prompt and a step of language models with a cache, by operator.
 
-    python -m benchmarks.onnx_profile OUT.json --tokens 2048 ours=FOLDER builder=FOLDER
+    python -m benchmarks.onnx_profile OUT.json ours=FOLDER builder=FOLDER --tokens 2048
 
 Folders are those of `onnx_generation.py`. Models take turns on one thread, prompt and step behind it, and what ONNX
 Runtime's own profiler says of each node is summed by operator; of several rounds the one of least time counts. In the
