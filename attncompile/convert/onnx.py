@@ -37,7 +37,7 @@ from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
 from attncompile.frontends.onnx_file import reading
-from attncompile.frontends.shared_buffer import SEPARATE, SharedModel, with_shared_buffer
+from attncompile.frontends.shared_buffer import SEPARATE, with_shared_buffer
 from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
 from attncompile.plan.schema import Plan
@@ -200,9 +200,10 @@ def parts_of(
         InputError: when a cache is insisted on.
     """
     if last:
-        _require_decoder(opened)
+        _require_decoder(opened, "--last-logits", "the logits", ALL_LOGITS)
     if shared:
-        return (Part(MODEL, _on_a_buffer(opened, last)),), ()
+        _require_decoder(opened, "--shared-buffer", "past and present", SEPARATE)
+        return (Part(MODEL, with_shared_buffer(opened, last=last)),), ()
     whole = (Part(MODEL, opened),)
     if wanted is False or (opened.kind == "onnx" and not wanted):
         return whole, ()
@@ -212,31 +213,26 @@ def parts_of(
             return (Part(ENCODER, encoder), Part(DECODER, decoder)), ()
         return (Part(MODEL, with_cache(opened, last=last)),), ()
     except InputError as error:
-        if wanted or last:
+        if wanted:
             raise
+        if last:  # to leave the cache out, which helps otherwise, would contradict what was asked for
+            raise InputError(error.what, opened.name, ALL_LOGITS) from error
         generates = getattr(opened.model, "can_generate", lambda: False)()
         return whole, (f"{_WITHOUT}: {error.what}",) if generates else ()
 
 
-def _require_decoder(opened: OpenedModel) -> None:
-    """Raises InputError for what does not generate from one file."""
-    if opened.kind == "onnx":
-        reason = "the logits of an ONNX file are what they are; --last-logits is for checkpoints"
-        raise InputError(reason, opened.name, ALL_LOGITS)
-    if encodes_and_decodes(opened):
-        reason = "the decoder of an encoder-decoder has short prompts; --last-logits is for decoders alone"
-        raise InputError(reason, opened.name, ALL_LOGITS)
+def _require_decoder(opened: OpenedModel, option: str, what: str, advice: str) -> None:
+    """Raises InputError, with the advice, for what does not generate from one file that is written here.
 
-
-def _on_a_buffer(opened: OpenedModel, last: bool) -> SharedModel:
-    """Raises InputError for what has no such cache."""
+    Args:
+        opened: the model; option: what was asked for; what: what it changes, in words.
+    """
     if opened.kind == "onnx":
-        reason = "past and present of an ONNX file are what they are; --shared-buffer is for checkpoints"
-        raise InputError(reason, opened.name, SEPARATE)
+        reason = f"{what} of an ONNX file are what they are; {option} is for checkpoints"
+        raise InputError(reason, opened.name, advice)
     if encodes_and_decodes(opened):
-        reason = "an encoder-decoder's caches are not kept in one buffer; --shared-buffer is for decoders alone"
-        raise InputError(reason, opened.name, SEPARATE)
-    return with_shared_buffer(opened, last=last)
+        reason = f"{what} of an encoder-decoder stay as they are; {option} is for decoders alone"
+        raise InputError(reason, opened.name, advice)
 
 
 def _exported(

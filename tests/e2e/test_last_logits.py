@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 
 import attncompile
 from attncompile.convert.runtime import session
@@ -15,6 +16,7 @@ from attncompile.convert.source import read_source
 from attncompile.frontends.cached import with_cache
 from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.errors import InputError
+from attncompile.verify import derive_tolerance, require_within
 from tests.e2e.test_convert_cached import GROUPED, expected, greedy, prompts
 from tests.e2e.test_shared_buffer import endless, in_place, wide
 from tests.onnx_files import assert_clean
@@ -56,9 +58,11 @@ def test_the_last_token_is_found_wherever_the_padding_lies(llama: Path) -> None:
             feeds[entry.name] = np.zeros((4, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
     (found,) = loaded.run(["logits"], feeds)
     with torch.no_grad():
-        every = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    for row, last in enumerate((5, 5, 9, 10)):
-        torch.testing.assert_close(torch.from_numpy(found[row, 0]), every[row, last], atol=1e-5, rtol=0)
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        eager, exact = model(**call).logits, model.double()(**call).logits
+    rows, last = torch.arange(4), torch.tensor([5, 5, 9, 10])
+    error = derive_tolerance(exact[rows, last], eager[rows, last], GROUPED["intermediate_size"])
+    require_within(torch.from_numpy(found[:, 0]), exact[rows, last], error.bound, "the logits")
 
 
 def test_nothing_is_multiplied_with_the_vocabulary_but_one_position(llama: Path) -> None:
@@ -102,6 +106,10 @@ def test_what_has_no_last_token_is_refused(tmp_path: Path, llama: Path) -> None:
     small("t5").save_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="--last-logits is for decoders alone"):
         attncompile.convert(tmp_path / "t5", out, last_logits=True)
+    mamba = transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4)
+    transformers.MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(InputError, match=r"takes no past_key_values: mamba; leave --last-logits"):
+        attncompile.convert(tmp_path / "mamba", out, last_logits=True)
     assert not out.exists()
 
 
