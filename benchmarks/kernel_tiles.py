@@ -1,6 +1,10 @@
 """Ways to divide the Hopper kernel's work, measured: where the rows of ``codegen/gluon/tiles.py`` come from.
 
-python -m benchmarks.kernel_tiles results.json [--lengths 2048,16384] [--rounds 5]
+    python -m benchmarks.kernel_tiles results.json [--lengths 2048,16384] [--rounds 5]
+    python -m benchmarks.kernel_tiles results.json --lengths 16384 --channels 128 --kinds causal,sinks,documents,softcap
+
+``table`` is what the generator chooses by itself. Beside dense and causal work stand the kinds of
+:class:`benchmarks.kernels.Work`, to see whether what a tile gains there it gains for other scores and masks too.
 """
 
 from __future__ import annotations
@@ -36,26 +40,26 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def variants(channels: int) -> dict[str, HopperTile]:
-    """Tiles to compare, by a short name: warpgroups and what is changed."""
-    return {
+def variants(channels: int) -> dict[str, HopperTile | None]:
+    """Tiles to compare, by a short name: warpgroups and what is changed; the generator's own choice is ``None``."""
+    return {"table": None} | {
         name + change: dataclasses.replace(tile, **fields)
         for name, tile in FORMS[channels].items()
         for change, fields in CHANGES.items()
     }
 
 
-def works(lengths: list[int]) -> list[Work]:
-    """Dense and causal rows of 16384 tokens and 2048 channels."""
+def works(channels: list[int], lengths: list[int], kinds: list[str]) -> list[Work]:
+    """Rows of 16384 tokens and 2048 channels."""
     return [
         Work(f"d{d}-n{n}-{kind}", max(1, 16384 // n), 2048 // d, 2048 // d, n, d, kind, ())
-        for d in FORMS
+        for d in channels
         for n in lengths
-        for kind in ("full", "causal")
+        for kind in kinds
     ]
 
 
-def _warm(job: tuple[Work, HopperTile]) -> None:
+def _warm(job: tuple[Work, HopperTile | None]) -> None:
     work, tile = job
     small = dataclasses.replace(work, batch=1, length=256)
     load(gluon.generate(small.spec(), tile))(*tensors_of(small))
@@ -66,9 +70,12 @@ def main() -> None:
     """Compile in many processes, measure interleaved, print TF/s and write JSON."""
     parser = arguments(__doc__, rounds=5, rows=False)
     parser.add_argument("--lengths", default="2048,16384", help="numbers of tokens (default 2048,16384)")
+    parser.add_argument("--channels", default="64,128", help="of a head (default 64,128)")
+    parser.add_argument("--kinds", default="full,causal", help="scores and masks (default full,causal)")
     add_processes(parser, 12)
     options = parse(parser)
-    rows = works([int(length) for length in options.lengths.split(",")])
+    channels, lengths = ([int(size) for size in given.split(",")] for given in (options.channels, options.lengths))
+    rows = works(channels, lengths, options.kinds.split(","))
     jobs = {
         (work.spec().fingerprint(), name): (work, tile)
         for work in rows
@@ -80,13 +87,14 @@ def main() -> None:
     report = Report(options.output, {"rounds": options.rounds})
     for work in rows:
         tensors = tensors_of(work)
-        running = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)(work, tensors)}
+        plain = work.kind in ("full", "causal")
+        running = {"cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)(work, tensors)} if plain else {}
         for name, tile in variants(work.channels).items():
             attend = load(gluon.generate(work.spec(), tile))
             running[name] = lambda attend=attend, tensors=tensors: attend(*tensors)
         for run in running.values():
             run()
-        repeats = repeats_of(running["cudnn"], 12, 50)
+        repeats = repeats_of(running["table"], 12, 50)
         ready = {name: graphed(run, repeats) for name, run in running.items()}
         flops = work.spec().flops({"B": work.batch, "I": work.length}) * work.visible()
         results = {}

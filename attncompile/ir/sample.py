@@ -8,7 +8,7 @@ import torch
 
 from attncompile.ir.expr import Const, Size, symbols
 from attncompile.ir.operators import Kind
-from attncompile.ir.scan import Scan
+from attncompile.ir.scan import Scan, feature_map
 from attncompile.ir.simplify import simplify
 from attncompile.ir.spec import Spec
 from attncompile.ir.types import DTYPES, concrete, element_kind
@@ -54,7 +54,8 @@ def bounded_draws(spec: Spec) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     """What standard normal numbers become, element by element, for inputs that have a range of their own.
 
     A scan whose steps differ has them: a state that grows at each step would soon leave nothing to compare. Gates are
-    negative, rates lie between 0 and 1, and keys that the delta rule reads have a length of about 1.
+    negative, and the delta rule is left a contraction: keys have a length of about 1, rates lie between 0 and 1,
+    divided by the squared length of the keys' features where that is more.
     """
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     types = spec.types()
@@ -62,11 +63,18 @@ def bounded_draws(spec: Spec) -> dict[str, Callable[[torch.Tensor], torch.Tensor
         if scan.gate:
             found[scan.gate] = lambda drawn: -0.3 * drawn.abs()
         if scan.rate:
-            found[scan.rate] = torch.sigmoid
-            channels = simplify(types[scan.key].sizes[3])
-            shorter = float(channels.value) ** -0.5 if isinstance(channels, Const) else 0.1
+            size = simplify(types[scan.key].sizes[3])
+            channels = float(size.value) if isinstance(size, Const) else 100.0
+            shorter = channels**-0.5
+            squared = channels * float(feature_map(scan.feature, _QUANTILES * shorter).square().mean())
+            smaller = 1 / max(1.0, squared)
             found[scan.key] = lambda drawn, shorter=shorter: drawn * shorter  # type: ignore[misc]
+            found[scan.rate] = lambda drawn, smaller=smaller: torch.sigmoid(drawn) * smaller  # type: ignore[misc]
     return found
+
+
+_QUANTILES = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+"""Of the standard normal distribution: a mean over them is one over it."""
 
 
 def random_tensors(

@@ -12,7 +12,7 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from attncompile import explain
-from attncompile.backend import FallbackWarning
+from attncompile.backend import FallbackWarning, attncompile
 from attncompile.backend.choose import choose_lowering
 from attncompile.codegen.lowering import Lowering, SharedLists
 from attncompile.codegen.pytorch import rotating_first
@@ -59,7 +59,7 @@ MODELS = {"llama": (llama, "half", 16), "neox": (neox, "half", 8), "gptj": (gptj
 
 
 def compiled(model: torch.nn.Module, passes: str) -> Any:
-    return torch.compile(model, backend="attncompile", options={"passes": passes, "rest": "eager"})
+    return torch.compile(model, backend=attncompile, options={"passes": passes, "rest": "eager"})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +109,7 @@ def test_a_site_beyond_its_budget_keeps_its_maps() -> None:
     options = {"passes": "fuse.rotary, quantize.int8", "rest": "eager", "budget": 1e-9}
     with torch.no_grad(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        run = torch.compile(model, backend="attncompile", options=options)
+        run = torch.compile(model, backend=attncompile, options=options)
         torch.testing.assert_close(run(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
     complaints = [str(each.message) for each in said if isinstance(each.message, FallbackWarning)]
     assert len(complaints) == 1 and "budget" in complaints[0]
