@@ -85,8 +85,9 @@ def generated(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor,
     """What transformers' own generation gives, with its caches and its way to encode.
 
     The cache is handed in: the one that it would make has as many layers as the encoder, where T5's decoder has more.
+    Settings take the place of the model's own, which would fill what they leave open: BART forces a last token.
     """
-    settings = transformers.GenerationConfig(
+    settings = model.generation_config = transformers.GenerationConfig(
         max_new_tokens=count, pad_token_id=PAD, bos_token_id=START, decoder_start_token_id=int(prompt[0, 0])
     )
     with torch.no_grad():
