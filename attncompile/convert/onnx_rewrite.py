@@ -26,8 +26,9 @@ from attncompile.frontends.graph import Fill, Graph
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
+from attncompile.frontends.onnx_contrib import CONTRIB
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
-from attncompile.frontends.onnx_projected import CONTRIB, PROJECTED
+from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
 from attncompile.ir.simplify import simplify

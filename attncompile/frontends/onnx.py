@@ -35,7 +35,7 @@ from attncompile.frontends.onnx_bodies import (
 )
 from attncompile.frontends.onnx_branches import inline_decided
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
-from attncompile.frontends.onnx_definitions import spell_out, spell_out_projected
+from attncompile.frontends.onnx_definitions import spell_out, spell_out_contrib
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
 from attncompile.frontends.onnx_file import reading
 from attncompile.frontends.onnx_inference import Inference
@@ -91,7 +91,7 @@ def onnx_graph(model: ir.Model) -> Graph:
         view.build()
         if (sizes.merged, len(growing)) != before:
             continue
-        if not spell_out_projected(model, view.infos) and not inline_decided(model, view.known):
+        if not spell_out_contrib(model, view.infos) and not inline_decided(model, view.known):
             return view.graph()
         inference = Inference(model, sizes)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attncompile.frontends import movement
+from attncompile.frontends import movement, onnx_contrib, onnx_multi_head
 from attncompile.frontends.graph import (
     Cast,
     Concatenate,
@@ -20,8 +20,9 @@ from attncompile.frontends.graph import (
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Row
 from attncompile.frontends.onnx_known import DTYPE_NAMES
-from attncompile.frontends.onnx_projected import LOWEST_OPSET, PROJECTED, Call
+from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.frontends.onnx_recurrence import linear_attention
+from attncompile.frontends.onnx_scores import LOWEST_OPSET
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 
@@ -226,21 +227,16 @@ def _attention(b: Builder) -> str:
 def _multi_head_attention(b: Builder) -> str:
     """com.microsoft ``MultiHeadAttention``: a padded key gets ``mask_filter_value`` added, a later one the
     lowest number."""
-    _refuse_unless_plain(
-        b,
-        {
-            3: "the bias of the projections",
-            6: "a past key",
-            7: "a past value",
-            8: "the length of a cache",
-            9: "indices of a beam search",
-        },
-    )
+    if not onnx_multi_head.is_plain(b.node, b.infos):
+        return _defined(b)
     heads = int(b.attribute("num_heads"))
+    if b.attribute("unidirectional", 0):
+        queries, keys = (_heads(b, b.tensor(n), heads).length for n in (0, 1))
+        # of other keys the kernel makes what it likes: one query sees all of them
+        _refuse_unless(queries == keys, f"it is causal, and has {keys} keys for {queries} queries")
     bias = b.tensor(5) if b.input(5) is not None else None
     if b.input(4) is not None:
         padding = b.tensor(4)
-        _refuse_unless(len(b.shape(padding)) == 2, "its padding mask is given as lengths or per query")
         batch, length = b.shape(padding)
         lifted = b.move(padding, movement.unsqueeze([1, 2]), "unsqueeze", (batch, ONE, ONE, length))
         kept = b.pointwise("ne", lifted, ZERO, dtype="bool")
@@ -333,10 +329,10 @@ def _refused(reason: str) -> Row:
     return row
 
 
-def _projected(b: Builder) -> str:
-    """A call with projections, whose definition has not come into its place, or cannot."""
-    Call.of(b.node, b.infos)
-    raise AttentionRefused(f"it holds projections, and is defined for opset {LOWEST_OPSET} and later")
+def _defined(b: Builder) -> str:
+    """A call whose definition has not come into its place, or cannot."""
+    onnx_contrib.read(b.node, b.infos)
+    raise AttentionRefused(f"it does more than attend, and is defined for opset {LOWEST_OPSET} and later")
 
 
 CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_attention}
@@ -346,7 +342,7 @@ CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_atte
 CONTRIB_CALLS: dict[str, Row] = {
     "MultiHeadAttention": _multi_head_attention,
     "GroupQueryAttention": _group_query_attention,
-    **dict.fromkeys(PROJECTED, _projected),
+    **dict.fromkeys(PROJECTED, _defined),
     "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),
     "PackedMultiHeadAttention": _refused("it takes rows of different length without padding"),
     "DecoderMaskedMultiHeadAttention": _refused("it updates a cache"),

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from attncompile.frontends import onnx_projected
+from attncompile.frontends import onnx_contrib
 from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx_bodies import nested_graphs, nested_nodes, nested_values
 from attncompile.frontends.onnx_builder import AttentionRefused
@@ -109,18 +109,18 @@ def spell_out(model: ir.Model, needed: Callable[[ir.Node], bool] | None = None) 
         inline_definitions(model, calls, lambda node: _definition(model, node, types))
 
 
-def spell_out_projected(model: ir.Model, infos: Mapping[str, Info]) -> bool:
-    """Put the definition of every call that holds its projections in its place, as far as it has one; whether any has.
+def spell_out_contrib(model: ir.Model, infos: Mapping[str, Info]) -> bool:
+    """Put definitions in the place of ONNX Runtime's calls that need one, as far as they have one; whether any has.
 
     Args:
         model: changed in place. infos: shapes of its values, as far as they are known.
     """
-    calls = [node for node in nested_nodes(model.graph) if onnx_projected.is_projected(node)]
+    calls = [node for node in nested_nodes(model.graph) if onnx_contrib.is_defined(node, infos)]
     opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx", 1)
 
     def define(call: ir.Node) -> ir.Function | None:
         try:
-            return onnx_projected.definition(call, opset, infos)
+            return onnx_contrib.definition(call, opset, infos)
         except AttentionRefused:
             return None  # the view says why
 

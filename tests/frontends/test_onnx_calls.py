@@ -109,11 +109,15 @@ def test_fused_call_is_lifted(call: Call) -> None:
     ("body", "inputs", "reason"),
     [
         (
-            "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v, b)",
-            "float[B,I,48] q, float[B,J,48] k, float[B,J,48] v, float[144] b",
-            "bias of the projections",
+            "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, k, v, , , , p, p, n)",
+            "float[B,I,48] q, float[B,J,48] k, float[B,J,48] v, float[B,6,P,8] p, int32[1] n",
+            "updates a cache in place",
         ),
-        ("y = com.microsoft.MultiHeadAttention<num_heads=6>(q)", "float[B,I,6,3,8] q", "packed"),
+        (
+            "y = com.microsoft.MultiHeadAttention<num_heads=6>(q, , , b)",
+            "float[B,I,6,3,8] q, float[144] b",
+            "a bias for operands that are packed",
+        ),
         (
             "y = com.microsoft.Attention<num_heads=6, do_rotary=1>(q, w, b)",
             "float[B,I,48] q, float[48,144] w, float[144] b",
@@ -150,7 +154,7 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "none of linear",
         ),
     ],
-    ids=["bias", "packed", "rotary", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
+    ids=["buffer", "packed", "rotary", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
 )
 def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
     graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from attncompile.convert.onnx_rewrite import rewrite_onnx
 from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx import onnx_graph
-from attncompile.frontends.onnx_definitions import put_back, spell_out_projected, spelled_out
+from attncompile.frontends.onnx_definitions import put_back, spell_out_contrib, spelled_out
 from attncompile.ir import Size
 from attncompile.ir.expr import Const
 from attncompile.lift import lift_graph
@@ -43,7 +43,7 @@ def infos(model: ir.Model) -> dict[str, Info]:
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_a_definition_is_what_the_kernel_computes(call: Projected) -> None:
     model, wanted = ir.from_proto(call.model()), computed(call)
-    assert spell_out_projected(model, infos(model))
+    assert spell_out_contrib(model, infos(model))
     assert not any(node.domain for node in model.graph)
     found = ReferenceEvaluator(ir.to_proto(model)).run(None, call.feeds())
     assert len(found) == len(wanted)
