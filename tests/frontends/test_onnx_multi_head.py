@@ -12,18 +12,16 @@ import onnxruntime
 import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from attncompile.convert.onnx_rewrite import rewrite_onnx
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_contrib import CONTRIB
-from attncompile.frontends.onnx_definitions import put_back, spell_out_contrib, spelled_out
+from attncompile.frontends.onnx_definitions import spell_out_contrib
 from attncompile.frontends.onnx_multi_head import INPUTS
 from attncompile.lift import lift_graph
 from attncompile.passes import parse_passes
 from tests.frontends.onnx_reference import parsed
-from tests.frontends.test_onnx_definitions import form
-from tests.frontends.test_onnx_projected import infos
+from tests.frontends.test_onnx_projected import assert_lifted_and_put_back, infos
 
 HEADS, CHANNELS, NARROW = 3, 8, 4
 WIDTH = HEADS * CHANNELS
@@ -167,17 +165,7 @@ def test_packed_operands_are_those_side_by_side(call: Call) -> None:
 
 @pytest.mark.parametrize("call", [call for call in (*CALLS, *PACKED) if call.says], ids=str)
 def test_a_call_is_lifted_and_goes_back(call: Call) -> None:
-    model = ir.from_proto(call.model())
-    before = form(model)
-    (site,) = lift_graph(onnx_graph(model)).sites
-    assert site.status == "lifted" and site.proof is not None, str(site.refusal)
-    for part in call.says:
-        assert part in str(site.spec), str(site.spec)
-    (only,) = spelled_out(model)
-    put_back(only)
-    RemoveUnusedNodesPass()(model)
-    assert form(model) == before
-    onnx.checker.check_model(ir.to_proto(model))
+    assert_lifted_and_put_back(call.model(), call.says)
 
 
 @pytest.mark.parametrize("prefer", ["fastest", "fused", "decomposed"])

@@ -52,19 +52,24 @@ def test_a_definition_is_what_the_kernel_computes(call: Projected) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=WIDTH * 16 * float(np.finfo(np.float32).eps))
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if call.says], ids=str)
-def test_a_call_is_lifted_and_goes_back(call: Projected) -> None:
-    model = ir.from_proto(call.model())
+def assert_lifted_and_put_back(written: onnx.ModelProto, says: tuple[str, ...]) -> None:
+    """One site, whose Spec says so; and the call that its definition stood for is what it was."""
+    model = ir.from_proto(written)
     before = form(model)
     (site,) = lift_graph(onnx_graph(model)).sites
     assert site.status == "lifted" and site.proof is not None, str(site.refusal)
-    for part in call.says:
+    for part in says:
         assert part in str(site.spec), str(site.spec)
     (only,) = spelled_out(model)
     put_back(only)
     RemoveUnusedNodesPass()(model)
     assert form(model) == before
     onnx.checker.check_model(ir.to_proto(model))
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.says], ids=str)
+def test_a_call_is_lifted_and_goes_back(call: Projected) -> None:
+    assert_lifted_and_put_back(call.model(), call.says)
 
 
 TEXT = """g (float[B,S,24] x, float[24,72] w, MASK, float[2,B,3,P,8] past, int32[1] count) => (y)
