@@ -86,7 +86,10 @@ def generated(model: Any, inputs: dict[str, torch.Tensor], prompt: torch.Tensor,
 
     The cache is handed in: the one that it would make has as many layers as the encoder, where T5's decoder has more.
     Settings take the place of the model's own, which would fill what they leave open: BART forces a last token.
+    Features that are no model's main input are embeddings to its own generate: Pop2Piano's encoder would not see them.
     """
+    if model.main_input_name not in inputs and "input_features" in inputs:
+        inputs = {"inputs_embeds" if name == "input_features" else name: one for name, one in inputs.items()}
     settings = model.generation_config = transformers.GenerationConfig(
         max_new_tokens=count, pad_token_id=PAD, bos_token_id=START, decoder_start_token_id=int(prompt[0, 0])
     )
