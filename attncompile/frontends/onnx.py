@@ -43,6 +43,7 @@ from attncompile.frontends.onnx_known import (
     DTYPE_NAMES,
     LONGEST,
     Known,
+    dtype_name,
     known_shape,
     known_tensor,
     known_value,
@@ -171,7 +172,7 @@ class _View:
     def _constant(self, name: str, tensor: ir.TensorProtocol, role: Role) -> None:
         self.constants.add(name)
         self.inputs[name] = GraphInput(name, role, torch_tensor(tensor))
-        self.infos[name] = Info(tuple(Const(n) for n in tensor.shape.numpy()), _dtype(tensor.dtype))
+        self.infos[name] = Info(tuple(Const(n) for n in tensor.shape.numpy()), dtype_name(tensor.dtype))
         known = known_tensor(tensor)
         if known is not None:
             self.known[name] = known
@@ -405,14 +406,6 @@ def _attribute_text(attribute: ir.Attr) -> str:
         return str(attribute.value)
     tensor = attribute.as_tensor()
     return f"{tensor.dtype}{list(tensor.shape)} {hashlib.sha256(tensor.tobytes()).hexdigest()[:16]}"
-
-
-def _dtype(dtype: ir.DataType | None) -> str:
-    """The dtype's name in a Spec; of a type that a Spec cannot name (int16, 4 bits, strings) one of its
-    kind."""
-    if dtype is None:
-        return "float32"
-    return DTYPE_NAMES.get(dtype, "int64" if dtype.is_integer() else "float32")
 
 
 _TORCH_VIEWS: Mapping[ir.DataType, tuple[type[np.generic], torch.dtype]] = {

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from attncompile.frontends.graph import (
     Indices,
 )
-from attncompile.frontends.onnx_known import DTYPE_NAMES, LONGEST
+from attncompile.frontends.onnx_known import LONGEST, dtype_name
 from attncompile.frontends.onnx_sizes import SizeNames
 from attncompile.ir import Expr
 from attncompile.ir.expr import Const
@@ -32,7 +32,7 @@ class Inference:
                 None,
                 None,
             )  # sequences and optional values have a shape of their elements, not of themselves
-        dtype = DTYPE_NAMES.get(value.dtype) if value.dtype is not None else None
+        dtype = dtype_name(value.dtype) if value.dtype is not None else None
         if value.shape is not None and dtype is not None:
             return tuple(self._declared(d, value.name or "", n) for n, d in enumerate(value.shape)), dtype
         if self._inferred is None:
@@ -40,7 +40,7 @@ class Inference:
         found = self._inferred.get(value.name or "")
         if found is None or not found.HasField("tensor_type"):
             return None, dtype
-        dtype = DTYPE_NAMES.get(ir.DataType(found.tensor_type.elem_type))
+        dtype = dtype_name(ir.DataType(found.tensor_type.elem_type))
         if not found.tensor_type.HasField("shape"):
             return None, dtype
         dims = found.tensor_type.shape.dim

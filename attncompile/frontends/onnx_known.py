@@ -38,6 +38,11 @@ DTYPE_NAMES: dict[ir.DataType, str] = {
 """ONNX element types that a Spec can name."""
 
 
+def dtype_name(dtype: ir.DataType) -> str:
+    """The dtype's name in a Spec; of a type that a Spec cannot name (int16, 4 bits, strings) one of its kind."""
+    return DTYPE_NAMES.get(dtype, "int64" if dtype.is_integer() else "float32")
+
+
 @dataclass(frozen=True)
 class Known:
     """The elements of a tensor.

@@ -51,6 +51,13 @@ def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str,
     if len(small) > 1 and _single_blocks(exprs, small[-1]):
         small[-1] = next((values for values in grown if not _single_blocks(exprs, values)), small[-1])
     yield from small
+    for values in small:
+        try:
+            reached = _reaching(graph, spec, region, values)
+        except (ValueError, RuntimeError):  # a size that no shape tells, or none at all
+            continue
+        if reached != values:
+            yield reached
     hinted = {name: graph.size_hints[name] for name in names if name in graph.size_hints}
     searched = [name for name in names if name not in hinted]
     if hinted and not searched:
@@ -60,12 +67,6 @@ def _shown_sizes(graph: Graph, spec: Spec, region: Region) -> Iterator[dict[str,
     elif 0 < len(searched) <= 2:
         for found in itertools.product(SEARCHED, repeat=len(searched)):
             yield {**small[0], **dict(zip(searched, found, strict=True))}
-    for values in small:
-        try:
-            reached = _reaching(graph, spec, region, values)
-        except (ValueError, RuntimeError):  # a size that no shape tells, or none at all
-            continue
-        yield reached
 
 
 def _all_sizes(graph: Graph, spec: Spec, region: Region) -> list[Expr]:

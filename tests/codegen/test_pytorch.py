@@ -93,6 +93,11 @@ def test_traces_with_symbolic_sizes(case: Case) -> None:
     """A graph made at one size computes others: nothing of the size was baked in."""
     spec = case.spec
     graph = make_fx(lower(spec).run, tracing_mode="symbolic")(*arguments(spec, case.tensors()))
+    scan = spec.scan()
+    if scan is not None and not scan.fixed:
+        # computed a step after the other: who compiles such a graph is told for how many it was made
+        assert {int(size) for size in graph.shape_env.replacements.values()} >= {case.sizes["I"]}
+        return
     longer = {name: extent + {"B": 1, "J": 19}.get(name, 16) for name, extent in case.sizes.items()}
     tensors = random_tensors(spec, longer, 3, None, case.ranges)
     found = graph(*arguments(spec, tensors))

@@ -199,6 +199,15 @@ def test_fused_matmul_of_onnx_runtime() -> None:
     torch.testing.assert_close(found.float(), single.float())
 
 
+@pytest.mark.parametrize("kind", ["int16", "uint16", "uint32", "int64"])
+def test_whole_numbers_of_every_width_are_divided_as_such(kind: str) -> None:
+    """Also those that no Spec can name: they were taken for real numbers where a graph's inputs hold them."""
+    graph = onnx_graph(parsed(f"g ({kind}[N] x, {kind}[N] y) => ({kind}[N] z) {{ z = Div(x, y) }}", 14))
+    given = {"x": torch.tensor([7, 8, 9]), "y": torch.tensor([2, 2, 4])}
+    found = run_view(graph, given, {"N": 3}, {}.__getitem__)
+    assert found["z"].tolist() == [3, 4, 2]
+
+
 # --- ONNX's own conformance cases ---------------------------------------------------------------------------
 
 
