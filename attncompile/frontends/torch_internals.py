@@ -18,8 +18,9 @@ import torch._dynamo
 import torch.utils._pytree as pytree
 from sympy.core.cache import clear_cache
 from torch._decomp.decompositions_for_rng import PhiloxStateTracker
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UserError
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
@@ -180,6 +181,23 @@ def fix_value(symbol: Any) -> int | float | bool:
     """The example's value of a symbol, with a guard: another value makes torch compile again."""
     value: int | float | bool = guard_scalar(symbol)
     return value
+
+
+def restart_with_constants(symbols: Sequence[torch.SymFloat]) -> None:
+    """Have Dynamo, which is calling, trace anew with the example's values of these floats for constants, guarded.
+
+    It is what ahead-of-time autograd asks for, by the same exception, of floats that it can not make tensors of.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: unless there are none, or each has been asked for before.
+    """
+    names = [str(symbol.node._expr) for symbol in symbols]  # without what is known of its value: the name stays
+    wanted = [name for name in names if not TensorifyState.should_specialize(name)]
+    if TracingContext.try_get() is None or not wanted:
+        return
+    for name in wanted:
+        TensorifyState.specialize(name)
+    raise TensorifyScalarRestartAnalysis
 
 
 # --- tracing ------------------------------------------------------------------------------------------------
