@@ -16,6 +16,7 @@ from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
 from attncompile.frontends.module_floats import with_fixed_module_floats
+from attncompile.frontends.repeated_calls import RepeatedCalls
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
 from attncompile.frontends.whole_calls import NotCut, with_whole_calls, without_whole_calls
@@ -419,7 +420,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
         mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
     try:
         traced = torch_internals.trace_pre_dispatch(
-            lambda *flat: torch_internals.interpret(source, flat),
+            lambda *flat: RepeatedCalls(source).run(*flat, enable_io_processing=False),
             mode,
             fakes,
         )
