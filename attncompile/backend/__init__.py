@@ -31,6 +31,7 @@ from attncompile.codegen.triton.ready import get_ready
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import Captured, capture_dynamo, differentiates
 from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.module_floats import trace_again_with_fixed_floats
 from attncompile.frontends.torch_internals import (
     ahead_of_time,
     drop_cuda_graphs,
@@ -119,6 +120,8 @@ def _compiled(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Callable[..., Any], tuple[Compilation, ...]]:
     get_ready()
+    if options.rest == "inductor" and _device(example_inputs) in SUPPORTED and _multiplies(module):
+        trace_again_with_fixed_floats(module)
     rewriting = _Rewriting(options, parse_passes(options.passes), differentiates(example_inputs))
     rewritten = rewriting.of(module, example_inputs)
     if rewritten is not module:

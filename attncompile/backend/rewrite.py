@@ -12,7 +12,7 @@ import torch
 
 from attncompile.backend.site_module import SharedModule, SiteModule
 from attncompile.codegen.lowering import Lowering
-from attncompile.codegen.pytorch import adds_fill, mask_inputs, may_be_empty, passing_gradients, why_not_passed
+from attncompile.codegen.pytorch import MaskKey, adds_fill, mask_inputs, may_be_empty, passing_gradients, why_not_passed
 from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
@@ -160,7 +160,8 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
     result = torch.fx.GraphModule(module, graph)
     result.meta.update(copy.copy(module.meta))
     by_name = {node.name: copies[node] for node in module.graph.nodes if node in copies}
-    keys = [_shared_key(program, decision) for decision in decisions]
+    masks: dict[int, MaskKey | None] = {}
+    keys = [_shared_key(program, decision, masks) for decision in decisions]
     made_once: dict[object, torch.fx.Node] = {}
     for number, decision in enumerate(decisions):
         region = decision.site.region
@@ -212,8 +213,12 @@ class _SharedKey:
     sizes: tuple[str, ...]
 
 
-def _shared_key(program: Program, decision: Decision) -> _SharedKey | None:
-    """What a site may share with others that have the same; ``None`` where it makes everything itself."""
+def _shared_key(program: Program, decision: Decision, masks: dict[int, MaskKey | None]) -> _SharedKey | None:
+    """What a site may share with others that have the same; ``None`` where it makes everything itself.
+
+    ``masks`` is what is known of the masks of Specs, by identity: equal sites have one Spec that runs, see
+    :func:`decide`.
+    """
     region, lowering, spec = decision.site.region, decision.lowering, decision.spec
     if lowering is None or spec is None or region is None:
         return None
@@ -224,7 +229,11 @@ def _shared_key(program: Program, decision: Decision) -> _SharedKey | None:
         operands = (input_behind(spec, name) for name in (attend.query, attend.key))
         sizes = tuple(str(program.graph.infos[natives[name]].shape) for name in operands)
         return _SharedKey("lists", lowering.lists.key, tuple(natives[name] for name in lowering.lists.reads), sizes)
-    key = mask_inputs(spec) if lowering.operator in ("sdpa", "blockwise") else None
+    if lowering.operator not in ("sdpa", "blockwise"):
+        return None
+    if id(spec) not in masks:
+        masks[id(spec)] = mask_inputs(spec)
+    key = masks[id(spec)]
     if key is None:
         return None
     sizes = tuple(str(types[name]) for name in ("q", "k"))

@@ -15,6 +15,8 @@ import torch
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.module_floats import with_fixed_module_floats
+from attncompile.frontends.repeated_calls import RepeatedCalls
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
 from attncompile.frontends.whole_calls import NotCut, with_whole_calls, without_whole_calls
@@ -408,7 +410,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
     """
     placeholders = _placeholders(graph_module)
     mode, fakes = torch_internals.fake_inputs(example_inputs)
-    fixed = _with_fixed_module_floats(graph_module, fakes)
+    fixed = with_fixed_module_floats(graph_module, fakes)
     try:
         cut = without_whole_calls(fixed, differentiates(fakes))
     except NotCut as error:
@@ -418,7 +420,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
         mode, fakes = torch_internals.fake_inputs([*example_inputs, *cut.results])
     try:
         traced = torch_internals.trace_pre_dispatch(
-            lambda *flat: torch_internals.interpret(source, flat),
+            lambda *flat: RepeatedCalls(source).run(*flat, enable_io_processing=False),
             mode,
             fakes,
         )
@@ -478,23 +480,6 @@ def differentiates(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
     )
-
-
-def _with_fixed_module_floats(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> torch.fx.GraphModule:
-    """A copy in which ``.item()`` of a float that a module owns is the float itself, guarded."""
-    graph = torch.fx.Graph()
-    copies: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.output(graph.graph_copy(graph_module.graph, copies))
-    for node, fake in zip(_placeholders(graph_module), inputs, strict=True):
-        source = torch_internals.input_source(node)
-        symbol = torch_internals.scalar_symbol(fake)
-        if source is None or not source[1] or not isinstance(symbol, torch.SymFloat):
-            continue
-        for user in list(copies[node].users):
-            if user.op == "call_method" and user.target == "item":
-                user.replace_all_uses_with(torch_internals.fix_value(symbol))  # type: ignore[arg-type]
-                graph.erase_node(user)
-    return torch.fx.GraphModule(graph_module, graph)
 
 
 def _adopt_calling_convention(original: torch.fx.GraphModule, traced: torch.fx.GraphModule) -> None:

@@ -8,7 +8,7 @@ underscore, nor `torch.fx.experimental`, `torch.fx.traceback`, `torch._dynamo`, 
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch._dynamo
 import torch.utils._pytree as pytree
 from sympy.core.cache import clear_cache
 from torch._decomp.decompositions_for_rng import PhiloxStateTracker
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UserError
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import Source, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
@@ -182,6 +183,23 @@ def fix_value(symbol: Any) -> int | float | bool:
     return value
 
 
+def restart_with_constants(symbols: Sequence[torch.SymFloat]) -> None:
+    """Have Dynamo, which is calling, trace anew with the example's values of these floats for constants, guarded.
+
+    It is what ahead-of-time autograd asks for, by the same exception, of floats that it can not make tensors of.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: unless there are none, or each has been asked for before.
+    """
+    names = [str(symbol.node._expr) for symbol in symbols]  # without what is known of its value: the name stays
+    wanted = [name for name in names if not TensorifyState.should_specialize(name)]
+    if TracingContext.try_get() is None or not wanted:
+        return
+    for name in wanted:
+        TensorifyState.specialize(name)
+    raise TensorifyScalarRestartAnalysis
+
+
 # --- tracing ------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +230,73 @@ def trace_below_transforms(function: Callable[..., Any], inputs: Sequence[Any]) 
 def interpret(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run a graph node by node, so that a tracer around it sees each node's stack trace and module."""
     return torch.fx.Interpreter(graph_module).run(*inputs, enable_io_processing=False)
+
+
+def is_plain_fake(value: torch.Tensor) -> bool:
+    """True for a fake tensor of which size, strides, dtype and device say all: dense, unwrapped, a parameter or not."""
+    kind = type(value)
+    plain = kind is FakeTensor or (kind is torch.nn.Parameter and isinstance(value, FakeTensor))
+    return plain and value.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def symbol_key(value: Any) -> Any:
+    """The expression of a symbolic size, float or truth value: equal for values that are equal in every call."""
+    return value.node.expr
+
+
+class Recorder:
+    """The trace that is going on, to which operations can be added that it has not seen.
+
+    Obtained by :meth:`running`.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        self.tracer = tracer
+
+    @staticmethod
+    def running() -> "Recorder | None":
+        """Of the trace that is going on; None where there is none."""
+        mode = proxy_tensor.get_proxy_mode()
+        return None if mode is None else Recorder(mode.tracer)
+
+    def node_of(self, tensor: torch.Tensor) -> torch.fx.Node | None:
+        """The node that stands for a tensor now; None where it has none, or is known to be constant."""
+        slot = proxy_tensor.get_proxy_slot(tensor, self.tracer, None)
+        return None if slot is None or slot.constant is not None else slot.proxy.node
+
+    def last_node(self) -> torch.fx.Node:
+        """The last node recorded so far."""
+        last: torch.fx.Node = self.tracer.graph._root.prev
+        return last
+
+    def nodes_after(self, last: torch.fx.Node) -> list[torch.fx.Node]:
+        """The nodes recorded since."""
+        found, node = [], self.last_node()
+        while node is not last:
+            found.append(node)
+            node = node.prev
+        return found[::-1]
+
+    def pause(self, until: ExitStack) -> None:
+        """Let operations run from now on, but not be recorded, nor seen by what else looks on while one traces.
+
+        Args:
+            until: what ends the pause when it is closed; where it holds anything, the pause has begun before.
+        """
+        if proxy_tensor.get_proxy_mode() is not None:
+            for context in (disable_proxy_modes_tracing(), torch._C.DisableTorchFunction()):
+                until.enter_context(context)
+
+    def add(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, meta: dict[str, Any], value: Any
+    ) -> torch.fx.Node:
+        """Record an operation that has run; from now on its node stands for what it gave."""
+        node = self.tracer.graph.create_node("call_function", target, args, kwargs, name)
+        node.meta.update(meta)
+        node.meta["val"] = proxy_tensor.extract_val(value)
+        if isinstance(value, torch.Tensor):
+            proxy_tensor.track_tensor(value, torch.fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
+        return node
 
 
 def higher_order_calls(graph_module: torch.fx.GraphModule) -> set[str]:
