@@ -17,7 +17,7 @@ from onnxscript import rewriter
 
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
-from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line
 from attncompile.frontends.torch_internals import flatten, forget_export, leaf_paths
 
 
@@ -46,7 +46,7 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
             raise CaptureError(
                 "torch.onnx",
                 opened.name,
-                str(error).splitlines()[0],
+                first_line(first_cause(error)),
                 "convert it with --target torch instead",
             ) from error
         finally:
@@ -70,7 +70,7 @@ def _require_run(opened: OpenedModel, args: Sequence[Any], kwargs: Mapping[str, 
         with torch.no_grad():
             opened.model(*args, **kwargs)
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         what = "the given inputs" if opened.given is not None else f"inputs made for it: {', '.join(kwargs)}"
         raise InputError(f"it does not run on {what} ({said})", opened.name, FUNCTION_ADVICE) from error
 

@@ -4,7 +4,6 @@
 matmul) are still whole, so the graph says what the model said, and it can still be differentiated.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
-from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.errors import CaptureError, first_line
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
 from attncompile.frontends.whole_calls import NotCut, with_whole_calls, without_whole_calls
@@ -260,7 +259,7 @@ def _export(
             try:
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             except Exception as error:
-                failure = _first_line(error)
+                failure = first_line(error)
                 shapes = torch_internals.refined_shapes(error, shapes)
             if shapes is None:
                 break
@@ -269,14 +268,14 @@ def _export(
             shapes = _shape_tree(model, args, kwargs, axes, named=False)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            notes.append(f"only the sizes of the example can be exported: {_first_line(error)}")
+            notes.append(f"only the sizes of the example can be exported: {first_line(error)}")
     try:
         return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
             "torch.export",
             type(model).__name__,
-            _first_line(error),
+            first_line(error),
             'torch.compile(model, backend="attncompile") goes around what export cannot trace',
         ) from error
 
@@ -426,7 +425,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
         raise CaptureError(
             "Dynamo",
             "the compiled function",
-            _first_line(error),
+            first_line(error),
             _RUNS_ANYWAY,
         ) from error
     if cut is not None:
@@ -530,12 +529,3 @@ def _placeholders(graph_module: torch.fx.GraphModule) -> list[torch.fx.Node]:
 def _results(graph_module: torch.fx.GraphModule) -> tuple[Any, ...]:
     result = graph_module.graph.output_node().args[0]
     return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-_SPACE = re.compile(r"\s+")
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error that says something, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _SPACE.sub(" ", lines[0]).rstrip(".") if lines else type(error).__name__
