@@ -210,10 +210,13 @@ def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dic
 
     Axis 0 of every tensor is a batch. Axis 1 of tokens and token masks (integer or boolean, rank 2) and of
     embedded tokens (float, rank 3) is a sequence; so is every later axis of a tensor of rank 3 and more that
-    has the size of a known token sequence, such as those of a 4-D mask. Axes of equal role and size share a
+    has the size of a known token sequence, such as those of a 4-D mask. Axis 1 of raw sound, which models of
+    transformers call ``input_values``, and of its mask counts samples. Axes of equal role and size share a
     name. An axis of size 1 broadcasts and stays fixed, and so do all others.
     """
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    sound = kwargs.get("input_values")
+    samples = sound.shape if isinstance(sound, torch.Tensor) and sound.dim() == 2 else None
     tokens = {tensor.shape[1] for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()}
     names: dict[tuple[str, int], str] = {}
 
@@ -226,6 +229,8 @@ def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dic
         for axis, size in enumerate(tensor.shape):
             if size > 1 and axis == 0:
                 found[axis] = name("batch", size)
+            elif size > 1 and tensor.shape == samples:
+                found[axis] = name("samples", size)
             elif size > 1 and _is_sequence_axis(tensor, axis, tokens):
                 found[axis] = name("length", size)
         return found
