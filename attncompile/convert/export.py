@@ -15,6 +15,7 @@ import onnx_ir
 import torch
 from onnxscript import rewriter
 
+from attncompile.convert.experts import translations
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
 from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line
@@ -41,7 +42,8 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
         names = [path or "output" for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
         try:
             with _without_searches():
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+                table = dict(translations())
+                exported = torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
         except Exception as error:
             raise CaptureError(
                 "torch.onnx",
