@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import onnx_ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
+op: Any = opset18
 _INT64, _END = 7, 2**62
 
 
@@ -63,4 +66,60 @@ def _grouped_product(rows: Any, weight: Any, offs: Any) -> Any:
     return op.Concat(*parts, op.Expand(nothing, op.Concat(left, op.Constant(value_ints=[width]), axis=0)), axis=0)
 
 
-__all__ = ["translations"]
+def separate(model: onnx_ir.Model) -> int:
+    """Make the matrix of each expert a weight of its own, in place; how many there are then.
+
+    A product by a part of a larger tensor is none whose weights a runtime packs, or a precision rounds. A tensor that
+    something else reads as a whole stays.
+    """
+    made = 0
+    for weight in list(model.graph.initializers.values()):
+        only = [use.node for use in weight.uses()]
+        turned = len(only) == 1 and only[0].op_type == "Transpose" and _turns(only[0])
+        whole = only[0].outputs[0] if turned else weight
+        readers = [use.node for use in whole.uses()]
+        if weight.const_value is None or not readers or not all(_is_expert(node, whole) for node in readers):
+            continue
+        for node in readers:
+            number = int(onnx_ir.convenience.get_const_tensor(node.inputs[1]).numpy())  # type: ignore[union-attr,arg-type]
+            _replace(model, node, weight, number, turned)
+            made += 1
+    if made:
+        onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    return made
+
+
+def _turns(node: onnx_ir.Node) -> bool:
+    """Whether a transpose exchanges the axes of each matrix of a stack."""
+    order = node.attributes.get("perm")
+    return order is not None and list(order.as_ints()) == [0, 2, 1]
+
+
+def _is_expert(node: onnx_ir.Node, whole: onnx_ir.Value) -> bool:
+    """Whether a node takes one matrix out of a stack of them."""
+    axis = node.attributes.get("axis")
+    if node.op_type != "Gather" or node.inputs[1] is None or whole.shape is None or whole.shape.rank() != 3:
+        return False
+    index = onnx_ir.convenience.get_const_tensor(node.inputs[1])
+    stacked = index is not None and index.shape.rank() == 0 and (axis is None or axis.as_int() == 0)
+    return stacked and node.inputs[0] is whole and not whole.is_graph_output()
+
+
+def _replace(model: onnx_ir.Model, node: onnx_ir.Node, weight: onnx_ir.Value, number: int, turned: bool) -> None:
+    """Read a weight of its own where a node takes it out of the stack; it is copied when the model is written."""
+    stack = weight.const_value
+    assert stack is not None
+    name, (_, *sizes) = f"{weight.name}.{number}", stack.shape.numpy()
+
+    def own() -> onnx_ir.Tensor:
+        part = stack.numpy()[number]
+        return onnx_ir.Tensor(np.ascontiguousarray(part.T if turned else part), dtype=stack.dtype, name=name)
+
+    shape = onnx_ir.Shape(sizes[::-1] if turned else sizes)
+    value = onnx_ir.Value(name=name, shape=shape, type=onnx_ir.TensorType(stack.dtype))
+    value.const_value = onnx_ir.LazyTensor(own, dtype=stack.dtype, shape=shape, name=name)
+    model.graph.register_initializer(value)
+    node.outputs[0].replace_all_uses_with(value)
+
+
+__all__ = ["separate", "translations"]

@@ -15,7 +15,7 @@ import onnx_ir
 import torch
 from onnxscript import rewriter
 
-from attncompile.convert.experts import translations
+from attncompile.convert.experts import separate, translations
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
 from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line
@@ -55,6 +55,7 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
             forget_export(program)
     assert exported is not None
     model = exported.model
+    separate(model)
     for value, name in zip(model.graph.outputs, names, strict=False):
         value.name = name
     spelled = {path.replace(".", "_"): path for path in leaf_paths(kwargs)}
