@@ -18,7 +18,7 @@ from attncompile.convert.artifact import Conversion, Progress, new_folder, silen
 from attncompile.frontends.aten import aten_graph
 from attncompile.frontends.capture import capture_export
 from attncompile.frontends.checkpoint import AttentionImplementation, OpenedModel, open_model
-from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.errors import CaptureError, InputError, given_path
 from attncompile.frontends.graph_breaks import capture_with_breaks
 from attncompile.frontends.onnx import onnx_file_graph
 from attncompile.frontends.onnx_file import reading
@@ -294,7 +294,7 @@ def convert(
         last_logits=last_logits,
         precision=precision,
         budget=budget,
-        text=Path(text) if text is not None else None,
+        text=given_path(text) if text is not None else None,
         attn_implementation=attn_implementation,
         allow_pickle=allow_pickle,
         overwrite=overwrite,
@@ -303,14 +303,14 @@ def convert(
     if to == "onnx":
         from attncompile.convert.onnx import convert_onnx
 
-        return convert_onnx(target, Path(out), options)
+        return convert_onnx(target, given_path(out), options)
     if to == "pt2":
         from attncompile.convert.pt2 import convert_pt2
 
-        return convert_pt2(target, Path(out), options)
+        return convert_pt2(target, given_path(out), options)
     from attncompile.convert.torch import convert_torch
 
-    return convert_torch(target, Path(out), options)
+    return convert_torch(target, given_path(out), options)
 
 
 def _checked_provider(provider: str, to: str) -> str:
@@ -454,7 +454,7 @@ def load(
 
 
 def _conversion(folder: str | Path) -> tuple[Path, Plan]:
-    folder = Path(folder).expanduser()
+    folder = given_path(folder)
     if folder.name == "model.onnx" and folder.is_file():
         folder = folder.parent
     if not (folder / "plan.json").is_file():

@@ -33,6 +33,18 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="a Hugging Face folder, an .onnx file, or file.py:function")
 ]
+
+
+def _path(text: str) -> Path:
+    """A path option: an empty one is refused before it becomes the working folder."""
+    from attncompile.frontends.errors import InputError, given_path
+
+    try:
+        return given_path(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="show where an error happened")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="read weights that only exist as pickle, as plain tensors")
@@ -83,11 +95,16 @@ def inspect(
     block: Annotated[bool, typer.Option("--block", help="print the operations around each site")] = False,
     picture: Annotated[bool, typer.Option("--picture", help="draw the masks")] = False,
     picture_to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="write the masks as pictures: FILE.svg or FILE.png")
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help="write the masks as pictures: FILE.svg or FILE.png"),
     ] = None,
     values: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="an .npz of tensors that masks read, by name: densities are then exact"),
+        typer.Option(
+            parser=_path,
+            metavar="FILE",
+            help="an .npz of tensors that masks read, by name: densities are then exact",
+        ),
     ] = None,
     provider: Annotated[
         str | None,
@@ -129,7 +146,7 @@ def inspect(
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the folder to write")],
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="OUT", help="the folder to write")],
     target: Annotated[
         Literal["onnx", "torch", "pt2"],
         typer.Option(help="ONNX Runtime, a folder for attncompile.load, or a package compiled by AOTInductor"),
@@ -182,7 +199,10 @@ def convert(
         typer.Option(min=0.0, help="largest relative change of an output by lossy passes or a precision; else refused"),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="onnx: running text to calibrate and judge a precision with")
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="FILE", help="onnx: running text to calibrate and judge a precision with"
+        ),
     ] = None,
     attn: Annotated[Literal["sdpa", "eager"] | None, _ATTENTION] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion in OUT")] = False,
@@ -220,7 +240,7 @@ def convert(
 @app.command()
 def kernels(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="the folder to write")],
+    out: Annotated[Path, typer.Option("-o", "--out", parser=_path, metavar="DIR", help="the folder to write")],
     target: Annotated[
         list[str], typer.Option(metavar="GPU", help="sm_80, sm_89, sm_90, sm_100 or gfx942; may be given again")
     ] = ["sm_90"],  # noqa: B006 - typer reads it
@@ -258,7 +278,10 @@ def kernels(
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="a folder that attncompile convert wrote, or the model.onnx in it")
+        Path,
+        typer.Argument(
+            parser=_path, metavar="DIR", help="a folder that attncompile convert wrote, or the model.onnx in it"
+        ),
     ],
     provider: Annotated[
         str | None,
@@ -284,7 +307,10 @@ def verify(
 @app.command()
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL…", help=".onnx files, or folders that attncompile convert wrote")
+        list[Path],
+        typer.Argument(
+            parser=_path, metavar="MODEL…", help=".onnx files, or folders that attncompile convert wrote"
+        ),
     ],
     provider: Provider = "cpu",
     shape: Annotated[
@@ -315,7 +341,9 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")] = Path("attncompile-demo"),
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="DIR", help="the folder to write")
+    ] = Path("attncompile-demo"),
     debug: Debug = False,
 ) -> int:
     """Take all-MiniLM-L6-v2 through every stage: inspect, convert, verify, embed, compare."""

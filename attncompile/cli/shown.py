@@ -106,13 +106,13 @@ def pass_text(rewrite: Any) -> str:
 
 
 def write_file(file: str, content: str | bytes) -> None:
-    from attncompile.frontends.errors import InputError
+    from attncompile.frontends.errors import InputError, given_path
 
     data = content.encode() if isinstance(content, str) else content
     if file == "-":
         print(data.decode(), end="")
         return
-    path = Path(file).expanduser()
+    path = given_path(file)
     scratch = path.with_name(f".{path.name}.part")
     try:
         scratch.write_bytes(data)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attncompile.frontends.errors import InputError
+from attncompile.frontends.errors import InputError, given_path
 
 if TYPE_CHECKING:
     from attncompile.report import Report
@@ -76,7 +76,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         InputError: when ``out`` exists and may not be replaced, or cannot be written; also for a full disk
             inside the block.
     """
-    out = Path(out).expanduser()
+    out = given_path(out)
     _check_replaceable(out, overwrite)
     made = _make_parents(out.parent)
     scratch: Path | None = None

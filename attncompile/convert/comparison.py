@@ -24,6 +24,7 @@ from attncompile.convert.memory import Reading
 from attncompile.convert.quality import Quality, is_change
 from attncompile.frontends.cached import PRESENT
 from attncompile.frontends.checkpoint import OpenedModel
+from attncompile.frontends.errors import InputError, first_line
 from attncompile.verify import EndToEnd, compare, measured
 from attncompile.verify.tolerance import PIECE, all_finite, largest
 
@@ -168,6 +169,7 @@ def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compa
 
     Raises:
         DoesNotRunError: when the result fails on a call, and what it was made from does not.
+        InputError: when what it was made from takes no call at all.
     """
     entries: list[EndToEnd] = []
     notes: list[str] = []
@@ -177,12 +179,37 @@ def compare_on(inputs: Inputs, runs: Runs, budget: float | None = None) -> Compa
             converted = _converted(runs, call, notes)
             if converted is not None:
                 ran += 1
-                entries += distances(call, runs, converted, judged=not inputs.texts)
+                wide = _in_float64(runs, call, notes)
+                entries += distances(call, replace(runs, exact=wide), converted, judged=not inputs.texts)
         if not ran:
-            raise DoesNotRunError("; ".join(notes))
+            raise _not_one(notes, inputs.calls)
         if inputs.texts:
             entries += measured_quality(runs, inputs.texts).entries(budget)
     return Compared(tuple(entries), (*notes, *runtime_notes(entries, runs.runtime)))
+
+
+def _in_float64(runs: Runs, call: Call, notes: list[str]) -> Run | None:
+    """The original in float64, where it runs there; else ``None``, and one note for all calls."""
+    if runs.exact is None:
+        return None
+    try:
+        found = runs.exact(call)
+    except (ValueError, RuntimeError) as error:
+        told = f"not compared with float64, in which the original fails: {first_line(error)}"
+        notes += [told] * (told not in notes)  # once for all calls
+        return None
+    return lambda _: found
+
+
+def _not_one(notes: Sequence[str], made: Sequence[Call]) -> ValueError:
+    """The error for calls none of which could be compared."""
+    if not all(_FIXED in note for note in notes):
+        return DoesNotRunError("; ".join(notes))
+    return InputError(
+        f"{_FIXED}, and takes none of the calls that it is compared on",
+        "; ".join(call.what for call in made),
+        "export it with axes that vary, or for PyTorch use --target torch; nothing was written",
+    )
 
 
 def measured_quality(runs: Runs, texts: Sequence[Call]) -> Quality:
@@ -200,23 +227,26 @@ def measured_quality(runs: Runs, texts: Sequence[Call]) -> Quality:
     return quality
 
 
+_FIXED = "the exported graph has fixed sizes"
+
+
 def _converted(runs: Runs, call: Call, notes: list[str]) -> Outputs | None:
     """The result's outputs; ``None``, with a note, for a call that the exported or given graph does not take."""
     try:
         found = runs.converted(call)
     except (ValueError, RuntimeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         try:
             runs.unrewritten(call)
         except (ValueError, RuntimeError):
-            notes.append(f"{call.what} was not compared: the exported graph has fixed sizes ({said})")
+            notes.append(f"{call.what} was not compared: {_FIXED} ({said})")
             return None
         raise DoesNotRunError(f"on {call.what}: {said}") from error
     if runs.original is runs.unrewritten:  # a given graph, which may be stricter than the operators in the result
         try:
             runs.original(call)
         except (ValueError, RuntimeError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             notes.append(f"{call.what} was not compared: the given model does not take it ({said})")
             return None
     return found

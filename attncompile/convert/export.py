@@ -15,9 +15,10 @@ import onnx_ir
 import torch
 from onnxscript import rewriter
 
+from attncompile.convert.experts import separate, translations
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
-from attncompile.frontends.errors import CaptureError, InputError
+from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line
 from attncompile.frontends.torch_internals import flatten, forget_export, leaf_paths
 
 
@@ -41,18 +42,20 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
         names = [path or "output" for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
         try:
             with _without_searches():
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+                table = dict(translations())
+                exported = torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
         except Exception as error:
             raise CaptureError(
                 "torch.onnx",
                 opened.name,
-                str(error).splitlines()[0],
+                first_line(first_cause(error)),
                 "convert it with --target torch instead",
             ) from error
         finally:
             forget_export(program)
     assert exported is not None
     model = exported.model
+    separate(model)
     for value, name in zip(model.graph.outputs, names, strict=False):
         value.name = name
     spelled = {path.replace(".", "_"): path for path in leaf_paths(kwargs)}
@@ -70,7 +73,7 @@ def _require_run(opened: OpenedModel, args: Sequence[Any], kwargs: Mapping[str, 
         with torch.no_grad():
             opened.model(*args, **kwargs)
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         what = "the given inputs" if opened.given is not None else f"inputs made for it: {', '.join(kwargs)}"
         raise InputError(f"it does not run on {what} ({said})", opened.name, FUNCTION_ADVICE) from error
 

@@ -36,7 +36,7 @@ from attncompile.frontends.cached import ALL_LOGITS, Generating, with_cache
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel, encodes_and_decodes, with_cross_cache
 from attncompile.frontends.errors import CaptureError, InputError
-from attncompile.frontends.onnx_file import reading
+from attncompile.frontends.onnx_file import load_onnx, reading
 from attncompile.frontends.shared_buffer import SEPARATE, with_shared_buffer
 from attncompile.lift.program import join_programs
 from attncompile.passes import PassCall, parse_passes
@@ -258,7 +258,7 @@ def _save_exports(
     for part in parts:
         if part.opened.kind == "onnx":
             with reading(part.opened.path):
-                given = onnx_ir.load(part.opened.path)
+                given = load_onnx(part.opened.path)
                 _require_opset(given, target, options)
                 save(given, scratch / part.before, largest=0)
             found[part.file] = (*part.opened.notes, *told)

@@ -28,6 +28,7 @@ from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_contrib import CONTRIB
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.frontends.onnx_file import load_onnx
 from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
@@ -207,7 +208,7 @@ def rewrite_onnx(
 
 def operators_of_file(file: Path, provider: Provider, prefer: Prefer) -> dict[str, tuple[str, str]]:
     """Operator and reason for each site of an ``.onnx`` file, by name; ``original`` where a site stays as it is."""
-    made = rewrite_onnx(onnx_ir.load(file), file.stem, parse_passes("fuse"), provider, prefer, False, ())
+    made = rewrite_onnx(load_onnx(file), file.stem, parse_passes("fuse"), provider, prefer, False, ())
     return {outcome.site.name: (outcome.operator, outcome.reason) for outcome in made.outcomes}
 
 

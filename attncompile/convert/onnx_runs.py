@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import onnx_ir
 import torch
 
 from attncompile.codegen.onnx.tried import installed, newest_opset
@@ -20,6 +19,7 @@ from attncompile.convert.runtime import run, save, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
+from attncompile.frontends.onnx_file import load_onnx
 
 
 def known_runs(
@@ -75,7 +75,7 @@ def runnable(file: Path, folder: Path, given: Path) -> Path:
     Raises:
         InputError: when some call has no definition in terms of what is known, so that nothing here runs it.
     """
-    model = onnx_ir.load(file)
+    model = load_onnx(file)
     if not is_too_new(model):
         return file
     if not spell_out_unknown(model):

@@ -110,6 +110,11 @@ def _prepared(model: torch.nn.Module) -> torch.nn.Module:
     if callable(choose_attention):
         with contextlib.suppress(ValueError):  # a model that has no SDPA; its rows of padding are then left unjudged
             choose_attention("sdpa")
+    for module in wide.modules():
+        choose_experts = getattr(module, "set_experts_implementation", None)
+        if callable(choose_experts):
+            with contextlib.suppress(ValueError, RuntimeError):  # a model whose experts are written one way
+                choose_experts("eager")  # torch's grouped product has no kernel for float64
     return wide
 
 

@@ -4,7 +4,6 @@
 matmul) are still whole, so the graph says what the model said, and it can still be differentiated.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 
 from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
-from attncompile.frontends.errors import CaptureError
+from attncompile.frontends.errors import CaptureError, first_line
 from attncompile.frontends.module_floats import with_fixed_module_floats
 from attncompile.frontends.repeated_calls import RepeatedCalls
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
@@ -213,10 +212,13 @@ def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dic
 
     Axis 0 of every tensor is a batch. Axis 1 of tokens and token masks (integer or boolean, rank 2) and of
     embedded tokens (float, rank 3) is a sequence; so is every later axis of a tensor of rank 3 and more that
-    has the size of a known token sequence, such as those of a 4-D mask. Axes of equal role and size share a
+    has the size of a known token sequence, such as those of a 4-D mask. Axis 1 of raw sound, which models of
+    transformers call ``input_values``, and of its mask counts samples. Axes of equal role and size share a
     name. An axis of size 1 broadcasts and stays fixed, and so do all others.
     """
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    sound = kwargs.get("input_values")
+    samples = sound.shape if isinstance(sound, torch.Tensor) and sound.dim() == 2 else None
     tokens = {tensor.shape[1] for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()}
     names: dict[tuple[str, int], str] = {}
 
@@ -229,6 +231,8 @@ def dynamic_axes_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dic
         for axis, size in enumerate(tensor.shape):
             if size > 1 and axis == 0:
                 found[axis] = name("batch", size)
+            elif size > 1 and tensor.shape == samples:
+                found[axis] = name("samples", size)
             elif size > 1 and _is_sequence_axis(tensor, axis, tokens):
                 found[axis] = name("length", size)
         return found
@@ -262,7 +266,7 @@ def _export(
             try:
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             except Exception as error:
-                failure = _first_line(error)
+                failure = first_line(error)
                 shapes = torch_internals.refined_shapes(error, shapes)
             if shapes is None:
                 break
@@ -271,14 +275,14 @@ def _export(
             shapes = _shape_tree(model, args, kwargs, axes, named=False)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            notes.append(f"only the sizes of the example can be exported: {_first_line(error)}")
+            notes.append(f"only the sizes of the example can be exported: {first_line(error)}")
     try:
         return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
             "torch.export",
             type(model).__name__,
-            _first_line(error),
+            first_line(error),
             'torch.compile(model, backend="attncompile") goes around what export cannot trace',
         ) from error
 
@@ -428,7 +432,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
         raise CaptureError(
             "Dynamo",
             "the compiled function",
-            _first_line(error),
+            first_line(error),
             _RUNS_ANYWAY,
         ) from error
     if cut is not None:
@@ -515,12 +519,3 @@ def _placeholders(graph_module: torch.fx.GraphModule) -> list[torch.fx.Node]:
 def _results(graph_module: torch.fx.GraphModule) -> tuple[Any, ...]:
     result = graph_module.graph.output_node().args[0]
     return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-_SPACE = re.compile(r"\s+")
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error that says something, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _SPACE.sub(" ", lines[0]).rstrip(".") if lines else type(error).__name__

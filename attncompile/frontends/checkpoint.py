@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from attncompile.frontends.capture import dynamic_axes_of
-from attncompile.frontends.errors import InputError, unreadable
+from attncompile.frontends.errors import InputError, first_line, given_path, unreadable
 from attncompile.frontends.example_inputs import (
     Arguments,
     model_arguments,
@@ -141,7 +141,7 @@ def open_model(
     file, colon, function = str(target).rpartition(":")
     if colon and file.endswith(".py"):
         return _open_function(Path(file).expanduser(), function)
-    path = Path(target).expanduser()
+    path = given_path(target)
     _check_readable(path)
     if path.is_dir():
         return _open_folder(path, attn_implementation, allow_pickle, dtype)
@@ -207,7 +207,7 @@ def _open_folder(
         raise
     except Exception as error:
         raise InputError(
-            f"{model_class.__name__} does not load: {_first_line(error)}",
+            f"{model_class.__name__} does not load: {first_line(error)}",
             folder,
             "check that config.json and the weights belong together, or try attn_implementation='eager'",
         ) from error
@@ -228,14 +228,17 @@ def _open_folder(
     return OpenedModel("torch", name, folder, model.eval(), config=model.config, notes=notes)
 
 
+def _onnx_file_in(folder: Path) -> str:
+    """What else to give where a folder holds ONNX files, such as one that was converted; empty where it holds none."""
+    files = sorted(path.name for path in folder.glob("*.onnx"))
+    return f", or give a file in this one, such as {files[0]}" if files else ""
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        files = sorted(path.name for path in folder.glob("*.onnx"))
-        which = f", or a file in this one, such as {files[0]}" if files else ""
-        raise InputError(
-            "no config.json in this folder", folder, f"give the folder of a Hugging Face checkpoint{which}"
-        )
+        advice = f"give the folder of a Hugging Face checkpoint{_onnx_file_in(folder)}"
+        raise InputError("no config.json in this folder", folder, advice)
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except PermissionError as error:
@@ -288,7 +291,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
             raise unreadable(file) from error
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(
-                f"not a whole safetensors file ({_first_line(error)})", file, "download it again"
+                f"not a whole safetensors file ({first_line(error)})", file, "download it again"
             ) from error
     return files
 
@@ -321,7 +324,8 @@ def _pickled_weights(folder: Path, allowed: bool) -> dict[str, torch.Tensor]:
     found = {file for pattern in _PICKLES for file in folder.glob(pattern)}
     pickles = sorted(file for file in found if file.name != "training_args.bin")
     if not pickles:
-        raise InputError("no weights in this folder", folder, "download its *.safetensors files")
+        advice = f"download its *.safetensors files{_onnx_file_in(folder)}"
+        raise InputError("no weights in this folder", folder, advice)
     if not allowed:
         raise InputError(
             f"the weights are only there as pickle ({pickles[0].name}), which can run code",
@@ -336,7 +340,7 @@ def _pickled_weights(folder: Path, allowed: bool) -> dict[str, torch.Tensor]:
             raise unreadable(file) from error
         except Exception as error:
             raise InputError(
-                f"this pickle is damaged or holds more than tensors ({_first_line(error)})",
+                f"this pickle is damaged or holds more than tensors ({first_line(error)})",
                 file,
                 "get the safetensors version",
             ) from error
@@ -384,7 +388,7 @@ def _open_function(file: Path, name: str) -> OpenedModel:
         raise
     except Exception as error:
         raise InputError(
-            f"{name}() raised {type(error).__name__}: {_first_line(error)}",
+            f"{name}() raised {type(error).__name__}: {first_line(error)}",
             file,
             "make it return (model, args, kwargs)",
         ) from error
@@ -417,7 +421,7 @@ def _import_file(file: Path) -> Any:
     except BaseException as error:  # a script may well call sys.exit()
         del sys.modules[private]
         raise InputError(
-            f"importing it raised {type(error).__name__}: {_first_line(error)}",
+            f"importing it raised {type(error).__name__}: {first_line(error)}",
             file,
             "make the file importable",
         ) from error
@@ -458,8 +462,3 @@ def _check_readable(path: Path) -> None:
         raise unreadable(path) from error
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path, "check the path") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

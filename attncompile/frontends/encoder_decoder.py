@@ -192,13 +192,6 @@ class EncoderModel(OpenedModel):
         assert self.opened is not None
         return (), of_encoder(self.opened.example(batch, length, padding=padding)[1])
 
-    def axes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[int, str], ...]:
-        """Names of the axes that vary, for each tensor of a call in order; samples of sound may be any number."""
-        found = tuple(super().axes(args, kwargs))
-        if "input_values" in kwargs:  # two axes alone, like tokens, but they are no tokens
-            return ({0: "batch", 1: "samples"},) * len(found)
-        return found
-
 
 @dataclass(frozen=True)
 class DecoderModel(Generating):

@@ -1,6 +1,12 @@
 """Errors that a person reads: bad input and models that cannot be captured. Each message is one plain
 sentence."""
 
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Something the user gave (a path, a file, a function) cannot be used.
@@ -13,6 +19,34 @@ class InputError(ValueError):
         self.where = str(where)
         self.advice = advice
         super().__init__(f"{what}: {where}; {advice}")
+
+
+def given_path(path: str | os.PathLike[str]) -> Path:
+    """The path that somebody gave, with the home folder for ``~``.
+
+    Raises:
+        InputError: for an empty text, such as a variable of a shell that is not set: Python takes it for the working
+            folder.
+    """
+    if not os.fspath(path):
+        raise InputError("an empty path", repr(path), "name a file or a folder")
+    return Path(path).expanduser()
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What was wrong, not what was being done: the error that the others were raised for."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, without a terminal's colours; its type where it says nothing."""
+    lines = (" ".join(line.split()).rstrip(".") for line in _COLOURS.sub("", str(error)).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def unreadable(path: object) -> InputError:

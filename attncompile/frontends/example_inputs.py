@@ -299,7 +299,7 @@ def positions_of(config: Any) -> int | None:
 def _positions(config: Any) -> tuple[str, int] | None:
     """The number of positions, and what the configuration calls it."""
     text = _text_config(config)
-    names = ["max_position_embeddings"]
+    names = ["max_position_embeddings", "max_seq_len"]
     if getattr(config, "is_encoder_decoder", False):
         names = ["max_target_positions", "max_decoder_position_embeddings", *names]
     numbers = ((name, getattr(text, name, None)) for name in names)

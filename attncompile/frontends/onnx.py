@@ -37,7 +37,7 @@ from attncompile.frontends.onnx_branches import inline_decided
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Unstated, fills
 from attncompile.frontends.onnx_definitions import spell_out, spell_out_contrib
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator, constant_tensor, reads
-from attncompile.frontends.onnx_file import reading
+from attncompile.frontends.onnx_file import load_onnx, reading
 from attncompile.frontends.onnx_inference import Inference
 from attncompile.frontends.onnx_known import (
     DTYPE_NAMES,
@@ -104,7 +104,7 @@ def onnx_file_graph(path: Path) -> Graph:
         InputError: for a model that passes ONNX's own check and cannot be read all the same.
     """
     with reading(path):
-        return onnx_graph(ir.load(path))
+        return onnx_graph(load_onnx(path))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from attncompile.frontends.errors import CaptureError, InputError, unreadable
+from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line, unreadable
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
@@ -52,6 +52,17 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
     return model
 
 
+def load_onnx(path: Path) -> ir.Model:
+    """The model of a file that was checked. Its standard operators are known by one name, where ONNX has two for their
+    domain: none and ``ai.onnx``.
+    """
+    model = ir.load(path)
+    for versions in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
+        if "ai.onnx" in versions:
+            versions.setdefault("", versions.pop("ai.onnx"))
+    return model
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Around what is done with a file that has been checked: whatever it may hold that its check lets through is one
@@ -65,12 +76,9 @@ def reading(path: Path) -> Iterator[None]:
     except (InputError, CaptureError, MemoryError):
         raise
     except Exception as error:
-        first: BaseException = error
-        while first.__cause__ is not None:  # what was wrong, not what was being done
-            first = first.__cause__
-        said = str(first).strip().partition("\n")[0][:200]
+        first = first_cause(error)
         raise InputError(
-            f"cannot be read as a model ({type(first).__name__}: {said})",
+            f"cannot be read as a model ({type(first).__name__}: {first_line(first)[:200]})",
             path,
             "export it again, and report this if ONNX Runtime runs it",
         ) from error

@@ -39,6 +39,12 @@ def folder_of_onnx_files(folder: Path) -> list[object]:
     return ["inspect", folder]
 
 
+def converted_folder(folder: Path) -> list[object]:
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    (folder / "model.onnx").write_bytes(b"")
+    return ["inspect", folder]
+
+
 def broken_config(folder: Path) -> list[object]:
     (folder / "config.json").write_text("{")
     return ["inspect", folder]
@@ -87,7 +93,7 @@ def model_file(function: str) -> Callable[[Path], list[object]]:
 MISTAKES = (
     Mistake("no such path", lambda folder: ["inspect", folder / "nowhere"], "no such file or folder"),
     Mistake("folder without config", empty_folder, "no config.json in this folder"),
-    Mistake("folder of ONNX files", folder_of_onnx_files, "or a file in this one, such as first.onnx"),
+    Mistake("folder of ONNX files", folder_of_onnx_files, "or give a file in this one, such as first.onnx"),
     Mistake("broken config", broken_config, "not valid JSON"),
     Mistake("unknown architecture", unknown_architecture, "unknown architecture"),
     Mistake("only pickle", only_pickle, "--allow-pickle"),
@@ -97,6 +103,13 @@ MISTAKES = (
     Mistake("no model", model_file("not_a_model"), "return a tuple (torch.nn.Module, tuple, dict)"),
     Mistake("memory", model_file("out_of_memory"), "out of memory"),
     Mistake("GPU memory", model_file("huge"), "CUDA out of memory"),
+    Mistake("empty model", lambda folder: ["inspect", ""], "an empty path: ''; name a file or a folder"),
+    Mistake("empty folder to write", lambda folder: ["convert", folder, "-o", ""], "'--out': an empty path"),
+    Mistake("empty folder to verify", lambda folder: ["verify", ""], "'DIR': an empty path"),
+    Mistake("empty model to time", lambda folder: ["bench", folder, ""], "'MODEL…': an empty path"),
+    Mistake("empty text", lambda folder: ["convert", folder, "-o", folder, "--text", ""], "'--text': an empty path"),
+    Mistake("JSON into an empty path", lambda folder: [*model_file("causal")(folder), "--json", ""], "an empty path"),
+    Mistake("converted folder", converted_folder, "or give a file in this one, such as model.onnx"),
     Mistake("unknown word", lambda folder: ["inspect", folder, "--attn", "flash"], "'sdpa', 'eager'"),
     Mistake("not a number", lambda folder: ["inspect", folder, "--seq", "many"], "--seq"),
     Mistake("too small", lambda folder: ["inspect", folder, "--seq", "0"], "greater than or equal to 1"),

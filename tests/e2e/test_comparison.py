@@ -16,6 +16,7 @@ from attncompile.convert.comparison import (
     distances,
     runtime_notes,
 )
+from attncompile.frontends.errors import InputError
 
 ALLOWED = ABSOLUTE[torch.float32]
 CALL = Call((), {}, "a call")
@@ -100,3 +101,27 @@ def test_a_call_that_the_given_file_does_not_take_is_not_compared() -> None:
     assert any("another call was not compared: the given model does not take it" in note for note in found.notes)
     with pytest.raises(DoesNotRunError, match="does not take it"):
         compare_on(Inputs((other,)), runs, None)
+
+
+def test_an_export_that_takes_no_call_is_not_said_to_disagree() -> None:
+    """It has the sizes of the example alone."""
+    other = Call((), {}, "another call")
+    runs = Runs(original=lambda call: off_by(0.0), converted=strict, unrewritten=strict, runtime="ONNX Runtime")
+    with pytest.raises(InputError, match=r"has fixed sizes, and takes none of the calls .*: another call; export it"):
+        compare_on(Inputs((other,)), runs, None)
+
+
+def test_an_original_that_fails_in_float64_is_compared_without() -> None:
+    """A number of its code is too large for float32 there."""
+
+    def fails(call: Call) -> Outputs:
+        raise RuntimeError("value cannot be converted to type float without overflow")
+
+    def runs(error: float) -> Runs:
+        return Runs(lambda call: off_by(0.0), lambda call: off_by(error), lambda call: off_by(0.0), fails, "elsewhere")
+
+    found = compare_on(Inputs((CALL, CALL)), runs(0.5 * ALLOWED))
+    assert [entry.passed for entry in found.entries] == [True, True] and found.problem() is None
+    (note,) = found.notes
+    assert note.startswith("not compared with float64, in which the original fails: value cannot be converted")
+    assert "and 0.0001 is allowed" in (compare_on(Inputs((CALL,)), runs(1.5 * ALLOWED)).problem() or "")

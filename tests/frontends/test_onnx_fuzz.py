@@ -166,3 +166,11 @@ def test_a_size_that_no_shape_tells(onnx_files: dict[str, Path], reader: Reader,
     model = first_attention(onnx_files["minilm-int8"])
     model.graph.output[0].name = "input_ids"
     assert refusal(model.SerializeToString(), reader, tmp_path) == "made"
+
+
+@pytest.mark.parametrize("do", ["lift", "convert"])
+def test_the_other_name_of_the_standard_operators(reader: Reader, tmp_path: Path, do: str) -> None:
+    model = onnx.ModelProto.FromString(linear_call().SerializeToString())
+    (standard,) = (versions for versions in model.opset_import if not versions.domain)
+    standard.domain = "ai.onnx"
+    assert refusal(model.SerializeToString(), reader, tmp_path, do) == "made"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.ao.quantization.fx._decomposed  # registers its operators
 from attncompile.frontends.graph import Rounding
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.verify import derive_tolerance, require_within
 from tests.frontends.onnx_reference import parsed
 from tests.quantised_attention import FORMS, OPTIMISED, REWRITTEN, inputs, quantised_file
 
@@ -41,7 +42,7 @@ def test_the_qdq_form_computes_the_same_and_goes_back(form: str, tmp_path: Path)
     kept, before, fed = run(model, inputs(7)), operators(model), inputs(7)
     # of 1 / scale ONNX Runtime's QLinearSoftmax takes the whole part, 254 for 255: what it was made of is compared
     wanted = run(ir.load(quantised_file(form.removesuffix(OPTIMISED), tmp_path)), fed)
-    step = max(float(np.abs(wanted).max()) / 127, 1e-6)
+    step = float(np.abs(wanted).max()) / 127
     graph = onnx_graph(model)
     live = {node.output: node for node in graph.nodes if node.output in graph.live}
     products = {getattr(node, "what", "") for node in live.values()} & QUANTISED
@@ -59,6 +60,52 @@ def test_the_qdq_form_computes_the_same_and_goes_back(form: str, tmp_path: Path)
 
 TINY = """g (float[2,3,4] q, float[2,4,3] k, float[2,3,4] v) => (y)
     <float a = {0.02}, float a2 = {0.02}, float b = {0.03}, uint8 za = {128}, uint8 zb = {120}> { BODY }"""
+
+
+CHANNELS = 4
+"""Of its queries and keys: terms of the longest sum."""
+
+
+def drawn() -> dict[str, np.ndarray]:
+    """Inputs of such a graph."""
+    random = np.random.default_rng(0)
+    shapes = {"q": (2, 3, 4), "k": (2, 4, 3), "v": (2, 3, 4)}
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def inside(text: str, fed: Mapping[str, np.ndarray], names: str) -> dict[str, np.ndarray]:
+    """What some values of a graph are: codes, scales and other numbers that carry no error yet."""
+    found = {}
+    for name in names.split():
+        model = parsed(text)
+        model.graph.outputs[:] = [ir.convenience.create_value_mapping(model.graph)[name]]
+        found[name] = run(model, fed)
+    return found
+
+
+def computed(nodes: str, given: Mapping[str, np.ndarray], dtype: type[np.floating]) -> torch.Tensor:
+    """What nodes in ONNX's text form make of numbers in one floating-point type."""
+    read = {name: np.asarray(value, dtype) for name, value in given.items()}
+    kind = {np.float64: "double", np.float32: "float"}[dtype]
+    inputs = ", ".join(f"{kind}{list(value.shape) or ''} {name}" for name, value in read.items())
+    return torch.from_numpy(run(parsed(f"g ({inputs}) => (y) {{ {nodes} }}"), read))
+
+
+def require_rounding_alone(results: Sequence[np.ndarray], nodes: str, given: Mapping[str, np.ndarray]) -> None:
+    """What was given and what it became are both as near to the exact numbers as plain nodes in float32 are.
+
+    Args:
+        results: of the original and of what it became.
+        nodes: what both compute, without operators on codes.
+        given: what these nodes read.
+
+    Raises:
+        MismatchError: where one of them is further off.
+    """
+    exact = computed(nodes, given, np.float64)
+    bound = derive_tolerance(exact, computed(nodes, given, np.float32), CHANNELS).bound
+    for result in results:
+        require_within(torch.from_numpy(result), exact, bound, nodes)
 
 
 def rounded(body: str, opset: int = 21) -> Mapping[str, Rounding]:
@@ -102,14 +149,12 @@ INTEGERS = """cq, sq, zq = DynamicQuantizeLinear(q)  ck, sk, zk = DynamicQuantiz
 )
 def test_products_of_whole_numbers_by_both_scales_are_products_of_floats(zeros: str, scaled: str, both: bool) -> None:
     text = TINY.replace("BODY", INTEGERS.replace("ZEROS", zeros) + scaled)
-    model = parsed(text)
-    fed = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-           for name, shape in (("q", (2, 3, 4)), ("k", (2, 4, 3)), ("v", (2, 3, 4)))}  # fmt: skip
+    model, fed = parsed(text), drawn()
     wanted = run(parsed(text), fed)
     graph = onnx_graph(model)
     assert {r.source for r in graph.roundings.values()} == ({"q", "k"} if both else set())
     assert all(rounding.dynamic and rounding.dtype == "uint8" for rounding in graph.roundings.values())
-    np.testing.assert_allclose(run(model, fed), wanted, atol=1e-5)
+    require_rounding_alone([wanted, run(model, fed)], scaled, inside(text, fed, "f sq sk a"))
 
 
 JOINED = """c = QuantizeLinear(q, a, za)  e = QuantizeLinear(v, SCALE, za)  j = JOIN  d = DequantizeLinear(j, a, za)
@@ -127,12 +172,11 @@ JOINED = """c = QuantizeLinear(q, a, za)  e = QuantizeLinear(v, SCALE, za)  j = 
 )  # fmt: skip
 def test_codes_that_are_concatenated(join: str, scale: str, roundings: list[str]) -> None:
     text = TINY.replace("BODY", JOINED.replace("JOIN", join).replace("SCALE", scale))
-    random = np.random.default_rng(0)
-    fed = {name: random.standard_normal(shape).astype(np.float32)
-           for name, shape in (("q", (2, 3, 4)), ("k", (2, 4, 3)), ("v", (2, 3, 4)))}  # fmt: skip
+    fed = drawn()
     model, wanted = parsed(text), run(parsed(text), fed)
     assert sorted(onnx_graph(model).roundings) == roundings
-    np.testing.assert_allclose(run(model, fed), wanted, atol=1e-5)
+    nodes = "n = Sub(j, za)  d = Mul(n, a)  y = MatMul(d, k)"
+    require_rounding_alone([wanted, run(model, fed)], nodes, inside(text, fed, "j a za k"))
 
 
 def test_a_product_that_scales_itself() -> None:
@@ -152,13 +196,15 @@ def test_a_product_that_rounds_one_side_itself(scale: str, rounded: set[str]) ->
         f"""cq, qs, qz = DynamicQuantizeLinear(v)  ck, ks, kz = DynamicQuantizeLinear(k)
         s = com.microsoft.DynamicQuantizeMatMul(q, ck, {scale}, kz)  y = Add(s, qs)""",
     )
-    fed = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-           for name, shape in (("q", (2, 3, 4)), ("k", (2, 4, 3)), ("v", (2, 3, 4)))}  # fmt: skip
+    fed = drawn()
     model, wanted = parsed(text), run(parsed(text), fed)
     graph = onnx_graph(model)
     assert {r.source for r in graph.roundings.values()} == rounded
     assert [str(size) for size in graph.infos["s"].shape] == ["2", "3", "3"]  # known of either
-    np.testing.assert_allclose(run(model, fed), wanted, atol=1e-5)
+    given = inside(text, fed, "qs ck ks kz")
+    given |= inside(TINY.replace("BODY", "c, s, z = DynamicQuantizeLinear(q)  y = Identity(s)"), fed, "c s z")
+    nodes = f"n = Sub(c, z)  l = Mul(n, s)  m = Sub(ck, kz)  r = Mul(m, {scale})  p = MatMul(l, r)  y = Add(p, qs)"
+    require_rounding_alone([wanted, run(model, fed)], nodes, given)
 
 
 GEMM = """g (uint8[5,4] a) => (y) <float sa = {0.05}, uint8 za = {120}, float one = {0.04}, int8 zero = {2},
@@ -191,7 +237,16 @@ def test_a_gemm_of_codes_is_one_of_numbers(call: str) -> None:
     assert "com.microsoft QGemm" not in operators(model) and "Gemm" in operators(model)
     found = run(model, fed)
     assert found.dtype == wanted.dtype
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    if found.dtype == np.uint8:
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        scale, offset = ("sw", "zw") if "sw" in call else ("one", "zero")
+        given = inside(text, fed, f"sa za {'t' if 'transB' in call else 'w'} {scale} {offset} c")
+        given["alpha"] = np.asarray(0.5 if "alpha" in call else 1.0)
+        turned = "w = Transpose(t)" if "t" in given else ""
+        nodes = f"""{turned} n = Sub(a, za)  l = Mul(n, sa)  m = Sub(w, {offset})  r = Mul(m, {scale})
+            p = MatMul(l, r)  u = Mul(sa, {scale})  d = Mul(c, u)  o = Add(p, d)  y = Mul(o, alpha)"""
+        require_rounding_alone([wanted, found], nodes, {**given, "a": fed["a"]})
 
 
 @pytest.mark.parametrize(("opset", "kind", "known"), [(17, "uint8", True), (17, "uint16", False), (21, "uint16", True)])
