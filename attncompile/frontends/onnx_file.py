@@ -97,6 +97,9 @@ def _check_structure(model: onnx.ModelProto, path: Path) -> None:
 
 _AGAIN = "export or download the file again"
 
+MOST_AXES = 64
+"""That an array of NumPy, or a tensor of PyTorch, can have."""
+
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Every node of a model: in bodies and functions too."""
@@ -127,6 +130,9 @@ def _check_size(tensor: onnx.TensorProto, path: Path) -> None:
     if bits is None or any(size < 0 for size in tensor.dims):
         what = "element type" if bits is None else "shape"
         raise InputError(f"the {what} of tensor {tensor.name!r} is not valid", path, _AGAIN)
+    if len(tensor.dims) > MOST_AXES:
+        told = f"{len(tensor.dims)} axes, and no array here has more than {MOST_AXES}"
+        raise InputError(f"tensor {tensor.name!r} has {told}", path, _AGAIN)
     if tensor.HasField("raw_data"):
         expected = -(-math.prod(tensor.dims) * bits // 8)  # in whole numbers: a product of sizes may be any
         if len(tensor.raw_data) != expected:

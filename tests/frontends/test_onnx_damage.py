@@ -49,6 +49,12 @@ def other_output(model: onnx.ModelProto, draw: random.Random) -> None:
     model.graph.output[0].name = "missing"
 
 
+def many_axes(model: onnx.ModelProto, draw: random.Random) -> None:
+    """More than an array of NumPy can have; the elements stay as many as they are."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.HasField("raw_data"))
+    tensor.dims.extend([1] * 70)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -56,6 +62,7 @@ def other_output(model: onnx.ModelProto, draw: random.Random) -> None:
         (other_version, "not a valid ONNX model|holds no graph"),
         (other_output, "not a valid ONNX model|cannot be read"),
         (few_bytes, r"holds 3 bytes, where its shape says \d+"),
+        (many_axes, r"has 7\d axes, and no array here has more than 64"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
