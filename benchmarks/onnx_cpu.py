@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -227,7 +227,7 @@ def peak_memory(path: Path, subject: str, batch: int, tokens: int) -> float:
     return round((most - begun) * KIB / 1e6, 1)
 
 
-def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[str] = ()) -> list[Case]:
+def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[str] = ()) -> Iterator[Case]:
     """Export the peers, convert ours, compare, and time every shape; then again for each precision."""
     paths: dict[str, Path] = {}
     kinds: tuple[Implementation, ...] = ("eager", "sdpa")
@@ -237,13 +237,11 @@ def measure(subject: Subject, folder: Path, rounds: int, precisions: Sequence[st
         paths[kind] = folder / f"{kind}.onnx"
         onnx_ir.save(export_onnx(opened)[0], paths[kind], external_data=f"{kind}.onnx.data")
     paths |= fused_peers(subject.target("eager"), paths["eager"], subject.names, subject.optimizer, folder)
-    cases = []
     for precision in precisions or ("",):
-        cases += _measured(subject, paths, folder / f"ours-{precision}", rounds, precision)
-    return cases
+        yield from _measured(subject, paths, folder / f"ours-{precision}", rounds, precision)
 
 
-def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: int, precision: str) -> list[Case]:
+def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: int, precision: str) -> Iterator[Case]:
     """Every shape with ours in one precision."""
     kinds = list(peers)
     conversion = attncompile.convert(
@@ -256,7 +254,6 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
         print(f"{subject.name} {precision}: {quality}", flush=True)
     chosen = [site.operator for site in conversion.report.sites]
     operators = {operator: chosen.count(operator) for operator in dict.fromkeys(chosen)}
-    cases = []
     for batch, tokens in subject.shapes:
         feed = subject.feed(batch, tokens)
         difference = _difference(paths["eager"], paths["ours"], feed)
@@ -282,8 +279,7 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
             peak_mb=peak,
         )
         print(f"{case.model} {precision} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
-        cases.append(case)
-    return cases
+        yield case
 
 
 def _size(path: Path) -> float:
@@ -308,7 +304,13 @@ def main() -> None:
             subject = SUBJECTS[name]
             if chosen.tokens:
                 subject = replace(subject, shapes=tuple(each for each in subject.shapes if each[1] in chosen.tokens))
-            cases += measure(subject, Path(folder), chosen.rounds, chosen.precisions)
+            for case in measure(subject, Path(folder), chosen.rounds, chosen.precisions):
+                cases.append(case)
+                _write(chosen.results, cases)  # a long call may need more memory than there is
+
+
+def _write(results: Path, cases: Sequence[Case]) -> None:
+    """What has been measured so far, and where."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, onnxruntime, onnx_ir)}
     record = {
         "device": device(),
@@ -320,8 +322,8 @@ def main() -> None:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "cases": [asdict(case) for case in cases],
     }
-    chosen.results.parent.mkdir(parents=True, exist_ok=True)
-    chosen.results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
