@@ -49,13 +49,13 @@ Implementation = Literal["eager", "sdpa"]
 Arguments = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 Feed = dict[str, np.ndarray]
 THREADS = 2
-LONG = 4096
-"""Tokens from which on a call takes so long that three rounds are made of it, with two threads alone."""
+LONG, LONG_ROUNDS = 4096, 3
+"""Tokens from which on a call takes so long, and so much memory, that one session is open at a time, for so many rounds
+with two threads alone."""
 
 KIB = 1024
 """Bytes in the unit of `/proc/self/status`, whose high-water mark a process does not inherit, as it does that of
 `getrusage`."""
-
 
 
 class Encoder(torch.nn.Module):
@@ -190,25 +190,50 @@ def _interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of every model, each run once a round."""
     sessions = {name: _session(path, threads) for name, path in paths.items()}
-    fed = {name: _fed(session, feed) for name, session in sessions.items()}
-    for name, session in sessions.items():
+    for session in sessions.values():
         for _ in range(WARM_UP if rounds >= WARM_UP else 1):
-            session.run(None, fed[name])
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+            session.run(None, _fed(session, feed))
+    return _medians(list(paths), rounds, lambda name: _timed(sessions[name], feed, clock))
+
+
+def _one_at_a_time(paths: Mapping[str, Path], feed: Feed, rounds: int, threads: int) -> dict[str, float]:
+    """The same by wall time with one session open at a time, whose second call counts: long calls need the memory."""
+
+    def called(name: str) -> float:
+        session = _session(paths[name], threads)
+        session.run(None, _fed(session, feed))
+        return _timed(session, feed, time.perf_counter)
+
+    return _medians(list(paths), rounds, called)
+
+
+def _medians(names: Sequence[str], rounds: int, timed: Callable[[str], float]) -> dict[str, float]:
+    """Median of what each gave, asked once a round, in alternating order."""
+    times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        for name in list(sessions)[:: 1 if number % 2 else -1]:
-            start = clock()
-            sessions[name].run(None, fed[name])
-            times[name].append(1e3 * (clock() - start))
+        for name in names[:: 1 if number % 2 else -1]:
+            times[name].append(timed(name))
     return {name: round(statistics.median(found), 3) for name, found in times.items()}
+
+
+def _timed(session: onnxruntime.InferenceSession, feed: Feed, clock: Callable[[], float]) -> float:
+    """Milliseconds of a call."""
+    fed = _fed(session, feed)
+    start = clock()
+    session.run(None, fed)
+    return 1e3 * (clock() - start)
 
 
 def _difference(one: Path, other: Path, feed: Feed) -> float:
     """Largest absolute difference of the first outputs."""
-    first, second = (
-        session.run(None, _fed(session, feed))[0] for session in (_session(one, 2), _session(other, 2))
-    )
-    return float(np.abs(first - second).max())
+    first, second = (_first_output(path, feed) for path in (one, other))
+    return float(np.abs(np.subtract(first, second, out=first), out=first).max())
+
+
+def _first_output(path: Path, feed: Feed) -> np.ndarray:
+    session = _session(path, THREADS)  # closed before the next is opened: long calls need the memory
+    found: np.ndarray = session.run([session.get_outputs()[0].name], _fed(session, feed))[0]
+    return found
 
 
 def peak_memory(path: Path, subject: str, batch: int, tokens: int) -> float:
@@ -257,9 +282,7 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
     for batch, tokens in subject.shapes:
         feed = subject.feed(batch, tokens)
         difference = _difference(paths["eager"], paths["ours"], feed)
-        count = max(5, min(rounds, rounds * 512 // (batch * tokens))) if batch * tokens < LONG else 3
-        wall = _interleaved(paths, feed, count, THREADS, time.perf_counter)
-        work = _interleaved(paths, feed, count, 1, time.thread_time) if batch * tokens < LONG else {}
+        wall, work, count = _readings(paths, feed, batch * tokens, rounds)
         peak = {name: peak_memory(path, subject.name, batch, tokens) for name, path in paths.items()}
         case = Case(
             model=subject.name,
@@ -280,6 +303,17 @@ def _measured(subject: Subject, peers: Mapping[str, Path], out: Path, rounds: in
         )
         print(f"{case.model} {precision} {batch}x{tokens}: {case.wall_ratio} wall, {case.work_ratio} work", flush=True)
         yield case
+
+
+def _readings(
+    paths: Mapping[str, Path], feed: Feed, tokens: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Wall time with two threads, processor time with one where calls are short, and the rounds behind them."""
+    if tokens >= LONG:
+        return _one_at_a_time(paths, feed, LONG_ROUNDS, THREADS), {}, LONG_ROUNDS
+    count = max(5, min(rounds, rounds * 512 // tokens))
+    wall = _interleaved(paths, feed, count, THREADS, time.perf_counter)
+    return wall, _interleaved(paths, feed, count, 1, time.thread_time), count
 
 
 def _size(path: Path) -> float:

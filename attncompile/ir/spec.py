@@ -369,6 +369,10 @@ def parse_spec(text: str) -> Spec:
     if not lines:
         raise ValueError("an empty text is no Spec")
     name, _, rest = lines[0].partition("   ")
+    if "  " in name.strip():
+        raise ValueError(
+            f"the first line is a name and, behind three spaces or on the next line, the first operation; got {lines[0]!r}"
+        )
     reader = _Reader()
     for line in [rest, *lines[1:]] if rest.strip() else lines[1:]:
         with _naming(line):

@@ -104,7 +104,8 @@ def tile_for(parts: Dense, *, light: bool, short: bool = False, keys: int | None
         ValueError: when there is no tile.
     """
     channels, features = (padded(_constant(found.sizes[3])) for found in (parts.query, parts.value))
-    return hopper_tile(channels, features, light=light, short=short, keys=keys, codes=codes_of(parts))
+    sinks = parts.sink is not None
+    return hopper_tile(channels, features, light=light, short=short, sinks=sinks, keys=keys, codes=codes_of(parts))
 
 
 def codes_of(parts: Dense) -> Codes:

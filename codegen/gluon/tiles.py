@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from attncompile.kernels.hopper import HopperTile
 
 SHARED_MEMORY = 227 * 1024
@@ -15,30 +17,53 @@ Codes = tuple[str | None, str | None]
 SHORT = 4096
 """Fewer queries than this count as short."""
 
-_ROWS: tuple[tuple[int, bool, HopperTile], ...] = (  # channels up to, only for long and light work
-    (64, True, HopperTile(3, 128, 2, 2, True, 160, 128, True, settled=True)),
-    (64, False, HopperTile(2, 128, 3, 2, False, 240, 168, True, chains=True)),
-    (128, False, HopperTile(2, 128, 2, 2, True, 240, 168, True, early=True)),
-    (256, False, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
-    (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
-    (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, False)),
+@dataclass(frozen=True)
+class _Row:
+    """A tile, and the work it is for.
+
+    Attributes:
+        channels: at most so many.
+        tile: how the work is divided.
+        light: only long and light work.
+        sinks: only rows of queries with sinks, or only those without; ``None``: both.
+    """
+
+    channels: int
+    tile: HopperTile
+    light: bool = False
+    sinks: bool | None = None
+
+
+_ROWS: tuple[_Row, ...] = (
+    _Row(64, HopperTile(3, 128, 2, 2, True, 160, 128, True, early=True), light=True, sinks=True),
+    _Row(64, HopperTile(3, 128, 2, 2, True, 160, 128, True, settled=True), light=True),
+    _Row(64, HopperTile(2, 128, 3, 2, False, 240, 168, True, chains=True)),
+    _Row(128, HopperTile(2, 128, 2, 2, True, 240, 168, True, early=True), light=True, sinks=False),
+    _Row(128, HopperTile(2, 128, 2, 2, True, 240, 168, True, chains=True)),
+    _Row(256, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
+    _Row(256, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
+    _Row(256, HopperTile(2, 64, 2, 1, True, 240, 168, False)),
 )
 """Where operands have 16 bits. Without ``settled`` ptxas 12.8 puts all exponentials of three warpgroups at 64 channels
-behind the step's last wait, and half of those of two at 128, where keeping them in front of it gains nothing. Two
-warpgroups at 64 channels, without turns, wait for single instructions: four chains of comparisons are shorter."""
+behind the step's last wait. Two at 128 that wait for their keys ``early`` have a quarter of them there in light maps,
+where that is 1 to 2 % faster than none, and all of them with sinks, where it is 5 to 7 % slower; with any other score or
+mask it is neither. Three at 64 channels are 6 % faster ``early`` than ``settled`` with sinks. Two warpgroups at 64 channels, without turns, wait for single instructions: four chains of
+comparisons are shorter."""
 
-_NARROW_ROWS: tuple[tuple[int, bool, HopperTile], ...] = (
-    (128, False, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
-    (128, False, HopperTile(2, 128, 2, 2, False, 240, 168, True)),
-    (256, False, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
-    (256, False, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
+_NARROW_ROWS: tuple[_Row, ...] = (
+    _Row(64, HopperTile(3, 128, 2, 2, True, 160, 128, True, early=True), light=True, sinks=True),
+    _Row(128, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
+    _Row(128, HopperTile(2, 128, 2, 2, False, 240, 168, True)),
+    _Row(256, HopperTile(2, 64, 2, 2, True, 240, 168, True)),
+    _Row(256, HopperTile(2, 64, 2, 1, True, 240, 168, True)),
 )
 """Where queries and keys are codes of 8 bits."""
-_E4M3_ROWS = (
-    (64, True, HopperTile(3, 128, 3, 2, True, 160, 128, True, early=True)),
-    (64, False, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
-    (128, True, HopperTile(2, 128, 3, 2, False, 240, 168, True, ahead=True)),
-    (128, False, HopperTile(2, 128, 3, 2, False, 240, 168, True, loaded=True)),
+_E4M3_ROWS: tuple[_Row, ...] = (
+    _Row(64, HopperTile(3, 128, 2, 2, True, 160, 128, True, early=True), light=True, sinks=True),
+    _Row(64, HopperTile(3, 128, 3, 2, True, 160, 128, True, early=True), light=True),
+    _Row(64, HopperTile(2, 128, 3, 2, False, 240, 168, True)),
+    _Row(128, HopperTile(2, 128, 3, 2, False, 240, 168, True, ahead=True), light=True),
+    _Row(128, HopperTile(2, 128, 3, 2, False, 240, 168, True, loaded=True)),
     *_NARROW_ROWS[1:],
 )
 """Where all is e4m3. Four weights are a word: three warpgroups have registers enough for 64 channels, and two of them
@@ -67,6 +92,7 @@ def hopper_tile(
     *,
     light: bool,
     short: bool = False,
+    sinks: bool = False,
     keys: int | None = None,
     codes: Codes = (None, None),
 ) -> HopperTile:
@@ -77,6 +103,7 @@ def hopper_tile(
         light: whether score and mask need hardly any registers.
         short: whether there are few queries, under a mask that leaves some of a tile's keys out: a tile of 192 queries
             then wastes more of its work than one of 128.
+        sinks: whether rows of queries have a sink.
         keys: of a block, where that is given: a mask may be one number for so many.
         codes: what queries and keys, and what values are rounded to.
 
@@ -84,10 +111,10 @@ def hopper_tile(
         ValueError: when there is none.
     """
     rows = _ROWS if codes[0] is None else _E4M3_ROWS if codes == (E4M3, E4M3) else _NARROW_ROWS
-    for largest, needs_light, tile in rows:
-        shared = shared_bytes(tile, channels, features, codes)
-        fits = max(channels, features) <= largest and shared <= SHARED_MEMORY
-        fits = fits and keys in (None, tile.keys)
-        if fits and ((light and not short) or not needs_light):
+    for row in rows:
+        tile = row.tile
+        fits = max(channels, features) <= row.channels and keys in (None, tile.keys)
+        fits = fits and shared_bytes(tile, channels, features, codes) <= SHARED_MEMORY
+        if fits and ((light and not short) or not row.light) and row.sinks in (None, sinks):
             return tile
     raise ValueError(f"no tile for {channels} key and {features} value channels")

@@ -335,6 +335,7 @@ def test_one_tensor_may_be_read_twice() -> None:
 HEAD = "site   attend  q,k,v[B,2,I,8]  float32\n"
 BAD = [
     ("", "an empty text is no Spec"),
+    ("site  attend  q[B,4,I,16]  k,v[B,2,J,16]  float32", "the first line is a name and, behind three spaces"),
     (
         "site   swim  q[B]",
         "cannot read the line 'swim  q[B]': unknown operation 'swim', known are attend, scan",
