@@ -371,7 +371,8 @@ def parse_spec(text: str) -> Spec:
     name, _, rest = lines[0].partition("   ")
     if "  " in name.strip():
         raise ValueError(
-            f"the first line is a name and, behind three spaces or on the next line, the first operation; got {lines[0]!r}"
+            "the first line is a name and, behind three spaces or on the next line, the first operation; "
+            f"got {lines[0]!r}"
         )
     reader = _Reader()
     for line in [rest, *lines[1:]] if rest.strip() else lines[1:]:

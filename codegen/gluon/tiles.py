@@ -46,9 +46,9 @@ _ROWS: tuple[_Row, ...] = (
 )
 """Where operands have 16 bits. Without ``settled`` ptxas 12.8 puts all exponentials of three warpgroups at 64 channels
 behind the step's last wait. Two at 128 that wait for their keys ``early`` have a quarter of them there in light maps,
-where that is 1 to 2 % faster than none, and all of them with sinks, where it is 5 to 7 % slower; with any other score or
-mask it is neither. Three at 64 channels are 6 % faster ``early`` than ``settled`` with sinks. Two warpgroups at 64 channels, without turns, wait for single instructions: four chains of
-comparisons are shorter."""
+where that is 1 to 2 % faster than none, and all of them with sinks, where it is 5 to 7 % slower; with any other score
+or mask it is neither. Three at 64 channels are 6 % faster ``early`` than ``settled`` with sinks. Two at 64, without
+turns, wait for single instructions: four chains of comparisons are shorter (``benchmarks/kernel_tiles.py``)."""
 
 _NARROW_ROWS: tuple[_Row, ...] = (
     _Row(64, HopperTile(3, 128, 2, 2, True, 160, 128, True, early=True), light=True, sinks=True),
