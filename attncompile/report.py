@@ -190,7 +190,10 @@ def _text_lines(report: Report) -> list[str]:
             continue
         text = site.reason or site.why or "; ".join(p.reason for p in site.passes if not p.applied)
         reasons[text] = reasons.get(text, 0) + 1
-    lines += [f"{_count(count, 'site')} kept as it was: {text}" for text, count in reasons.items()]
+    lines += [
+        f"{_count(count, 'site')} kept as {'it was' if count == 1 else 'they were'}: {text}"
+        for text, count in reasons.items()
+    ]
     applied = [outcome.name for site in report.sites for outcome in site.passes if outcome.applied]
     lines += [f"{name} applied at {_count(applied.count(name), 'site')}" for name in dict.fromkeys(applied)]
     refused = [(p.name, p.reason) for site in report.sites for p in site.passes if not p.applied]

@@ -140,7 +140,12 @@ def _settled_medians(
 def slower(measurements: Sequence[Measurement]) -> list[str]:
     """A sentence for every latency that grew by more than a twentieth."""
     return [
-        f"SLOWER than before: {row.name} went from {row.before:.1f} to {row.after:.1f} ms on this machine"
+        f"SLOWER than before: {row.name} went from {_digits(row.before)} to {_digits(row.after)} ms on this machine"
         for row in measurements
         if row.unit == "ms" and row.before is not None and row.after > 1.05 * row.before
     ]
+
+
+def _digits(milliseconds: float) -> str:
+    """As many digits as tell a twentieth apart."""
+    return f"{milliseconds:.1f}" if milliseconds >= 10 else f"{milliseconds:.3g}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from attncompile.convert.timing import slower
 from attncompile.ir import print_spec
 from attncompile.report import (
     Measurement,
@@ -81,6 +82,26 @@ def test_json_reads_back(report: Report, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ValueError, match="report"):
         read_report(tmp_path / "report.json")
+
+
+def test_sites_kept_for_one_reason_are_told_together(report: Report) -> None:
+    kept = next(site for site in report.sites if site.why == "nothing was faster")
+    again = kept.model_copy(update={"name": "layer.4"})
+    text = str(report.model_copy(update={"sites": (*report.sites, again)}))
+    assert "2 sites kept as they were: nothing was faster" in text.splitlines()
+
+
+def test_a_loss_is_told_in_digits_that_show_it() -> None:
+    rows = [
+        Measurement(name="latency 1×8", before=0.201, after=0.2249, unit="ms", note=""),
+        Measurement(name="latency 1×128", before=20.0, after=123.45, unit="ms", note=""),
+        Measurement(name="latency 1×16", before=20.0, after=20.9, unit="ms", note="within a twentieth"),
+        Measurement(name="size", before=1.0, after=2.0, unit="MB", note=""),
+    ]
+    assert slower(rows) == [
+        "SLOWER than before: latency 1×8 went from 0.201 to 0.225 ms on this machine",
+        "SLOWER than before: latency 1×128 went from 20.0 to 123.5 ms on this machine",
+    ]
 
 
 def test_text_says_operators_refusals_and_numbers(report: Report) -> None:
