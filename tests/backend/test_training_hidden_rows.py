@@ -31,6 +31,11 @@ class Call:
     causal: torch.Tensor
     padding: torch.Tensor
 
+    def to(self, device: str) -> Call:
+        """The same on a device, with embeddings that gradients are asked of."""
+        states = self.states.detach().to(device).requires_grad_()
+        return Call(states, self.keep.to(device), self.causal.to(device), self.padding.to(device))
+
 
 class Research(torch.nn.Module):
     """Attention as papers' code spells it: two masks and a bias, each added to the scores.
@@ -57,12 +62,12 @@ class Research(torch.nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4)
         scores = q @ k.mT * CHANNELS**-0.5
         number = torch.finfo(scores.dtype).min if self.number is None else self.number
-        places = torch.arange(length)
+        places = torch.arange(length, device=scores.device)
         away = places[:, None] - places[None, :]
         future = scores.new_zeros(length, length).masked_fill(away < 0, number)
         padded = (1 - call.keep.to(scores.dtype))[:, None, None, :] * number
         if self.bias == "positions":
-            slopes = -0.25 * (torch.arange(HEADS) + 1)
+            slopes = -0.25 * (torch.arange(HEADS, device=scores.device) + 1)
             scores = scores + (slopes[:, None, None] * away.abs()).to(scores.dtype)
         if self.bias == "learned":
             scores = scores + self.table[away + length - 1].permute(2, 0, 1)[None]
