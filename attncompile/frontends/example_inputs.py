@@ -18,6 +18,7 @@ from attncompile.frontends import torch_internals
 from attncompile.frontends.capture import dynamic_axes_of
 from attncompile.frontends.encoder_inputs import Steps, convolved_stride, encoder_input, steps_of
 from attncompile.frontends.errors import InputError
+from attncompile.frontends.several_inputs import with_others
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Padding = Literal["left", "right", "none"]
@@ -87,7 +88,7 @@ def model_arguments(
     made = {name: _INPUTS[name](request) for name in names}
     if main in _IN_STEPS and "attention_mask" in made:
         made["attention_mask"] = _padding_mask(replace(request, length=made[main].shape[1]))
-    return (), made
+    return (), made if encodes_and_decodes else with_others(model, made, lambda name: _INPUTS[name](request))
 
 
 def resized_arguments(given: Arguments, batch: int, length: int) -> Arguments:
@@ -160,7 +161,12 @@ def _input_features(request: _Request) -> torch.Tensor:
 
 
 def _input_values(request: _Request) -> torch.Tensor:
-    """``[B, samples]`` raw audio, as long as makes ``length`` positions."""
+    """``[B, samples]`` raw audio, as long as makes ``length`` positions; ``[B, frames, mels]`` for an encoder that cuts
+    a spectrogram of fixed size into patches.
+    """
+    encoder = _encoder_config(request.config)
+    if not any(isinstance(module, torch.nn.Conv1d) for module in request.model.modules()):
+        return _smooth(request.batch, _first(encoder, "max_length"), _first(encoder, "num_mel_bins"))
     return _in_steps(request, "input_values")
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from attncompile.codegen.gluon import generate, slower, why_not_installed, why_not_spec
 from attncompile.codegen.gluon.cells import cell, samples
 from attncompile.codegen.gluon.columns import fold_columns
-from attncompile.codegen.gluon.tiles import SHARED_MEMORY, hopper_tile, shared_bytes
+from attncompile.codegen.gluon.tiles import E4M3, SHARED_MEMORY, hopper_tile, shared_bytes
 from attncompile.codegen.triton.ahead import cuobjdump
 from attncompile.codegen.triton.cache import load_module
 from attncompile.codegen.triton.structure import dense
@@ -164,6 +164,9 @@ def test_sinks_choose_a_tile(channels: int) -> None:
     assert without.groups == having.groups
     # ptxas hides the exponentials of a step that waits for its own keys either with sinks or without, by head size
     assert (without.early, having.early) == ((False, True) if channels == 64 else (True, False))
+    for codes in (("int8", None), (E4M3, E4M3)):
+        tiles = {hopper_tile(channels, channels, light=True, sinks=sinks, codes=codes) for sinks in (False, True)}
+        assert len(tiles) == 1
 
 
 def test_tensors_that_tma_cannot_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,10 @@ COMPILED = [("full-64", "quantize.fp8"), ("causal-128", "quantize.int8")]
 COMPILED += [(name, form) for name in SHAPES for form in FORMS if (name, form) not in COMPILED]
 
 
+SCALARS_AHEAD = 32
+"""Bytes of scalars for which the scores of two blocks of 128 keys leave no register: see ``codegen/gluon/tiles.py``."""
+
+
 @compiles
 @pytest.mark.parametrize(
     "name, form", [pytest.param(*each, marks=pytest.mark.slow if n > 1 else ()) for n, each in enumerate(COMPILED)]
@@ -151,11 +155,12 @@ def test_hopper_kernels_compile(name: str, form: str, tmp_path: Path, monkeypatc
 
     monkeypatch.setenv("ATTNCOMPILE_CACHE", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
-    kernel = compile_gluon(generate_gluon(rounded(SHAPES[name], form)), "bfloat16")[-1]
+    module = generate_gluon(rounded(SHAPES[name], form))
+    kernel = compile_gluon(module, "bfloat16")[-1]
     types = "s32.s8.s8" if "int8" in form else "f32.e4m3.e4m3"
     assert types in kernel.texts["ptx"] and kernel.shared <= SHARED_MEMORY
     assert ("e4m3x2" in kernel.texts["ptx"]) == (form != "quantize.int8" and "false" not in form)
-    assert kernel.spills in (0, None)
+    assert (kernel.spills or 0) <= (SCALARS_AHEAD if module.skeleton.tile.ahead else 0)
     if cuobjdump() is not None:
         code = instructions(kernel.texts["cubin"])
         assert sum(bool(each.describes()) for each in code) > 10
