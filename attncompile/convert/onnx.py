@@ -14,6 +14,7 @@ import onnx_ir
 import torch
 
 from attncompile.codegen.onnx.tried import column, installed, newest_ir_version, newest_opset, require_version
+from attncompile.codegen.onnx.widen import widened
 from attncompile.convert.artifact import Conversion
 from attncompile.convert.comparison import Compared, DoesNotRunError, compare_on, inputs_of
 from attncompile.convert.evidence import make_certificate
@@ -28,6 +29,7 @@ from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
 from attncompile.convert.part import MODEL, Part, finish_part, kept_export
 from attncompile.convert.precision import Precision, parse_precision, require_possible
+from attncompile.convert.providers import session_providers
 from attncompile.convert.runtime import save
 from attncompile.convert.source import read_source, reopen, source_text
 from attncompile.convert.timing import slower
@@ -265,6 +267,7 @@ def _save_exports(
             continue
         options.progress(f"exporting the {part.name} to ONNX" if part.name else "exporting to ONNX")
         model, notes = export_onnx(part.opened)
+        widened(model, "bfloat16", session_providers(options.provider))
         _require_opset(model, target, options)
         save(model, scratch / part.before, largest=0)
         del model

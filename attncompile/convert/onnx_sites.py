@@ -13,7 +13,7 @@ from attncompile.codegen.onnx.emit import alone
 from attncompile.convert.comparison import DoesNotRunError
 from attncompile.convert.frame import is_lossy
 from attncompile.convert.onnx_rewrite import Rewritten
-from attncompile.convert.runtime import session
+from attncompile.convert.runtime import results, session
 from attncompile.frontends.errors import InputError
 from attncompile.ir import RefusalError, Spec, parse_spec
 from attncompile.plan.schema import Plan
@@ -175,12 +175,13 @@ def _site_runner(spec: Spec, choice: Choice, provider: str) -> Callable[..., tup
     wanted = {entry.name for entry in loaded.get_inputs()}
 
     def computed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        fed = {v.name: t.numpy() for v, t in zip(spec.inputs, tensors, strict=True) if v.name in wanted}
+        given = {v.name: t for v, t in zip(spec.inputs, tensors, strict=True) if v.name in wanted}
+        fed = {name: (t.float() if t.dtype is torch.bfloat16 else t).numpy() for name, t in given.items()}
         try:
-            made = loaded.run(None, fed)
+            made = results(loaded, fed)
         except Exception as error:  # ONNX Runtime's own share no other base
             raise DoesNotRunError(f"ONNX Runtime does not run it: {str(error).splitlines()[0]}") from error
-        return tuple(torch.from_numpy(array) for array in made)
+        return tuple(made.values())
 
     return computed
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir
 from pydantic import Field
 
-from attncompile.codegen.onnx.narrow import CACHE, Narrow, narrowed, without_kernels
+from attncompile.codegen.onnx.narrow import CACHE, Narrow, narrowed
 from attncompile.codegen.onnx.quantize import (
     Calibration,
     Feed,
@@ -29,6 +29,7 @@ from attncompile.codegen.onnx.quantize import (
     static_rounding,
 )
 from attncompile.codegen.onnx.stored import Bits, store_narrow, why_not_stored
+from attncompile.codegen.onnx.widen import without_kernels
 from attncompile.convert.providers import kernels_of, named_provider, session_providers
 from attncompile.convert.runtime import CACHED, save
 from attncompile.frontends.errors import InputError

@@ -191,7 +191,7 @@ class Generating(OpenedModel, ABC):
     def example(
         self,
         batch: int = 2,
-        length: int = 37,
+        length: int | None = None,
         *,
         padding: Padding | None = None,
         past: int = EXAMPLE_PAST,
@@ -200,6 +200,7 @@ class Generating(OpenedModel, ABC):
 
         Raises InputError as :meth:`OpenedModel.example` does.
         """
+        length = self.usual_length(past) if length is None else length
         return (), self.example_call(batch, length, padding, past)
 
     @property

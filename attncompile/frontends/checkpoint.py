@@ -31,6 +31,7 @@ from attncompile.frontends.example_inputs import (
     Arguments,
     model_arguments,
     onnx_arguments,
+    positions_of,
     resized_arguments,
 )
 from attncompile.frontends.onnx_file import read_onnx_file
@@ -50,6 +51,9 @@ _TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+EXAMPLE_LENGTH = 37
+"""Tokens of example inputs where nothing else is asked for: no power of two, nor next to one."""
+
 FUNCTION_ADVICE = "write a function that returns (model, args, kwargs) and give file.py:function instead"
 
 
@@ -93,20 +97,27 @@ class OpenedModel:
         except (OSError, ValueError, KeyError, ImportError):
             return None
 
+    def usual_length(self, past: int = 0) -> int:
+        """Tokens of example inputs where nothing else is asked for, behind ``past`` ones."""
+        positions = positions_of(self.config)
+        return EXAMPLE_LENGTH if positions is None else max(1, min(EXAMPLE_LENGTH, positions - past))
+
     def example(
         self,
         batch: int = 2,
-        length: int = 37,
+        length: int | None = None,
         *,
         padding: Literal["left", "right", "none"] | None = None,
     ) -> Arguments:
         """Arguments ``(args, kwargs)`` for one call, always the same for the same sizes.
 
-        ``length`` counts tokens, in the decoder for a model that has one. With ``batch`` > 1 the last row is
+        ``length`` counts tokens, in the decoder for a model that has one; without one it is 37, or as many as the model
+        has positions. With ``batch`` > 1 the last row is
         padded where the model takes an attention mask: on the left for decoders and on the right for encoders
         unless ``padding`` says otherwise. Raises InputError for a size the model cannot take, or a model for
         which no inputs can be derived.
         """
+        length = self.usual_length() if length is None else length
         if batch < 1 or length < 1:
             raise InputError(
                 f"batch {batch} and length {length} must be at least 1", self.name, "give larger sizes"

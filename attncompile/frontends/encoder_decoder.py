@@ -187,7 +187,7 @@ class EncoderModel(OpenedModel):
         """Path of the model of transformers in the one that is exported; names are told without it."""
         return "inner."
 
-    def example(self, batch: int = 2, length: int = 37, *, padding: Padding | None = None) -> Arguments:
+    def example(self, batch: int = 2, length: int | None = None, *, padding: Padding | None = None) -> Arguments:
         """What the encoder takes of the whole model's arguments."""
         assert self.opened is not None
         return (), of_encoder(self.opened.example(batch, length, padding=padding)[1])

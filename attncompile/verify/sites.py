@@ -11,7 +11,7 @@ import torch
 from attncompile.ir import Attend, Kind, Quantize, Scan, Spec
 from attncompile.ir.sample import example_sizes, random_tensors
 from attncompile.ir.some_rows import of_rows, rows_that_fit
-from attncompile.ir.types import NAMES, element_kind
+from attncompile.ir.types import DTYPES, NAMES, element_kind
 from attncompile.verify.certificate import SiteCase, SiteCertificate
 from attncompile.verify.compare import compare
 from attncompile.verify.tolerance import derive_tolerance, largest
@@ -55,14 +55,15 @@ DRAWS = (
 def draw_tensors(
     spec: Spec, sizes: Mapping[str, int], draw: Draw, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The inputs of one draw, by name."""
+    """The inputs of one draw, by name; what is captured holds numbers of its own type."""
     tensors = random_tensors(spec, sizes, draw.seed, dtype)
     for value in spec.captured():
-        if element_kind(value.type.dtype) is not Kind.FLOAT:
-            if draw.masks == "ones":
-                tensors[value.name] = torch.ones_like(tensors[value.name])
-            elif draw.masks == "empty" and tensors[value.name].dim():
-                tensors[value.name][0] = 0
+        if element_kind(value.type.dtype) is Kind.FLOAT:
+            tensors[value.name] = tensors[value.name].to(DTYPES[value.type.dtype]).to(dtype)
+        elif draw.masks == "ones":
+            tensors[value.name] = torch.ones_like(tensors[value.name])
+        elif draw.masks == "empty" and tensors[value.name].dim():
+            tensors[value.name][0] = 0
     return tensors
 
 

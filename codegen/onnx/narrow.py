@@ -345,29 +345,4 @@ def _runtime_schemas() -> tuple[Any, ...]:
     return tuple(runtime.get_all_operator_schema())
 
 
-def without_kernels(model: ir.Model, narrow: Narrow, providers: tuple[str, ...]) -> list[str]:
-    """Operators that compute in the narrow type in a model, and have no kernel for it in ONNX Runtime on the providers.
-
-    For float16 ONNX Runtime itself casts around such nodes on a CPU; for bfloat16 it does not load the model.
-    """
-    kind, wanted = TYPES[narrow], f"tensor({narrow})"
-    kernels: dict[tuple[str, str], list[Any]] = {}
-    for kernel in runtime.get_all_opkernel_def():
-        if kernel.provider in providers:
-            kernels.setdefault((kernel.domain, kernel.op_name), []).append(kernel)
-    missing = []
-    for node in model.graph.all_nodes():
-        if node.op_type == "Cast" or not any(value is not None and value.dtype is kind for value in node.inputs):
-            continue
-        domain, version = node.domain.replace("ai.onnx", "", 1), model.opset_imports.get(node.domain, 1)
-        able = any(
-            low <= version <= high and any(wanted in allowed for allowed in kernel.type_constraints.values())
-            for kernel in kernels.get((domain, node.op_type), ())
-            for low, high in [kernel.version_range]
-        )
-        if not able:
-            missing.append(node.op_type)
-    return sorted(set(missing))
-
-
-__all__ = ["CACHE", "Narrow", "narrowed", "without_kernels"]
+__all__ = ["CACHE", "Narrow", "narrowed"]

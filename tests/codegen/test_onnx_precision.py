@@ -10,11 +10,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
-from attncompile.codegen.onnx.narrow import narrowed, without_kernels
+from attncompile.codegen.onnx.narrow import narrowed
 from attncompile.codegen.onnx.quantize import block_weights, dynamic_int8, plain_projections, static_rounding
 from attncompile.codegen.onnx.skips import fuse_skips
 from attncompile.codegen.onnx.values import Builder
+from attncompile.codegen.onnx.widen import widened, without_kernels
 from tests.codegen.test_onnx_graph import WIDTH, model_of, operators, pre_norm, run, state, weights
 
 Write = Callable[[Path, Path, tuple[str, ...]], None]
@@ -305,3 +307,36 @@ def test_kernels_that_a_provider_lacks_are_named() -> None:
     assert narrowed(model, "bfloat16") == 1
     assert without_kernels(model, "bfloat16", ("CPUExecutionProvider",)) == []
     assert without_kernels(model, "bfloat16", ()) == ["Concat"]
+
+
+CPU = ("CPUExecutionProvider",)
+
+
+def in_bfloat16(build: Builder, x: ir.Value) -> ir.Value:
+    """An island of bfloat16, one of whose results is read twice."""
+    first, second = (build("Cast", value, to=int(ir.DataType.BFLOAT16)) for value in (x, weights(build, WIDTH)))
+    product = build("Mul", first, second)
+    return build("Cast", build("Add", product, build("Mul", product, first)), to=int(ir.DataType.FLOAT))
+
+
+def test_nodes_without_a_kernel_compute_in_float32_and_are_rounded() -> None:
+    """As PyTorch's CPU computes them: the product of two numbers of 8 bits is exact in float32."""
+    model = model_of(in_bfloat16)
+    assert without_kernels(model, "bfloat16", CPU) == ["Add", "Mul"]
+    assert widened(model, "bfloat16", CPU) == 3 and without_kernels(model, "bfloat16", CPU) == []
+    assert widened(model, "bfloat16", CPU) == 0
+    x, weight = (torch.tensor(array).bfloat16() for array in (state(), stored_weight(model)))
+    product = x * weight
+    assert np.array_equal(run(model, state()), (product + product * x).float().numpy())
+
+
+def test_a_node_that_has_no_kernel_in_float32_either_stays() -> None:
+    model = model_of(in_bfloat16)
+    before = operators(model)
+    assert widened(model, "bfloat16", ()) == 0 and operators(model) == before
+
+
+def stored_weight(model: ir.Model) -> np.ndarray:
+    """The only weight of a model."""
+    (value,) = (each for each in model.graph.initializers.values() if each.const_value is not None)
+    return np.asarray(value.const_value.numpy())

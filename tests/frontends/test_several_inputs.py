@@ -69,6 +69,12 @@ def test_an_encoder_of_spectrograms_gets_one() -> None:
         assert model(**given).last_hidden_state.shape[0] == 2
 
 
+def test_without_a_length_there_are_as_many_tokens_as_positions() -> None:
+    few = clip().eval()
+    opened = OpenedModel("torch", "small", Path("small"), few, config=few.config)
+    assert opened.example()[1]["input_ids"].shape == (2, 24)
+
+
 class Reads(torch.nn.Module):
     """Runs with exactly these inputs; counts its calls."""
 
