@@ -1,0 +1,226 @@
+"""``GroupQueryAttention`` of ONNX Runtime: defined as its kernel computes it, lifted, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from attncompile.frontends.onnx import onnx_graph
+from attncompile.frontends.onnx_contrib import CONTRIB
+from attncompile.frontends.onnx_definitions import spell_out_contrib
+from attncompile.frontends.onnx_evaluate import OnnxEvaluator
+from attncompile.frontends.onnx_group_query import INPUTS
+from attncompile.verify import derive_tolerance
+from tests.frontends.test_onnx_projected import infos
+
+HEADS, GROUPS = 6, 2
+CHANNELS, TURNED = 8, 16
+"""Channels of a head; the kernel turns heads of 16 only."""
+
+ANGLES = 24
+"""Positions that angles are given for."""
+
+WHOLE = ("seqlens_k", "total_sequence_length", "position_ids")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call.
+
+    Attributes:
+        name: what is special about it.
+        lengths: keys of each row, with the new ones.
+        queries: new positions. past: what the cache has room for; ``None`` without one.
+        more: shapes of further inputs. settings: attributes beside the numbers of heads.
+        total: the longest row, where it is not the longest of these. channels: of a head.
+        packed: whether queries, keys and values are one tensor. says: parts of the Spec.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    queries: int
+    past: int | None = None
+    more: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    total: int = 0
+    channels: int = CHANNELS
+    packed: bool = False
+    says: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def keys(self) -> int:
+        """``total_sequence_length``."""
+        return self.total or max(self.lengths)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        random, rows = np.random.default_rng(3), len(self.lengths)
+        widths = {"query": HEADS, "key": GROUPS, "value": GROUPS}
+        if self.packed:
+            widths = {"query": HEADS + 2 * GROUPS}
+        shapes = {name: (rows, self.queries, heads * self.channels) for name, heads in widths.items()}
+        if self.past is not None:
+            shapes |= dict.fromkeys(("past_key", "past_value"), (rows, GROUPS, self.past, self.channels))
+        made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        made["seqlens_k"] = np.array(self.lengths, np.int32) - 1
+        made["total_sequence_length"] = np.array(self.keys, np.int32)
+        for name, shape in self.more.items():
+            if name == "position_ids":
+                made[name] = random.integers(0, ANGLES - self.queries, shape)
+            else:
+                made[name] = random.standard_normal(shape).astype(np.float32)
+        return {name: made[name] for name in INPUTS if name in made}
+
+    def model(self) -> onnx.ModelProto:
+        """One node, over axes with names."""
+        feeds = self.feeds()
+        reads = [name if name in feeds else "" for name in INPUTS]
+        while not reads[-1]:
+            reads.pop()
+        made: dict[str, list[object]] = {"out": ["B", "S", HEADS * self.channels]}
+        made |= {name: ["B", GROUPS, None, self.channels] for name in ("present_key", "present_value")}
+        settings = {"num_heads": HEADS, "kv_num_heads": GROUPS, **self.settings}
+        node = helper.make_node("GroupQueryAttention", reads, list(made), "call", domain=CONTRIB, **settings)
+        inputs = []
+        for name, array in feeds.items():
+            axes = [_named(name, axis, size) for axis, size in enumerate(array.shape)]
+            inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), axes))
+        results = [helper.make_tensor_value_info(name, 1, shape) for name, shape in made.items()]
+        imports = [helper.make_opsetid("", 17), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(
+            helper.make_graph([node], "g", inputs, results), opset_imports=imports, ir_version=8
+        )
+
+    def stated(self, results: list[np.ndarray]) -> list[np.ndarray]:
+        """What the kernel computes by a rule: queries and keys within the length of their row."""
+        out, *present = results
+        kept = [np.concatenate([row[: max(length, 0)] for row, length in zip(out, self.lengths, strict=True)])]
+        for side in present:
+            kept.append(np.concatenate([row[:, :n].reshape(-1) for row, n in zip(side, self.lengths, strict=True)]))
+        return kept
+
+
+def _named(name: str, axis: int, size: int) -> int | str:
+    """What a model calls an axis: numbers of heads and channels, and axes of size 1 of a bias, are numbers."""
+    named = {
+        "past_key": "B P ", "past_value": "B P ", "cos_cache": "A ", "sin_cache": "A ", "head_sink": " ",
+        "total_sequence_length": "", "attention_bias": "B ST" if size > 1 else "  S ",
+    }  # fmt: skip
+    letter = named.get(name, "BS ")[axis]
+    return size if letter == " " else letter
+
+
+def turning(*rows: int, ids: tuple[int, int] | None = None, half: int = TURNED // 2) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs of a call that turns."""
+    angles = {"cos_cache": (ANGLES, half), "sin_cache": (ANGLES, half)}
+    return angles | ({"position_ids": ids} if ids else {})
+
+
+PROMPT = {"lengths": (5, 5), "queries": 5}
+RAGGED = {"lengths": (5, 2, 4), "queries": 5}
+STEP = {"lengths": (7, 4, 1), "queries": 1, "past": 6}
+SEVERAL = {"lengths": (10,), "queries": 4, "past": 6}
+BUFFER = {"lengths": (7, 4, 1), "queries": 1, "past": 12}
+TURN = {"do_rotary": 1}
+PAIRS = {"do_rotary": 1, "rotary_interleaved": 1}
+# fmt: off
+CALLS = (
+    Call("prompt", **PROMPT, says=("j ≤ i", "0.35355", "h // 3", "empty rows zero")),
+    Call("prompt, rows of different lengths", **RAGGED, says=("j ≤ i",)),
+    Call("prompt, empty cache", **RAGGED, past=0),
+    Call("prompt, buffer", **RAGGED, past=9),
+    Call("step", **STEP, says=("seqlens_k[b]",)),
+    Call("step, longer total", (5, 4), 1, 6, total=7),
+    Call("step, buffer", **BUFFER),
+    Call("several", **SEVERAL, says=("seqlens_k[b]",)),
+    Call("several, buffer", (10,), 4, 15),
+    Call("several behind fewer keys than there is room for", (8,), 4, 6, total=10),
+    Call("packed", **PROMPT, packed=True),
+    Call("packed, several", **SEVERAL, packed=True),
+    Call("scale", **SEVERAL, settings={"scale": 0.75}, says=("0.75·s",)),
+    Call("window, prompt", **PROMPT, settings={"local_window_size": 3}, says=("j > i − 3",)),
+    Call("window, several", **SEVERAL, settings={"local_window_size": 3}),
+    Call("window, steps", **STEP, settings={"local_window_size": 3}),
+    Call("window of nothing", **PROMPT, settings={"local_window_size": 0}),
+    Call("soft cap", **SEVERAL, settings={"softcap": 0.5}, says=("tanh",)),
+    Call("sinks", **STEP, more={"head_sink": (HEADS,)}, says=("head_sink[h]",)),
+    Call("sinks, window, soft cap", **SEVERAL, more={"head_sink": (HEADS,)},
+         settings={"local_window_size": 4, "softcap": 2.0}),
+    Call("smooth softmax", **SEVERAL, settings={"smooth_softmax": 1}, says=("sink",)),
+    Call("sinks and smooth softmax", **SEVERAL, more={"head_sink": (HEADS,)}, settings={"smooth_softmax": 1}),
+    Call("bias", **SEVERAL, more={"attention_bias": (1, HEADS, 4, 10)}, says=("attention_bias[0, h, i, j]",)),
+    Call("bias, rows", **STEP, more={"attention_bias": (3, 1, 1, 7)}),
+    Call("bias, buffer", **BUFFER, more={"attention_bias": (3, HEADS, 1, 7)}),
+    Call("bias, soft cap", **SEVERAL, more={"attention_bias": (1, 1, 4, 10)}, settings={"softcap": 0.5}),
+    Call("both sides", **RAGGED, settings={"causal": 0}, says=("seqlens_k[b]",)),
+    Call("both sides, several", **SEVERAL, settings={"causal": 0}),
+    *(Call(f"{how}, {name}", **rows, more=turning(), settings=turn, channels=TURNED)
+      for how, turn in (("halves", TURN), ("pairs", PAIRS))
+      for name, rows in {"prompt": RAGGED, "step": STEP, "several": SEVERAL, "buffer": BUFFER}.items()),
+    *(Call(f"{how}, position_ids, {name}", **rows, settings=turn, channels=TURNED,
+           more=turning(ids=(len(rows["lengths"]), rows["queries"])))
+      for how, turn in (("halves", TURN), ("pairs", PAIRS))
+      for name, rows in {"prompt": PROMPT, "step": STEP, "several": SEVERAL}.items()),
+    Call("halves, position_ids, prompt in a buffer", **PROMPT, past=8, settings=TURN, channels=TURNED,
+         more=turning(ids=(2, 5))),
+    Call("halves of some channels", **SEVERAL, more=turning(half=8), settings=TURN, channels=32),
+    Call("pairs of some channels, packed", **SEVERAL, more=turning(half=8), settings=PAIRS, channels=32, packed=True),
+    Call("halves, packed, window, sinks", **STEP, more=turning() | {"head_sink": (HEADS,)},
+         settings=TURN | {"local_window_size": 3}, channels=TURNED, packed=True),
+)
+# fmt: on
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """By ONNX Runtime's kernels, with its optimisations off."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    written = model.SerializeToString()
+    return onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def assert_alike(call: Call, found: list[np.ndarray], wanted: list[np.ndarray], exact: list[np.ndarray]) -> None:
+    """Results are as near as two orders of summing are, by the error of the kernel itself."""
+    assert len(found) == len(wanted) == len(exact)
+    for mine, theirs, truth in zip(*map(call.stated, (found, wanted, exact)), strict=True):
+        assert mine.shape == theirs.shape
+        plain, reference = torch.from_numpy(mine), torch.from_numpy(truth)
+        bound = derive_tolerance(reference, plain, max(call.keys, call.channels)).bound
+        np.testing.assert_allclose(theirs, mine, rtol=0, atol=bound)
+
+
+def exact(call: Call) -> list[np.ndarray]:
+    """What the definition says in float64."""
+    model = ir.from_proto(call.model())
+    graph = onnx_graph(model)  # values that follow from sizes are computed too
+    assert not any(node.domain for node in model.graph)
+    feeds = {name: torch.from_numpy(array) for name, array in call.feeds().items()}
+    assert isinstance(graph.evaluate, OnnxEvaluator)
+    made = replace(graph.evaluate, known={}, _producers={})(graph.outputs, feeds, {})
+    return [made[name].numpy() for name in graph.outputs]
+
+
+def defined(call: Call) -> ir.Model:
+    model = ir.from_proto(call.model())
+    assert spell_out_contrib(model, infos(model))
+    assert not any(node.domain for node in model.graph)
+    return model
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_definition_is_what_the_kernel_computes(call: Call) -> None:
+    found = ReferenceEvaluator(ir.to_proto(defined(call))).run(None, call.feeds())
+    assert_alike(call, found, run(call.model(), call.feeds()), exact(call))
