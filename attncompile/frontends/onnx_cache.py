@@ -6,7 +6,7 @@ where its own key is, at ``past[b] + i``. See :mod:`attncompile.frontends.onnx_g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -64,18 +64,26 @@ def positions_of(body: Body, cache: Cache, query: ir.Value) -> Positions:
     return Positions(past, body("Add", past, steps), cache.last, count)
 
 
-def keys_of(body: Body, cache: Cache, positions: Positions, past: ir.Value, new: ir.Value) -> ir.Value:
-    """All keys, or values, ``[B, G, T, D]`` of ``past [B, G, P, D]`` and ``new [B, G, S, D]``; behind the end of a row
-    is its last one again.
+def joined(body: Body, cache: Cache, positions: Positions, new: Sequence[ir.Value]) -> list[ir.Value]:
+    """All keys and values ``[B, G, T, D]``, of the past ones and the new ``[B, G, S, D]``; behind the end of a row is
+    its last one again.
     """
-    room = body.size(past, 2)
+    assert cache.past is not None
+    room = body.size(cache.past[0], 2)
     places = body.range(body.constant([0]), body("Max", cache.total, room))
     newest = body("Sub", positions.count, body.constant(1))
     behind = body("Add", room, body("Min", body("Sub", places, positions.past), newest))
     at = body("Where", body("Less", places, positions.past), places, behind)
-    sizes = [body.constant([1]), body.size(past, 1), *[body.constant([1])] * 2]
+    sizes = [body.constant([1]), body.size(new[0], 1), body.constant([1]), body.constant([1])]
     index = body("Expand", body.unsqueezed(at, 1, 3), body("Concat", *sizes, axis=0))
-    return body("GatherND", body("Concat", past, new, axis=2), index, batch_dims=2)
+    pairs = zip(cache.past, new, strict=True)
+    return [body("GatherND", body("Concat", *pair, axis=2), index, batch_dims=2) for pair in pairs]
 
 
-__all__ = ["Cache", "Positions", "keys_of", "positions_of"]
+def within(body: Body, cache: Cache, present: Sequence[ir.Value]) -> list[ir.Value]:
+    """The keys and values up to the end of the longest row: a buffer may have room for more."""
+    places = body.range(body.constant([0]), cache.total)
+    return [body("Gather", each, places, axis=2) for each in present]
+
+
+__all__ = ["Cache", "Positions", "joined", "positions_of", "within"]

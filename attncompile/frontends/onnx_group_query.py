@@ -32,7 +32,7 @@ import onnx_ir as ir
 
 from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx_builder import AttentionRefused
-from attncompile.frontends.onnx_cache import Cache, Positions, keys_of, positions_of
+from attncompile.frontends.onnx_cache import Cache, Positions, joined, positions_of, within
 from attncompile.frontends.onnx_scores import FLOATS, Body, floats_of, number_of, values_of
 from attncompile.frontends.onnx_turns import Turn, turned
 from attncompile.ir.expr import Const
@@ -107,10 +107,10 @@ class Call:
             query, key = (turned(body, self.turn, each, positions, cache, given) for each in (query, key))
         present = [key, value]
         if cache.past is not None:
-            present = [keys_of(body, cache, positions, *pair) for pair in zip(cache.past, present, strict=True)]
-        seen_keys = [body.sliced(each, 0, cache.total, 2) for each in present] if cache.past is not None else present
-        weights = self._weights(body, query, seen_keys[0], positions, given)
-        rows = body("MatMul", weights, self._shared(body, seen_keys[1]))
+            present = joined(body, cache, positions, present)
+        key, value = within(body, cache, present) if cache.past is not None else present
+        weights = self._weights(body, query, key, positions, given)
+        rows = body("MatMul", weights, self._shared(body, value))
         width = body.constant([0, 0, self.heads * self.channels])
         out = body("Reshape", body("Transpose", rows, perm=[0, 2, 1, 3]), width)
         outputs = [out, *(body("Identity", each) for each in present), body("Identity", out)]  # the last nobody reads
@@ -146,7 +146,8 @@ class Call:
             cap = body.constant(self.cap, self.dtype)
             scores = body("Mul", body("Tanh", body("Div", scores, cap)), cap)
         if "attention_bias" in given:
-            scores = body("Add", scores, given["attention_bias"])
+            bias, places = given["attention_bias"], body.range(body.constant([0]), body.size(keys, 2))
+            scores = body("Add", scores, body("Gather", bias, places, axis=3))  # so many, whatever the model calls that
         seen = body.unsqueezed(self._seen(body, keys, positions), 1)
         scores = body("Where", seen, scores, body.constant(-math.inf, self.dtype))
         if self.smooth or "head_sink" in given:
