@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_contrib import CONTRIB
-from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.frontends.onnx_definitions import SpelledOut, put_back, spelled_out
 from attncompile.frontends.onnx_file import load_onnx
+from attncompile.frontends.onnx_group_query import GROUP_QUERY
 from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
@@ -37,7 +38,12 @@ from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.lift.rounded import described, without_roundings
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
-PROJECTED_CALLS = frozenset((CONTRIB, operator) for operator in PROJECTED)
+COMPOUND_CALLS = frozenset((CONTRIB, operator) for operator in (*PROJECTED, GROUP_QUERY))
+"""Calls that are left whole where they make what they compare: queries, keys or values."""
+
+LAYOUT = ("Transpose", "Reshape")
+"""What a definition does to operands that the call is given."""
+
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
 
@@ -113,7 +119,7 @@ def rewrite_onnx(
     values = {value.name: value for value in nested_values(model.graph)}
     scopes = Scopes(model.graph)
     calls, opsets = spelled_out(model), model.opset_imports
-    called = {node: (call.domain, call.operator) for call in calls for node in call.nodes}
+    called = {node: call for call in calls for node in call.nodes}
     spelled = {node for call in calls if is_unknown(call, opsets) for node in call.nodes}
     unknown = spelled | unknown_calls(model.graph, opsets)
     replaced: set[onnx_ir.Node] = set()
@@ -149,9 +155,11 @@ def rewrite_onnx(
                 shared=one_buffer,
                 dtype=dtype,
             )
-            native = called.get(place, (place.domain, place.op_type))
+            call = called.get(place)
+            native = (place.domain, place.op_type) if call is None else (call.domain, call.operator)
+            compound = call is not None and _makes_operands(call, [values[entry.value] for entry in site.region.inputs])
             kept = result.lossy or place in unknown
-            stays = None if kept else _why_left(native, result.spec, choice, provider, prefer)
+            stays = None if kept else _why_left(native, compound, result.spec, choice, provider, prefer)
             if stays is not None:
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
@@ -228,20 +236,32 @@ def operators_of_program(program: Program, provider: Provider, prefer: Prefer) -
     return found
 
 
-def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Provider, prefer: Prefer) -> str | None:
+def _makes_operands(call: SpelledOut, operands: Iterable[onnx_ir.Value]) -> bool:
+    """Whether what is compared in a call is more than what the call is given, laid out."""
+    own = {node for node in call.nodes if node.op_type not in LAYOUT}
+    return (call.domain, call.operator) in COMPOUND_CALLS and any(value.producer() in own for value in operands)
+
+
+def _why_left(
+    native: tuple[str, str], compound: bool, spec: Spec, choice: Choice, provider: Provider, prefer: Prefer
+) -> str | None:
     """Why a site stays as it is, or ``None`` where it is to be written anew.
 
     Args:
         native: domain and name of the operator that makes the site's output; of the call, where a definition stands
             for it.
+        compound: whether that makes its own operands: projections, a cache, rotary maps.
         spec: of the site; choice: the operator for it.
         provider: where it will run; prefer: how operators are chosen.
     """
     domain, operator = ("" if native[0] == "ai.onnx" else native[0]), native[1]
     if (domain, operator) == (choice.row.domain, choice.row.operator):
         return f"it is {operator} already: {choice.reason}"
-    if prefer == "fastest" and (domain, operator) in PROJECTED_CALLS:
-        return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
+    if prefer == "fastest" and compound:
+        if operator in PROJECTED:
+            return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
+        other = f"{choice.row.operator} behind nodes for its cache, positions and layouts"
+        return f"it stays {operator}: {other} was not measured"
     if prefer != "fastest" or choice.row.operator != "decomposition":
         return None
     if operator not in FUSED:

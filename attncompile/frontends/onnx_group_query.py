@@ -88,12 +88,14 @@ class Call:
         heads, groups = (int(number_of(call, name, 0)) for name in ("num_heads", "kv_num_heads"))
         channels = _channels(values, infos, heads, groups)
         window, causal = int(number_of(call, "local_window_size", -1)), bool(number_of(call, "causal", 1))
-        if window >= 0 and not causal:
+        if window == 0:
+            raise AttentionRefused("it has a window of no keys (local_window_size = 0)")
+        if window > 0 and not causal:
             raise AttentionRefused("it has a window and is not causal")
         return cls(
             heads, groups, channels, len(call.outputs), "key" not in values,
             scale=float(number_of(call, "scale", 0) or 1.0 / math.sqrt(channels)),
-            cap=float(number_of(call, "softcap", 0)), window=window if window >= 0 else None, causal=causal,
+            cap=float(number_of(call, "softcap", 0)), window=window if window > 0 else None, causal=causal,
             smooth=number_of(call, "smooth_softmax", 0) > 0, turn=_turn(call, values, infos, channels),
             dtype=floats_of(values["query"], FLOATS, infos),
         )  # fmt: skip

@@ -14,13 +14,17 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from attncompile.convert.onnx_rewrite import rewrite_onnx
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_contrib import CONTRIB
 from attncompile.frontends.onnx_definitions import spell_out_contrib
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator
 from attncompile.frontends.onnx_group_query import INPUTS
+from attncompile.lift import lift_graph
+from attncompile.passes import parse_passes
 from attncompile.verify import derive_tolerance
-from tests.frontends.test_onnx_projected import infos
+from tests.frontends.onnx_reference import parsed
+from tests.frontends.test_onnx_projected import assert_lifted_and_put_back, infos
 
 HEADS, GROUPS = 6, 2
 CHANNELS, TURNED = 8, 16
@@ -152,7 +156,6 @@ CALLS = (
     Call("window, prompt", **PROMPT, settings={"local_window_size": 3}, says=("j > i − 3",)),
     Call("window, several", **SEVERAL, settings={"local_window_size": 3}),
     Call("window, steps", **STEP, settings={"local_window_size": 3}),
-    Call("window of nothing", **PROMPT, settings={"local_window_size": 0}),
     Call("soft cap", **SEVERAL, settings={"softcap": 0.5}, says=("tanh",)),
     Call("sinks", **STEP, more={"head_sink": (HEADS,)}, says=("head_sink[h]",)),
     Call("sinks, window, soft cap", **SEVERAL, more={"head_sink": (HEADS,)},
@@ -202,14 +205,14 @@ def assert_alike(call: Call, found: list[np.ndarray], wanted: list[np.ndarray], 
         np.testing.assert_allclose(theirs, mine, rtol=0, atol=bound)
 
 
-def exact(call: Call) -> list[np.ndarray]:
-    """What the definition says in float64."""
+def exact(call: Call, feeds: Mapping[str, np.ndarray] | None = None) -> list[np.ndarray]:
+    """What the definition says in float64, of the call's own inputs or of others."""
     model = ir.from_proto(call.model())
     graph = onnx_graph(model)  # values that follow from sizes are computed too
     assert not any(node.domain for node in model.graph)
-    feeds = {name: torch.from_numpy(array) for name, array in call.feeds().items()}
+    given = {name: torch.from_numpy(array) for name, array in (feeds or call.feeds()).items()}
     assert isinstance(graph.evaluate, OnnxEvaluator)
-    made = replace(graph.evaluate, known={}, _producers={})(graph.outputs, feeds, {})
+    made = replace(graph.evaluate, known={}, _producers={})(graph.outputs, given, {})
     return [made[name].numpy() for name in graph.outputs]
 
 
@@ -224,3 +227,99 @@ def defined(call: Call) -> ir.Model:
 def test_a_definition_is_what_the_kernel_computes(call: Call) -> None:
     found = ReferenceEvaluator(ir.to_proto(defined(call))).run(None, call.feeds())
     assert_alike(call, found, run(call.model(), call.feeds()), exact(call))
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.says], ids=str)
+def test_a_call_is_lifted_and_goes_back(call: Call) -> None:
+    assert_lifted_and_put_back(call.model(), call.says)
+
+
+@pytest.mark.parametrize("prefer", ["fused", "decomposed"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_what_takes_its_place_computes_the_same(call: Call, prefer: str) -> None:
+    model = ir.from_proto(call.model())
+    (outcome,) = rewrite_onnx(model, "m", parse_passes("fuse"), "cpu", prefer, False, ()).outcomes  # type: ignore[arg-type]
+    assert outcome.site.status == "lifted"
+    assert_alike(call, run(ir.to_proto(model), call.feeds()), run(call.model(), call.feeds()), exact(call))
+
+
+TEXT = """g (float[B,S,48] q, float[B,S,16] k, float[B,S,16] v, float[B,2,P,8] p, float[B,2,R,8] r, int32[B] n, int32 t,
+           float[A,4] c, float[A,6] wide, float[A,H] half, int64[B,S] at, float[6] w, float[1] one, float[8] norm,
+           float[B,S,55] odd, float[B,S,32] k16, int8[B,2,P,8] codes, double[B,S,48] dq) => (OUT)
+    { MADE = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2SET>(ARGS) }"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "made", "reason"),
+    [
+        ("q, k, v, p, p, n, t", "", "y", "past keys, and no outputs for the present ones"),
+        ("q, k, v, p, p, n, t", "", "y, pk", "past keys, and no outputs for the present ones"),
+        ("q, k, v, p, , n, t", "", "y, pk, pv", "it has past_key and no past_value"),
+        ("q, k, , p, p, n, t", "", "y, pk, pv", "it has key and no value"),
+        ("q, k, v, p, p, , t", "", "y, pk, pv", "it has no seqlens_k"),
+        ("q, k, v, codes, codes, n, t, , , , , , one, one", "", "y, pk, pv", "a cache in integers (k_scale)"),
+        ("q, k, v, p, p, n, t", ', k_quant_type="PER_TENSOR"', "y, pk, pv", "k_quant_type says"),
+        ("q, k, v, p, p, n, t", ", kv_cache_bit_width=8", "y, pk, pv", "kv_cache_bit_width is set"),
+        ("q, k, v, p, p, n, t, , , , , , , , norm, norm", "", "y, pk, pv", "a norm of queries and keys"),
+        ("q, k, v, p, p, n, t", ", sliding_window_cache=1, local_window_size=3", "y, pk, pv", "sliding_window_cache"),
+        ("q, k, v, p, p, n, t", ", qk_output=1", "y, pk, pv, s", "qk_output is set"),
+        ("q, k, v, p, p, n, t", ", local_window_size=0", "y, pk, pv", "a window of no keys"),
+        ("q, k, v, p, p, n, t", ", causal=0, local_window_size=2", "y, pk, pv", "it has a window and is not causal"),
+        ("q, k, v, p, p, n, t", ", do_rotary=1", "y, pk, pv", "it has no angles"),
+        ("q, k, v, p, p, n, t, c", ", do_rotary=1", "y, pk, pv", "it has cos_cache and no sin_cache"),
+        ("q, k, v, p, p, n, t, wide, wide", ", do_rotary=1", "y, pk, pv", "of 6 channels, where a head has 8"),
+        ("q, k, v, p, p, n, t, half, half", ", do_rotary=1", "y, pk, pv", "of H channels, where a head has 8"),
+        ("odd, , , p, p, n, t", "", "y, pk, pv", "the channels of its query (55) are no multiple of 10 heads"),
+        ("q, k16, k16, p, p, n, t", "", "y, pk, pv", "[8, 16] channels a head"),
+        ("dq, k, v, p, p, n, t", "", "y, pk, pv", "dq is float64"),
+    ],
+)
+def test_a_call_that_is_not_defined_says_why(arguments: str, settings: str, made: str, reason: str) -> None:
+    text = TEXT.replace("OUT", made.removesuffix(", s")).replace("MADE", made)
+    (site,) = lift_graph(onnx_graph(parsed(text.replace("SET", settings).replace("ARGS", arguments), 17))).sites
+    assert site.status == "refused" and site.refusal is not None
+    assert reason in site.refusal.reason and site.refusal.hint
+
+
+def test_heads_that_do_not_share_evenly_are_refused() -> None:
+    text = TEXT.replace("OUT", "y").replace("MADE", "y").replace("SET", "").replace("num_heads=6", "num_heads=5", 1)
+    (site,) = lift_graph(onnx_graph(parsed(text.replace("ARGS", "q, k, v, , , n, t"), 17))).sites
+    assert site.refusal is not None and "5 query heads, which 2 heads of keys do not share" in site.refusal.reason
+
+
+def test_a_definition_needs_the_operator_set_that_gathers_behind_common_axes() -> None:
+    text = TEXT.replace("OUT", "y").replace("MADE", "y").replace("SET", "").replace("ARGS", "q, k, v, , , n, t")
+    (site,) = lift_graph(onnx_graph(parsed(text, 11))).sites
+    assert site.refusal is not None and "defined for opset 12 and later" in site.refusal.reason
+
+
+COMPOUND = [call for call in CALLS if call.past or call.packed or "cos_cache" in call.more]
+
+
+@pytest.mark.parametrize("call", COMPOUND, ids=str)
+def test_a_call_that_does_more_than_attend_stays_one(call: Call) -> None:
+    """Nothing that would stand in its place was measured with a cache, layouts or rotary maps of its own."""
+    model = ir.from_proto(call.model())
+    (outcome,) = rewrite_onnx(model, "m", parse_passes("fuse"), "cpu", "fastest", False, ()).outcomes
+    assert outcome.operator == "original" and "it stays GroupQueryAttention" in outcome.reason
+    assert [node.op_type for node in model.graph] == ["GroupQueryAttention"]
+
+
+WINDOW, FIRST = 3, 1
+CACHED = [call for call in CALLS if call.name in ("step", "step, buffer", "several", "prompt, buffer")]
+
+
+@pytest.mark.parametrize("call", CACHED, ids=str)
+def test_a_window_counts_from_where_each_query_is(call: Call) -> None:
+    """Rows of different length, and buffers with room behind their keys: no query stands at the end of them."""
+    model, feeds = ir.from_proto(call.model()), call.feeds()
+    requested = parse_passes(f"sparsify.window(size={WINDOW}, sinks={FIRST})")
+    (outcome,) = rewrite_onnx(model, "m", requested, "cpu", "fastest", False, ()).outcomes
+    assert outcome.operator != "original", outcome.reason
+    past = np.maximum(0, feeds["seqlens_k"] + 1 - call.queries)
+    own = (past[:, None] + np.arange(call.queries))[:, None, :, None]
+    keys = np.arange(call.keys)
+    hidden = (keys <= own - WINDOW) & (keys >= FIRST)
+    added = replace(call, more={"attention_bias": hidden.shape})
+    biased = {**feeds, "attention_bias": np.where(hidden, -np.inf, 0).astype(np.float32)}
+    assert_alike(call, run(ir.to_proto(model), feeds), run(added.model(), biased), exact(added, biased))
