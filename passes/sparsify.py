@@ -10,6 +10,7 @@ from pydantic import Field
 from attncompile.ir import Attend, Expr, Spec, TensorType, simplify
 from attncompile.ir.attend import HIDING_NOTHING
 from attncompile.ir.expr import TRUE, Apply, Const, Index, Load, conjuncts, symbols, walk
+from attncompile.ir.expr import apply as applied
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import extents, never_empty
 from attncompile.passes.frame import Options, Pass, with_operation
@@ -34,7 +35,7 @@ def own_position(attend: Attend, types: Mapping[str, TensorType]) -> tuple[Expr,
     e`` at ``i + e``, where ``e`` is made of a captured integer per row: how many keys are cached, for instance.
     - With as many keys as queries, query ``i`` is at ``i``; the mask is causal where a part implies ``j ≤
     i``. - Otherwise a part ``j ≤ i`` or ``j ≤ i + (J − I)`` puts it at ``i``, or counts it from the end of
-    the keys.
+    the keys, of which ``max(0, J − I)`` come before the queries where there may be fewer.
     """
     sizes = extents(attend, types)
     limits = [_upper(part) for part in conjuncts(simplify(attend.mask, sizes))]
@@ -44,7 +45,8 @@ def own_position(attend: Attend, types: Mapping[str, TensorType]) -> tuple[Expr,
     if simplify(sizes["i"]) == simplify(sizes["j"]):
         causal = any(limit is not None and simplify(limit <= QUERY, sizes) == TRUE for limit in limits)
         return QUERY, causal
-    for position in (QUERY, simplify(QUERY + (sizes["j"] - sizes["i"]))):
+    before = simplify(sizes["j"] - sizes["i"])
+    for position in (QUERY, simplify(QUERY + before), simplify(QUERY + applied("max", before, 0))):
         if position in limits:
             return position, True
     return None
