@@ -1,7 +1,7 @@
 """Operators that ONNX Runtime has in the standard's own domain, and the standard has not.
 
-Its optimiser and the model builder of onnxruntime-genai write root mean square norms as ``SimplifiedLayerNormalization``
-without a domain. ONNX's check calls such a file no valid model, whatever else it says; it runs all the same.
+Its optimiser, and the model builder of onnxruntime-genai, write norms by the root mean square as
+``SimplifiedLayerNormalization`` without a domain. ONNX's check calls such a file no valid model; it runs all the same.
 """
 
 from __future__ import annotations
