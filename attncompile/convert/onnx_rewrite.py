@@ -260,8 +260,7 @@ def _why_left(
     if prefer == "fastest" and compound:
         if operator in PROJECTED:
             return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
-        other = f"{choice.row.operator} behind nodes for its cache, positions and layouts"
-        return f"it stays {operator}: {other} was not measured"
+        return f"it stays {operator}, with what it makes itself: nothing was measured behind nodes for that"
     if prefer != "fastest" or choice.row.operator != "decomposition":
         return None
     if operator not in FUSED:

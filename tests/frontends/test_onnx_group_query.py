@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnx import helper
@@ -17,14 +16,14 @@ from onnx.reference import ReferenceEvaluator
 from attncompile.convert.onnx_rewrite import rewrite_onnx
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_contrib import CONTRIB
-from attncompile.frontends.onnx_definitions import spell_out_contrib
 from attncompile.frontends.onnx_evaluate import OnnxEvaluator
 from attncompile.frontends.onnx_group_query import INPUTS
 from attncompile.lift import lift_graph
 from attncompile.passes import parse_passes
 from attncompile.verify import derive_tolerance
 from tests.frontends.onnx_reference import parsed
-from tests.frontends.test_onnx_projected import assert_lifted_and_put_back, infos
+from tests.frontends.test_onnx_multi_head import defined, run
+from tests.frontends.test_onnx_projected import assert_lifted_and_put_back
 
 HEADS, GROUPS = 6, 2
 CHANNELS, TURNED = 8, 16
@@ -84,6 +83,8 @@ class Call:
                 made[name] = random.integers(0, ANGLES - self.queries, shape)
             else:
                 made[name] = random.standard_normal(shape).astype(np.float32)
+        if "hidden row" in self.name:
+            made["attention_bias"][:, :, 1] = -np.inf
         return {name: made[name] for name in INPUTS if name in made}
 
     def model(self) -> onnx.ModelProto:
@@ -166,6 +167,9 @@ CALLS = (
     Call("bias, rows", **STEP, more={"attention_bias": (3, 1, 1, 7)}),
     Call("bias, buffer", **BUFFER, more={"attention_bias": (3, HEADS, 1, 7)}),
     Call("bias, soft cap", **SEVERAL, more={"attention_bias": (1, 1, 4, 10)}, settings={"softcap": 0.5}),
+    Call("bias, hidden row", **SEVERAL, more={"attention_bias": (1, 1, 4, 10)}),
+    Call("bias, hidden row, soft cap", **SEVERAL, more={"attention_bias": (1, 1, 4, 10)}, settings={"softcap": 0.5}),
+    Call("bias, hidden row, sinks", **SEVERAL, more={"attention_bias": (1, 1, 4, 10), "head_sink": (HEADS,)}),
     Call("both sides", **RAGGED, settings={"causal": 0}, says=("seqlens_k[b]",)),
     Call("both sides, several", **SEVERAL, settings={"causal": 0}),
     *(Call(f"{how}, {name}", **rows, more=turning(), settings=turn, channels=TURNED)
@@ -183,16 +187,6 @@ CALLS = (
          settings=TURN | {"local_window_size": 3}, channels=TURNED, packed=True),
 )
 # fmt: on
-
-
-def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """By ONNX Runtime's kernels, with its optimisations off."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    written = model.SerializeToString()
-    return onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def assert_alike(call: Call, found: list[np.ndarray], wanted: list[np.ndarray], exact: list[np.ndarray]) -> None:
@@ -216,16 +210,9 @@ def exact(call: Call, feeds: Mapping[str, np.ndarray] | None = None) -> list[np.
     return [made[name].numpy() for name in graph.outputs]
 
 
-def defined(call: Call) -> ir.Model:
-    model = ir.from_proto(call.model())
-    assert spell_out_contrib(model, infos(model))
-    assert not any(node.domain for node in model.graph)
-    return model
-
-
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_a_definition_is_what_the_kernel_computes(call: Call) -> None:
-    found = ReferenceEvaluator(ir.to_proto(defined(call))).run(None, call.feeds())
+    found = ReferenceEvaluator(ir.to_proto(defined(call.model()))).run(None, call.feeds())
     assert_alike(call, found, run(call.model(), call.feeds()), exact(call))
 
 
@@ -234,8 +221,10 @@ def test_a_call_is_lifted_and_goes_back(call: Call) -> None:
     assert_lifted_and_put_back(call.model(), call.says)
 
 
-@pytest.mark.parametrize("prefer", ["fused", "decomposed"])
-@pytest.mark.parametrize("call", CALLS, ids=str)
+PLACED = [(call, "decomposed") for call in CALLS] + [(call, "fused") for call in CALLS if call.says]
+
+
+@pytest.mark.parametrize(("call", "prefer"), PLACED, ids=str)
 def test_what_takes_its_place_computes_the_same(call: Call, prefer: str) -> None:
     model = ir.from_proto(call.model())
     (outcome,) = rewrite_onnx(model, "m", parse_passes("fuse"), "cpu", prefer, False, ()).outcomes  # type: ignore[arg-type]
@@ -293,7 +282,7 @@ def test_a_definition_needs_the_operator_set_that_gathers_behind_common_axes() -
     assert site.refusal is not None and "defined for opset 12 and later" in site.refusal.reason
 
 
-COMPOUND = [call for call in CALLS if call.past or call.packed or "cos_cache" in call.more]
+COMPOUND = [call for call in CALLS if call.name in ("step", "several, buffer", "packed", "halves, prompt", "sinks")]
 
 
 @pytest.mark.parametrize("call", COMPOUND, ids=str)
