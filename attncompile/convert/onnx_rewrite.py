@@ -20,6 +20,7 @@ from attncompile.codegen.onnx.packing import Begins
 from attncompile.codegen.onnx.tidy import Tidied, loses_types, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
+from attncompile.convert.branches import left_behind
 from attncompile.convert.evidence import Outcome
 from attncompile.convert.onnx_older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.frontends.graph import Fill, Graph
@@ -126,6 +127,7 @@ def rewrite_onnx(
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
     unrounds = any(call.rewrite.unrounds for call in requested)
+    behind = left_behind(model.graph, program.sites)
     for site in map(without_roundings, program.sites) if unrounds else program.sites:
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
@@ -136,6 +138,10 @@ def rewrite_onnx(
             continue
         rounded = described(site.roundings)
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained, rounded=rounded)
+        if result.lossy and site.name in behind:
+            reason = f"{behind[site.name]} in the other branch of its If is not lifted, and both have to change alike"
+            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
+            continue
         if site.name in back:
             outcomes.append(Outcome(site, _put_back(site.spec, result), "original", back[site.name], rolled_back=True))
             model.metadata_props[f"{ROLLED_BACK}.{site.name}"] = back[site.name]

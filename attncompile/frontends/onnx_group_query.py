@@ -220,8 +220,10 @@ def _channels(values: Mapping[str, ir.Value], infos: Mapping[str, Info], heads: 
         info = infos.get(values[name].name or "")
         if info is None:
             raise AttentionRefused(f"the shape of its {name} is not known")
-        last = info.shape[-1]
-        if len(info.shape) != 3 or not isinstance(last, Const) or int(last.value) % count:
+        if len(info.shape) != 3:
+            raise AttentionRefused(f"its {name} has {len(info.shape)} axes, where it should have 3")
+        last = info.shape[2]
+        if not isinstance(last, Const) or int(last.value) % count:
             raise AttentionRefused(f"the channels of its {name} ({last}) are no multiple of {count} heads")
         found.add(int(last.value) // count)
     if len(found) > 1:

@@ -261,6 +261,8 @@ TEXT = """g (float[B,S,48] q, float[B,S,16] k, float[B,S,16] v, float[B,2,P,8] p
         ("odd, , , p, p, n, t", "", "y, pk, pv", "the channels of its query (55) are no multiple of 10 heads"),
         ("q, k16, k16, p, p, n, t", "", "y, pk, pv", "[8, 16] channels a head"),
         ("dq, k, v, p, p, n, t", "", "y, pk, pv", "dq is float64"),
+        ("t, , , p, p, n, t", "", "y, pk, pv", "its query has 0 axes, where it should have 3"),
+        ("p, k, v, p, p, n, t", "", "y, pk, pv", "its query has 4 axes, where it should have 3"),
     ],
 )
 def test_a_call_that_is_not_defined_says_why(arguments: str, settings: str, made: str, reason: str) -> None:
@@ -312,3 +314,21 @@ def test_a_window_counts_from_where_each_query_is(call: Call) -> None:
     added = replace(call, more={"attention_bias": hidden.shape})
     biased = {**feeds, "attention_bias": np.where(hidden, -np.inf, 0).astype(np.float32)}
     assert_alike(call, run(ir.to_proto(model), feeds), run(added.model(), biased), exact(added, biased))
+
+
+BRANCHES = """g (float[B,S,48] q, float[B,S,16] k, float[B,S,16] v, int32[B] n, int32 t, bool c) => (float[B,S,48] y) {
+    y = If (c) <
+        then_branch = one () => (float[B,S,48] a) {
+            a = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2>(q, k, v, , , n, t) },
+        else_branch = other () => (float[B,S,48] b) {
+            b = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2SET>(q, k, v, , , n, t) } > }"""
+
+
+@pytest.mark.parametrize("settings", ["", ", sliding_window_cache=1"])
+def test_both_branches_of_a_switch_change_or_none(settings: str) -> None:
+    model = parsed(BRANCHES.replace("SET", settings), 17)
+    outcomes = rewrite_onnx(model, "m", parse_passes("sparsify.window(size=3)"), "cpu", "fastest", False, ()).outcomes
+    assert [outcome.operator == "original" for outcome in outcomes] == [bool(settings)] * 2
+    if settings:
+        assert "in the other branch of its If is not lifted" in outcomes[0].reason
+        assert [node.op_type for node in model.graph.all_nodes()].count("GroupQueryAttention") == 2
