@@ -9,7 +9,8 @@ from pydantic import Field
 
 from attncompile.ir import Attend, Expr, Spec, TensorType, simplify
 from attncompile.ir.attend import HIDING_NOTHING
-from attncompile.ir.expr import TRUE, Apply, Const, Index, Load, conjuncts, symbols
+from attncompile.ir.expr import TRUE, Apply, Const, Index, Load, conjuncts, symbols, walk
+from attncompile.ir.expr import apply as applied
 from attncompile.ir.operators import Kind
 from attncompile.ir.rows import extents, never_empty
 from attncompile.passes.frame import Options, Pass, with_operation
@@ -30,23 +31,33 @@ class WindowOptions(Options):
 def own_position(attend: Attend, types: Mapping[str, TensorType]) -> tuple[Expr, bool] | None:
     """Where a query stands among the keys, and whether its mask is causal; ``None`` when nothing tells.
 
-    - A part ``j ≤ t[…]`` of the mask, with a captured integer per query, puts the query at that number.
+    - A part ``j ≤ t[…]`` of the mask, with a captured integer per query, puts the query at that number; and ``j ≤ i +
+    e`` at ``i + e``, where ``e`` is made of a captured integer per row: how many keys are cached, for instance.
     - With as many keys as queries, query ``i`` is at ``i``; the mask is causal where a part implies ``j ≤
     i``. - Otherwise a part ``j ≤ i`` or ``j ≤ i + (J − I)`` puts it at ``i``, or counts it from the end of
-    the keys.
+    the keys, of which ``max(0, J − I)`` come before the queries where there may be fewer.
     """
     sizes = extents(attend, types)
     limits = [_upper(part) for part in conjuncts(simplify(attend.mask, sizes))]
     for limit in limits:
-        if isinstance(limit, Load) and QUERY in symbols(limit):
+        if limit is not None and _is_counted(limit):
             return limit, True
     if simplify(sizes["i"]) == simplify(sizes["j"]):
         causal = any(limit is not None and simplify(limit <= QUERY, sizes) == TRUE for limit in limits)
         return QUERY, causal
-    for position in (QUERY, simplify(QUERY + (sizes["j"] - sizes["i"]))):
+    before = simplify(sizes["j"] - sizes["i"])
+    for position in (QUERY, simplify(QUERY + before), simplify(QUERY + applied("max", before, 0))):
         if position in limits:
             return position, True
     return None
+
+
+def _is_counted(limit: Expr) -> bool:
+    """Whether a limit is a captured integer per query, or the query's number behind a captured one per row."""
+    if isinstance(limit, Load):
+        return QUERY in symbols(limit)
+    start = simplify(limit - QUERY)
+    return QUERY not in symbols(start) and any(isinstance(node, Load) for node in walk(start))
 
 
 def _upper(part: Expr) -> Expr | None:

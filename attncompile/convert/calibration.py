@@ -15,7 +15,7 @@ from attncompile.codegen.onnx.choose import largest_prompt_threshold
 from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.example_inputs import positions_of
+from attncompile.frontends.example_inputs import has_cache, onnx_arguments, positions_of
 
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
@@ -23,6 +23,10 @@ SHAPES = ((1, 9), (3, 33), (2, 70))
 LONGEST = largest_prompt_threshold() + 12
 """Tokens of the longest call of a model with its cache: for such a prompt an operator may be chosen that short ones do
 not get."""
+
+FILE_SHAPES = ((3, 0, 33), (3, 5, 1))
+"""Batch, cached positions and length of further calls of an ONNX file with a cache: the prompts and steps of several
+rows, which operators take that refuse several tokens of several rows behind a cache."""
 
 CACHED_SHAPES = ((1, 0, 9), (3, 0, 33), (1, 12, 7), (3, 33, 5), (1, 0, LONGEST), (2, 70, 1), (1, 64, 1))
 """Batch, cached positions and length of the calls for a model with its cache: prompts, continuations and steps."""
@@ -107,7 +111,16 @@ def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
                 continue  # a model with fewer positions, or fixed sizes
             args, kwargs = opened.example()
         made.append(Call(args, kwargs, f"batch {batch}, length {length + seed_shift}"))
+    if opened.kind == "onnx" and opened.given is None and has_cache(opened.model):
+        return (*(_file_call(opened, *sizes, seed_shift) for sizes in FILE_SHAPES), *made)
     return tuple(made)
+
+
+def _file_call(opened: OpenedModel, batch: int, past: int, length: int, shift: int) -> Call:
+    """A prompt, or a step behind more keys where the lengths are shifted."""
+    length, past = (length, past + shift) if past else (length + shift, 0)
+    args, kwargs = onnx_arguments(opened.model, batch, length, "right", past)
+    return Call(args, kwargs, f"batch {batch}, length {length} behind {past}")
 
 
 def _cached_calls(opened: Generating, shift: int) -> Iterator[Call]:

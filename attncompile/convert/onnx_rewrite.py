@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from attncompile.codegen.onnx.packing import Begins
 from attncompile.codegen.onnx.tidy import Tidied, loses_types, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
+from attncompile.convert.branches import left_behind
 from attncompile.convert.evidence import Outcome
 from attncompile.convert.onnx_older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.frontends.graph import Fill, Graph
@@ -27,8 +28,9 @@ from attncompile.frontends.onnx import onnx_graph
 from attncompile.frontends.onnx_attention import CALLS, CONTRIB_CALLS
 from attncompile.frontends.onnx_bodies import nested_values
 from attncompile.frontends.onnx_contrib import CONTRIB
-from attncompile.frontends.onnx_definitions import put_back, spelled_out
+from attncompile.frontends.onnx_definitions import SpelledOut, put_back, spelled_out
 from attncompile.frontends.onnx_file import load_onnx
+from attncompile.frontends.onnx_group_query import GROUP_QUERY
 from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.ir import Refusal, RefusalError, Spec
 from attncompile.ir.expr import ZERO, Const
@@ -37,7 +39,12 @@ from attncompile.lift import Program, Region, Site, lift_graph
 from attncompile.lift.rounded import described, without_roundings
 from attncompile.passes import PassCall, PassResult, parse_passes, run_passes
 
-PROJECTED_CALLS = frozenset((CONTRIB, operator) for operator in PROJECTED)
+COMPOUND_CALLS = frozenset((CONTRIB, operator) for operator in (*PROJECTED, GROUP_QUERY))
+"""Calls that are left whole where they make what they compare: queries, keys or values."""
+
+LAYOUT = ("Transpose", "Reshape")
+"""What a definition does to operands that the call is given."""
+
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
 
@@ -113,13 +120,14 @@ def rewrite_onnx(
     values = {value.name: value for value in nested_values(model.graph)}
     scopes = Scopes(model.graph)
     calls, opsets = spelled_out(model), model.opset_imports
-    called = {node: (call.domain, call.operator) for call in calls for node in call.nodes}
+    called = {node: call for call in calls for node in call.nodes}
     spelled = {node for call in calls if is_unknown(call, opsets) for node in call.nodes}
     unknown = spelled | unknown_calls(model.graph, opsets)
     replaced: set[onnx_ir.Node] = set()
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
     unrounds = any(call.rewrite.unrounds for call in requested)
+    behind = left_behind(model.graph, program.sites)
     for site in map(without_roundings, program.sites) if unrounds else program.sites:
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
@@ -130,6 +138,10 @@ def rewrite_onnx(
             continue
         rounded = described(site.roundings)
         result = run_passes(site.spec, calls_of_sites, allow_untrained=allow_untrained, rounded=rounded)
+        if result.lossy and site.name in behind:
+            reason = f"{behind[site.name]} in the other branch of its If is not lifted, and both have to change alike"
+            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", reason))
+            continue
         if site.name in back:
             outcomes.append(Outcome(site, _put_back(site.spec, result), "original", back[site.name], rolled_back=True))
             model.metadata_props[f"{ROLLED_BACK}.{site.name}"] = back[site.name]
@@ -149,9 +161,11 @@ def rewrite_onnx(
                 shared=one_buffer,
                 dtype=dtype,
             )
-            native = called.get(place, (place.domain, place.op_type))
+            call = called.get(place)
+            native = (place.domain, place.op_type) if call is None else (call.domain, call.operator)
+            compound = call is not None and _makes_operands(call, [values[entry.value] for entry in site.region.inputs])
             kept = result.lossy or place in unknown
-            stays = None if kept else _why_left(native, result.spec, choice, provider, prefer)
+            stays = None if kept else _why_left(native, compound, result.spec, choice, provider, prefer)
             if stays is not None:
                 outcomes.append(Outcome(site, _untouched(site.spec, result), "original", stays))
                 continue
@@ -228,20 +242,31 @@ def operators_of_program(program: Program, provider: Provider, prefer: Prefer) -
     return found
 
 
-def _why_left(native: tuple[str, str], spec: Spec, choice: Choice, provider: Provider, prefer: Prefer) -> str | None:
+def _makes_operands(call: SpelledOut, operands: Iterable[onnx_ir.Value]) -> bool:
+    """Whether what is compared in a call is more than what the call is given, laid out."""
+    own = {node for node in call.nodes if node.op_type not in LAYOUT}
+    return (call.domain, call.operator) in COMPOUND_CALLS and any(value.producer() in own for value in operands)
+
+
+def _why_left(
+    native: tuple[str, str], compound: bool, spec: Spec, choice: Choice, provider: Provider, prefer: Prefer
+) -> str | None:
     """Why a site stays as it is, or ``None`` where it is to be written anew.
 
     Args:
         native: domain and name of the operator that makes the site's output; of the call, where a definition stands
             for it.
+        compound: whether that makes its own operands: projections, a cache, rotary maps.
         spec: of the site; choice: the operator for it.
         provider: where it will run; prefer: how operators are chosen.
     """
     domain, operator = ("" if native[0] == "ai.onnx" else native[0]), native[1]
     if (domain, operator) == (choice.row.domain, choice.row.operator):
         return f"it is {operator} already: {choice.reason}"
-    if prefer == "fastest" and (domain, operator) in PROJECTED_CALLS:
-        return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
+    if prefer == "fastest" and compound:
+        if operator in PROJECTED:
+            return f"it stays {operator}: {choice.row.operator} behind projections of their own is no faster"
+        return f"it stays {operator}, with what it makes itself: nothing was measured behind nodes for that"
     if prefer != "fastest" or choice.row.operator != "decomposition":
         return None
     if operator not in FUSED:

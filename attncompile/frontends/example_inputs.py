@@ -366,6 +366,12 @@ def onnx_arguments(
     return (), inputs
 
 
+def has_cache(model: onnx.ModelProto) -> bool:
+    """Whether an input has an axis whose name says that it counts what is cached."""
+    names = [dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim]
+    return any(_axis_size(name, 0, 1) for name in names)
+
+
 def _axis_size(name: str, length: int, past: int) -> int:
     """Size of an axis by its name, as exporters call them: ``past``, ``past_sequence_length``, ``past + length``; of a
     buffer for all of them ``capacity``.

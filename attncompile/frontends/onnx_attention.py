@@ -8,21 +8,18 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attncompile.frontends import movement, onnx_contrib, onnx_multi_head
+from attncompile.frontends import movement, onnx_contrib, onnx_group_query, onnx_multi_head
 from attncompile.frontends.graph import (
-    Cast,
     Concatenate,
     Fill,
     FusedAttention,
     IndexMap,
     Indices,
-    Move,
 )
 from attncompile.frontends.onnx_builder import AttentionRefused, Builder, Row
 from attncompile.frontends.onnx_known import DTYPE_NAMES
 from attncompile.frontends.onnx_projected import PROJECTED
 from attncompile.frontends.onnx_recurrence import linear_attention
-from attncompile.frontends.onnx_scores import LOWEST_OPSET
 from attncompile.ir import Expr, Index, Kind, Load, simplify
 from attncompile.ir.expr import ONE, ZERO, Const, apply
 
@@ -41,14 +38,6 @@ def _refuse_other_outputs(b: Builder) -> None:
     for output in b.node.outputs[1:]:
         read = output.uses() or output.is_graph_output()
         _refuse_unless(not read, f"its output {output.name} is read, too")
-
-
-def _refuse_unless_plain(b: Builder, names: Mapping[int, str]) -> None:
-    """Refuse a contrib call with packed operands, one of these inputs, or another output that is read."""
-    for number in (1, 2):
-        _refuse_unless(b.input(number) is not None, "its operands are packed into one tensor")
-    _refuse_inputs(b, names)
-    _refuse_other_outputs(b)
 
 
 def _exact(size: Expr, parts: int) -> int:
@@ -259,65 +248,6 @@ def _multi_head_attention(b: Builder) -> str:
     )
 
 
-def _group_query_attention(b: Builder) -> str:
-    """com.microsoft ``GroupQueryAttention`` on a whole prompt: causal, perhaps within a window.
-
-    It is given the number of keys of each row less one; only where that is the length of the keys by the
-    graph itself are all of them seen.
-    """
-    _refuse_unless_plain(
-        b,
-        {
-            3: "a past key",
-            4: "a past value",
-            7: "rotary angles",
-            8: "rotary angles",
-            9: "positions",
-            11: "a sink for each head",
-            12: "scales of a quantised cache",
-            13: "scales of a quantised cache",
-        },
-    )
-    for name in ("do_rotary", "smooth_softmax", "qk_output"):
-        _refuse_unless(not b.attribute(name, 0), f"its attribute {name} is set")
-    heads = int(b.attribute("num_heads")), int(b.attribute("kv_num_heads"))
-    queries, keys = (_heads(b, b.tensor(n), heads[n]).length for n in (0, 1))
-    b.sizes.prove_equal(queries, keys)
-    whole = _only_element(b, b.input(5)) == simplify(keys - 1) and _only_element(b, b.input(6)) == keys
-    _refuse_unless(whole, "which keys it sees depends on lengths that it is given (seqlens_k)")
-    visible = [Index("j") <= Index("i")]
-    window = int(b.attribute("local_window_size", -1))
-    if window >= 0:
-        visible.append(Index("j") > Index("i") - window)
-    return _fused(
-        b,
-        b.tensor(0),
-        b.tensor(1),
-        b.tensor(2),
-        heads,
-        mask=b.tensor(10) if b.input(10) is not None else None,
-        causal=simplify(apply("and", *visible)),
-        scale=b.attribute("scale"),
-        mask_fill=-math.inf,
-        softcap=float(b.attribute("softcap", 0.0)),
-        empty="zero",
-        dtype=b.dtype(b.tensor()),
-    )
-
-
-def _only_element(b: Builder, value: str | None) -> Expr | None:
-    """What every element of a tensor is, where the graph says so."""
-    while value is not None:
-        known = b.known.get(value)
-        if known is not None:
-            return known.items[0] if len(set(known.items)) == 1 else None
-        node = b.producer.get(value)
-        if isinstance(node, Fill):
-            return node.value
-        value = node.source if isinstance(node, Move | Cast) else None
-    return None
-
-
 LOWEST = -3.4028234663852886e38
 """The lowest float32, which ONNX Runtime gives a position that a causal call hides."""
 
@@ -332,7 +262,8 @@ def _refused(reason: str) -> Row:
 def _defined(b: Builder) -> str:
     """A call whose definition has not come into its place, or cannot."""
     onnx_contrib.read(b.node, b.infos)
-    raise AttentionRefused(f"it does more than attend, and is defined for opset {LOWEST_OPSET} and later")
+    lowest = onnx_contrib.lowest_opset(b.node.op_type)
+    raise AttentionRefused(f"it does more than attend, and is defined for opset {lowest} and later")
 
 
 CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_attention}
@@ -341,7 +272,7 @@ CALLS: dict[str, Row] = {"Attention": _attention, "LinearAttention": linear_atte
 # fmt: off
 CONTRIB_CALLS: dict[str, Row] = {
     "MultiHeadAttention": _multi_head_attention,
-    "GroupQueryAttention": _group_query_attention,
+    onnx_group_query.GROUP_QUERY: _defined,
     **dict.fromkeys(PROJECTED, _defined),
     "PackedAttention": _refused("it holds the projections, and rows of different length without padding"),
     "PackedMultiHeadAttention": _refused("it takes rows of different length without padding"),

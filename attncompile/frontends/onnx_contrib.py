@@ -6,14 +6,27 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from attncompile.frontends import onnx_multi_head, onnx_projected
+from attncompile.frontends import onnx_group_query, onnx_multi_head, onnx_projected
 from attncompile.frontends.graph import Info
 from attncompile.frontends.onnx_builder import AttentionRefused
 from attncompile.frontends.onnx_scores import LOWEST_OPSET, Body
 
 CONTRIB = "com.microsoft"
-INPUTS: Mapping[str, tuple[str, ...]] = {**onnx_projected.INPUTS, onnx_multi_head.MULTI_HEAD: onnx_multi_head.INPUTS}
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    **onnx_projected.INPUTS,
+    onnx_multi_head.MULTI_HEAD: onnx_multi_head.INPUTS,
+    onnx_group_query.GROUP_QUERY: onnx_group_query.INPUTS,
+}
 """The calls that have a definition, with the names of their inputs."""
+
+Call = onnx_projected.Call | onnx_multi_head.Call | onnx_group_query.Call
+"""What any of them says."""
+
+_READERS: Mapping[str, type[Call]] = {
+    **dict.fromkeys(onnx_projected.INPUTS, onnx_projected.Call),
+    onnx_multi_head.MULTI_HEAD: onnx_multi_head.Call,
+    onnx_group_query.GROUP_QUERY: onnx_group_query.Call,
+}
 
 
 def is_defined(node: ir.Node, infos: Mapping[str, Info]) -> bool:
@@ -23,12 +36,16 @@ def is_defined(node: ir.Node, infos: Mapping[str, Info]) -> bool:
     return node.op_type != onnx_multi_head.MULTI_HEAD or not onnx_multi_head.is_plain(node, infos)
 
 
-def read(call: ir.Node, infos: Mapping[str, Info]) -> onnx_projected.Call | onnx_multi_head.Call:
+def lowest_opset(operator: str) -> int:
+    """The first operator set in which the definition of a call can be written."""
+    return onnx_group_query.OPSET if operator == onnx_group_query.GROUP_QUERY else LOWEST_OPSET
+
+
+def read(call: ir.Node, infos: Mapping[str, Info]) -> Call:
     """What a call says. Raises AttentionRefused for one that is not defined, with the reason."""
     if not 1 <= len(call.outputs) <= 4:
         raise AttentionRefused(f"it has {len(call.inputs)} inputs and {len(call.outputs)} outputs")
-    reader = onnx_multi_head.Call if call.op_type == onnx_multi_head.MULTI_HEAD else onnx_projected.Call
-    return reader.of(call, infos)
+    return _READERS[call.op_type].of(call, infos)
 
 
 def definition(call: ir.Node, opset: int, infos: Mapping[str, Info]) -> ir.Function:
@@ -41,8 +58,9 @@ def definition(call: ir.Node, opset: int, infos: Mapping[str, Info]) -> ir.Funct
         AttentionRefused: for a call that is not defined, with the reason.
     """
     given = read(call, infos)
-    if opset < LOWEST_OPSET:
-        raise AttentionRefused(f"its definition needs opset {LOWEST_OPSET}, and the model is at {opset}")
+    lowest = lowest_opset(call.op_type)
+    if opset < lowest:
+        raise AttentionRefused(f"its definition needs opset {lowest}, and the model is at {opset}")
     body = Body(opset, _path(call))
     formal = {name: ir.Value(name=name) for name in INPUTS[call.op_type][: len(call.inputs)]}
     present = (name for name, value in zip(formal, call.inputs, strict=True) if value is not None and value.name)
@@ -57,4 +75,4 @@ def _path(call: ir.Node) -> str:
     return name if "/" in name else f"{module}{slash}{name}"
 
 
-__all__ = ["CONTRIB", "INPUTS", "definition", "is_defined", "read"]
+__all__ = ["CONTRIB", "INPUTS", "Call", "definition", "is_defined", "lowest_opset", "read"]

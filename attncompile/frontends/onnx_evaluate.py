@@ -120,6 +120,7 @@ class OnnxEvaluator:
             self._producers.update({o.name: n for n in self._nodes() for o in n.outputs if o.name})
         needed: set[str] = set()
         leaves: list[str] = []
+        fed = frozenset(stop)
         seen = set(stop)
         stack = [name for name in wanted if name not in seen]
         while stack:
@@ -128,12 +129,22 @@ class OnnxEvaluator:
                 continue
             seen.add(name)
             node = self._producers.get(name)
-            if name in self.inputs or name in self.known or node is None:
+            known = name in self.known and not self._follows(name, fed)
+            if name in self.inputs or known or node is None:
                 leaves.append(name)
                 continue
             needed.add(node.name or "")
             stack += reads(node)
         return [node for node in self._nodes() if node.name in needed], leaves
+
+    def _follows(self, name: str, fed: frozenset[str]) -> bool:
+        """Whether a value that is known is made of the elements of one that is fed, a weight for instance, which are
+        then others than the model's.
+        """
+        node = self._producers.get(name)
+        if node is None or node.op_type in ("Shape", "Size"):
+            return False
+        return any(read in fed or (read in self.known and self._follows(read, fed)) for read in reads(node))
 
     def _nodes(self) -> Iterator[ir.Node]:
         """All nodes, with an ``Identity`` in the place of one whose result is taken to be another value."""

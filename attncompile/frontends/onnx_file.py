@@ -10,6 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line, unreadable
+from attncompile.frontends.onnx_schemas import register
 
 
 def read_onnx_file(path: Path) -> onnx.ModelProto:
@@ -86,6 +87,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def _check_structure(model: onnx.ModelProto, path: Path) -> None:
     """ONNX's own check: wiring, order, attributes, operators of known versions."""
+    register()
     external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model))
     try:
         # from the file it finds the data beside it

@@ -71,8 +71,9 @@ class Rules:
         scale = float(number_of(call, "scale", 0) or 1.0 / math.sqrt(widths[0] // heads))
         filtered, causal = number_of(call, "mask_filter_value", -10000.0), number_of(call, "unidirectional", 0)
         return cls(
-            heads, widths[1], scale, float(filtered), bool(causal), _floats(*floats, infos), _axes_of_mask(mask, infos)
-        )
+            heads, widths[1], scale, float(filtered), bool(causal), floats_of(*floats, infos),
+            _axes_of_mask(mask, infos),
+        )  # fmt: skip
 
 
 def number_of(call: ir.Node, name: str, default: float) -> float:
@@ -92,8 +93,8 @@ def values_of(call: ir.Node, names: Sequence[str]) -> dict[str, ir.Value]:
     return {n: v for n, v in zip(names, call.inputs, strict=False) if v is not None and v.name}
 
 
-def _floats(value: ir.Value, allowed: Sequence[ir.DataType], infos: Mapping[str, Info]) -> ir.DataType:
-    """The type of a call's numbers, which is that of one of its inputs."""
+def floats_of(value: ir.Value, allowed: Sequence[ir.DataType], infos: Mapping[str, Info]) -> ir.DataType:
+    """The type of a call's numbers, which is that of one of its inputs. Raises AttentionRefused for one not allowed."""
     info = infos.get(value.name or "")
     found = next((dtype for dtype in allowed if info is not None and DTYPE_NAMES[dtype] == info.dtype), None)
     if found is None:
@@ -136,7 +137,7 @@ class Body:
         self.nodes.append(made)
         return made.outputs[0]
 
-    def constant(self, value: float | Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+    def constant(self, value: float | Sequence[float], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """A scalar, or a tensor of one axis."""
         return self("Constant", value=ir.tensor(np.array(value, dtype.numpy()), dtype))
 
@@ -158,6 +159,12 @@ class Body:
     def size(self, value: ir.Value, axis: int) -> ir.Value:
         """The size of an axis, as a tensor of one axis."""
         return self("Gather", self("Shape", value), self.constant([axis]), axis=0)
+
+    def range(self, start: ir.Value, end: ir.Value, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        """The whole numbers from a start to an end, which are tensors of one element."""
+        ends = [self("Reshape", each, self.constant([])) for each in (start, end)]
+        made = self("Range", *ends, self.constant(1))
+        return made if dtype is ir.DataType.INT64 else self("Cast", made, to=dtype.value)
 
 
 @dataclass(frozen=True)
@@ -212,13 +219,13 @@ def _over_keys(body: Body, given: Operands, value: ir.Value, axis: int, keys: ir
     """A tensor whose axis of keys has, with past ones, their total number, whatever the model calls that."""
     if given.past is None:
         return value
-    return body("Gather", value, _range(body, body.constant([0]), body.size(keys, 2)), axis=axis)
+    return body("Gather", value, body.range(body.constant([0]), body.size(keys, 2)), axis=axis)
 
 
 def _within(body: Body, ends: ir.Value, rows: ir.Value, keys: ir.Value) -> ir.Value:
     """Which keys ``[B, T]`` lie before the end of their row, and not before its start where a second half says one."""
     bounds = body("Concat", ends, body("Expand", body.constant(0, ir.DataType.INT32), rows), axis=0)
-    positions = _range(body, body.constant([0]), keys, ir.DataType.INT32)
+    positions = body.range(body.constant([0]), keys, ir.DataType.INT32)
     first = body.sliced(bounds, body.constant([0]), rows, 0)
     second = body.sliced(bounds, rows, body("Add", rows, rows), 0)
     before = body("Less", positions, body.unsqueezed(first, 1))
@@ -229,15 +236,8 @@ def _later(body: Body, given: Operands, keys: ir.Value) -> ir.Value:
     """Which keys ``[S, T]`` come after a query; the first query is where the first new key is."""
     total = body.size(keys, 2)
     past = body("Sub", total, body.size(given.key, 2))
-    rows = body.unsqueezed(_range(body, past, body("Add", past, body.size(given.query, 2))), 1)
-    return body("Greater", _range(body, body.constant([0]), total), rows)
+    rows = body.unsqueezed(body.range(past, body("Add", past, body.size(given.query, 2))), 1)
+    return body("Greater", body.range(body.constant([0]), total), rows)
 
 
-def _range(body: Body, start: ir.Value, end: ir.Value, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-    """The whole numbers from a start to an end, which are tensors of one element."""
-    ends = [body("Reshape", each, body.constant([])) for each in (start, end)]
-    made = body("Range", *ends, body.constant(1))
-    return made if dtype is ir.DataType.INT64 else body("Cast", made, to=dtype.value)
-
-
-__all__ = ["FLOATS", "LOWEST_OPSET", "Body", "Operands", "Rules", "attended", "number_of", "values_of"]
+__all__ = ["FLOATS", "LOWEST_OPSET", "Body", "Operands", "Rules", "attended", "floats_of", "number_of", "values_of"]

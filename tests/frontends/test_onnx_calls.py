@@ -124,11 +124,6 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "do_rotary",
         ),
         (
-            "y = com.microsoft.GroupQueryAttention<num_heads=6, kv_num_heads=2>(q, k, v, , , l, t)",
-            "float[B,I,48] q, float[B,I,16] k, float[B,I,16] v, int32[B] l, int32 t",
-            "seqlens_k",
-        ),
-        (
             "y = com.microsoft.LinearAttention<q_num_heads=2, kv_num_heads=2, state_window=3>(q, k, v, s, g, r)",
             "float[B,I,16] q, float[B,I,16] k, float[B,I,16] v, float[3,B,2,8,8] s, float[B,I,2] g, float[B,I,2] r",
             "window of states",
@@ -154,7 +149,7 @@ def test_fused_call_is_lifted(call: Call) -> None:
             "none of linear",
         ),
     ],
-    ids=["buffer", "packed", "rotary", "grouped", "window", "no-rate", "heads", "rate", "unknown-rule"],
+    ids=["buffer", "packed", "rotary", "window", "no-rate", "heads", "rate", "unknown-rule"],
 )
 def test_fused_call_that_cannot_be_stated_is_refused(body: str, inputs: str, reason: str) -> None:
     graph = onnx_graph(parsed(f"g ({inputs}) => (y) {{ {body} }}", 24))

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx.reference import ReferenceEvaluator
 
 from attncompile.frontends.graph import RefusedAttention
@@ -209,3 +210,15 @@ def test_codes_of_several_numbers_are_not_written_out() -> None:
     assert known_value("QuantizeLinear", [several, scale, zero], {}) is None
     assert known_value("DequantizeLinear", [Known((2,), (ZERO, ZERO), "int8"), scale, zero], {}) is None
     assert known_value("DequantizeLinear", [scalar(ZERO, "int8"), scale, None], {}) is None
+
+
+def test_what_follows_a_short_stored_tensor_follows_what_is_fed_for_it() -> None:
+    """Its elements are known, and a proof runs on others; what only its shape says stays known."""
+    graph = onnx_graph(parsed("""g (float[B,3] x) => (y, n)
+        <float[3] w = {1.0, 2.0, 3.0}, int64[2] flat = {1, 3}> {
+        r = Reshape(w, flat)  t = Neg(r)  y = Add(x, t)  n = Shape(x) }"""))
+    assert graph.evaluate is not None
+    x, other = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([5.0, 7.0, 9.0], dtype=torch.float64)
+    assert graph.evaluate(["y"], {"x": x, "w": other}, {"B": 2})["y"].tolist() == [[-5.0, -7.0, -9.0]] * 2
+    assert graph.evaluate(["y"], {"x": x}, {"B": 2})["y"].tolist() == [[-1.0, -2.0, -3.0]] * 2
+    assert graph.evaluate(["n"], {"w": other}, {"B": 2})["n"].tolist() == [2, 3]

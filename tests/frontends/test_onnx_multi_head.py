@@ -122,7 +122,7 @@ PACKED = (
 # fmt: on
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """By ONNX Runtime's kernels, with its optimisations off."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -138,8 +138,9 @@ def assert_alike(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=CHANNELS * 16 * float(np.finfo(np.float32).eps))
 
 
-def defined(call: Call) -> ir.Model:
-    model = ir.from_proto(call.model())
+def defined(written: onnx.ModelProto) -> ir.Model:
+    """The model with the definitions of its calls in their places."""
+    model = ir.from_proto(written)
     assert spell_out_contrib(model, infos(model))
     assert not any(node.domain for node in model.graph)
     return model
@@ -147,7 +148,7 @@ def defined(call: Call) -> ir.Model:
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_a_definition_is_what_the_kernel_computes(call: Call) -> None:
-    found = ReferenceEvaluator(ir.to_proto(defined(call))).run(None, call.feeds())
+    found = ReferenceEvaluator(ir.to_proto(defined(call.model()))).run(None, call.feeds())
     assert_alike(found, run(call.model(), call.feeds()))
 
 
@@ -159,7 +160,7 @@ def test_packed_operands_are_those_side_by_side(call: Call) -> None:
     parts = [packed[:, :, :, n].reshape(*packed.shape[:2], WIDTH) for n in range(packed.shape[3])]
     feeds = dict(zip(INPUTS, parts if len(parts) == 3 else [given["query"], *parts], strict=False))
     apart = Call("apart", {name: ("B", array.shape[1], WIDTH) for name, array in feeds.items()})
-    found = ReferenceEvaluator(ir.to_proto(defined(call))).run(None, call.feeds())
+    found = ReferenceEvaluator(ir.to_proto(defined(call.model()))).run(None, call.feeds())
     assert_alike(found, run(apart.model(), feeds))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attncompile.ir import Attend, parse_expr
+from attncompile.ir import Attend, parse_expr, simplify
 from attncompile.ir.blocks import block_map
 from attncompile.ir.evaluate import Environment, evaluate, index_grid
 from attncompile.passes import parse_passes, run_passes
@@ -56,6 +56,13 @@ def test_positions_read_from_a_tensor() -> None:
     moved = Attend("q", "k", "v", mask=parse_expr("j ≤ position[i]", loads))
     assert own_position(moved, spec.types()) == (parse_expr("position[i]", loads), True)
     assert own_position(attend, spec.types()) == (parse_expr("i + J − I"), True)
+    for text in ("i + max(0, past[b] − I)", "i + past[b]", "i + max(0, J − I)"):
+        counted = Attend("q", "k", "v", mask=parse_expr(f"j ≤ {text}", {"past": loads["position"]}))
+        found = own_position(counted, spec.types())
+        assert found == (simplify(parse_expr(text, {"past": loads["position"]})), True), text
+    for text in ("i + past[i]", "i + past[j]", "2·i + past[b]", "i + 5"):
+        unclear = Attend("q", "k", "v", mask=parse_expr(f"j ≤ {text}", {"past": loads["position"]}))
+        assert own_position(unclear, spec.types()) is None, text
     other = Attend("q", "k", "v", mask=parse_expr("j ≤ 2·i"))
     assert own_position(other, spec.types()) is None
 
