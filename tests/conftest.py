@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
@@ -54,6 +55,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure() -> None:
+    # pytest hands its handler to every logger that keeps its records to itself. With one, torch writes down each step
+    # of a trace with its stack, and each graph as text, for a log that no test reads.
+    logging.Logger.manager.loggerDict.pop(torch._logging._internal.trace_log.name, None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
@@ -69,6 +73,22 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     for cache in caches:
         cache.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What PyTorch's exporter gave for models of tests, in a folder that all workers share; conversions read it from
+    when on a test asks for it.
+    """
+    from attncompile.convert import onnx as conversion  # the rooms that it needs are none of most tests
+    from tests.e2e.exports import remembering
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "export_onnx", remembering(conversion.export_onnx, folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

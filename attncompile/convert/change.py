@@ -19,6 +19,7 @@ from attncompile.frontends.capture import Captured
 from attncompile.frontends.onnx import onnx_graph
 from attncompile.ir import Spec
 from attncompile.ir.expr import Expr
+from attncompile.ir.some_rows import interpret_in_pieces
 from attncompile.lift import Site
 
 
@@ -68,13 +69,13 @@ class Rewrite:
             else to_spec_axes(natives[entry.value], entry.layout, types[entry.name], sizes)
             for entry in self.site.region.inputs
         }
-        after = self.after.interpret(tensors, torch.float32)
+        after = interpret_in_pieces(self.after, tensors, torch.float32)
         before: Sequence[torch.Tensor] = [
             to_spec_axes(natives[entry.value].float(), entry.layout, types[entry.name], sizes)
             for entry in (self.site.region.outputs if self.site.roundings else ())
             if entry.layout is not None
         ]
-        before = before or self.site.spec.interpret(tensors, torch.float32)
+        before = before or interpret_in_pieces(self.site.spec, tensors, torch.float32)
         return difference(after, before, inputs)
 
 

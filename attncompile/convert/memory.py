@@ -13,6 +13,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
@@ -22,22 +23,42 @@ GROWN = 1 << 26
 """Bytes that are worth looking for: the garbage collector looks through all objects of a process, which takes half a
 second where many libraries are loaded, fifty times in a conversion."""
 
-_held = 0
-"""Resident memory after the last :func:`release`."""
+
+@dataclass
+class Watermark:
+    """How much memory a process had when something was done about it.
+
+    Attributes:
+        lowest: bytes then, or the least since.
+    """
+
+    lowest: int = 0
+
+    def grown(self) -> bool:
+        """Whether the process has grown by :data:`GROWN`; so it has where no file says what it has."""
+        resident = _resident()
+        if resident is None or resident >= self.lowest + GROWN:
+            return True
+        self.lowest = min(self.lowest, resident)
+        return False
+
+    def settle(self) -> None:
+        """Something was done."""
+        self.lowest = _resident() or 0
+
+
+_collected, _let_go = Watermark(), Watermark()
+"""Of the last :func:`release` that did something, and of the last :func:`let_go`."""
 
 
 def release() -> None:
     """Look for garbage, and :func:`let_go`. Where the process has not grown by :data:`GROWN` since the last time,
     nothing is done.
     """
-    global _held
-    resident = _resident()
-    if resident is not None and resident < _held + GROWN:
-        _held = min(_held, resident)
-        return
-    gc.collect()
-    let_go()
-    _held = _resident() or 0
+    if _collected.grown():
+        gc.collect()
+        let_go()
+        _collected.settle()
 
 
 def let_go() -> None:
@@ -49,6 +70,15 @@ def let_go() -> None:
         library.malloc_trim(0)
         for start, size in _mapped():
             library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+    _let_go.settle()
+
+
+def let_go_of_much() -> None:
+    """:func:`let_go`, where the process has grown by :data:`GROWN` since the last time: to look through the mappings
+    takes as long as a small model takes for a call.
+    """
+    if _let_go.grown():
+        let_go()
 
 
 MOST = 1 << 27

@@ -12,7 +12,7 @@ import torch
 
 from attncompile.convert.artifact import Progress, silent
 from attncompile.convert.calibration import Call
-from attncompile.convert.memory import RESULT, let_go
+from attncompile.convert.memory import RESULT, let_go_of_much
 from attncompile.frontends.torch_internals import flatten
 
 
@@ -50,7 +50,7 @@ def recorded(
     for number, call in enumerate(calls):
         progress(f"{call.what} ({number + 1} of {len(calls)})")
         which = _identity(call)
-        let_go()  # what was free when the form was loaded, and behind the call before
+        let_go_of_much()  # what was free when the form was loaded, and behind the call before
         try:
             found[which] = _written(run(call), folder, number)
         except (ValueError, RuntimeError) as error:

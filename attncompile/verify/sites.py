@@ -10,7 +10,7 @@ import torch
 
 from attncompile.ir import Attend, Kind, Quantize, Scan, Spec
 from attncompile.ir.sample import example_sizes, random_tensors
-from attncompile.ir.some_rows import of_rows, rows_that_fit
+from attncompile.ir.some_rows import interpret_in_pieces, of_rows, rows_that_fit
 from attncompile.ir.types import DTYPES, NAMES, element_kind
 from attncompile.verify.certificate import SiteCase, SiteCertificate
 from attncompile.verify.compare import compare
@@ -127,6 +127,10 @@ class _Yardstick:
     tensors: Mapping[str, torch.Tensor]
     rows: torch.Tensor | None
 
+    def interpret(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The definition on these inputs, in a float dtype."""
+        return interpret_in_pieces(self.spec, self.tensors, dtype)
+
     def of(self, result: torch.Tensor) -> torch.Tensor:
         """The part of an output ``[b,h,i,…]`` that is evaluated."""
         return result if self.rows is None else result[:, :, self.rows.to(result.device)]
@@ -146,7 +150,7 @@ def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str,
     part = _yardstick(spec, tensors, sizes, draw.seed)
     candidates = tuple(part.of(one) for one in (result if isinstance(result, tuple) else (result,)))
     plain_dtype = torch.float32 if dtype is torch.float64 else dtype
-    references, eager = (part.spec.interpret(part.tensors, kind) for kind in (torch.float64, plain_dtype))
+    references, eager = (part.interpret(kind) for kind in (torch.float64, plain_dtype))
     length = longest_sum(spec, tensors)
     found = [compare(made, reference) for made, reference in zip(candidates, references, strict=True)]
     edges = _moved_by_edges(part, references)
@@ -157,7 +161,7 @@ def _check(spec: Spec, run: Run, dtype: torch.dtype, device: torch.device | str,
     change = None
     if original is not None:
         whole = _yardstick(original, tensors, sizes, draw.seed)
-        before = whole.spec.interpret(whole.tensors, torch.float64)
+        before = whole.interpret(torch.float64)
         change = max(compare(after, wanted).max_rel for after, wanted in zip(references, before, strict=True))
     return SiteCase(
         seed=draw.seed, masks=draw.masks, sizes=dict(sizes), dtype=NAMES[dtype],
@@ -190,7 +194,7 @@ def _moved_by_edges(part: _Yardstick, references: Sequence[torch.Tensor]) -> lis
             if tensor.is_floating_point():
                 noise = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1
                 moved[name] = tensor.double() * (1 + 4 * torch.finfo(torch.float32).eps * noise)
-        results = part.spec.interpret(moved, torch.float64)
+        results = interpret_in_pieces(part.spec, moved, torch.float64)
         changes = (result - reference for result, reference in zip(results, references, strict=True))
         apart = [max(most, largest(change)) for most, change in zip(apart, changes, strict=True)]
     return apart

@@ -8,6 +8,7 @@ happens before and behind the exporter is not touched.
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import onnx_ir
 import torch
+import transformers
 
 from attncompile.frontends.checkpoint import OpenedModel
 
@@ -30,8 +32,8 @@ LARGEST = 16 << 20
 KNOWN = ("torch", "transformers", "attncompile")
 """Packages whose classes are what their names say: a test may write another class of the same name."""
 
-WHERE = frozenset({"path", "name", "name_or_path", "_name_or_path"})
-"""What says where a model came from, on which nothing in its export depends."""
+APART = frozenset({"path", "name", "name_or_path", "_name_or_path", "generation_config"})
+"""What says where a model came from, and how tokens are chosen: nothing in the export of one call depends on it."""
 
 PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -86,6 +88,8 @@ def _described(value: Any, seen: dict[int, int]) -> Iterator[bytes]:
     if isinstance(value, PLAIN):
         yield repr(value).encode()
         return
+    if isinstance(value, transformers.PreTrainedTokenizerBase):
+        return  # what it makes of texts is among the inputs
     if id(value) in seen:
         yield f"again {seen[id(value)]}".encode()
         return
@@ -105,9 +109,12 @@ def _described(value: Any, seen: dict[int, int]) -> Iterator[bytes]:
             yield text.encode()
     elif type(value).__module__.partition(".")[0] in KNOWN and hasattr(value, "__dict__"):
         for name, one in vars(value).items():
-            if name not in WHERE:
+            if name not in APART:
                 yield name.encode()
                 yield from _described(one, seen)
+    elif isinstance(value, functools.partial):
+        for one in (value.func, value.args, value.keywords):
+            yield from _described(one, seen)
     elif callable(value) and (value.__module__ or "").partition(".")[0] in KNOWN:
         yield value.__qualname__.encode()
     else:

@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
 from attncompile.convert.export import export_onnx
@@ -17,18 +19,45 @@ from tests.e2e.exports import UndescribedError, fingerprint, remembering
 from tests.e2e.test_convert_cached import QUICK
 
 
-def opened(folder: Path, change: Callable[[LlamaForCausalLM], object] = lambda model: None, **how: bool) -> OpenedModel:
-    """The same small Llama, but for a change, as the model with its cache that is exported."""
+def opened(
+    folder: Path,
+    change: Callable[[LlamaForCausalLM], object] = lambda model: None,
+    kind: str = "llama",
+    **how: bool,
+) -> OpenedModel:
+    """The same small model, but for a change, as the model with its cache that is exported."""
     torch.manual_seed(0)
-    model = QUICK["llama"]()
+    model = QUICK[kind]()
     change(model)
     model.save_pretrained(folder)
-    (part,), _ = parts_of(open_model(folder), None, **{"shared": False, "last": False, **how})
+    whole = open_model(folder, attn_implementation="eager")  # as conversions open it
+    (part,), _ = parts_of(whole, None, **{"shared": False, "last": False, **how})
     return part.opened
 
 
-def test_another_folder_is_the_same_model(tmp_path: Path) -> None:
-    assert fingerprint(opened(tmp_path / "a")) == fingerprint(opened(tmp_path / "b"))
+@pytest.mark.parametrize("kind", QUICK)
+def test_another_folder_is_the_same_model(kind: str, tmp_path: Path) -> None:
+    found = [fingerprint(opened(tmp_path / name, kind=kind)) for name in ("a", "b")]
+    assert found[0] == found[1]
+
+
+def test_how_tokens_are_chosen_is_no_part_of_a_call(tmp_path: Path) -> None:
+    def endless(model: LlamaForCausalLM) -> None:
+        model.generation_config.eos_token_id = None
+
+    assert fingerprint(opened(tmp_path / "a")) == fingerprint(opened(tmp_path / "b", endless))
+
+
+def test_a_model_that_reads_text_is_known_by_its_tokens(tmp_path: Path) -> None:
+    def reader(vocabulary: dict[str, int]) -> OpenedModel:
+        fast = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="[UNK]").save_pretrained(tmp_path)
+        return opened(tmp_path)
+
+    words = [{"[UNK]": 3, "The": 5, "ship": 6}, {"[UNK]": 3, "The": 6, "ship": 5}]
+    first, again, other = (fingerprint(reader(vocabulary)) for vocabulary in (*words[:1], *words))
+    assert first == again and first != other
 
 
 CHANGES: dict[str, Callable[[LlamaForCausalLM], object]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from attncompile.convert import memory
+from attncompile.convert.calibration import Call
+from attncompile.convert.recorded import recorded
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not say what is mapped")
 
 
 @pytest.mark.parametrize(
-    ("sizes", "collections"),
+    ("sizes", "times"),
     (
         ((0,), 1),
         ((0, memory.GROWN - 1), 1),
@@ -25,17 +28,41 @@ ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="othe
     ),
     ids=("first", "hardly-grown", "grown", "shrunk-between", "nothing-known"),
 )
-def test_only_a_process_that_has_grown_looks_for_garbage(
-    sizes: tuple[int | None, ...], collections: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("function", [memory.release, memory.let_go_of_much], ids=lambda function: function.__name__)
+def test_only_a_process_that_has_grown_looks_for_what_is_free(
+    function: Callable[[], None], sizes: tuple[int | None, ...], times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = 1 << 30
-    monkeypatch.setattr(memory, "_held", 0)
-    with mock.patch.object(memory.gc, "collect") as collect:
+    base, look = 1 << 30, {memory.release: (memory.gc, "collect"), memory.let_go_of_much: (memory, "_mapped")}
+    for name in ("_collected", "_let_go"):
+        monkeypatch.setattr(memory, name, memory.Watermark())
+    monkeypatch.setattr(memory.gc, "collect", mock.Mock())
+    with mock.patch.object(*look[function], return_value=[]) as looked:
         for size in sizes:
             resident = None if size is None else base + size
             with mock.patch.object(memory, "_resident", return_value=resident):
-                memory.release()
-    assert collect.call_count == collections
+                function()
+    assert looked.call_count == times
+
+
+def test_calls_of_a_small_model_do_not_look_through_the_mappings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes a tenth of a second in a process with many libraries, longer than the call."""
+    looked, sizes = mock.Mock(return_value=[]), [1 << 30]
+    monkeypatch.setattr(memory, "_mapped", looked)
+    monkeypatch.setattr(memory, "_resident", lambda: sizes[-1])
+    memory.let_go()
+    looked.reset_mock()
+    calls = [Call((torch.tensor(number),), {}, f"call {number}") for number in range(6)]
+    recorded(lambda call: {"x": call.args[0]}, calls, tmp_path / "small")
+    assert looked.call_count == 0
+
+    def grows(call: Call) -> dict[str, torch.Tensor]:
+        sizes.append(sizes[-1] + memory.GROWN)
+        return {"x": call.args[0]}
+
+    recorded(grows, calls, tmp_path / "large")
+    assert looked.call_count == len(calls) - 1  # in front of each but the first
 
 
 def test_the_resident_memory_is_that_of_the_process() -> None:

@@ -133,7 +133,7 @@ def test_a_function_without_attention_is_no_site() -> None:
 
 
 @pytest.fixture(scope="module")
-def switched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def switched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> Path:
     """A model that switches operators by length: both are in branches of an ``If``."""
     folder = tmp_path_factory.mktemp("switched")
     small_llama().save_pretrained(folder / "llama")

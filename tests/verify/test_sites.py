@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 
-from attncompile.ir import Spec, parse_spec
+from attncompile.ir import Attend, Spec, parse_spec
+from attncompile.ir.some_rows import PIECE
 from attncompile.passes import parse_passes, run_passes
 from attncompile.verify import check_site, refused_site
 from attncompile.verify.sites import DRAWS, Draw
@@ -139,3 +142,20 @@ def test_of_a_large_map_some_rows_are_checked(window: int) -> None:
 
     certificate = check_site("x", LONG, run, operator="sdpa", draws=DRAWS[-1:])
     assert certificate.passed == (window == 3000)
+
+
+def test_a_site_is_checked_a_piece_of_the_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 a whole map takes four times as long: its memory comes from the system anew for each operation."""
+    spec, largest, reference = BY_NAME["causal"].spec, [0], Attend.reference
+
+    def watched(attend: Attend, tensors: Mapping[str, torch.Tensor], *rest: Any) -> dict[str, torch.Tensor]:
+        largest.append(tensors[attend.query][..., 0].numel() * tensors[attend.key].shape[2])
+        return reference(attend, tensors, *rest)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
+
+    monkeypatch.setattr(Attend, "reference", watched)
+    draw = Draw(500, "ones", 0)
+    assert check_site("x", spec, run, operator="sdpa", draws=[draw]).passed
+    assert max(largest) <= PIECE < 2 * 4 * draw.length**2
