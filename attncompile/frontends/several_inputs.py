@@ -43,11 +43,12 @@ def with_others(model: Any, given: Mapping[str, Any], make: Callable[[str], Any]
 
 
 def _runs(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call ends. A model's own code says in its own way what it lacks, by exceptions of any class."""
     try:
         with torch.no_grad():
             model(**arguments)
-    except Exception:  # whatever the reason
-        return False
+    except Exception:
+        return False  # the conversion calls it again, and tells the reason
     return True
 
 
