@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
 from attncompile.kernels.hopper_boxes import Boxes
-from attncompile.kernels.hopper_by_key import WORDS as BY_KEY_WORDS
-from attncompile.kernels.hopper_by_key import KeyLoad, load_lines
 from attncompile.kernels.hopper_codes import WEIGHT_UNIT, WORDS, CodeText
 from attncompile.kernels.hopper_digits import KeyDigits
+from attncompile.kernels.hopper_elements import WORDS as ELEMENT_WORDS
+from attncompile.kernels.hopper_elements import Elements
 from attncompile.kernels.hopper_lines import device_source, filled, hopper_function, listed
-from attncompile.kernels.hopper_marks import ROOM, MarkBlocks
+from attncompile.kernels.hopper_marks import RECENT, ROOM, MarkBlocks
 from attncompile.kernels.hopper_runs import COUNTED, LISTS, known, listed_blocks, visited_blocks
 from attncompile.kernels.hopper_text import CONSUMER, FULL, KERNEL, LOGITS, PAIRS, PRODUCER, STEP, STORED
 from attncompile.kernels.source import signature
@@ -133,7 +133,7 @@ class HopperForward:
         digits: the mask as a product that is added to the scores, or ``None`` where it is ``visible``. Results then
             leave through the place of the queries, since the product's operand needs room.
         narrow: operands that are codes with scales, or ``None``.
-        by_key: elements of captured tensors that belong to a key, loaded once for a block.
+        elements: those of captured tensors that belong to a key or to a query, loaded before the products.
         normalizer: ``softmax``; or ``sigmoid`` or ``relu``, which make a weight from its score alone, so that there is
             no greatest score to keep, no sum, and nothing to rescale.
     """
@@ -158,7 +158,7 @@ class HopperForward:
     boxes: Boxes | None = None
     digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
-    by_key: tuple[KeyLoad, ...] = ()
+    elements: Elements = Elements()
     normalizer: str = "softmax"
 
     @property
@@ -189,7 +189,7 @@ class HopperForward:
         """Pointer arguments in order, the work list last."""
         scales = self.narrow.scales() if self.narrow else ()
         own = (*(() if self.tile.staged else ("out",)), *(("lse",) if self.lse else ()), *scales)
-        lists = ("counts", "places") if self.marks else ()
+        lists = ("counts", "places", "order") if self.marks else ()
         return (*own, *(name for name, _ in self.captured), *lists, "work")
 
     def strides(self) -> tuple[str, ...]:
@@ -202,6 +202,11 @@ class HopperForward:
         heads = ("key_heads",) if self.narrow else ()
         return tuple(dict.fromkeys((*self.lengths, *self.sizes, *heads)))
 
+    @property
+    def work_size(self) -> str:
+        """The argument behind the work: how many entries a thread block's row has, or how many tiles there are."""
+        return "tile_count" if self.marks else "work_width"
+
     def read(self) -> tuple[str, ...]:
         """Arguments that expressions may read."""
         captured = [name for name, _ in self.captured]
@@ -209,7 +214,7 @@ class HopperForward:
 
     def context(self) -> tuple[str, ...]:
         """Arguments that every function gets: what expressions may read, and the lists of key blocks."""
-        return (*(("counts", "places") if self.marks else ()), *self.read())
+        return (*(("counts", "places", "order") if self.marks else ()), *self.read())
 
     def constants(self) -> str:
         """Definitions of the constants that the functions read."""
@@ -244,7 +249,7 @@ class HopperForward:
         if self.marks:
             rows += (
                 ("ROOM", f"{ROOM}", "key blocks that the list of a tile has room for"),
-                ("CHUNK", f"{self.marks.chunk}", "key blocks that are looked at together"),
+                ("RECENT", f"{RECENT}", "tiles that a thread block remembers"),
             )
         if self.digits:
             rows += (("DIGITS", f"{self.digits.columns}", "values of the digits of a key's place in a block, padded"),)
@@ -255,7 +260,7 @@ class HopperForward:
             *(["OWN_ROWS = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 4))"] if self.tile.loaded else []),
             f"OUTPUT = gl.constexpr({layout.format(self.feature_space, weights)})",
             f"WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, OUTPUT.value, {weights // 8}))",
-            *(["KEY_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))"] if self.by_key else []),
+            *(["KEY_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))"] if self.elements.keys else []),
             *([f"HIDING = gl.constexpr({layout.format(self.digits.columns, 16)})"] if self.digits else []),
         ]
         return "\n".join(lines)
@@ -264,6 +269,11 @@ class HopperForward:
     def _codes(self) -> CodeText:
         """The lines about scales."""
         return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head, self.tile.chains)
+
+    @property
+    def _keys_early(self) -> bool:
+        """Whether the keys that a tile visits first, whose elements are read, are known before it begins."""
+        return self.marks is not None and bool(self.elements.keys)
 
     @property
     def _settled(self) -> bool:
@@ -298,6 +308,7 @@ class HopperForward:
             "narrow listed": self.marks is not None and self.narrow is not None,
             "limits": self.marks is None,
             "digits": self.digits is not None,
+            "known early": self.digits is not None or self._keys_early,
             "no digits": self.digits is None,
             "no digits behind": self.digits is None and not self.tile.ahead,
             "staged apart": self.tile.staged and self.digits is None,
@@ -328,6 +339,9 @@ class HopperForward:
             "TILE": ("row_first", "b", "h", *(COUNTED if self.marks else ())),
             "LAUNCHED": launched,
             "QUERY_OPERAND": own,
+            "WORK": ("work", "tile_count") if self.marks else ("work",),
+            "BY_ROW": self.elements.of_rows,
+            "BY_BOTH": self.elements.names,
             "SCALES": ["query_factor", *(f"{name}s" for name in scales[1:])] if scales else [],
         }
         line = listed(line, lists)
@@ -378,12 +392,10 @@ class HopperForward:
             positions.append("j = start + columns")
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
-        in_score = load_lines((load for load in self.by_key if not load.masking), keys, edge=False)
-        in_mask = load_lines((load for load in self.by_key if load.masking), keys, edge=True)
-        score = [*in_score, signature("s = score", self.score.parameters, "")] if self.score else []
+        score = [signature("s = score", self.score.parameters, "")] if self.score else []
         if self.bounded and self.softmax:
             score.append("s = gl.maximum(s, LOWEST)")
-        mask = [*in_mask, signature("shown = visible", self.visible.parameters, "")] if self.visible else []
+        mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
         if self.inside:
             inside = f"{keys} - near > far"
             mask.append(f"shown = shown & ({inside})" if self.visible else f"shown = {inside}")
@@ -391,9 +403,13 @@ class HopperForward:
         return self._filled(LOGITS, positions=positions, score=score, mask=mask)
 
     def _step(self) -> str:
+        columns = self.elements.spread(edge=False)
         return self._filled(
             STEP,
             block_scales=self._codes.block_scales(),
+            own_elements=self.elements.load_keys("start", "EDGE", self.read()),
+            columns=columns if self.elements.spread_early else [],
+            columns_late=[] if self.elements.spread_early else columns,
             scaled=self._codes.scaled(edge=False),
             highest=self._codes.highest("highest", edge=False) if self.softmax else [],
             exponentials=self._weights("new_peak", edge=False),
@@ -432,16 +448,25 @@ class HopperForward:
             "gl.store(lse + lse_row + rows, row_lse, mask=rows < QUERIES)",
         ]
         stored = [] if self.tile.staged else STORED.strip("\n").splitlines()
-        full = (PAIRS if self.tile.ahead else FULL).strip("\n").splitlines() if self.runs.full or self.marks else []
-        if self.marks:
-            full = [
-                line.replace("full_start + (number - edges) * BLOCK_J", "block_start(number, KNOWN)") for line in full
-            ]
+        full = self._filled(PAIRS if self.tile.ahead else FULL) if self.runs.full or self.marks else ""
+        elements, context, early = self.elements, self.read(), self._keys_early
+        first_key = f"first_block({', '.join(COUNTED)})"
+        own = elements.load_keys("block_start(0, KNOWN)", "True", context)
         return self._filled(
             CONSUMER,
             sink=sink if self.softmax else [],
             lse=[self._named(line) for line in lse] if self.lse else [],
-            full=[self._named(line) for line in full],
+            full=full.splitlines(),
+            first_elements=[
+                *elements.load_rows("tile", context),
+                *(elements.load_keys(first_key, "True", context) if early else []),
+            ],
+            own_elements=[] if early else [self._named(line) for line in own],
+            columns=elements.spread(edge=True),
+            next_elements=[
+                *elements.load_rows("next_tile", context),
+                *(elements.load_keys(first_key, "True", context, b="next_b", h="next_h") if early else []),
+            ],
             tile_scales=self._codes.tile_scales(),
             first_highest=self._codes.highest("peak", edge=True) if self.softmax else [],
             first_exponentials=self._weights("peak", edge=True),
@@ -452,36 +477,38 @@ class HopperForward:
         tile = self.tile
         own = "query_tiles, key_tiles, value_tiles"
         barriers = "query_ready, query_free, key_ready, value_ready"
-        unspecialized = ["work_width", *self.integers(), *(s for s in self.strides() if s.startswith("out_"))]
+        unspecialized = [self.work_size, *self.integers(), *(s for s in self.strides() if s.startswith("out_"))]
         template = (
             KERNEL.replace("UNSPECIALIZED", ", ".join(f'"{name}"' for name in unspecialized))
             .replace("DESCRIPTORS", ", ".join(self.descriptors()))
             .replace("POINTERS", ", ".join(self.pointers()))
             .replace("STRIDES, ", "".join(f"{name}, " for name in self.strides()))
+            .replace("WORK_SIZE", self.work_size)
             .replace("SIZES", ", ".join(self.integers()))
             .replace("WARPS", str([4] * (tile.groups - 1) + [1]))
             .replace("REGISTERS", str([tile.registers] * (tile.groups - 1) + [24]))
         )
         consumers = [
-            self._named(f"(consumer, ({own}, out_tiles, out, {barriers}, LAUNCHED, work, CONTEXT, {group})),")
+            self._named(f"(consumer, ({own}, out_tiles, out, {barriers}, LAUNCHED, WORK, CONTEXT, {group})),")
             for group in range(tile.groups)
         ]
-        producer = [self._named(f"(producer, (query, key, value, {own}, {barriers}, work, CONTEXT)),")]
+        producer = [self._named(f"(producer, (query, key, value, {own}, {barriers}, WORK, CONTEXT)),")]
         return self._filled(template, consumers=consumers, producer=producer)
 
     def source(self) -> str:
         """The functions and the kernel as text."""
-        loading = [load.function for load in self.by_key]
-        spec = [function.source() for function in (*loading, self.score, self.visible, self.sink) if function]
+        functions = (*self.elements.functions(), self.score, self.visible, self.sink)
+        spec = [function.source() for function in functions if function]
         return "\n\n\n".join(
             [
                 *(hopper_function(name) for name in (*RING, *WEIGHING[self.normalizer])),
                 *([hopper_function("query_factors")] if self.narrow else []),
                 *(hopper_function(name) for name in (NARROW_VALUES if self.turned_values else WIDE_VALUES)),
                 *([hopper_function("settled")] if self._settled else []),
-                *([hopper_function("in_columns")] if self.by_key else []),
+                *([hopper_function("in_columns")] if self.elements.keys else []),
                 *([hopper_function("highest_of")] if self.tile.chains and self.softmax else []),
                 *(text.replace("@triton.jit", "@gluon.jit", 1) for text in spec),
+                *self.elements.source(self.read(), self.lengths),
                 *([self.marks.source(self.read(), self.lengths)] if self.marks else []),
                 *([self.boxes.source()] if self.boxes else []),
                 *([self.digits.source(self.context())] if self.digits else []),
@@ -498,6 +525,6 @@ class HopperForward:
 TEMPLATES = (LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL)
 
 RESERVED = frozenset(
-    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, BY_KEY_WORDS, *LISTS)))
+    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, ELEMENT_WORDS, *LISTS)))
 )
 """Identifiers that the skeleton uses itself."""

@@ -1,9 +1,9 @@
-"""Skeleton of the two small kernels that run before a Hopper kernel whose mask has no limits in closed form.
+"""Skeleton of the small kernels that run before a Hopper kernel whose mask has no limits in closed form.
 
-The first lists the key blocks that each tile of queries visits, the second deals the tiles out to thread blocks, the
-longest first and the rounds in turn forwards and backwards, so that all get about the same. A list has room for a fixed
-number of blocks, so that memory grows with the length and not with its square; a tile that sees more of them visits
-every block between its limits, under the mask.
+The first looks at what the mask reads of each key, if it does, and keeps the least and the greatest element of each
+block. The second lists the key blocks that each tile of queries visits, the third puts the tiles of a head in order,
+those that visit most first. A list has room for a fixed number of blocks, so that memory grows with the length and not with its
+square; a tile that sees more of them visits every block between its limits, under the mask.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Extreme:
 
     def source(self) -> list[str]:
         """Statements that define both."""
-        over = {"i": "tl.{0}({1}, 0)", "j": "tl.{0}({1}, 1)", "ij": "tl.{0}(tl.{0}({1}, 2), 0)"}[self.axis]
+        over = "tl.{0}(tl.{0}({1}, 2), 0)" if self.axis == "ij" else "tl.{0}({1}, 0)"
         return [
             *(self.cells.source() if self.cells else []),
             *self.lines,
@@ -104,9 +104,15 @@ class MarkBlocks:
         return "\n".join([*loads, *self.limits, *lines, self.possible, self.certain])
 
     @property
-    def chunk(self) -> int:
-        """Key blocks that are looked at together: fewer where the keys of each are read."""
-        return 16 if any(each.axis == "j" for each in self.extremes) else 128
+    def by_key(self) -> tuple[Extreme, ...]:
+        """Those over the keys of each block."""
+        return tuple(each for each in self.extremes if each.axis == "j")
+
+    def host(self) -> str:
+        """The functions that launch the kernels, as text."""
+        lines = [line.partition("  # if ") for line in HOST.splitlines()]
+        text = "\n".join(line for line, _, condition in lines if not condition or self.by_key)
+        return text.replace("EXTREMES", str(2 * len(self.by_key)))
 
     @classmethod
     def words(cls) -> frozenset[str]:
@@ -124,13 +130,18 @@ class MarkBlocks:
         """
         heads, queries, keys = lengths
         rows = [line for each in self.extremes if each.axis == "i" for line in each.source()]
-        columns = [line for each in self.extremes if each.axis != "i" for line in each.source()]
+        columns = [line for each in self.extremes if each.axis == "ij" for line in each.source()]
+        for number, each in enumerate(self.by_key):
+            columns += [f"{each.low} = tl.load(known + {2 * number})", f"{each.high} = tl.load(known + {2 * number + 1})"]
+        if self.by_key:
+            columns.insert(0, f"known = extremes + (of_map + tl.minimum(block, blocks - 1)) * {2 * len(self.by_key)}")
         of_head = [f"b = program // tiles // {heads}", f"h = program // tiles % {heads}"]
         of_batch = ["b = program // tiles", "h = 0"]
         names = [
             "counts",
             "places",
             "room",
+            *(["extremes"] if self.by_key else []),
             *context,
             "ROWS: tl.constexpr",
             "ROW_SPACE: tl.constexpr",
@@ -150,6 +161,7 @@ class MarkBlocks:
             f"start = tl.maximum({self.limits[0]}, 0) // KEYS",
             f"stop = tl.cdiv(tl.minimum({self.limits[1]}, {keys}), KEYS)",
             "places += tl.cast(program, tl.int64) * room",
+            *(["of_map = program // tiles * blocks"] if self.by_key else []),
             "edges = 0",
             "full = 0",
             "for first in range(start, stop, CHUNK):",
@@ -159,7 +171,6 @@ class MarkBlocks:
                     "block = first + tl.arange(0, CHUNK)",
                     "key_first = block * KEYS",
                     f"key_last = tl.minimum(key_first + KEYS, {keys}) - 1",
-                    f"j = tl.minimum(key_first[:, None] + tl.arange(0, KEYS)[None, :], {keys} - 1)",
                     *columns,
                     *self.possible_lines,
                     f"seen = {self.possible}",
@@ -197,56 +208,69 @@ class MarkBlocks:
             '    """',
             indented(body, 4),
         ]
-        return "\n".join(listed) + "\n\n\n" + ORDER
+        kernels = [*([self._extremes(context, heads, keys)] if self.by_key else []), "\n".join(listed), ORDER]
+        return "\n\n\n".join(kernels)
+
+    def _extremes(self, context: Iterable[str], heads: str, keys: str) -> str:
+        """The kernel that looks at the keys."""
+        width = 2 * len(self.by_key)
+        body = [
+            "program = tl.program_id(0)",
+            f"blocks = tl.cdiv({keys}, KEYS)",
+            *([f"b = program // blocks // {heads}", f"h = program // blocks % {heads}"] if self.by_head
+              else ["b = program // blocks", "h = 0"]),
+            f"j = tl.minimum(program % blocks * KEYS + tl.arange(0, KEYS), {keys} - 1)",
+            f"extremes += program * {width}",
+        ]  # fmt: skip
+        for number, each in enumerate(self.by_key):
+            body += [
+                *each.source(),
+                f"tl.store(extremes + {2 * number}, {each.low})",
+                f"tl.store(extremes + {2 * number + 1}, {each.high})",
+            ]
+        return "\n".join(
+            [
+                "@triton.jit",
+                signature("def key_extremes", ["extremes", *context, "KEYS: tl.constexpr"], ":"),
+                '    """One program: the least and the greatest of what the mask reads of the keys of a block."""',
+                indented(body, 4),
+            ]
+        )
 
 
 ORDER = '''\
 @triton.jit
-def order_tiles(counts, work, tiles, heads, lists, shared, rows, width, SPACE: tl.constexpr, CHUNK: tl.constexpr):
-    """Deal the tiles out. ``lists`` tiles have lists of their own; each stands for those of ``shared`` heads.
+def order_tiles(counts, order, tiles, SPACE: tl.constexpr, CHUNK: tl.constexpr):
+    """One program: the places of SPACE tiles among those that lie in one map.
 
-    A tile comes after all that visit more blocks. Of those that visit as many the tiles of one head stand together, in
-    the order of their queries: what they read in common stays in the cache.
+    A tile comes after all that visit more blocks. Of those that visit as many the first queries come first: what they
+    read in common stays in the cache. The first element counts the tiles of the first map that visit more than half of
+    what its longest visits, see ``listed_tile``.
     """
-    own_first = tl.program_id(0) * SPACE
-    own = own_first + tl.arange(0, SPACE)
-    cost = tl.load(counts + 2 * own + 1, mask=own < lists, other=0)
-    near = tl.load(counts + 2 * own + 1, mask=own < lists, other=-1)
-    same = (near[None, :] == cost[:, None]) & (own[None, :] < own[:, None])
-    ahead = tl.sum(((near[None, :] > cost[:, None]) | same).to(tl.int32), 1)
+    parts = tl.cdiv(tiles, SPACE)
+    first_of_map = tl.program_id(0) // parts * tiles
+    counts += 2 * first_of_map
+    own = tl.program_id(0) % parts * SPACE + tl.arange(0, SPACE)
+    cost = tl.load(counts + 2 * own + 1, mask=own < tiles, other=0)
     # summed once at the end: a sum over threads takes longer than all else
     passed = tl.zeros([SPACE, CHUNK], tl.int32)
-    for first in range(0, tl.minimum(own_first, lists), CHUNK):
+    for first in range(0, tiles, CHUNK):
         other = first + tl.arange(0, CHUNK)
-        costs = tl.load(counts + 2 * other + 1, mask=other < tl.minimum(own_first, lists), other=-1)
-        passed += (costs[None, :] >= cost[:, None]).to(tl.int32)
-    for first in range(own_first + SPACE, lists, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        costs = tl.load(counts + 2 * other + 1, mask=other < lists, other=-1)
-        passed += (costs[None, :] > cost[:, None]).to(tl.int32)
-    ahead += tl.sum(passed, 1)
-    equal = tl.zeros([SPACE], tl.int32)
-    longer = ahead
-    if shared > 1:
-        longer = tl.zeros([SPACE], tl.int32)
-        for first in range(0, lists, CHUNK):
+        costs = tl.load(counts + 2 * other + 1, mask=other < tiles, other=-1)
+        same = (costs[None, :] == cost[:, None]) & (other[None, :] < own[:, None])
+        passed += ((costs[None, :] > cost[:, None]) | same).to(tl.int32)
+    tl.store(order + 1 + first_of_map + tl.sum(passed, 1), own, mask=own < tiles)
+    if tl.program_id(0) == 0:
+        longest = tl.zeros([CHUNK], tl.int32)
+        for first in range(0, tiles, CHUNK):
             other = first + tl.arange(0, CHUNK)
-            costs = tl.load(counts + 2 * other + 1, mask=other < lists, other=-1)
-            longer += tl.sum((costs[None, :] > cost[:, None]).to(tl.int32), 1)
-            equal += tl.sum((costs[None, :] == cost[:, None]).to(tl.int32), 1)
-    for head in range(0, shared):
-        group = own // tiles * shared + head
-        batch, of_batch = group // heads, group % heads
-        tile = (batch.to(tl.int64) << 40) | (of_batch.to(tl.int64) << 24) | (own % tiles)
-        place = longer * shared + head * equal + ahead - longer
-        turn = place // rows
-        row = tl.where(turn % 2 == 0, place % rows, rows - 1 - place % rows)
-        tl.store(work + row * width + turn, tile, mask=own < lists)
-    # what is left of each row says that the work is done
-    place = lists * shared + own
-    turn = place // rows
-    row = tl.where(turn % 2 == 0, place % rows, rows - 1 - place % rows)
-    tl.store(work + row * width + turn, tl.full([SPACE], -1, tl.int64), mask=turn < width)'''
+            longest = tl.maximum(longest, tl.load(counts + 2 * other + 1, mask=other < tiles, other=0))
+        half = tl.max(longest, 0) // 2
+        long = tl.zeros([CHUNK], tl.int32)
+        for first in range(0, tiles, CHUNK):
+            other = first + tl.arange(0, CHUNK)
+            long += (tl.load(counts + 2 * other + 1, mask=other < tiles, other=0) > half).to(tl.int32)
+        tl.store(order, tl.sum(long, 0))'''
 
 KEPT = '''\
 KEPT = {}
@@ -265,37 +289,38 @@ def kept_lists(device, *sizes, make):
 """Where a mask loads nothing: its lists depend on sizes alone."""
 
 HOST = '''\
-def list_parts(memory, like, lists, shared, blocks, rows):
-    """For each tile how many blocks lie on an edge of the mask and how many it visits, which, and who computes it.
+def list_parts(memory, like, lists, blocks):
+    """For each tile how many blocks lie on an edge of the mask and how many it visits, which, and the tiles' order.
 
     All in one stretch of memory, each from a multiple of 16 bytes on.
     """
-    room, width = min(blocks, ROOM.value), triton.cdiv(lists * shared, rows) + 2
-    first = triton.cdiv(2 * rows * width, 4) * 4
-    second = first + triton.cdiv(2 * lists, 4) * 4
+    room = min(blocks, ROOM.value)
+    first = triton.cdiv(2 * lists, 4) * 4
+    second = first + triton.cdiv(1 + lists, 4) * 4
     if memory is None:
         memory = torch.empty(second + lists * room, dtype=torch.int32, device=like.device)
-    counts = memory[first : first + 2 * lists].view(lists, 2)
     places = memory[second : second + lists * room].view(lists, room)
-    return counts, places, memory[: 2 * rows * width].view(torch.int64).view(rows, width)
+    return memory[: 2 * lists].view(lists, 2), places, memory[first : first + 1 + lists]
 
 
-def block_lists(counts, places, arguments):
+def block_lists(counts, places, tiles, blocks, arguments):
     """Write for each tile how many blocks it visits, and which; see ``mark_blocks``."""
-    space = triton.next_power_of_2(BLOCK_I.value)
+    space, lists = triton.next_power_of_2(BLOCK_I.value), counts.shape[0]
+    programs = lists // tiles * blocks  # if by key
+    extremes = torch.empty((programs, EXTREMES), dtype=torch.int64, device=counts.device)  # if by key
+    launch(key_extremes, (programs,), extremes, *arguments, KEYS=BLOCK_J.value, num_warps=1)  # if by key
+    arguments = extremes, *arguments  # if by key
     launch(
-        mark_blocks, (counts.shape[0],), counts, places, places.shape[1], *arguments, ROWS=BLOCK_I.value,
-        ROW_SPACE=space, KEYS=BLOCK_J.value, CHUNK=CHUNK.value, num_warps=1 if CHUNK.value > 16 else 4,
+        mark_blocks, (lists,), counts, places, places.shape[1], *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space,
+        KEYS=BLOCK_J.value, CHUNK=128, num_warps=1,
     )
 
 
-def deal(counts, work, tiles, heads, shared):
-    """Write the work list of each thread block; see ``order_tiles``."""
-    lists, (rows, width) = counts.shape[0], work.shape
-    programs = triton.cdiv(max(lists, rows * width - lists * shared), 8)
-    launch(
-        order_tiles, (programs,), counts, work, tiles, heads, lists, shared, rows, width, SPACE=8, CHUNK=1024
-    )'''
+def tile_order(counts, order, tiles):
+    """Write in which order tiles are begun; see ``order_tiles``."""
+    programs = counts.shape[0] // tiles * triton.cdiv(tiles, 8)
+    launch(order_tiles, (programs,), counts, order, tiles, SPACE=8, CHUNK=128)'''
 
-MOST_PROCESSORS = 256
-"""Thread blocks that the work is dealt to at most: what lists take is known without a GPU."""
+RECENT = 8
+"""Entries of the work that a thread block remembers: it reads at most two ahead of the one that it computes, and its
+producer is at most two tiles ahead of that."""

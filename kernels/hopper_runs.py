@@ -16,7 +16,8 @@ LISTED = ("edges", "first_start", "turned", "listed", "crowded")
 COUNTED = ("listed_edges", "listed_blocks", "front", "back")
 """What ``counted`` loads for ``key_blocks``."""
 
-LISTS = (*LISTED, *COUNTED, "counted", "first_block", "row", "room")
+LISTS = (*LISTED, *COUNTED, "counted", "first_block", "listed_tile", "claimed_tile", "row", "room", "place", "taken", "maps", "long", "own", "rest",
+         "rank", "group")
 """Identifiers of the functions that read lists."""
 
 
@@ -82,13 +83,43 @@ def visited_blocks(runs: KeyRuns, context: tuple[str, ...], lengths: tuple[str, 
 
 
 def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[str, str, str]) -> str:
-    """``counted``, ``key_blocks`` and ``block_start`` from the lists that ``mark_blocks`` made."""
+    """The functions that read what ``mark_blocks`` and ``order_tiles`` wrote: tiles, and the blocks of each.
+
+    Thread blocks take tiles as they come to need them. The long ones come head by head, so that keys and values of few
+    heads have to stay in the cache: the longest of all heads first would read them from memory again and again. The
+    short ones of all heads come last, so that all thread blocks end at about the same time, though each knows two tiles
+    beforehand.
+    """
     heads, queries, keys = lengths
     of_head = f"b * {heads} + h" if marks.by_head else "b"
     row = [
         f"row = ({of_head}) * gl.cdiv({queries}, BLOCK_I) + row_first // BLOCK_I",
         f"room = gl.minimum(gl.cdiv({keys}, BLOCK_J), ROOM)",
         "listed = places + gl.cast(row, gl.int64) * room",
+    ]
+    tile = [
+        "@gluon.jit",
+        signature("def listed_tile", ["place", "tile_count", *context], ":"),
+        '    """An entry of the work: head by head the long tiles, the longest first, then the others; then −1."""',
+        f"    tiles = gl.cdiv({queries}, BLOCK_I)",
+        "    maps = tile_count // tiles",
+        "    long = gl.load(order)",
+        "    own = gl.minimum(place, tile_count - 1)",
+        "    rest = gl.maximum(own - long * maps, 0)",
+        "    rank = gl.where(own < long * maps, own % long, long + rest // maps)",
+        "    group = gl.where(own < long * maps, own // long, rest % maps)",
+        f"    b, h = group // {heads}, group % {heads}",
+        f"    tile = gl.cast(gl.load(order + 1 + ({of_head}) * tiles + rank), gl.int64)",
+        "    tile = (gl.cast(b, gl.int64) << 40) | (gl.cast(h, gl.int64) << 24) | tile",
+        "    return gl.where(place < tile_count, tile, -1)",
+    ]
+    claimed = [
+        "@gluon.jit",
+        signature("def claimed_tile", ["work", "tile_count", *context], ":"),
+        '    """The next entry of the work that no thread block has taken; the first two of each are known."""',
+        '    taken = gl.atomic_add(work - (gl.program_id(0) + 1) * RECENT, 1, sem="relaxed")',
+        "    place = 2 * gl.num_programs(0) + gl.cast(taken, gl.int32)",
+        f"    return {signature('listed_tile', ['place', 'tile_count', *context], '', inside=11)}",
     ]
     counted = [
         "@gluon.jit",
@@ -118,10 +149,12 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
     ]
     place = [
         "place = gl.where(number < edges, number, turned - number)",
-        "start = gl.load(listed + gl.where(crowded < 0, place, 0))",
+        "# One past the last block may be asked for.",
+        "start = gl.load(listed + gl.where(crowded < 0, gl.maximum(place, 0), 0))",
         "start = gl.where(crowded < 0, start, crowded + number) * BLOCK_J",
     ]
-    return tidy(counted) + "\n\n\n" + tidy(first) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
+    functions = (tile, claimed, counted, first)
+    return "\n\n\n".join(tidy(lines) for lines in functions) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
 
 
 def _placed(

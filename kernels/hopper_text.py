@@ -10,7 +10,7 @@ operand, ``PRODUCTS`` for the type of products of queries and keys, ``OUT_DTYPE`
 
 LOGITS = '''
 @gluon.jit
-def logits(s, start, first_row, b, h, CONTEXT, EDGE: gl.constexpr):
+def logits(s, start, first_row, b, h, BY_BOTH, CONTEXT, EDGE: gl.constexpr):
     """Logits of a block from its products, up to their constant factor; HIDDEN where an EDGE block hides them.
 
     A thread's columns are 8n + c + 2·(lane % 4): ``near`` differs between threads, ``far`` between the registers of
@@ -32,7 +32,7 @@ STEP = '''
 @gluon.jit
 def step(
     QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
-    stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, CONTEXT AND_SCORES,
+    stage, phase, next_stage, next_phase, more, start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES,
     GROUP: gl.constexpr, EDGE: gl.constexpr,
 ):
     """One key block: its products with the queries, then its weights while the block before meets its values.
@@ -41,6 +41,7 @@ def step(
     follows. AHEAD
     """
     # <block_scales>
+    # <own_elements>
     # The query's place is made anew in each step. Made once, ptxas 12.8 takes it  # if placed
     # in one loop from the loop before, even where that one did not run.  # if placed
     query_tile = query_tiles.index(query_slot + (start >> 31)).reshape([64, CHANNELS])  # if placed
@@ -72,21 +73,23 @@ def step(
     values = value_tiles.index(stage).reshape([FEATURES, BLOCK_J]).permute((1, 0))  # if narrow values
     sums = warpgroup_mma(weights, values, accumulator, is_async=True)
     signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
+    # <columns>
     if EDGE:  # if digits
         s, sums, hidden = warpgroup_mma_wait(1, deps=[products, sums, hidden])  # if digits
     else:  # if digits
         s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if digits
     s, sums = warpgroup_mma_wait(1, deps=[products, sums])  # if no digits behind
     signal(KEY_FREE + next_stage, GROUPS * 128 + 32)  # if behind
+    # <columns_late>
     # <scaled>
-    s = logits(s, start, first_row, b, h, CONTEXT, EDGE)
+    s = logits(s, start, first_row, b, h, BY_BOTH, CONTEXT, EDGE)
     # <highest>
     new_peak = gl.maximum(peak, highest)  # if softmax
     factor = gl.exp2(peak - new_peak)  # if softmax
     # <exponentials>
-    in_columns = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)  # if softmax
-    total = total * gl.expand_dims(in_columns, 1) + own_sums(p)  # if summed wide values
-    total = total * gl.expand_dims(in_columns, 1) + own_sums(p) * value_inverse  # if narrow values
+    change = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)  # if softmax
+    total = total * gl.expand_dims(change, 1) + own_sums(p)  # if summed wide values
+    total = total * gl.expand_dims(change, 1) + own_sums(p) * value_inverse  # if narrow values
     total = settled(total)  # if settled
     last_stage, last_phase = following(later_stage, later_phase)  # if ahead
     mbarrier.wait(key_ready.index(last_stage), last_phase, pred=more)  # if ahead
@@ -107,7 +110,7 @@ CONSUMER = '''
 @gluon.jit
 def consumer(
     query_tiles, key_tiles, value_tiles, out_tiles, out, query_ready, query_free, key_ready, value_ready,
-    LAUNCHED, work, CONTEXT, GROUP: gl.constexpr,
+    LAUNCHED, WORK, CONTEXT, GROUP: gl.constexpr,
 ):
     """A warpgroup: 64 queries of each tile on the work list."""
     if GROUP == GROUPS - 1:  # if turns
@@ -116,14 +119,17 @@ def consumer(
     phase = 0
     buffer = 0
     buffer_phase = 0
-    tile = gl.load(work)
-    next_tile = gl.load(work + 1)
+    tile = gl.load(work)  # if limits
+    next_tile = gl.load(work + 1)  # if limits
+    tile = listed_tile(gl.program_id(0), tile_count, CONTEXT)  # if listed
+    next_tile = listed_tile(gl.program_id(0) + gl.num_programs(0), tile_count, CONTEXT)  # if listed
     position = 2
     COUNTED = counted(tile, CONTEXT)  # if listed
     next_factor = query_factors(query_scale, tile, HEADS, QUERIES, GROUP, QUERY_BLOCK)  # if narrow
+    row_first, b, h = unpacked(tile)  # if known early
+    # <first_elements>
     mbarrier.wait(query_ready.index(GROUP), 0)
     mbarrier.wait(key_ready.index(0), 0)
-    row_first, b, h = unpacked(tile)  # if digits
     hidden = hidden_digits(first_block(COUNTED), row_first + 64 * GROUP, b, h, CONTEXT)  # if digits
     first_products = gl.zeros([64, BLOCK_J], gl.float32, SCORES)  # if digits
     first_products = warpgroup_mma(  # if digits
@@ -140,7 +146,9 @@ def consumer(
     s = warpgroup_mma_wait(0, deps=[first_products])  # if no digits
     s, hidden = warpgroup_mma_wait(0, deps=[first_products, hidden])  # if digits
     while tile >= 0:
-        later_tile = gl.load(work + position)
+        later_tile = gl.load(work + position)  # if limits
+        # The producer wrote it before it said that this tile's queries are coming.  # if listed
+        later_tile = gl.load(work + position % RECENT)  # if listed
         row_first, b, h = unpacked(tile)
         first_row = row_first + 64 * GROUP
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
@@ -161,12 +169,14 @@ def consumer(
             is_async=True,  # if ahead
         )  # if ahead
         # <tile_scales>
-        s = logits(s, block_start(0, KNOWN), first_row, b, h, CONTEXT, True)  # if wide limits
+        # <own_elements>
+        # <columns>
+        s = logits(s, block_start(0, KNOWN), first_row, b, h, BY_BOTH, CONTEXT, True)  # if wide limits
         if edges > 0:  # if listed selected
-            s = logits(s, first_start, first_row, b, h, CONTEXT, True)  # if listed selected
+            s = logits(s, first_start, first_row, b, h, BY_BOTH, CONTEXT, True)  # if listed selected
         else:  # if listed selected
-            s = logits(s, first_start, first_row, b, h, CONTEXT, False)  # if listed selected
-        s = logits(s, start, first_row, b, h, CONTEXT, True)  # if narrow
+            s = logits(s, first_start, first_row, b, h, BY_BOTH, CONTEXT, False)  # if listed selected
+        s = logits(s, start, first_row, b, h, BY_BOTH, CONTEXT, True)  # if narrow
         # <first_highest>
         # <first_exponentials>
         total = own_sums(p)  # if summed wide values
@@ -181,12 +191,17 @@ def consumer(
         s = warpgroup_mma_wait(0, deps=[products])  # if ahead
         next_stage, next_phase = following(stage, phase)  # if behind
         mbarrier.wait(key_ready.index(next_stage), next_phase, pred=blocks > 1)  # if late
+        # Where a block begins is asked for a step before.  # if listed
+        start = block_start(1, KNOWN)  # if listed
         for number in range(1, edges):
+            later_start = block_start(number + 1, KNOWN)  # if listed
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
                 QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
                 stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-                block_start(number, KNOWN), first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, True,
+                block_start(number, KNOWN), first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, True,  # if limits
+                start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, True,  # if listed
             )
+            start = later_start  # if listed
         # <full>
         mbarrier.arrive(query_free.index(buffer * GROUPS + GROUP), count=1)  # if no digits
         # The last values of this tile, and the first keys of the next; after the last tile that product is not used.
@@ -196,7 +211,7 @@ def consumer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         last_stage = stage
-        next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if digits
+        next_row, next_b, next_h = unpacked(gl.maximum(next_tile, 0))  # if known early
         hidden = hidden_digits(first_block(COUNTED), next_row + 64 * GROUP, next_b, next_h, CONTEXT)  # if digits
         weights = OPERAND(weights)
         meet(TURN + GROUP, 256)  # if turns
@@ -220,6 +235,7 @@ def consumer(
         )
         signal(TURN + (GROUP + 1) % GROUPS, 256)  # if turns
         next_factor = query_factors(query_scale, next_tile, HEADS, QUERIES, GROUP, QUERY_BLOCK)  # if narrow
+        # <next_elements>
         accumulator, next_s, weights = warpgroup_mma_wait(1, deps=[sums, next_products, weights])  # if wide values
         accumulator, next_s = warpgroup_mma_wait(1, deps=[sums, next_products])  # if narrow values
         kept(weights)  # if narrow values
@@ -249,11 +265,14 @@ def consumer(
 
 FULL = """
 for number in range(gl.maximum(edges, 1), blocks):
+    later_start = block_start(number + 1, KNOWN)  # if listed
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
+        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
     )
+    start = later_start  # if listed
 """
 
 PAIRS = """
@@ -261,24 +280,33 @@ PAIRS = """
 rest = gl.maximum(edges, 1)
 for pair in range((blocks - rest) // 2):
     number = rest + 2 * pair
+    later_start = block_start(number + 1, KNOWN)  # if listed
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
+        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
     )
+    start = later_start  # if listed
     number += 1
+    later_start = block_start(number + 1, KNOWN)  # if listed
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
+        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
     )
+    start = later_start  # if listed
 if (blocks - rest) % 2 == 1:
     number = blocks - 1
+    later_start = block_start(number + 1, KNOWN)  # if listed
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, CONTEXT AND_SCORES, GROUP, False,
+        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
+        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
     )
+    start = later_start  # if listed
 """
 
 STORED = """
@@ -294,7 +322,7 @@ gl.store(out + out_offsets, accumulator.to(OUT_DTYPE), mask=real)
 PRODUCER = '''
 @gluon.jit
 def producer(
-    query, key, value, query_tiles, key_tiles, value_tiles, query_ready, query_free, key_ready, value_ready, work,
+    query, key, value, query_tiles, key_tiles, value_tiles, query_ready, query_free, key_ready, value_ready, WORK,
     CONTEXT,
 ):
     """One warp: copies the tiles that the warpgroups multiply, as far ahead as there is room."""
@@ -307,11 +335,15 @@ def producer(
     last_g = 0  # if two buffers
     last_start = 0  # if two buffers
     last_stage = 0  # if two buffers
-    tile = gl.load(work)
+    tile = gl.load(work)  # if limits
+    tile = listed_tile(gl.program_id(0), tile_count, CONTEXT)  # if listed
+    next_tile = listed_tile(gl.program_id(0) + gl.num_programs(0), tile_count, CONTEXT)  # if listed
     COUNTED = counted(tile, CONTEXT)  # if listed
     position = 1
     while tile >= 0:
-        next_tile = gl.load(work + position)
+        next_tile = gl.load(work + position)  # if limits
+        later_tile = claimed_tile(work, tile_count, CONTEXT)  # if listed
+        gl.store(work + (position + 1) % RECENT, later_tile)  # if listed
         row_first, b, h = unpacked(tile)
         g = KV_HEAD
         blocks, KNOWN = key_blocks(TILE, CONTEXT)
@@ -349,6 +381,7 @@ def producer(
             buffer_phase ^= 1  # if two buffers
         buffer_phase ^= 1  # if one buffer
         tile = next_tile
+        next_tile = later_tile  # if listed
         position += 1
     if filled > 0:  # if two buffers
         at = VALUE_PLACE(last_b, last_g, last_start)  # if two buffers
@@ -357,8 +390,9 @@ def producer(
 
 KERNEL = '''
 @gluon.jit(do_not_specialize=[UNSPECIALIZED])
-def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
-    """One thread block for each row of the work list."""
+def attend_forward(DESCRIPTORS, POINTERS, WORK_SIZE, STRIDES, SIZES):
+    """One thread block for each row of the work list."""  # if limits
+    """Each thread block takes tiles as long as there are any."""  # if listed
     query_tiles = gl.allocate_shared_memory(query.dtype, [BUFFERS * GROUPS, QUERY_BOX, CHANNELS], query.layout)
     key_tiles = gl.allocate_shared_memory(key.dtype, [STAGES, KEY_BOX, CHANNELS], key.layout)
     value_tiles = gl.allocate_shared_memory(value.dtype, [STAGES, VALUE_BOX], value.layout)
@@ -376,7 +410,9 @@ def attend_forward(DESCRIPTORS, POINTERS, work_width, STRIDES, SIZES):
         mbarrier.init(key_ready.index(stage), count=1)
         mbarrier.init(value_ready.index(stage), count=1)
     fence_async_shared()
-    work += gl.program_id(0) * work_width
+    work += gl.program_id(0) * work_width  # if limits
+    # The first row counts the tiles that are taken, each other is what a thread block took last.  # if listed
+    work += (gl.program_id(0) + 1) * RECENT  # if listed
     gl.warp_specialize(
         [
             # <consumers>

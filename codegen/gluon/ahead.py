@@ -112,27 +112,26 @@ def compile_gradients_ahead(module: HopperGradients, dtype: str) -> Compiled:
 def _small(
     loaded: Any, module: HopperModule, known: dict[str, str], constants: dict[str, Any], aligned: list[str]
 ) -> list[Compiled]:
-    """The kernels that list key blocks and deal out tiles."""
+    """The kernels that list key blocks and order tiles."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     tile = module.skeleton.tile
     space = 1 << (tile.queries - 1).bit_length()
-    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 8, **constants}
-    chunks = {"mark_blocks": module.skeleton.marks.chunk if module.skeleton.marks else 0, "order_tiles": 1024}
+    chosen = {"ROWS": tile.queries, "ROW_SPACE": space, "KEYS": tile.keys, "SPACE": 8, "CHUNK": 128, **constants}
+    warps = {"key_extremes": 1, "mark_blocks": 1, "order_tiles": 4}
+    known = {**known, "extremes": "*i64"}
     made = []
-    for name in ("mark_blocks", "order_tiles"):
+    for name in (name for name in warps if hasattr(loaded, name)):
         function = getattr(loaded, name)
-        chosen["CHUNK"] = chunks[name]
         arguments = {n: "constexpr" if n in chosen else known.get(n, "i32") for n in function.arg_names}
         attributes = {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in arguments}
         source = ASTSource(
             function, arguments, constexprs={n: chosen[n] for n in arguments if n in chosen}, attrs=attributes
         )
-        warps = 1 if name == "mark_blocks" and chosen["CHUNK"] > 16 else 4
         built = triton.compile(
-            source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp), options={"num_warps": warps}
+            source, target=GPUTarget(HOPPER.backend, HOPPER.arch, HOPPER.warp), options={"num_warps": warps[name]}
         )
         made.append(described(name, HOPPER, built, arguments, chosen))
     return made

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 
 from attncompile.codegen.gluon.boxes import boxes_of
-from attncompile.codegen.gluon.by_key import OWN_KEY, LoadsByKey
 from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, read_once
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
+from attncompile.codegen.gluon.elements import OWN_KEY, Early
 from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines, list_lines
 from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
@@ -46,7 +46,6 @@ from attncompile.kernels.hopper_boxes import WORDS, Boxes
 from attncompile.kernels.hopper_digits import MOST
 from attncompile.kernels.hopper_digits import WORDS as DIGIT_WORDS
 from attncompile.kernels.hopper_lines import hopper_function
-from attncompile.kernels.hopper_marks import HOST as LISTS
 from attncompile.kernels.hopper_marks import KEPT, MarkBlocks
 from attncompile.kernels.quantize import DEVICE_FUNCTIONS as ROUNDING_FUNCTIONS
 
@@ -122,7 +121,7 @@ def generate(
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     found = visits(parts.mask, parts.query.sizes[2], parts.key.sizes[2])
     shared = list_lines(parts, binding, lengths, skeleton, moved) if ListRoom.of(skeleton) else None
-    lists = [LISTS] if skeleton.captured else [LISTS, KEPT]
+    lists = [skeleton.marks.host(), *([] if skeleton.captured else [KEPT])] if skeleton.marks else []
     counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
     rounding = rounding_texts(spec, parts)
     sections = (
@@ -149,13 +148,13 @@ def generate(
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    elements |= {"out": "operand", "lse": "float32", "work": "int64", "counts": "int32", "places": "int32"}
+    elements |= {"out": "operand", "lse": "float32", "work": "int64"} | dict.fromkeys(("counts", "places", "order"), "int32")
     elements |= dict.fromkeys(("query_scale", "key_scale", "value_scale"), "float32")
     kernel = Kernel(
         "attend_forward",
         tuple((pointer, elements[pointer]) for pointer in skeleton.pointers()),
         skeleton.strides(),
-        ("work_width", *skeleton.integers()),
+        (skeleton.work_size, *skeleton.integers()),
         {},
         {},
     )
@@ -225,12 +224,12 @@ def _skeleton(
         by_digit = Scope(indices, binding.sizes, binding.pointers, types, extents_by_digit, GLUON)
         digits = digits_of(parts.mask, tile.keys, by_digit)
     room = SHARED_MEMORY - shared_bytes(tile, padded(channels), padded(features), codes_of(parts))
-    by_key = LoadsByKey.of(score_text, TRUE if digits else mask_text, pairs, tile, room)
-    named = dataclasses.replace(pairs, given=by_key.names)
+    early = Early.of(score_text, TRUE if digits else mask_text, pairs, tile, room)
+    named = dataclasses.replace(pairs, given=early.names)
     score = None if parts.score == SCORE else function_of("score", score_text, named)
     visible = None if parts.mask == TRUE else function_of("visible", mask_text, named)
-    loading = by_key.functions(pairs)
-    functions = (score, visible, sink, *(load.function for load in loading))
+    elements = early.functions(pairs)
+    functions = (score, visible, sink, *elements.functions())
     parameters = [name for function in functions if function for name in function.parameters]
     return HopperForward(
         tile=tile,
@@ -253,7 +252,7 @@ def _skeleton(
         boxes=boxes,
         digits=digits,
         narrow=narrow_operands(parts),
-        by_key=loading,
+        elements=elements,
         normalizer=attend.norm.kind,
     )
 

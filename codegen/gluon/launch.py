@@ -137,7 +137,7 @@ def work_list(device, batch, heads, queries, *sizes):
 
 _WORDS = """
     HALF ROUNDED Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
-    counts places lists tiles blocks block_lists list_parts mask_lists memory deal rows
+    counts places order lists tiles blocks block_lists list_parts mask_lists memory tile_order rows tile_count programs extremes
     start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
@@ -257,15 +257,14 @@ def launch_lines(
         *(["lse"] if skeleton.lse else []),
         *(skeleton.narrow.scales() if skeleton.narrow else ()),
         *captured,
-        *(["counts", "places"] if skeleton.marks else []),
-        "work",
-        "work.shape[1]",
+        *(["counts", "places", "order", "work", "tile_count"] if skeleton.marks else ["work", "work.shape[1]"]),
         *([] if tile.staged else ["*out.stride()[:3]"]),
         *(f"*{name}.stride()" for name in captured),
         *sizes,
         "num_warps=4",
         f"maxnreg={tile.limit}",
     ]
+    blocks = "rows" if skeleton.marks else "work.shape[0]"
     lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
     results = {attend.out: "out", attend.lse: "lse"} | ({moved.after.out: "out"} if moved else {})
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
@@ -293,6 +292,6 @@ def launch_lines(
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,
-        *signature("launch", ["attend_forward", "(work.shape[0],)", *arguments], "", 4, inside=4).splitlines(),
+        *signature("launch", ["attend_forward", f"({blocks},)", *arguments], "", 4, inside=4).splitlines(),
         returned,
     ]

@@ -18,7 +18,7 @@ from attncompile.codegen.triton.module import Binding, Length, expectations
 from attncompile.codegen.triton.structure import Dense
 from attncompile.ir import Spec
 from attncompile.kernels.hopper import HopperForward
-from attncompile.kernels.hopper_marks import MOST_PROCESSORS, ROOM
+from attncompile.kernels.hopper_marks import ROOM
 from attncompile.kernels.source import indented, signature
 
 SMALLEST_TILE = 128
@@ -53,8 +53,7 @@ class ListRoom:
         """Numbers of 4 bytes at most; sizes may be symbols of a traced graph, and so is the result then."""
         tiles, blocks = -(-queries // self.queries), -(-keys // self.keys)
         lists = batch * (heads if self.by_head else 1) * tiles
-        work = batch * heads * tiles + 3 * MOST_PROCESSORS
-        return 2 * work + 2 * lists + 8 + lists * torch.sym_min(blocks, ROOM)
+        return 3 * lists + 9 + lists * torch.sym_min(blocks, ROOM)
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class ListLines:
         sizes: statements that count tiles, blocks and thread blocks.
         parts: statements that divide memory called by a name, which stands in them as MEMORY.
         made: statements that write the lists.
+        work: statements that make what a call's thread blocks take tiles from.
         key: sources of the device and of all sizes.
         query: parameter that tells the device.
     """
@@ -72,6 +72,7 @@ class ListLines:
     sizes: tuple[str, ...]
     parts: tuple[str, ...]
     made: tuple[str, ...]
+    work: tuple[str, ...]
     key: tuple[str, ...]
     query: str
 
@@ -100,19 +101,23 @@ class ListLines:
         sizes = [values.get(name, name) for name in skeleton.integers()]
         captured = [binding.tensors[name] for name in binding.pointers]
         read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
-        lists, shared = (f"{batch} * {heads} * tiles", "1") if skeleton.marks.by_head else (f"{batch} * tiles", heads)
+        lists = f"{batch} * {heads} * tiles" if skeleton.marks.by_head else f"{batch} * tiles"
         processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
-        divided = ["MEMORY", query, lists, shared, "blocks", "rows"]
+        divided = ["MEMORY", query, lists, "blocks"]
         return cls(
             (
                 f"tiles = triton.cdiv({queries}, BLOCK_I.value)",
                 f"blocks = triton.cdiv({lengths[2].value}, BLOCK_J.value)",
-                f"rows = min({processors}, {MOST_PROCESSORS}, {batch} * {heads} * tiles)",
             ),
-            tuple(signature("counts, places, work = list_parts", divided, "", inside=12).splitlines()),
+            tuple(signature("counts, places, order = list_parts", divided, "", inside=12).splitlines()),
             (
-                *signature("block_lists", ["counts", "places", f"({', '.join(read)},)"], "", inside=12).splitlines(),
-                f"deal(counts, work, tiles, {heads}, {shared})",
+                *signature("block_lists", ["counts", "places", "tiles", "blocks", f"({', '.join(read)},)"], "", inside=12).splitlines(),
+                "tile_order(counts, order, tiles)",
+            ),
+            (
+                f"tile_count = {batch} * {heads} * tiles",
+                f"rows = min({processors}, tile_count)",
+                f"work = torch.zeros((rows + 1, RECENT.value), dtype=torch.int64, device={query}.device)",
             ),
             (f"{query}.device", *dict.fromkeys((batch, heads, queries, *sizes))),
             query,
@@ -122,12 +127,11 @@ class ListLines:
         """Lines before the kernel, within its device; ``given`` where a call may be handed its lists."""
         if given:
             rest = [*self._parts("lists"), "if lists is None:", *(f"    {line}" for line in self.made)]
-            return indented([*self.sizes, *rest], 4).splitlines()
+            return indented([*self.sizes, *rest, *self.work], 4).splitlines()
         own = ["", "def lists():", *(f"    {line}" for line in (*self._parts("None"), *self.made))]
-        kept = signature("counts, places, work = kept_lists", [*self.key, "make=lists"], "", inside=8)
-        return indented(
-            [*self.sizes, *own, "    return counts, places, work", "", *kept.splitlines()], 4
-        ).splitlines()
+        kept = signature("counts, places, order = kept_lists", [*self.key, "make=lists"], "", inside=8)
+        lines = [*self.sizes, *own, "    return counts, places, order", "", *kept.splitlines(), *self.work]
+        return indented(lines, 4).splitlines()
 
     def function(self, spec: Spec, binding: Binding) -> str:
         """``mask_lists`` as text."""

@@ -66,7 +66,7 @@ class Scope:
         types: types of the tensors.
         extents: index name to the size of its axis, for indices that are known to lie inside.
         dialect: the language.
-        given: loads whose values have names already.
+        given: parts whose values have names already.
     """
 
     indices: Mapping[str, str]

@@ -267,7 +267,9 @@ def test_compiles_for_sm_90(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TRITON_CACHE_DIR", f"{tmp_path}/compiled")
     module = generate(COMPILED[name], in_place=True)
     *small, kernel = compile_ahead(module, "bfloat16")
-    before = [each.name for each in module.moving] + (["mark_blocks", "order_tiles"] if module.skeleton.marks else [])
+    marks = module.skeleton.marks
+    lists = [*(["key_extremes"] if marks.by_key else []), "mark_blocks", "order_tiles"] if marks else []
+    before = [each.name for each in module.moving] + lists
     assert [each.kernel for each in small] == before
     assert (module.skeleton.boxes is not None) == (name in ("plane", "volume"))
     assert bool(module.moving) == (name == "copied")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -105,11 +104,9 @@ def answer(room: int = 0) -> None:
         values = {"H": 2, **sizes}
         strides = [step for tensor in captured for step in tensor.stride()]
         read = [*captured, *strides, *(values[name] for name in skeleton.integers())]
-        counts, places, work = loaded.list_parts(
-            None, tensors["q"], sizes["B"] * heads * tiles, 2 // heads, blocks, 5
-        )
-        loaded.block_lists(counts, places, read)
-        loaded.deal(counts, work, tiles, 2, 2 // heads)
+        counts, places, order = loaded.list_parts(None, tensors["q"], sizes["B"] * heads * tiles, blocks)
+        loaded.block_lists(counts, places, tiles, blocks, read)
+        loaded.tile_order(counts, order, tiles)
         assert places.shape[1] == (room or blocks)
         shown = evaluate(attend.mask, attend.environment(tensors, sizes, tensors["q"].dtype))
         shown = shown.expand(sizes["B"], 2, sizes["I"], sizes["J"])
@@ -125,22 +122,10 @@ def answer(room: int = 0) -> None:
                     faults.append([number, block, "hidden" if block not in edge + full else "shown"])
             if len(set(edge + full)) != total:
                 faults.append([number, edge, full])
-        cost_of = {
-            b << 40 | h << 24 | tile: int(counts[(b * heads + h % heads) * tiles + tile, 1])
-            for b in range(sizes["B"])
-            for h in range(2)
-            for tile in range(tiles)
-        }
-        dealt = sorted(tile for tile in work.flatten().tolist() if tile >= 0)
-        longest_first = all(
-            cost_of[one] >= cost_of[other]
-            for row in work.tolist()
-            for one, other in itertools.pairwise(row)
-            if other >= 0
-        )
-        complete = longest_first and dealt == [
-            b << 40 | h << 24 | tile for b in range(sizes["B"]) for h in range(2) for tile in range(tiles)
-        ] and bool((work[:, -2:] == -1).all())
+        costs = counts[:, 1].view(-1, tiles)
+        longest_first = torch.argsort(costs, descending=True, stable=True)
+        complete = torch.equal(order[1:].view(-1, tiles), longest_first.to(order.dtype))
+        complete = complete and int(order[0]) == int((costs[0] > costs[0].max() // 2).sum())
         visited = int(counts[:, 1].sum()), int((counts[:, 1] - counts[:, 0])[counts[:, 0] >= 0].sum())
         print(json.dumps([case.name, faults, complete, visited, len(counts) * blocks]))
 

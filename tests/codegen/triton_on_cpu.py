@@ -104,6 +104,12 @@ class Pointer:
         found[shown] = self.memory[offsets[shown]]
         return register(found)
 
+    def add(self, value: int) -> Any:
+        """Add to the element there; gives what it was."""
+        before = register(self.load().clone())  # one element is a view
+        self.store(before + value)
+        return before
+
     def store(self, values: Any, mask: Any = None) -> None:
         """Write the elements for which ``mask`` is true."""
         offsets, shown = self._places(mask)
@@ -113,9 +119,10 @@ class Pointer:
 
 @dataclass
 class Program:
-    """Which program of a grid runs."""
+    """Which program of a grid runs, and how many there are."""
 
     number: int = 0
+    count: int = 1
 
 
 PROGRAM = Program()
@@ -146,6 +153,7 @@ def numbers() -> dict[str, Any]:
         "minimum": two(torch.minimum, min), "maximum": two(torch.maximum, max),
         "where": lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
         "cdiv": lambda a, b: (a + b - 1) // b, "program_id": lambda _: PROGRAM.number,
+        "num_programs": lambda _: PROGRAM.count, "atomic_add": lambda pointer, value, sem: pointer.add(value),
         "arange": lambda a, b, layout=None: register(torch.arange(a, int(b))),
         "exp2": lambda x: torch.exp2(x), "exp": torch.exp, "log2": torch.log2, "abs": torch.abs, "ceil": torch.ceil,
         "max": lambda x, axis: torch.amax(x, axis), "min": lambda x, axis: torch.amin(x, axis),
@@ -163,6 +171,7 @@ def launched(kernel: Callable[..., None], grid: tuple[int, ...], *arguments: Any
     given = [Pointer.of(each) if isinstance(each, torch.Tensor) else each for each in arguments]
     taken = inspect.signature(kernel).parameters
     own = {name: value for name, value in options.items() if name in taken}
-    for number in range(math.prod(grid)):
+    PROGRAM.count = math.prod(grid)
+    for number in range(PROGRAM.count):
         PROGRAM.number = number
         kernel(*given, **own)

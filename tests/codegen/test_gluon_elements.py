@@ -33,7 +33,8 @@ ROWS = (
     (_row("bias", "0.25·s + bias[h, j]", "j ≤ i + 170", "bias[2,J]:float32"), 1),
     (_row("both", "0.25·s·gain[b, j]", "gain[b, j] > 0.0 and kept[b, j]", "gain[B,J]:float32", "kept[B,J]:bool"), 2),
     (_row("nested", "0.25·s + of_kind[kind[b, j]]", "true", "of_kind[5]:float32", "kind[B,J]:int32"), 1),
-    (_row("ahead", "0.25·s", "kept[b, min(j + 7, J − 1)] and kept[b, j]", "kept[B,J]:bool"), 2),
+    (_row("ahead", "0.25·s", "kept[b, min(j + 7, J − 1)] and kept[b, j]", "kept[B,J]:bool"), 1),
+    (_row("apart", "0.25·s", "kept[b, j] ≠ kind[b, i] and kind[b, j] = kind[b, i]", "kept[B,J]:int64", "kind[B,I]:int32"), 2),
     (_row("pairs", "0.25·s + bias[i, j]", "kept[b, j] = 1", "bias[I,J]:bfloat16", "kept[B,J]:uint8"), 1),
     (_row("of-queries", "0.25·s", "kept[b, max(i − j, 0)] and j ≤ i", "kept[B,I]:bool"), 0),
 )
@@ -43,7 +44,7 @@ ROWS = (
 def test_loaded_once_for_a_block(case: Case, count: int) -> None:
     module = generate(case.spec)
     skeleton = module.skeleton
-    assert len(skeleton.by_key) == count
+    assert len(skeleton.elements.keys) == count
     assert count == 0 or skeleton.visible is None or "pairs" in case.name or "j" not in skeleton.visible.parameters
     tensors = {n: t.to(torch.bfloat16) if n in "qkv" else t for n, t in case.tensors(3).items()}
     found = run_on_cpu(module, list(tensors.values()))
@@ -53,10 +54,10 @@ def test_loaded_once_for_a_block(case: Case, count: int) -> None:
 def test_more_than_there_are_names_for() -> None:
     """The others are loaded by each thread."""
     names = [f"kept{number}" for number in range(10)]
-    mask = " and ".join(f"{name}[b, j]" for name in names)
+    mask = " and ".join(f"({name}[b, j] or {name}[b, min(i, J − 1)])" for name in names)
     case = _row("many", "0.25·s", mask, *(f"{name}[B,J]:bool" for name in names))
     module = generate(case.spec)
-    assert len(module.skeleton.by_key) == 8
+    assert len(module.skeleton.elements.keys) == len(module.skeleton.elements.rows) == 8
     tensors = {n: t.to(torch.bfloat16) if n in "qkv" else t for n, t in case.tensors(3).items()}
     tensors |= {name: torch.rand(tensors[name].shape) < 0.9 for name in names}
     found = run_on_cpu(module, list(tensors.values()))
