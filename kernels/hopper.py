@@ -12,7 +12,7 @@ Follows: Dao 2023 (arXiv:2307.08691); Shah et al. 2024 (arXiv:2407.08608).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, NarrowOperands
 from attncompile.kernels.hopper_boxes import Boxes
@@ -158,7 +158,7 @@ class HopperForward:
     boxes: Boxes | None = None
     digits: KeyDigits | None = None
     narrow: NarrowOperands | None = None
-    elements: Elements = Elements()
+    elements: Elements = field(default_factory=Elements)
     normalizer: str = "softmax"
 
     @property
@@ -332,6 +332,9 @@ class HopperForward:
         ahead = self.tile.ahead
         line = line.replace(" AND_SCORES", ", s" if ahead else "").replace("FURTHER", "2" if ahead else "1")
         line = line.replace(" AHEAD", " ``s`` are its products: this step makes those of the next." if ahead else "")
+        starts = ("block_start(number, KNOWN)", "full_start + (number - edges) * BLOCK_J")
+        for marker, start in zip(("EDGE_START", "FULL_START"), starts, strict=True):
+            line = line.replace(marker, "start" if self.marks else start)
         lists = {
             "CONTEXT": self.context(),
             "KNOWN": known(self.runs, self.marks),
@@ -524,7 +527,6 @@ class HopperForward:
 
 TEMPLATES = (LOGITS, STEP, CONSUMER, FULL, PAIRS, STORED, PRODUCER, KERNEL)
 
-RESERVED = frozenset(
-    re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join((IMPORTS, device_source(), *TEMPLATES, WORDS, ELEMENT_WORDS, *LISTS)))
-)
+_TEXTS = (IMPORTS, device_source(), *TEMPLATES, WORDS, ELEMENT_WORDS, *LISTS)
+RESERVED = frozenset(re.findall(r"[a-z_]\w*|[A-Z]+_?\w*", "\n".join(_TEXTS)))
 """Identifiers that the skeleton uses itself."""

@@ -1,7 +1,7 @@
 """Elements of captured tensors that belong to a key or to a query, loaded before a Hopper kernel's products.
 
-What a thread loads of a block's keys is asked for before the products that hide the wait, and spread over the columns of
-the scores while they run. What belongs to a tile's queries is loaded while the tile before is finished.
+What a thread loads of a block's keys is asked for before the products that hide the wait, and spread over the columns
+of the scores while they run. What belongs to a tile's queries is loaded while the tile before is finished.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Elements:
 
     def functions(self) -> tuple[DeviceFunction, ...]:
         """The functions that load."""
-        return tuple(load.function for load in (*self.rows, *self.keys))
+        return (*(load.function for load in self.rows), *(load.function for load in self.keys))
 
     def load_keys(self, start: str, edge: str, context: Iterable[str], *, b: str = "b", h: str = "h") -> list[str]:
         """A statement that asks for the elements of a block's keys, or none.
@@ -165,7 +165,7 @@ class Elements:
             f"return {', '.join(self.of_rows)}",
         ]
         head = signature("def elements_of_rows", ["tile", *context, "GROUP: gl.constexpr"], ":")
-        said = '"""Elements that belong to the queries of an entry of the work list; loaded long before they are read."""'
+        said = '"""Elements that belong to the queries of an entry of the work; loaded long before they are read."""'
         return _function(head, said, lines)
 
     def _keys_function(self, context: list[str], keys: str) -> str:
@@ -180,7 +180,7 @@ class Elements:
         ]
         lines.append(f"return {', '.join(self.own)}")
         head = signature("def elements_of_keys", ["start", "b", "h", *context, "EDGE: gl.constexpr"], ":")
-        said = '"""Elements that belong to a block\'s keys, one a thread; those that only a mask reads in an EDGE block."""'
+        said = '"""Elements of a block\'s keys, one a thread; those that only a mask reads in an EDGE block."""'
         return _function(head, said, lines)
 
 

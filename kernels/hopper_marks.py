@@ -2,8 +2,8 @@
 
 The first looks at what the mask reads of each key, if it does, and keeps the least and the greatest element of each
 block. The second lists the key blocks that each tile of queries visits, the third puts the tiles of a head in order,
-those that visit most first. A list has room for a fixed number of blocks, so that memory grows with the length and not with its
-square; a tile that sees more of them visits every block between its limits, under the mask.
+those that visit most first. A list has room for a fixed number of blocks, so that memory grows with the length and not
+with its square; a tile that sees more of them visits every block between its limits, under the mask.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class MarkBlocks:
         rows = [line for each in self.extremes if each.axis == "i" for line in each.source()]
         columns = [line for each in self.extremes if each.axis == "ij" for line in each.source()]
         for number, each in enumerate(self.by_key):
-            columns += [f"{each.low} = tl.load(known + {2 * number})", f"{each.high} = tl.load(known + {2 * number + 1})"]
+            columns.append(f"{each.low} = tl.load(known + {2 * number})")
+            columns.append(f"{each.high} = tl.load(known + {2 * number + 1})")
         if self.by_key:
             columns.insert(0, f"known = extremes + (of_map + tl.minimum(block, blocks - 1)) * {2 * len(self.by_key)}")
         of_head = [f"b = program // tiles // {heads}", f"h = program // tiles % {heads}"]

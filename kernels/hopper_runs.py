@@ -16,8 +16,8 @@ LISTED = ("edges", "first_start", "turned", "listed", "crowded")
 COUNTED = ("listed_edges", "listed_blocks", "front", "back")
 """What ``counted`` loads for ``key_blocks``."""
 
-LISTS = (*LISTED, *COUNTED, "counted", "first_block", "listed_tile", "claimed_tile", "row", "room", "place", "taken", "maps", "long", "own", "rest",
-         "rank", "group")
+_LOCAL = "row room place taken maps long own rest rank group"
+LISTS = (*LISTED, *COUNTED, "counted", "first_block", "listed_tile", "claimed_tile", *_LOCAL.split())
 """Identifiers of the functions that read lists."""
 
 
@@ -153,8 +153,8 @@ def listed_blocks(marks: MarkBlocks, context: tuple[str, ...], lengths: tuple[st
         "start = gl.load(listed + gl.where(crowded < 0, gl.maximum(place, 0), 0))",
         "start = gl.where(crowded < 0, start, crowded + number) * BLOCK_J",
     ]
-    functions = (tile, claimed, counted, first)
-    return "\n\n\n".join(tidy(lines) for lines in functions) + "\n\n\n" + _placed(known, place, LISTED, context, COUNTED)
+    functions = [tidy(lines) for lines in (tile, claimed, counted, first)]
+    return "\n\n\n".join([*functions, _placed(known, place, LISTED, context, COUNTED)])
 
 
 def _placed(

@@ -198,8 +198,7 @@ def consumer(
             weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
                 QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
                 stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-                block_start(number, KNOWN), first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, True,  # if limits
-                start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, True,  # if listed
+                EDGE_START, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, True,
             )
             start = later_start  # if listed
         # <full>
@@ -269,8 +268,7 @@ for number in range(gl.maximum(edges, 1), blocks):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
-        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
+        FULL_START, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,
     )
     start = later_start  # if listed
 """
@@ -284,8 +282,7 @@ for pair in range((blocks - rest) // 2):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
-        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
+        FULL_START, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,
     )
     start = later_start  # if listed
     number += 1
@@ -293,8 +290,7 @@ for pair in range((blocks - rest) // 2):
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
-        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
+        FULL_START, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,
     )
     start = later_start  # if listed
 if (blocks - rest) % 2 == 1:
@@ -303,8 +299,7 @@ if (blocks - rest) % 2 == 1:
     weights, accumulator, peak, total, stage, phase, next_stage, next_phase AND_SCORES = step(
         QUERY_OPERAND, key_tiles, value_tiles, key_ready, value_ready, weights, accumulator, peak, total,
         stage, phase, next_stage, next_phase, number + FURTHER < blocks,
-        full_start + (number - edges) * BLOCK_J, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if limits
-        start, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,  # if listed
+        FULL_START, first_row, b, h, SCALES, BY_ROW, CONTEXT AND_SCORES, GROUP, False,
     )
     start = later_start  # if listed
 """

@@ -1,4 +1,4 @@
-"""Loads whose element belongs to a key, such as ``document[b, j]`` or a padding mask, or to a query: ``document[b, i]``.
+"""Loads whose element belongs to a key, as in ``document[b, j]`` or a padding mask, or to a query: ``document[b, i]``.
 
 A thread of a WGMMA accumulator holds a quarter of a block's columns, so that it would load the element of each of them
 by itself, and so would seven other lanes and three other warps. Loaded once for a block, an element a thread, they

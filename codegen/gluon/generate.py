@@ -148,7 +148,8 @@ def generate(
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
-    elements |= {"out": "operand", "lse": "float32", "work": "int64"} | dict.fromkeys(("counts", "places", "order"), "int32")
+    elements |= {"out": "operand", "lse": "float32", "work": "int64"}
+    elements |= dict.fromkeys(("counts", "places", "order"), "int32")
     elements |= dict.fromkeys(("query_scale", "key_scale", "value_scale"), "float32")
     kernel = Kernel(
         "attend_forward",

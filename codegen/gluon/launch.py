@@ -137,8 +137,8 @@ def work_list(device, batch, heads, queries, *sizes):
 
 _WORDS = """
     HALF ROUNDED Refused DESCRIBED KEPT kept_lists make vars work reason why_not work_list descriptor
-    counts places order lists tiles blocks block_lists list_parts mask_lists memory tile_order rows tile_count programs extremes
-    start stop first_start first_stop
+    counts places order lists tiles blocks block_lists list_parts mask_lists memory tile_order rows tile_count
+    programs extremes start stop first_start first_stop
 """
 LAUNCHER_WORDS = frozenset(LAUNCHER_NAMES) | frozenset(_WORDS.split())
 """Identifiers of the launcher."""

@@ -103,6 +103,7 @@ class ListLines:
         read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
         lists = f"{batch} * {heads} * tiles" if skeleton.marks.by_head else f"{batch} * tiles"
         processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
+        listed = ["counts", "places", "tiles", "blocks", f"({', '.join(read)},)"]
         divided = ["MEMORY", query, lists, "blocks"]
         return cls(
             (
@@ -111,7 +112,7 @@ class ListLines:
             ),
             tuple(signature("counts, places, order = list_parts", divided, "", inside=12).splitlines()),
             (
-                *signature("block_lists", ["counts", "places", "tiles", "blocks", f"({', '.join(read)},)"], "", inside=12).splitlines(),
+                *signature("block_lists", listed, "", inside=12).splitlines(),
                 "tile_order(counts, order, tiles)",
             ),
             (

@@ -34,7 +34,7 @@ ROWS = (
     (_row("both", "0.25·s·gain[b, j]", "gain[b, j] > 0.0 and kept[b, j]", "gain[B,J]:float32", "kept[B,J]:bool"), 2),
     (_row("nested", "0.25·s + of_kind[kind[b, j]]", "true", "of_kind[5]:float32", "kind[B,J]:int32"), 1),
     (_row("ahead", "0.25·s", "kept[b, min(j + 7, J − 1)] and kept[b, j]", "kept[B,J]:bool"), 1),
-    (_row("apart", "0.25·s", "kept[b, j] ≠ kind[b, i] and kind[b, j] = kind[b, i]", "kept[B,J]:int64", "kind[B,I]:int32"), 2),
+    (_row("apart", "0.25·s", "kept[b, j] = kind[b, i] or kind[b, j] < 2", "kept[B,J]:int64", "kind[B,I]:int32"), 2),
     (_row("pairs", "0.25·s + bias[i, j]", "kept[b, j] = 1", "bias[I,J]:bfloat16", "kept[B,J]:uint8"), 1),
     (_row("of-queries", "0.25·s", "kept[b, max(i − j, 0)] and j ≤ i", "kept[B,I]:bool"), 0),
 )
