@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from attncompile.ir import Spec, simplify
+from attncompile.ir.affine import affine
 from attncompile.ir.blocks import key_bounds
-from attncompile.ir.expr import TRUE, Const, Index, loads
+from attncompile.ir.expr import TRUE, Const, Index
 
 WORTH = 5e10
 """With fewer floating-point operations the kernel (600 TFLOP/s) is done before the host has made the next call, which
@@ -66,13 +67,19 @@ def plain_map(spec: Spec) -> PlainMap | None:
 
 
 def without_mask(spec: Spec) -> bool:
-    """Whether SDPA computes the Spec without a mask tensor: the map is dense or causal and the score reads nothing."""
+    """Whether SDPA computes the Spec without a mask tensor: the map is dense or causal, and nothing joins the scores.
+
+    A bias that is computed from positions, such as ALiBi's, would be a tensor of the size of the map for each call.
+    """
     return _causal(spec) is not None
 
 
 def _causal(spec: Spec) -> bool | None:
     attend = spec.attend()
-    if attend is None or len(spec.operations) != 1 or loads(attend.score):
+    if attend is None or len(spec.operations) != 1:
+        return None
+    score = affine(attend.score)
+    if score is None or not isinstance(score.slope, Const) or score.offset != Const(0.0):
         return None
     if attend.mask == TRUE:
         return False

@@ -33,10 +33,13 @@ def test_dense_and_causal_maps_are_recognised(causal: bool, channels: int) -> No
         (spec("j ≤ i and j > i − 64"), False),
         (spec("j ≤ i", keys="J"), False),
         (spec(score="0.125·s + bias[h, i, j]", more="\n  given  bias[8,I,I]:bfloat16"), False),
+        (spec("j ≤ i", score="0.125·s + (j − i)·exp(−(h + 1))"), False),
+        (spec(score="0.125·s·log(i + 2)"), False),
+        (spec("j ≤ i", score="10.0·tanh(0.0125·s)"), False),
         (spec(channels=96), True),
         (spec(channels=128, features=64), True),
     ],
-    ids=["strict", "window", "not-square", "bias", "channels", "features"],
+    ids=["strict", "window", "not-square", "bias", "alibi", "scaled", "softcap", "channels", "features"],
 )
 def test_other_maps_are_not(other: Spec, in_sdpa: bool) -> None:
     assert plain_map(other) is None
