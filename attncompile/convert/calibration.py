@@ -15,7 +15,8 @@ from attncompile.codegen.onnx.choose import largest_prompt_threshold
 from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.example_inputs import has_cache, onnx_arguments, positions_of
+from attncompile.frontends.example_inputs import has_cache, onnx_arguments
+from attncompile.frontends.positions import positions_of
 
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""

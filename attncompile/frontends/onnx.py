@@ -261,7 +261,7 @@ class _View:
             if known.rank < 2:
                 self._finish(b, fills(b, known))
                 return
-        if given in self.infos:
+        if given is not None and given in self.infos:
             self._finish(b, b.same(given))
             return
         hidden = hidden_attention(self.model, b.node) if self.model.functions and not b.position else None
@@ -329,10 +329,10 @@ class _View:
                 name = output.name or ""
                 if name in self.inputs:
                     continue
-                known, given = self.known.get(name), self.settled.given.get(name)
-                operation = f"{_signature(node)} {position}" if given is None else PASSED_ON
+                known, taken = self.known.get(name), self.settled.given.get(name)
+                operation = f"{_signature(node)} {position}" if taken is None else PASSED_ON
                 signature[name] = operation if known is None else str(known)
-                read = tuple(reads(node)) if given is None else (given,)
+                read = tuple(reads(node)) if taken is None else (taken,)
                 native_inputs[name] = read if known is None else ()
         outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
         evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known), passed=self.settled.given)

@@ -287,11 +287,9 @@ def _state_until(
             product.output,
         )
     query_only = [y for y in out_symbols if y in uses(query[0]) and y not in uses(key[0]) and y not in uses(value[0])]
-    fold = find_fold(query_only, extents, at_anchor)
-    if fold is not None:
-        return _state_until(
-            graph, anchor, score, product, result, loads_rows=loads_rows, folds=(*folds, fold)
-        )
+    folded = find_fold(query_only, extents, at_anchor)
+    if folded is not None:
+        return _state_until(graph, anchor, score, product, result, loads_rows=loads_rows, folds=(*folds, folded))
     unit = [y for y in out_symbols if extents[y.name] == ONE and y not in value_only]
     ordered = query_axis(query_only or unit[-1:], extents, at_anchor)
     batch = [y for y in out_symbols if y not in (ordered, value_only[0])]
