@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from attncompile.frontends.errors import InputError
 
 STATED_FOR = 2048
@@ -38,6 +40,23 @@ def _positions(config: Any) -> tuple[str, int] | None:
     return next(((name, number) for name, number in numbers if isinstance(number, int) and number > 0), None)
 
 
+def rows_of_positions(model: torch.nn.Module) -> int | None:
+    """The rows of the table of positions that a model looks up: none of its sequences is longer, if there is a table.
+
+    It has as many rows as the configuration says positions, where there are not as many words. Of an encoder and a
+    decoder nothing is said, which may have sequences of different bounds.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    config = next((found for found in configs if found is not None), None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    known = positions_of(config)
+    if known is None or known == getattr(text_config(config), "vocab_size", None):
+        return None
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+    return known if any(table.num_embeddings == known for table in tables) else None
+
+
 def text_config(config: Any) -> Any:
     """The configuration of a model's language part."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -61,4 +80,4 @@ def stated_length(config: Any, asked: int | None) -> int:
     return asked
 
 
-__all__ = ["STATED_FOR", "check_length", "positions_of", "stated_length", "text_config"]
+__all__ = ["STATED_FOR", "check_length", "positions_of", "rows_of_positions", "stated_length", "text_config"]
