@@ -175,6 +175,8 @@ def _reading(opened: OpenedModel, args: tuple[Any, ...], kwargs: Mapping[str, An
     """The call that reads token ids ``[1, length]``."""
     if isinstance(opened, Generating):
         return Call((), opened.of_tokens(ids), f"{ids.shape[1]} tokens of text")
+    if opened.kind == "onnx":  # with positions as many as tokens, and nothing cached
+        args, kwargs = onnx_arguments(opened.model, 1, ids.shape[1], "none", 0)
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
         if name in kwargs:

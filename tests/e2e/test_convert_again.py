@@ -12,7 +12,9 @@ import torch
 import transformers
 
 import attncompile
-from attncompile.convert.runtime import session
+from attncompile.convert.calibration import text_calls
+from attncompile.convert.runtime import run, session
+from attncompile.frontends.checkpoint import open_model
 from attncompile.frontends.onnx import onnx_file_graph
 from attncompile.lift import lift_graph
 from attncompile.plan.schema import load_plan
@@ -104,6 +106,29 @@ def continued(
         results = dict(zip(names, loaded.run(None, feeds), strict=True))
         feeds |= {name.replace("present", "past_key_values"): one for name, one in results.items() if name != "logits"}
     return results["logits"]
+
+
+def test_what_computes_the_same_is_left_alone(folders: Path, tmp_path: Path) -> None:
+    """The If chooses between both forms already: nothing is gained by a choice in one of them."""
+    attncompile.convert(folders / "once" / "model.onnx", tmp_path / "out", passes="fuse")
+    sites = load_plan(tmp_path / "out" / "plan.json").sites
+    assert [site.operator for site in sites] == ["original"] * 4
+    assert all("the other branch of its If" in site.reason for site in sites[1::2])
+    windowed = load_plan(folders / "again" / "plan.json").sites
+    assert [site.operator for site in windowed[1::2]] == ["decomposition"] * 2  # no other If in this branch
+
+
+def test_text_is_read_with_nothing_cached(folders: Path) -> None:
+    """Positions and mask are as many as tokens, whatever an example of the file has."""
+    opened = open_model(folders / "once" / "model.onnx")
+    vars(opened)["tokenizer"] = lambda text, **settings: {"input_ids": list(range(3, WORDS))}
+    (call,) = text_calls(opened, "text", 40, 1)
+    assert call.kwargs["input_ids"].tolist() == [list(range(3, 43))]
+    assert call.kwargs["position_ids"].tolist() == [list(range(40))]
+    assert call.kwargs["attention_mask"].tolist() == [[1] * 40]
+    assert {value.shape[2] for name, value in call.kwargs.items() if name.startswith("past")} == {0}
+    found = run(session(folders / "once" / "model.onnx", "cpu", threads=1), call)
+    assert found["logits"].shape == (1, 40, WORDS) and bool(found["logits"].isfinite().all())
 
 
 def test_the_masks_of_the_branches_are_still_made_once(folders: Path) -> None:
