@@ -86,7 +86,10 @@ def attncompile(
 @app.command()
 def inspect(
     model: Model,
-    seq: Annotated[int, typer.Option(min=1, help="length that densities and pictures are stated for")] = 2048,
+    seq: Annotated[
+        int | None,
+        typer.Option(min=1, help="length that densities and pictures are stated for; 2048, or what the model has"),
+    ] = None,
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="write every site as JSON; - for standard output")
     ] = None,
@@ -114,7 +117,9 @@ def inspect(
     debug: Debug = False,
 ) -> int:
     """Print every attention site of a model: what it computes, or why it was refused."""
-    from attncompile.api import lift, operators
+    from attncompile.api import lift_opened, operators
+    from attncompile.frontends.checkpoint import open_model
+    from attncompile.frontends.positions import stated_length
     from attncompile.lift.render import render_program
 
     if picture_to is not None and picture_to.suffix not in (".svg", ".png"):
@@ -125,17 +130,20 @@ def inspect(
 
         session_providers(provider)
     with progress_bar() as progress:
-        program = lift(model, attn_implementation=attn, allow_pickle=allow_pickle, progress=progress)
+        progress("opening")
+        opened = open_model(model, attn_implementation=attn, allow_pickle=allow_pickle)
+        length = stated_length(opened.config, seq)
+        program = lift_opened(opened, progress=progress)
         chosen = operators(model, program, provider) if provider is not None else None
     if json is not None:
-        data = program_data(program, seq, tensors, chosen)
+        data = program_data(program, length, tensors, chosen)
         write_file(json, json_text.dumps(data, ensure_ascii=False, indent=2) + "\n")
     if json != "-":
-        show(render_program(program, seq, every=every, block=block, picture=picture, values=tensors))
+        show(render_program(program, length, every=every, block=block, picture=picture, values=tensors))
         if chosen is not None:
             show("\n".join(("", *operator_lines(chosen, str(provider)))))
     if picture_to is not None:
-        for name, file in write_pictures(program, picture_to, seq, tensors):
+        for name, file in write_pictures(program, picture_to, length, tensors):
             print(f"{file}: {name}", file=sys.stderr)
     if not program.sites:
         print(f"error: {nothing_found(program)}", file=sys.stderr)

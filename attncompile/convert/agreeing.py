@@ -32,7 +32,7 @@ from attncompile.convert.rounding import Texts
 from attncompile.convert.runtime import LoadError, save
 from attncompile.frontends.cached import Generating
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.example_inputs import positions_of
+from attncompile.frontends.positions import positions_of
 from attncompile.lift import Program
 from attncompile.passes import PassCall
 from attncompile.verify import SiteCertificate

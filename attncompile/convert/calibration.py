@@ -15,7 +15,8 @@ from attncompile.codegen.onnx.choose import largest_prompt_threshold
 from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
-from attncompile.frontends.example_inputs import has_cache, onnx_arguments, positions_of
+from attncompile.frontends.example_inputs import has_cache, onnx_arguments
+from attncompile.frontends.positions import positions_of
 
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
@@ -174,6 +175,8 @@ def _reading(opened: OpenedModel, args: tuple[Any, ...], kwargs: Mapping[str, An
     """The call that reads token ids ``[1, length]``."""
     if isinstance(opened, Generating):
         return Call((), opened.of_tokens(ids), f"{ids.shape[1]} tokens of text")
+    if opened.kind == "onnx":  # with positions as many as tokens, and nothing cached
+        args, kwargs = onnx_arguments(opened.model, 1, ids.shape[1], "none", 0)
     kwargs = {**kwargs, "input_ids": ids}
     for name in ("attention_mask", "token_type_ids"):
         if name in kwargs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import re
@@ -13,9 +12,9 @@ from typing import Any
 
 import onnx_ir
 import torch
-from onnxscript import rewriter
 
 from attncompile.convert.experts import separate, translations
+from attncompile.convert.exporter import functions_listed_once, without_searches
 from attncompile.frontends.capture import exported_program
 from attncompile.frontends.checkpoint import FUNCTION_ADVICE, OpenedModel
 from attncompile.frontends.errors import CaptureError, InputError, first_cause, first_line
@@ -41,7 +40,7 @@ def export_onnx(opened: OpenedModel) -> tuple[onnx_ir.Model, tuple[str, ...]]:
         paths, leaves = leaf_paths(result), flatten(result)[0]
         names = [path or "output" for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
         try:
-            with _without_searches():
+            with without_searches(), functions_listed_once():
                 table = dict(translations())
                 exported = torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
         except Exception as error:
@@ -116,40 +115,6 @@ def _name_axes(model: onnx_ir.Model, axes: tuple[dict[int, str], ...]) -> None:
                     for size in value.shape
                 ]
             )
-
-
-@contextlib.contextmanager
-def _without_searches() -> Iterator[None]:
-    """Leave out the exporter's rewrites that search the whole graph for every node of it.
-
-    A rule for several results at once (two slices that are one split, of 46 rules the only one) takes a third of the
-    export of a model of 2,000 nodes, and four times as long for one of twice as many. The others are copied: a rule
-    keeps the graph that it looked at last, with all that this keeps. The names are onnxscript's own; where it has other
-    ones, nothing is left out.
-    """
-    rules = getattr(rewriter, _RULES, None)
-    try:
-        few = [_copied(rule) for rule in rules or () if rule._target_pattern.has_single_output_node]
-    except AttributeError:
-        few = []
-    if not few:
-        yield
-        return
-    setattr(rewriter, _RULES, tuple(few))
-    try:
-        yield
-    finally:
-        setattr(rewriter, _RULES, rules)
-
-
-_RULES = "_DEFAULT_REWRITE_RULES"
-
-
-def _copied(rule: Any) -> Any:
-    """The same rule, which looks at graphs with a matcher of its own."""
-    made = copy.copy(rule)
-    made._matcher = copy.copy(rule._matcher)
-    return made
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from attncompile.convert.providers import named_provider
 from attncompile.frontends.cached import CachedModel, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.encoder_decoder import DecoderModel
-from attncompile.frontends.example_inputs import positions_of
+from attncompile.frontends.positions import positions_of
 
 GENERATOR = "genai_config.json"
 SOUND = "audio_processor_config.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir
@@ -20,7 +20,7 @@ from attncompile.codegen.onnx.packing import Begins
 from attncompile.codegen.onnx.tidy import Tidied, loses_types, raise_opset, suited_opset, tidy, without_kernel
 from attncompile.codegen.onnx.tried import installed
 from attncompile.codegen.onnx.values import Builder, redirect
-from attncompile.convert.branches import left_behind
+from attncompile.convert.branches import left_behind, opposite, second_forms
 from attncompile.convert.evidence import Outcome
 from attncompile.convert.onnx_older import is_too_new, is_unknown, spell_out_unknown, unknown_calls
 from attncompile.frontends.graph import Fill, Graph
@@ -47,6 +47,9 @@ LAYOUT = ("Transpose", "Reshape")
 
 FUSED = frozenset({*CALLS, *CONTRIB_CALLS, "FlexAttention"})
 """Operators that are attention as a whole."""
+
+SECOND_FORM = "it is the form for the calls that the other branch of its If, an attention call, is not given"
+"""Why plain operators stay."""
 
 ROLLED_BACK = "attncompile.rolled_back"
 """Metadata of a model: why a site was rolled back, under this and the site's name."""
@@ -127,7 +130,15 @@ def rewrite_onnx(
     outcomes: list[Outcome] = []
     choices: dict[str, Choice] = {}
     unrounds = any(call.rewrite.unrounds for call in requested)
-    behind = left_behind(model.graph, program.sites)
+    others = opposite(model.graph, program.sites)
+    behind = left_behind(others)
+    makers = {
+        site.name: values[site.region.outputs[0].value].producer() for site in program.sites if site.region is not None
+    }
+    operators = {
+        name: called[maker].operator if maker in called else maker.op_type for name, maker in makers.items() if maker
+    }
+    second = second_forms(others, operators, FUSED)
     for site in map(without_roundings, program.sites) if unrounds else program.sites:
         if site.status != "lifted" or site.spec is None or site.region is None:
             outcomes.append(Outcome(site, None, "original", str(site.refusal)))
@@ -146,6 +157,9 @@ def rewrite_onnx(
             outcomes.append(Outcome(site, _put_back(site.spec, result), "original", back[site.name], rolled_back=True))
             model.metadata_props[f"{ROLLED_BACK}.{site.name}"] = back[site.name]
             continue
+        if site.name in second and not result.lossy:
+            outcomes.append(Outcome(site, _untouched(site.spec, result), "original", SECOND_FORM))
+            continue
         try:
             place = values[site.region.outputs[0].value].producer()
             assert place is not None
@@ -153,7 +167,7 @@ def rewrite_onnx(
             choice = choose(
                 result.spec,
                 provider,
-                prefer,
+                "decomposed" if site.name in second else prefer,
                 opset=opset,
                 switch=not inside,
                 longest=longest,
@@ -161,6 +175,8 @@ def rewrite_onnx(
                 shared=one_buffer,
                 dtype=dtype,
             )
+            if site.name in second:
+                choice = replace(choice, reason=SECOND_FORM)
             call = called.get(place)
             native = (place.domain, place.op_type) if call is None else (call.domain, call.operator)
             compound = call is not None and _makes_operands(call, [values[entry.value] for entry in site.region.inputs])

@@ -44,13 +44,13 @@ from attncompile.frontends.torch_internals import (
     compile_package,
     cpp_compiler,
     flatten,
-    is_symbolic,
     lacking_instructions,
     open_package,
     size_text,
     structure_text,
     symbol_ranges,
     unflatten,
+    varies,
 )
 from attncompile.ir import Spec
 from attncompile.passes import PassCall, parse_passes
@@ -286,7 +286,7 @@ def _tensor_inputs(
         value = nodes[str(user)].meta["val"]
         shape: list[int | str] = []
         for axis, size in enumerate(value.shape):
-            if not is_symbolic(size):
+            if not varies(size):
                 shape.append(int(size))
                 continue
             symbol = size_text(size)

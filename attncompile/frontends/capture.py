@@ -15,6 +15,7 @@ from attncompile.frontends import torch_internals
 from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError, first_line
 from attncompile.frontends.module_floats import with_fixed_module_floats
+from attncompile.frontends.positions import rows_of_positions
 from attncompile.frontends.repeated_calls import RepeatedCalls
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
@@ -297,11 +298,14 @@ def _shape_tree(
 ) -> Any:
     """``dynamic_shapes`` for torch.export: one Dim per name, or an automatic one per axis.
 
-    A size that follows from others has no Dim of its own; the model says what it is.
+    A size that follows from others has no Dim of its own; the model says what it is. The length of a model with a table
+    of positions is bounded: torch rejects one that is not, at the end of an export, which then has to be made again.
     """
     names = {name for found in axes for name in found.values()}
+    bounds = {"length": rows_of_positions(model)}
     dims: dict[str, Any] = {
-        name: torch.export.Dim(name) if named and name.isidentifier() else torch.export.Dim.AUTO for name in names
+        name: torch.export.Dim(name, max=bounds.get(name)) if named and name.isidentifier() else torch.export.Dim.AUTO
+        for name in names
     }
     shapes = torch.export.ShapesCollection()
     tensors = [leaf for leaf in torch_internals.flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
@@ -373,7 +377,7 @@ def _symbolic_axes(node: torch.fx.Node) -> Iterator[tuple[int, str]]:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         for axis, size in enumerate(value.shape):
-            if torch_internals.is_symbolic(size):
+            if torch_internals.varies(size):
                 yield axis, torch_internals.size_text(size)
 
 

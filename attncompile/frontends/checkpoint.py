@@ -31,10 +31,10 @@ from attncompile.frontends.example_inputs import (
     Arguments,
     model_arguments,
     onnx_arguments,
-    positions_of,
     resized_arguments,
 )
 from attncompile.frontends.onnx_file import read_onnx_file
+from attncompile.frontends.positions import positions_of
 
 AttentionImplementation = Literal["sdpa", "eager"]
 

@@ -18,6 +18,7 @@ from attncompile.frontends import torch_internals
 from attncompile.frontends.capture import dynamic_axes_of
 from attncompile.frontends.encoder_inputs import Steps, convolved_stride, encoder_input, steps_of
 from attncompile.frontends.errors import InputError
+from attncompile.frontends.positions import check_length, text_config
 from attncompile.frontends.several_inputs import with_others
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -56,10 +57,10 @@ def model_arguments(
     """
     if config is None:
         raise LookupError(f"{type(model).__name__} has no configuration")
-    text = _text_config(config)
+    text = text_config(config)
     encodes_and_decodes = bool(getattr(config, "is_encoder_decoder", False))
     main = encoder_input(model) if encodes_and_decodes else getattr(model, "main_input_name", "input_ids")
-    _check_length(config, length)
+    check_length(config, length)
     if padding is None:
         generates = bool(model.can_generate()) if hasattr(model, "can_generate") else False
         padding = "left" if generates and not encodes_and_decodes else "right"
@@ -283,38 +284,6 @@ def _in_steps(request: _Request, main: str, *shape: int) -> torch.Tensor:
         stride = convolved_stride(request.model)
         steps = Steps(stride, stride if main == "input_values" else 0)
     return _smooth(request.batch, steps.of(request.length), *shape)
-
-
-def _check_length(config: Any, length: int) -> None:
-    known = _positions(config)
-    if known is not None and known[1] < length:
-        name, limit = known
-        raise InputError(
-            f"length {length} is more than the {limit} positions ({name}) of the model",
-            type(config).__name__,
-            f"use at most {limit}",
-        )
-
-
-def positions_of(config: Any) -> int | None:
-    """How many positions a model has at most, that of its decoder where it has one; ``None`` where it does not say."""
-    known = _positions(config)
-    return known[1] if known is not None else None
-
-
-def _positions(config: Any) -> tuple[str, int] | None:
-    """The number of positions, and what the configuration calls it."""
-    text = _text_config(config)
-    names = ["max_position_embeddings", "max_seq_len"]
-    if getattr(config, "is_encoder_decoder", False):
-        names = ["max_target_positions", "max_decoder_position_embeddings", *names]
-    numbers = ((name, getattr(text, name, None)) for name in names)
-    return next(((name, number) for name, number in numbers if isinstance(number, int) and number > 0), None)
-
-
-def _text_config(config: Any) -> Any:
-    """The configuration of a model's language part."""
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 # --- ONNX ---------------------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ from attncompile.frontends.onnx_known import (
 )
 from attncompile.frontends.onnx_opaque import opaque_info
 from attncompile.frontends.onnx_quantised import spell_out_quantised
-from attncompile.frontends.onnx_roundings import with_roundings
+from attncompile.frontends.onnx_roundings import PASSED_ON, with_roundings
 from attncompile.frontends.onnx_rows import EVERY_OUTPUT, rows_of
+from attncompile.frontends.onnx_settled import Settled, settled
 from attncompile.frontends.onnx_sizes import SizeNames, product
 from attncompile.frontends.onnx_unranked import refuse_unranked
 from attncompile.frontends.source import innermost_model_frame
@@ -88,7 +89,7 @@ def onnx_graph(model: ir.Model) -> Graph:
         # once two sizes are proven equal, or the state of a loop is found to change its size, everything
         # before that point is stated again
         before = sizes.merged, len(growing)
-        view = _View(model, sizes, inference, growing)
+        view = _View(model, sizes, inference, growing, settled(model))
         view.build()
         if (sizes.merged, len(growing)) != before:
             continue
@@ -115,6 +116,7 @@ class _View:
     sizes: SizeNames
     inference: Inference
     growing: set[tuple[str, int]]
+    settled: Settled
     infos: dict[str, Info] = field(default_factory=dict)
     known: dict[str, Known] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
@@ -251,13 +253,17 @@ class _View:
 
     def _state(self, b: Builder, output: ir.Value, names: tuple[str, ...]) -> None:
         """State one output; the last node's output carries the native name."""
-        known = self._known(b)
+        given = self.settled.given.get(b.output)
+        known = self._known(b) if given is None else self.known.get(given)
         if known is not None:
             self.known[b.output] = known
             self.constants.add(b.output)
             if known.rank < 2:
                 self._finish(b, fills(b, known))
                 return
+        if given is not None and given in self.infos:
+            self._finish(b, b.same(given))
+            return
         hidden = hidden_attention(self.model, b.node) if self.model.functions and not b.position else None
         if hidden is not None:
             self._opaque(b, output, RefusedAttention(b.output, names, b.node.op_type, hidden))
@@ -323,11 +329,13 @@ class _View:
                 name = output.name or ""
                 if name in self.inputs:
                     continue
-                known = self.known.get(name)
-                signature[name] = f"{_signature(node)} {position}" if known is None else str(known)
-                native_inputs[name] = tuple(reads(node)) if known is None else ()
+                known, taken = self.known.get(name), self.settled.given.get(name)
+                operation = f"{_signature(node)} {position}" if taken is None else PASSED_ON
+                signature[name] = operation if known is None else str(known)
+                read = tuple(reads(node)) if taken is None else (taken,)
+                native_inputs[name] = read if known is None else ()
         outputs = tuple(value.name for value in self.model.graph.outputs if value.name)
-        evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known))
+        evaluator = OnnxEvaluator(self.model, self.inputs, dict(self.known), passed=self.settled.given)
         found = Graph(
             self.infos,
             refuse_unranked(self.nodes, self.infos, self.natives, self.owner),
@@ -340,6 +348,7 @@ class _View:
             signature,
             native_inputs,
             dict(self.sizes.display),
+            overwritten=self.settled.inside,
             precision=evaluator.precision,
         )
         return with_roundings(found, evaluator)

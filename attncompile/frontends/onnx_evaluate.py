@@ -147,10 +147,12 @@ class OnnxEvaluator:
         return any(read in fed or (read in self.known and self._follows(read, fed)) for read in reads(node))
 
     def _nodes(self) -> Iterator[ir.Node]:
-        """All nodes, with an ``Identity`` in the place of one whose result is taken to be another value."""
+        """All nodes, with an ``Identity`` in the place of one for each result that is taken to be another value."""
         for node in nested_nodes(self.model.graph):
-            source = self.passed.get(node.outputs[0].name or "") if node.outputs else None
-            yield node if source is None else _identity(node, source)
+            passed = [(output, source) for output in node.outputs if (source := self.passed.get(output.name or ""))]
+            yield from (_identity(node, output, source) for output, source in passed)
+            if not passed:
+                yield node
 
     def _part(self, wanted: Sequence[str], feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> _Part:
         nodes, leaves = self._needed(wanted, list(feeds))
@@ -181,9 +183,9 @@ class OnnxEvaluator:
         return tensor.numpy()
 
 
-def _identity(node: ir.Node, source: str) -> ir.Node:
-    """A node beside the graph that gives a value as the first result of another node."""
-    made = ir.Value(name=node.outputs[0].name, type=node.outputs[0].type)
+def _identity(node: ir.Node, output: ir.Value, source: str) -> ir.Node:
+    """A node beside the graph that gives a value as one result of another node."""
+    made = ir.Value(name=output.name, type=output.type)
     return ir.Node("", "Identity", [ir.Value(name=source)], outputs=[made], name=node.name)
 
 

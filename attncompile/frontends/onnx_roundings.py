@@ -19,7 +19,7 @@ from attncompile.frontends.onnx_evaluate import OnnxEvaluator
 from attncompile.frontends.onnx_quantised import STANDARD
 
 PASSED_ON = "Identity"
-"""The operation of a value that is no longer rounded, in signatures."""
+"""The operation of a value that is another one as it is, in signatures: one that is no longer rounded, for example."""
 
 
 def roundings_of(model: ir.Model) -> Iterator[Rounding]:
@@ -85,7 +85,7 @@ def _unrounded(graph: Graph, roundings: Mapping[str, Rounding], evaluator: OnnxE
     """
     nodes = tuple(_passed_on(graph, node, roundings) for node in graph.nodes)
     passed = {one.output: one.source for one in roundings.values()}
-    evaluate = replace(evaluator, passed=passed, _producers={})
+    evaluate = replace(evaluator, passed={**evaluator.passed, **passed}, _producers={})
     found = replace(
         graph,
         nodes=nodes,

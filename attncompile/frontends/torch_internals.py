@@ -110,6 +110,11 @@ def is_symbolic(size: object) -> bool:
     return isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
+def varies(size: object) -> bool:
+    """True for a size that is no number: an axis that should vary keeps its symbol where a trace found it fixed."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def size_text(size: int | torch.SymInt) -> str:
     """A size as text: ``128`` or the symbol's expression such as ``s27`` or ``2*s27``."""
     return str(size.node.expr) if isinstance(size, torch.SymInt) else str(size)

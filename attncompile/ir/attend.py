@@ -276,15 +276,18 @@ class Attend(Operation):
         return made
 
     def _tapped(self, logits: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The taps, from the logits and the weights of the keys."""
-        empty = (logits == -math.inf).all(dim=-1, keepdim=True)
-        weights, logits = weights.detach().masked_fill(empty, 0.0), logits.detach()
-        given = {
-            self.peak: torch.nn.functional.pad(logits, (0, 1), value=-math.inf).amax(dim=-1),
-            self.entropy: torch.special.entr(weights).sum(dim=-1),
-            self.mass: weights.sum(dim=-2),
-        }
-        return {name: tensor for name, tensor in given.items() if name}
+        """The taps, from the logits and the weights of the keys; only those that have a name are computed."""
+        made: dict[str, torch.Tensor] = {}
+        if self.peak:
+            made[self.peak] = torch.nn.functional.pad(logits.detach(), (0, 1), value=-math.inf).amax(dim=-1)
+        if self.entropy or self.mass:
+            empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+            weights = weights.detach().masked_fill(empty, 0.0)
+        if self.entropy:
+            made[self.entropy] = torch.special.entr(weights).sum(dim=-1)
+        if self.mass:
+            made[self.mass] = weights.sum(dim=-2)
+        return made
 
     def flops(self, types: Types, sizes: Mapping[str, int]) -> int:
         query, value = types[self.query], types[self.value]

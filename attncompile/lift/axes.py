@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from attncompile.frontends.graph import Indices
 from attncompile.ir import Expr, Index, simplify
-from attncompile.ir.expr import ONE, Apply, Const, symbols, walk
+from attncompile.ir.expr import ONE, ZERO, Apply, Const, symbols, walk
 from attncompile.lift.operands import Operand
 
 BATCH, HEAD, QUERY, KEY, CHANNEL, VALUE_CHANNEL = (Index(name) for name in "bhijde")
@@ -16,8 +16,11 @@ def query_axis(candidates: Sequence[Index], extents: Mapping[str, Expr], at_anch
     """Which axis of the output counts the queries; ``None`` for a single query whose axis has been dropped.
 
     Where keys are shared by all heads, heads and queries are alike and either would do: the queries are as many as
-    the keys, or of symbolic number, or next to the keys in the weights.
+    the keys, or of symbolic number, or next to the keys in the weights. What the weights count together with batch or
+    heads, beside an axis of size 1, are more heads of a single query.
     """
+    if ZERO in at_anchor:
+        candidates = [y for y in candidates if not (_is_part(y, at_anchor) and isinstance(extents[y.name], Const))]
     if not candidates:
         return None
     by_key = next((n for n, x in enumerate(at_anchor) if x == KEY), len(at_anchor))
@@ -28,6 +31,12 @@ def query_axis(candidates: Sequence[Index], extents: Mapping[str, Expr], at_anch
         return size != extents["j"], isinstance(size, Const), apart
 
     return min(candidates, key=rank)
+
+
+def _is_part(axis: Index, at_anchor: Indices) -> bool:
+    """Whether an axis is one of several that make an index."""
+    read = ({symbol for symbol in symbols(index) if isinstance(symbol, Index)} for index in at_anchor)
+    return any({axis} < found for found in read)
 
 
 def batch_and_heads(

@@ -11,6 +11,7 @@ from attncompile.ir.expr import ONE, SCORE, WEIGHT, substitute, symbols, walk
 from attncompile.lift.anchors import Anchor, corrections
 from attncompile.lift.axes import batch_and_heads, query_axis
 from attncompile.lift.escapes import escaping
+from attncompile.lift.folded import Fold, find_fold, unfolded
 from attncompile.lift.interpret import Interpreter, Stop
 from attncompile.lift.normaliser import Normalised, edited, of_anchor, of_quotient, of_softmax
 from attncompile.lift.operands import Operand, label_sizes, operand_indices
@@ -172,11 +173,32 @@ def _edit(
     return weight, _only(graph, interpreter.stops[anchor.output], "normaliser", anchor.output)
 
 
+def _unfolded(found: _Result, fold: Fold) -> _Result:
+    """The same elements, with the two axes that one holds apart."""
+    meaning, sizes = unfolded(fold, found.indices, found.extents)
+    indices = tuple(Index(f"y{n}") for n in range(len(sizes)))
+    return _Result(
+        indices,
+        {y.name: size for y, size in zip(indices, sizes, strict=True)},
+        tuple(substitute(x, meaning) for x in found.at_product),
+        found.factor if found.factor is None else substitute(found.factor, meaning),
+        tuple(substitute(x, meaning) for x in found.output),
+    )
+
+
 def _state_until(
-    graph: Graph, anchor: Anchor, score: Contract, product: Contract, result: str, *, loads_rows: bool = False
+    graph: Graph,
+    anchor: Anchor,
+    score: Contract,
+    product: Contract,
+    result: str,
+    *,
+    loads_rows: bool = False,
+    folds: tuple[Fold, ...] = (),
 ) -> Statement:
     """The statement that ends in a result. Sums and maxima of scores that are no part of the normaliser (a clamp
     relative to the largest score, say) may be loaded: they need the scores, so that these are read elsewhere too.
+    Axes of the result that hold two (``folds``) are taken apart, one after the other.
     """
     behind = graph.descendants(score.output, result)
     after = behind if anchor.product is not None else graph.descendants(anchor.output, product.output)
@@ -198,6 +220,8 @@ def _state_until(
     reached = (
         _corrected_result(graph, product, result, rows, behind) if corrected else _moved_result(graph, product, result)
     )
+    for fold in folds:
+        reached = _unfolded(reached, fold)
     out_symbols, at_product, extents = reached.indices, reached.at_product, dict(reached.extents)
     extents["j"] = label_sizes(graph, product)[product.summed[0]]
     summed: dict[str, Expr] = {product.summed[0]: KEY}
@@ -263,6 +287,9 @@ def _state_until(
             product.output,
         )
     query_only = [y for y in out_symbols if y in uses(query[0]) and y not in uses(key[0]) and y not in uses(value[0])]
+    folded = find_fold(query_only, extents, at_anchor)
+    if folded is not None:
+        return _state_until(graph, anchor, score, product, result, loads_rows=loads_rows, folds=(*folds, folded))
     unit = [y for y in out_symbols if extents[y.name] == ONE and y not in value_only]
     ordered = query_axis(query_only or unit[-1:], extents, at_anchor)
     batch = [y for y in out_symbols if y not in (ordered, value_only[0])]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from attncompile import cli
 from tests.cli.conftest import Run
@@ -90,6 +91,14 @@ def model_file(function: str) -> Callable[[Path], list[object]]:
     return make
 
 
+def few_positions(folder: Path) -> list[object]:
+    """The command for a model of 60 positions, with one more asked for."""
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=16, max_position_embeddings=60)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    return ["inspect", folder / "model", "--seq", "61"]
+
+
 MISTAKES = (
     Mistake("no such path", lambda folder: ["inspect", folder / "nowhere"], "no such file or folder"),
     Mistake("folder without config", empty_folder, "no config.json in this folder"),
@@ -113,6 +122,7 @@ MISTAKES = (
     Mistake("unknown word", lambda folder: ["inspect", folder, "--attn", "flash"], "'sdpa', 'eager'"),
     Mistake("not a number", lambda folder: ["inspect", folder, "--seq", "many"], "--seq"),
     Mistake("too small", lambda folder: ["inspect", folder, "--seq", "0"], "greater than or equal to 1"),
+    Mistake("more positions than there are", few_positions, "the 60 positions (max_position_embeddings) of the model"),
     Mistake("unknown option", lambda folder: ["inspect", folder, "--sequence", "3"], "--sequence"),
     Mistake("unknown command", lambda folder: ["inspekt", folder], "Did you mean 'inspect'?"),
     Mistake("no model given", lambda folder: ["inspect"], "Missing argument 'MODEL'"),
@@ -181,7 +191,7 @@ def raising(error: BaseException) -> Callable[..., None]:
 def test_whatever_is_raised_is_one_sentence(
     run: Run, models: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
 ) -> None:
-    monkeypatch.setattr("attncompile.api.lift", raising(error))
+    monkeypatch.setattr("attncompile.api.lift_opened", raising(error))
     ran = run("inspect", models + "causal")
     assert ran.code == code
     assert says in ran.error()

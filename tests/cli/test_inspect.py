@@ -141,7 +141,7 @@ def test_minilm(run: Run, minilm_folder: Path, attention: str) -> None:
     assert ran.code == 0, ran.err
     assert "encoder.layer.0–5.attention.self   attend  q,k,v[B,12,I,32]  float32   6 sites lifted" in ran.out
     assert "  mask   attention_mask[b, j] ≠ 0" in ran.out
-    assert "density ≤ 100 % at 2048" in ran.out
+    assert "density ≤ 100 % at 512" in ran.out
 
 
 def test_a_third_party_onnx_file(run: Run, onnx_files: dict[str, Path]) -> None:

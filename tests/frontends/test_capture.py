@@ -17,6 +17,7 @@ from attncompile.frontends.capture import (
     capture_export,
     dynamic_axes_of,
     exported_program,
+    fixes_axes,
     module_path,
     module_type,
     source_line,
@@ -188,6 +189,42 @@ def test_a_length_that_the_model_fixes_leaves_the_batch_dynamic() -> None:
     assert exported_program(FixedLength(), (torch.randn(2, 11, 4),))[1] == captured.notes
     x = torch.randn(5, 11, 4)
     torch.testing.assert_close(captured.run((x,)), FixedLength.forward(captured_module(captured), x))
+
+
+class OneLengthApart(FixedLength):
+    """A fixed length beside one that may be any but one, which no range of torch's can say."""
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (2.0 if tokens.shape[1] == 5 else 1.0) + tokens.sum(1)[:, None, None]
+
+
+def test_an_axis_that_an_automatic_size_fixes_is_fixed() -> None:
+    """It keeps its symbol, which stands for a number."""
+    inputs = {"x": torch.randn(2, 11, 4), "tokens": torch.zeros(2, 7, dtype=torch.int64)}
+    captured = capture_export(OneLengthApart(), (), inputs)
+    assert captured.dynamic_axes == {"x": {0: "batch"}, "tokens": {0: "batch", 1: "length"}}
+    rejected, fixed = captured.notes
+    assert "rejected the named dynamic sizes" in rejected
+    assert fixed == "axis 1 of x is fixed at 11: the model computes with that size"
+    assert fixes_axes(OneLengthApart(), inputs, [{0: "batch", 1: "rows"}, {0: "batch", 1: "length"}])
+    assert not fixes_axes(OneLengthApart(), inputs, [{0: "batch"}, {0: "batch", 1: "length"}])
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_one_export_is_enough(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of a model with a table of positions, too: torch learns its rows before it rejects a length without a bound."""
+    made: list[object] = []
+
+    def counted(*args: Any, **settings: Any) -> torch.export.ExportedProgram:
+        made.append(settings["dynamic_shapes"])
+        return export(*args, **settings)
+
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", counted)
+    tokens = torch.randint(0, 97, (2, 7))
+    captured = capture_export(tiny(kind), (), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+    assert len(made) == 1 and captured.notes == ()
+    assert captured.dynamic_axes == {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}
 
 
 def captured_module(captured: Captured) -> FixedLength:

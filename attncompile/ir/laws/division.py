@@ -1,7 +1,8 @@
 """Laws of floor division and remainder.
 
 A remainder is a difference, ``x % k = x − k·(x // k)``: written so, sums of quotients and remainders cancel;
-then what is left is folded again. The divisors these laws know are products of a positive number and sizes.
+then what is left is folded again. The divisors these laws know are products of a positive number and sizes; of a sum,
+such as ``P + I``, only that nothing below it holds it once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from attncompile.ir.expr import Apply, Expr
+from attncompile.ir.expr import ZERO, Apply, Expr
 from attncompile.ir.laws import Law
 from attncompile.ir.polynomial import (
     Monomial,
@@ -43,6 +44,12 @@ def _fits_below(simplifier: Simplifier, poly: Polynomial, by: Divisor) -> bool:
     mono, factor = by
     prover = simplifier.prover.assuming_positive(mono)
     return prover.nonnegative(poly) and prover.nonnegative(plus({mono: factor}, negated(poly), constant(-1)))
+
+
+def _is_remainder_of(simplifier: Simplifier, dividend: Polynomial, divisor: Polynomial) -> bool:
+    """Whether ``0 ≤ dividend < divisor``, for a divisor of several terms, which may be 0 or less."""
+    below = plus(divisor, negated(dividend), constant(-1))
+    return simplifier.prover.nonnegative(dividend) and simplifier.prover.nonnegative(below)
 
 
 def _common_factor(
@@ -177,11 +184,12 @@ def _exact_quotient(dividend: Polynomial, divisor: Polynomial) -> Polynomial | N
 
 def _law_floordiv(simplifier: Simplifier, node: Apply) -> Expr:
     dividend, divisor = node.arguments
-    by = single(polynomial(divisor))
+    poly, by = polynomial(dividend), single(polynomial(divisor))
     if by is None:
-        whole = _exact_quotient(polynomial(dividend), polynomial(divisor))
+        whole = _exact_quotient(poly, polynomial(divisor))
+        if whole is None and _is_remainder_of(simplifier, poly, polynomial(divisor)):
+            return ZERO
         return node if whole is None else from_polynomial(whole)
-    poly = polynomial(dividend)
     quotient, rest = split(poly, *by)
     if _fits_below(simplifier, rest, by):
         return from_polynomial(quotient)
@@ -207,10 +215,9 @@ def _law_floordiv(simplifier: Simplifier, node: Apply) -> Expr:
 
 def _law_mod(simplifier: Simplifier, node: Apply) -> Expr:
     dividend, divisor = node.arguments
-    by = single(polynomial(divisor))
+    poly, by = polynomial(dividend), single(polynomial(divisor))
     if by is None:
-        return node
-    poly = polynomial(dividend)
+        return dividend if _is_remainder_of(simplifier, poly, polynomial(divisor)) else node
     quotient, rest = split(poly, *by)
     if _fits_below(simplifier, rest, by):
         return from_polynomial(rest)

@@ -284,7 +284,7 @@ def one_key_head_einsum(q, k_one, v_one):
     return torch.einsum("bhqk,bkd->bqhd", torch.softmax(logits, -1), v_one)
 
 
-@row(score="0.5·s", q="[B,1,6·J,4]", k="[B,1,J,4]")
+@row(score="0.5·s", kv_head="0", q="[B,6,I,4]", k="[B,1,I,4]")
 def one_key_head_as_longer_rows(q, k_one, v_one):
     b, n, _ = q.shape
     query = q.view(b, n * HEADS, CHANNELS)
