@@ -92,7 +92,7 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
             source = source_line(node)
             natives[node.name] = NativeNode(
                 node.name,
-                _operation(node.target),
+                _operation(_called(node).target),
                 module_path(node),
                 str(source) if source else "",
                 module_type(node),
@@ -166,10 +166,18 @@ def _state(builder: Builder) -> list[Node]:
             reason = str(error)
     infos[node.name] = out
     reads = tuple(dict.fromkeys(_tensors_read(node, builder)))
-    whole = _operation(node.args[0].target) if name == "getitem" and isinstance(node.args[0], torch.fx.Node) else name
-    if is_attention(whole):
+    call = _called(node)
+    whole = _operation(call.target)
+    # of a call with several results, the first that is read stands for it
+    if is_attention(whole) and (call is node or next(iter(call.users)) is node):
         return [RefusedAttention(node.name, reads, whole, reason or "this operator has no statement here")]
     return [Opaque(node.name, reads, whole)]
+
+
+def _called(node: torch.fx.Node) -> torch.fx.Node:
+    """The call whose result a node is: itself, or the one of whose several results it is one."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, torch.fx.Node) else node
 
 
 def _info(value: torch.Tensor, equal: Mapping[Expr, Expr]) -> Info:

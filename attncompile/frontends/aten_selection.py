@@ -9,6 +9,7 @@ from attncompile.frontends import movement
 from attncompile.frontends.aten_builder import Builder, Row, Unstated, axis_of
 from attncompile.frontends.aten_sizes import broadcast_shapes
 from attncompile.frontends.graph import Indices, Select
+from attncompile.ir.expr import ONE, ZERO
 
 
 def _index(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
@@ -38,6 +39,26 @@ def _index(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
         for axis in range(len(shape))
     )
     return b.emit(Select(b.name(), data, positions), b.out)
+
+
+def _index_put(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
+    """``x[..., truth] = number``: where a tensor of truth values holds, the number stands in place of the elements."""
+    data, selectors = b.tensor(args[0]), list(args[1])
+    accumulates = kwargs.get("accumulate", args[3] if len(args) > 3 else False)
+    given = [(axis, selector) for axis, selector in enumerate(selectors) if selector is not None]
+    if accumulates or len(given) != 1:
+        raise Unstated
+    ((first, selector),) = given
+    truth, number, shape = b.tensor(selector), b.tensor(args[2]), b.shape(data)
+    if b.info(truth).dtype != "bool" or any(size != ONE for size in b.shape(number)):
+        raise Unstated
+    chosen = b.shape(truth)
+    last = first + len(chosen)
+    for whole, size in zip(shape[first:last], chosen, strict=True):
+        b.equate(whole, size)
+    single = b.move(number, lambda indices: (ZERO,) * len(b.shape(number)), "reshape", ())
+    spread = b.move(truth, lambda indices: indices[first:last], "expand", shape)
+    return b.pointwise("where", spread, single, data)
 
 
 def _along(
@@ -89,6 +110,7 @@ def _take_along(b: Builder, args: list[Any], kwargs: dict[str, Any]) -> str:
 
 SELECTION: dict[str, Row] = {
     "index": _index,
+    "index_put": _index_put,
     "embedding": _embedding,
     "index_select": _index_select,
     "gather": _gather,

@@ -16,6 +16,7 @@ from attncompile.frontends.containers import register_containers
 from attncompile.frontends.errors import CaptureError, first_line
 from attncompile.frontends.module_floats import with_fixed_module_floats
 from attncompile.frontends.positions import rows_of_positions
+from attncompile.frontends.regenerated_views import without_regenerated_views
 from attncompile.frontends.repeated_calls import RepeatedCalls
 from attncompile.frontends.source import SourceLine, dotted_path, innermost_model_frame
 from attncompile.frontends.vmap_regions import without_vmap
@@ -439,6 +440,7 @@ def capture_dynamo(graph_module: torch.fx.GraphModule, example_inputs: Sequence[
             first_line(error),
             _RUNS_ANYWAY,
         ) from error
+    without_regenerated_views(traced, _unseen(traced))
     if cut is not None:
         traced = with_whole_calls(traced, cut, fixed)
     reason = _lost_in_tracing(graph_module, source, traced, fakes)
@@ -477,10 +479,15 @@ def _lost_in_tracing(
     transforms = torch_internals.function_transforms(source)
     if transforms:
         return f"it computes inside {', '.join(sorted(transforms))} of torch.func, which ATen does not hold"
-    for node in after.graph.nodes:
-        if node.op == "get_attr" and torch_internals.is_fake(getattr(after, node.target, None)):
-            return f"the value {node.target} existed only while the graph was traced"
+    for node in _unseen(after):
+        return f"the value {node.target} existed only while the graph was traced"
     return None
+
+
+def _unseen(traced: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The tensors of a traced graph that no call will have, since they existed only while it was traced."""
+    held = [node for node in traced.graph.nodes if node.op == "get_attr"]
+    return [node for node in held if torch_internals.is_fake(getattr(traced, node.target, None))]
 
 
 def differentiates(inputs: Sequence[Any]) -> bool:

@@ -239,6 +239,35 @@ def test_functions_with_gradients_of_their_own_keep_them(rest: str, dynamic: boo
     assert rewritten(compiled)
 
 
+def hidden_by_index(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Scores that are hidden where a map says, in place, as much research code does."""
+    logits = query @ key.transpose(-1, -2)
+    logits *= 0.3
+    logits[:, :, torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)] = -torch.inf
+    return torch.softmax(logits, dim=-1) @ value
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_scores_that_are_written_through_a_view_train(dynamic: bool) -> None:
+    """Autograd then makes their views again, of tensors that exist only in the trace; nothing reads those."""
+    operands = [torch.randn(2, 2, 5, 8) for _ in range(3)]
+    compiled = attncompile.compile(hidden_by_index, rest="eager", dynamic=dynamic)
+
+    def of(run: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [operand.to(dtype).requires_grad_() for operand in operands]
+        # a view, as of a projection
+        run(*(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in given)).square().sum().backward()
+        return [tensor.grad for tensor in given if tensor.grad is not None]
+
+    exact, eager = of(hidden_by_index, torch.float64), of(hidden_by_index, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        given = of(compiled, torch.float32)
+    for found, wide, plain in zip(given, exact, eager, strict=True):
+        require_within(found, wide, derive_tolerance(wide, plain, operands[0].numel()).bound, "gradient")
+    assert rewritten(compiled)
+
+
 # --- several processes ----------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,28 @@ def first_key_hidden_in_place(q, k, v):
     return attend(logits, heads(v))
 
 
+@row(score="0.5·s", mask="j ≤ i")
+def keys_hidden_where_a_map_says_in_place(q, k, v):
+    n = q.shape[1]
+    logits = dot(heads(q), heads(k)) * 0.5
+    logits[:, :, torch.ones(n, n, dtype=torch.bool).triu(1)] = -torch.inf
+    return attend(logits, heads(v))
+
+
+@row(score="0.5·s", mask="visible[b, i, j]")
+def keys_hidden_where_a_whole_map_says_in_place(q, k, v, visible):
+    logits = dot(heads(q), heads(k)) * 0.5
+    logits[~visible[:, None].expand_as(logits)] = -torch.inf
+    return attend(logits, heads(v))
+
+
+@row(score="0.5·s", mask="keep[b, j]")
+def keys_hidden_where_truth_says_in_a_transposed_view(q, k, v, keep):
+    logits = dot(heads(q), heads(k)) * 0.5
+    logits.permute(0, 3, 1, 2)[~keep] = -torch.inf
+    return attend(logits, heads(v))
+
+
 @row(score="0.5·s", mask="j ≠ i")
 def diagonal_hidden_in_place(q, k, v):
     logits = dot(heads(q), heads(k)) * 0.5
