@@ -17,6 +17,7 @@ from attncompile.frontends.graph import (
     Contract,
     CumulativeSum,
     Graph,
+    Linear,
     Move,
     Node,
     Opaque,
@@ -149,6 +150,25 @@ def scores_behind(graph: Graph, value: str) -> list[Product]:
     return [*plain, *learned]
 
 
+def mixed_by_layer(graph: Graph, value: str) -> list[Product]:
+    """The products of two activations that a linear layer mixes, and from whose mixture a value is made pointwise."""
+    layers = [node for node in _behind(graph, value, _through_transparent) if isinstance(node, Linear)]
+    mixed = [product for layer in layers for product in _contractions_behind(graph, layer.source)]
+    return [Product(product, True) for product in mixed if all(name in graph.varying for name in product.inputs)]
+
+
+def products_after_layer(graph: Graph, weights: str) -> list[Contract]:
+    """Products that read a value, or what one linear layer makes of it, through pointwise operations and movements."""
+    layers = [node for node in graph.nodes if isinstance(node, Linear)]
+    behind = {layer.output: _behind(graph, layer.source, _through_transparent) for layer in layers}
+    made = [value for value, nodes in behind.items() if any(node.output == weights for node in nodes)]
+    return [product for value in (weights, *made) for product in products_after(graph, value)]
+
+
+def _through_transparent(node: Node) -> Iterable[str]:
+    return node.inputs if isinstance(node, TRANSPARENT) else ()
+
+
 def _is_given(graph: Graph, value: str) -> bool:
     """Whether a value is a parameter or constant itself, cast or moved."""
     while isinstance(node := graph.producer.get(value), Move | Cast):
@@ -273,10 +293,7 @@ def obstacle_behind(graph: Graph, source: str) -> Node | None:
 
 
 def _obstacles_behind(graph: Graph, value: str) -> list[Node]:
-    def onward(node: Node) -> Iterable[str]:
-        return node.inputs if isinstance(node, TRANSPARENT) else ()
-
-    found = _behind(graph, value, onward)
+    found = _behind(graph, value, _through_transparent)
     return [node for node in found if type(node) is Opaque or isinstance(node, CumulativeSum)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from attncompile.frontends.graph import Contract, FusedAttention, Graph, RefusedAttention
 from attncompile.ir import Refusal
-from attncompile.lift.anchors import Anchor, products_after, scores_behind
+from attncompile.lift.anchors import Anchor, normalisers, products_after, scores_behind
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Check:
 CHECKS: dict[str, Check] = {
     "unstated-attention": Check(
         "the meaning of a native attention call is known for its options",
-        "export the model with its attention spelled out, or without this option",
+        "spell the attention out (product, softmax, product), or call it without this option",
     ),
     "uninterpreted-node": Check(
         "between scores, weights and values there are only pointwise operations and movements of data",
@@ -158,6 +158,13 @@ def nearest(graph: Graph, anchor: str, anchors: Sequence[Anchor]) -> str:
                 return f"the product {anchor} of two activations"
             return what
     return ""
+
+
+def passed_over(graph: Graph) -> tuple[str, ...]:
+    """Every softmax of a graph, with what makes and reads it: where there is no site, why it is none."""
+    found = (anchor for anchor in normalisers(graph) if anchor.kind == "softmax")
+    places = ((_around(graph, anchor), graph.describe(anchor.output).source) for anchor in found)
+    return tuple(f"{text} (at {source})" if source else text for text, source in places)
 
 
 def _around(graph: Graph, anchor: Anchor) -> str:

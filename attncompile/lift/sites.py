@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from attncompile.frontends.graph import (
+    Contract,
     FusedAttention,
     FusedScan,
     Graph,
@@ -25,9 +26,11 @@ from attncompile.lift.anchors import (
     Product,
     is_learned,
     is_multiplied_rounded,
+    mixed_by_layer,
     normalisers,
     obstacle_behind,
     products_after,
+    products_after_layer,
     scores_behind,
     unnormalised_products,
 )
@@ -88,6 +91,8 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
                 continue  # a gate, or the hidden state of an expert
             known |= ends
             add(anchor.output, partial(state_anchor, graph, anchor, scores, products))
+        elif anchor.kind == "softmax" and (mixed := _mixed(graph, anchor, known)):
+            add(anchor.output, partial(state_anchor, graph, anchor, *mixed))
         elif anchor.kind == "softmax" and (products or is_multiplied_rounded(graph, anchor.output)):
             obstacle = obstacle_behind(graph, anchor.source)
             if obstacle is not None:
@@ -110,6 +115,16 @@ def _quotient(graph: Graph, anchor: Anchor, claimed: set[str]) -> Statement | Re
         return None
     except RefusalError as error:
         return error
+
+
+def _mixed(graph: Graph, anchor: Anchor, known: set[str]) -> tuple[list[Product], list[Contract]] | None:
+    """The scores that a linear layer mixes before a normaliser, as talking heads do, and the products behind it, whose
+    weights may be mixed too. ``None`` where there are none but results of ``known`` sites, which are routed or
+    classified.
+    """
+    mixed = [score for score in mixed_by_layer(graph, anchor.source) if score.contract.output not in known]
+    products = products_after_layer(graph, anchor.output) if mixed else []
+    return (mixed, products) if products else None
 
 
 def _same(statement: Statement) -> Statement:
@@ -198,7 +213,6 @@ def _refused_call(graph: Graph, node: RefusedAttention) -> Statement:
         "unstated-attention",
         f"the call of {node.what} is not lifted because {node.reason}",
         node.output,
-        "export the model with its attention spelled out, or without this option",
     )
 
 
@@ -216,13 +230,16 @@ def _refused_obstacle(graph: Graph, obstacle: Node) -> Statement:
 def _escape(graph: Graph, statement: Statement) -> Refusal | None:
     """Why a site can only be observed: one of its inner values is read elsewhere."""
     for value, reader in escaping(graph, statement):
-        by = "the model returns it" if reader is None else f"{graph.describe(reader.output).name} reads it"
+        by, hint = "the model returns it", "ask the model not to return attention weights"
+        if reader is not None:
+            by = f"{graph.describe(reader.output).name} reads it"
+            hint = "ask the model not to return attention weights, or do without what is made of it there"
         native = graph.describe(value)
         return Refusal(
             "escaping-value",
             f"the inner value {native.name} ({native.what}) is needed outside: {by}",
             native.name,
             native.source,
-            "ask the model not to return attention weights",
+            hint,
         )
     return None

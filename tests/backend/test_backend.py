@@ -63,6 +63,12 @@ def tokens(batch: int, length: int, padding: str = "left") -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def require_operators(model: nn.Module) -> None:
+    """That an operator computes each site of a model's graphs: what equals the model is not the model itself."""
+    sites = explain(model).sites
+    assert sites and all(site.operator != "original" for site in sites), sites
+
+
 def seen_by(decisions: list[Decision]) -> Any:
     """Record the decisions of a compilation."""
     from attncompile import backend
@@ -106,6 +112,7 @@ def test_an_encoder_equals_eager(attention: str) -> None:
         for length in (9, 14):
             call = tokens(3, length, "right")
             torch.testing.assert_close(compiled(**call).last_hidden_state, model(**call).last_hidden_state)
+    require_operators(model)
 
 
 def test_inductor_compiles_the_rest() -> None:
@@ -115,6 +122,7 @@ def test_inductor_compiles_the_rest() -> None:
     kept = call["attention_mask"].bool()
     with torch.no_grad():
         torch.testing.assert_close(compiled(**call).logits[kept], model(**call).logits[kept])
+    require_operators(model)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -127,6 +135,7 @@ def test_generation_gives_the_tokens_of_eager(attention: str) -> None:
             model.forward, backend=attncompile, dynamic=True, options={"rest": "eager"}
         )
         assert torch.equal(model.generate(**call, max_new_tokens=8, do_sample=False), expected)
+    require_operators(model)
 
 
 def masked_gradients(run: Any, model: nn.Module, call: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -233,6 +242,24 @@ def test_a_graph_without_attention_is_left_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_call_that_nothing_states_is_one_site_and_named() -> None:
+    """``flex_attention`` gives three results, and is one attention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def banded(x: torch.Tensor) -> torch.Tensor:
+        found = flex_attention(x, x, x, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -torch.inf))
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    x = torch.randn(2, 3, 7, 8)
+    compiled = compile_model(banded, rest="eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        with pytest.warns(FallbackWarning, match="1 of 1 attention sites .*flex_attention .* spell the attention out"):
+            found = compiled(x)
+        torch.testing.assert_close(found, banded(x))
 
 
 def test_an_unsupported_device_runs_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

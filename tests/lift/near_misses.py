@@ -197,6 +197,16 @@ def talking_weights(q, k, v, mixing):
     return merged(torch.einsum("bhij,hg->bgij", weights_of(q, k), mixing) @ heads(v))
 
 
+@row(
+    {"before": torch.nn.Linear(HEADS, HEADS), "behind": torch.nn.Linear(HEADS, HEADS, bias=False)},
+    kind="mixed-scores",
+)
+def talking_heads_as_layers(q, k, v, before, behind):
+    logits = before(scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    weights = behind(torch.softmax(logits, -1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return merged(weights @ heads(v))
+
+
 @row(kind="not-a-product")
 def weights_times_themselves(q, k):
     weights = weights_of(q, k)
@@ -353,6 +363,13 @@ def keys_changed_afterwards(q, x, v, packed):
     return out, key
 
 
+@row(kind="uninterpreted-node")
+def numbers_added_where_a_map_says(q, k, v, visible):
+    logits = scores(q, k)
+    logits.index_put_((~visible[:, None].expand_as(logits),), torch.tensor(-1.0), accumulate=True)
+    return attend(logits, heads(v))
+
+
 @row(kind="unstated-attention")
 def fused_with_dropout(q, k, v):
     return merged(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), dropout_p=0.5))
@@ -390,6 +407,13 @@ def router_of_experts(x, router, experts):
 def router_written_as_a_product(x, router, experts):
     share = torch.softmax(x @ router, -1)
     return torch.einsum("bne,bned->bnd", share, torch.einsum("bnc,ecd->bned", x, experts))
+
+
+@row({"router": torch.nn.Linear(WIDTH, 3), "experts": torch.nn.Linear(WIDTH, 3 * WIDTH)}, sites=1, score="0.5·s")
+def router_of_what_attention_gives(q, k, v, router, experts):
+    state = attend(scores(q, k), heads(v))
+    share = torch.softmax(router(state), -1)
+    return torch.einsum("bne,bned->bnd", share, experts(state).unflatten(-1, (3, WIDTH)))
 
 
 @row({"down": torch.nn.Linear(WIDTH, 4), "up": torch.nn.Linear(4, WIDTH)}, sites=0)
