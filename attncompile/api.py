@@ -177,9 +177,10 @@ def compile(
         ValueError: for an unknown option or value.
     """
     from attncompile.backend import Backend, read_options
+    from attncompile.backend.options import ARGUMENTS
 
     # now, so that a misspelt option is said here and not in the first call
-    backend = Backend(read_options(options, beside=("dynamic", "fullgraph", "disable")))
+    backend = Backend(read_options(options, beside=ARGUMENTS))
     compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph, disable=disable)
     if compiled is not model:  # as it is where this is disabled
         backend.belongs_to(compiled)

@@ -9,9 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from attncompile.frontends.errors import given_path
 from attncompile.frontends.torch_internals import modes
 from attncompile.passes import parse_passes
 from attncompile.plan.schema import Plan, load_plan
+
+ARGUMENTS = ("dynamic", "fullgraph", "disable")
+"""Arguments of ``torch.compile`` that are no options of a back end."""
 
 
 class Options(BaseModel):
@@ -75,10 +79,21 @@ class Options(BaseModel):
             raise ValueError(f"the modes are {', '.join(modes())}")
         return value
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 and 1
+            raise ValueError("it is a number, such as 0.01")
+        return value
+
     @field_validator("plan", mode="before")
     @classmethod
     def _is_loaded(cls, value: Any) -> Any:
-        return load_plan(Path(value)) if isinstance(value, str | Path) else value
+        if isinstance(value, str | Path):
+            return load_plan(given_path(value))
+        if value is not None and not isinstance(value, Plan | Mapping):
+            raise ValueError("it is a Plan, or the path of a plan.json")
+        return value
 
 
 def read_options(given: Mapping[str, Any] | None, *, beside: Sequence[str] = ()) -> Options:
@@ -100,6 +115,8 @@ def read_options(given: Mapping[str, Any] | None, *, beside: Sequence[str] = ())
             valid = [*beside, *names]
             near = difflib.get_close_matches(name, valid, n=1) if isinstance(name, str) else []
             meant = f"; did you mean {near[0]!r}?" if near else ""
+            if name in ARGUMENTS:
+                meant = f"; it is an argument of torch.compile itself: torch.compile(…, {name}=…)"
             raise ValueError(f"unknown option {name!r} of the attncompile back end{meant} (valid: {', '.join(valid)})")
     try:
         return Options(**(given or {}))
