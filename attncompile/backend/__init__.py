@@ -20,7 +20,7 @@ import torch
 
 from attncompile.backend.checkpointing import attends, checkpointed_bodies, checkpoints, with_bodies
 from attncompile.backend.choose import SUPPORTED, choose_lowering
-from attncompile.backend.compilation import Compilation, alive, held_by, note, note_unread
+from attncompile.backend.compilation import Compilation, alive, held_by, note, note_none, note_unread
 from attncompile.backend.explanation import Explanation
 from attncompile.backend.first_call import ComparedOnce, why_not_compared
 from attncompile.backend.options import Options, read_options
@@ -41,7 +41,7 @@ from attncompile.frontends.torch_internals import (
     trace_artifact,
 )
 from attncompile.frontends.torch_logs import SITES, site_logger, why_again
-from attncompile.lift import Program, lift_graph
+from attncompile.lift import Program, lift_graph, passed_over
 from attncompile.passes import PassCall, parse_passes
 
 log = logging.getLogger("attncompile")
@@ -188,7 +188,9 @@ class _Rewriting:
             if _multiplies(module):
                 self._leave(f"{error}", device)
             else:  # what quantises a cache, say
-                log.info("attncompile: a graph of %d nodes was not looked at: %s", len(module.graph.nodes), error)
+                count = len(module.graph.nodes)
+                log.info("attncompile: a graph of %d nodes was not looked at: %s", count, error)
+                self.compilations.append(note_none(device or "cpu", count))
             return module
         except FallbackWarning:  # made an error by the user's filters
             raise
@@ -211,7 +213,12 @@ class _Rewriting:
         captured = capture_dynamo(module, example_inputs)
         program = lift_graph(aten_graph(captured), "the compiled graph", captured.notes, blocks=False)
         if not program.sites:
-            log.info("attncompile: no attention in this graph of %d nodes", len(module.graph.nodes))
+            count, seen = len(module.graph.nodes), passed_over(program.graph)
+            log.info("attncompile: no attention in this graph of %d nodes", count)
+            for text in seen:
+                site_log.info("attncompile: no attention: %s", text)
+            seconds = time.perf_counter() - begun
+            self.compilations.append(note_none(device, count, seen, _parameters(captured), seconds, why_again()))
             return module
         decisions, said = self._decisions(program, device)
         said = (*_complaints(decisions), *said)

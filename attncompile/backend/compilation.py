@@ -76,6 +76,8 @@ class Compilation:
         parameters: shapes of the module parameters that the graph reads, by dotted name.
         seconds: how long finding and rewriting the attention took.
         again: why Dynamo compiled the code again, which is the guard that an earlier graph failed; else empty.
+        operations: how many nodes a graph has in which no attention was found; 0 for any other.
+        passed_over: what could have been attention there, a sentence each.
     """
 
     number: int
@@ -85,6 +87,8 @@ class Compilation:
     parameters: Mapping[str, tuple[Any, ...]]
     seconds: float
     again: str = ""
+    operations: int = 0
+    passed_over: tuple[str, ...] = ()
 
     def serves(self, module: torch.nn.Module) -> bool:
         """Whether the graph reads parameters that the module has, by name and shape: such modules share a graph."""
@@ -114,16 +118,30 @@ def note(
 ) -> Compilation:
     """A record of a compilation; whoever holds the compiled graph has to hold it too."""
     sites = tuple(_explained(program, decision) for decision in decisions)
-    with _LOCK:
-        made = Compilation(next(_NUMBERS), device, sites, said, parameters, seconds, again)
-        _ALIVE.add(made)
-    return made
+    return _noted(device, sites, said, parameters, seconds, again)
 
 
 def note_unread(device: str, said: str, seconds: float) -> Compilation:
     """A record of a graph whose attention was not looked at, with the reason."""
+    return _noted(device, (), (said,), {}, seconds)
+
+
+def note_none(
+    device: str,
+    operations: int,
+    passed_over: tuple[str, ...] = (),
+    parameters: Mapping[str, tuple[Any, ...]] | None = None,
+    seconds: float = 0.0,
+    again: str = "",
+) -> Compilation:
+    """A record of a graph without attention."""
+    return _noted(device, (), (), parameters or {}, seconds, again, operations, passed_over)
+
+
+def _noted(*fields: Any) -> Compilation:
+    """A record with the next number; ``fields`` are those behind it, in order."""
     with _LOCK:
-        made = Compilation(next(_NUMBERS), device, (), (said,), {}, seconds)
+        made = Compilation(next(_NUMBERS), *fields)
         _ALIVE.add(made)
     return made
 
@@ -201,4 +219,4 @@ def solved_sizes(spec: Spec, shapes: Sequence[Sequence[int]]) -> dict[str, int] 
     return found if found.keys() >= {*symbolic_sizes(spec), *spec.undetermined_sizes()} else None
 
 
-__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_unread", "solved_sizes"]
+__all__ = ["Compilation", "ExplainedSite", "alive", "held_by", "note", "note_none", "note_unread", "solved_sizes"]

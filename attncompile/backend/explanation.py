@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from attncompile.backend.compilation import Compilation, ExplainedSite
+from attncompile.backend.verified import named
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Explanation:
                 "no compiled graph: call the model first, or it has been reset since; for a model that was loaded with "
                 "attn_implementation='attncompile' see attncompile.hf.explain"
             )
-        return "\n\n".join("\n".join(_lines(compilation)) for compilation in self.compilations)
+        without = [compilation for compilation in self.compilations if compilation.operations]
+        parts = [_lines(compilation) for compilation in self.compilations if not compilation.operations]
+        return "\n\n".join("\n".join(lines) for lines in (*parts, _lines_without(without)) if lines)
 
 
 def _lines(compilation: Compilation) -> list[str]:
@@ -42,6 +45,21 @@ def _lines(compilation: Compilation) -> list[str]:
         lines.append(f"  compiled again: {compilation.again}")
     lines += [f"  {line}" for line in site_lines(compilation.sites)]
     return [*lines, *(f"  warning: {text}" for text in compilation.said)]
+
+
+def _lines_without(compilations: Sequence[Compilation]) -> list[str]:
+    """The graphs in which no attention was found, and what could have been some; a graph break leaves many of them."""
+    if not compilations:
+        return []
+    numbers = [str(compilation.number) for compilation in compilations]
+    graphs = f"graph {numbers[0]}" if len(numbers) == 1 else f"graphs {named(numbers)}"
+    devices = ", ".join(dict.fromkeys(compilation.device for compilation in compilations))
+    operations = sum(compilation.operations for compilation in compilations)
+    seen = dict.fromkeys(text for compilation in compilations for text in compilation.passed_over)
+    return [
+        f"{graphs} on {devices}: no attention found among {operations} operations",
+        *(f"  no attention: {text}" for text in seen),
+    ]
 
 
 def site_lines(sites: Iterable[ExplainedSite]) -> list[str]:

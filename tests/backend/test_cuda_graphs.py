@@ -21,7 +21,7 @@ import attncompile
 from attncompile.backend import FallbackWarning
 from attncompile.verify import derive_tolerance, require_within
 from tests.backend.test_calls import InFloat64
-from tests.backend.test_generation import small
+from tests.backend.test_generation import require_rewritten, small
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +137,7 @@ def test_steps_with_a_static_cache_are_replayed(kind: str, how: str, device: str
             found, other = recorded.read(given, steps[0]), unrecorded.read(given, steps[1])
             require_within(found, truth, bound, f"text {number} with CUDA graphs")
             require_within(other, truth, bound, f"text {number} without")
+    require_rewritten(recorded.model)
     require_recorded(device)
 
 
@@ -215,6 +216,7 @@ def test_a_training_step_is_replayed(kind: str, how: str, device: str) -> None:
                 bound = derive_tolerance(truth, eager, LONGEST_SUM).bound
                 for name in ("with CUDA graphs", "without"):
                     require_within(made[name][place], truth, bound, f"batch {number}, tensor {place}, {name}")
+    require_rewritten(recorded)
     require_recorded(device)
 
 

@@ -208,6 +208,33 @@ def test_explain_finds_the_graphs_of_a_module_that_torch_compiled() -> None:
         attncompile.explain(torch.compile(torch.nn.functional.relu, backend="attncompile"))
 
 
+def test_a_graph_without_attention_is_told_too() -> None:
+    """It was compiled and looked at: that is not the same as a model that was never called."""
+
+    def pooled(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,bid->bd", (x @ w).softmax(-1), x)
+
+    def both(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        torch._dynamo.graph_break()
+        return pooled(x, w)
+
+    x, w = torch.randn(2, 5, 8), torch.randn(8)
+    for function, sites in ((torch.nn.functional.relu, 0), (pooled, 0), (both, 1)):
+        torch._dynamo.reset()
+        compiled = attncompile.compile(lambda *given, run=function: run(*given), rest="eager")
+        given = (x,) if function is torch.nn.functional.relu else (x, w)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FallbackWarning)
+            torch.testing.assert_close(compiled(*given), function(*given))
+        explanation = attncompile.explain(compiled)
+        text = str(explanation)
+        assert len(explanation.sites) == sites and "no attention found among" in text, text
+        assert "no compiled graph" not in text
+        passed_over = "no attention: softmax over axis 1 of 2 (softmax) with no product before it, read by the product"
+        assert (passed_over in text) == (function is not torch.nn.functional.relu), text
+
+
 def test_an_explanation_is_written_to_a_file(tmp_path: Path) -> None:
     compiled = attncompile.compile(small_llama(), dynamic=True, rest="eager", explain=tmp_path / "attention.txt")
     calls(compiled)
@@ -307,6 +334,10 @@ def test_torch_logs_has_a_line_for_each_site(caplog: pytest.LogCaptureFixture) -
     ("given", "said"),
     [
         ({"plan": "nowhere/plan.json"}, "option 'plan' .*nowhere"),
+        ({"plan": ""}, "option 'plan' .*an empty path"),
+        ({"plan": 5}, "option 'plan' .*a Plan, or the path of a plan.json, got 5"),
+        ({"budget": True}, "option 'budget' .*it is a number, such as 0.01, got True"),
+        ({"fullgraph": True}, r"unknown option 'fullgraph' .*it is an argument of torch.compile itself: .*fullgraph=…"),
         ({"budget": -1.0}, "option 'budget' .*greater than or equal to 0"),
         ({"verify": "site"}, "option 'verify' .*'sites'"),
         ({"passes": "fus"}, r"option 'passes' .*unknown pass 'fus' \(did you mean 'fuse'\?\)"),

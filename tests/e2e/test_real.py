@@ -16,6 +16,7 @@ import attncompile
 from attncompile.backend import FallbackWarning
 from attncompile.frontends.checkpoint import open_model
 from attncompile.verify import derive_tolerance, require_within
+from tests.backend.test_generation import require_rewritten
 
 
 @pytest.mark.parametrize(("name", "sites"), [("minilm-int8.onnx", 6), ("paraphrase-minilm-l3.onnx", 3)])
@@ -60,6 +61,7 @@ def test_smollm2_generates_the_tokens_of_eager(smollm2_folder: Path, attention: 
         warnings.simplefilter("error", FallbackWarning)
         model.forward = attncompile.compile(model.forward, dynamic=True, rest="eager")
         assert torch.equal(model.generate(**call, max_new_tokens=16, do_sample=False), expected)
+    require_rewritten(model.forward)
 
 
 @pytest.mark.slow
@@ -76,6 +78,7 @@ def test_smollm2_continues_twenty_texts_like_eager(smollm2_folder: Path, texts_f
         warnings.simplefilter("error", FallbackWarning)
         model.forward = attncompile.compile(model.forward, dynamic=True, rest="eager")
         found = model.generate(**call, max_new_tokens=64, do_sample=False)
+    require_rewritten(model.forward)
     rows = [number for number, same in enumerate((found == expected).all(dim=1).tolist()) if not same]
     assert expected.shape[0] == 20 and not rows, f"the continuations of texts {rows} differ"
 
@@ -95,6 +98,7 @@ def test_whisper_transcribes_like_eager(whisper_folder: Path, speech_file: Path)
         model.forward = attncompile.compile(model.forward, dynamic=True, rest="eager")
         for beams, tokens in expected.items():
             assert torch.equal(model.generate(features, num_beams=beams, do_sample=False), tokens), beams
+    require_rewritten(model.forward)
     tokenizer = transformers.AutoTokenizer.from_pretrained(whisper_folder)
     text = tokenizer.decode(expected[1][0], skip_special_tokens=True).strip()
     assert text == "Ever tried, ever failed. No matter, try again. Fail again. Fail better."
