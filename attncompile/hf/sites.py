@@ -191,9 +191,9 @@ def _report(name: str, seen: Seen, sizes: Sizes, compiled: bool) -> SiteReport:
 
 
 def _notes(model: torch.nn.Module, called: bool) -> tuple[str, ...]:
-    notes = [] if called else ["No attention has come through the interface yet; call the model first."]
+    notes = [] if called else [_why_none(model)]
     for name, part in model.named_modules():
-        asked = getattr(getattr(part, "config", None), "_attn_implementation", None)
+        asked = _asked(part)
         settable = getattr(part, "_can_set_attn_implementation", None)
         if asked == "attncompile" and settable is not None and not settable():
             notes.append(
@@ -201,3 +201,20 @@ def _notes(model: torch.nn.Module, called: bool) -> tuple[str, ...]:
                 "is written. torch.compile(model, backend=\"attncompile\") finds attention in any code."
             )
     return tuple(notes)
+
+
+def _asked(part: torch.nn.Module) -> str | None:
+    """The attention that a module's configuration asks for."""
+    return getattr(getattr(part, "config", None), "_attn_implementation", None)
+
+
+def _why_none(model: torch.nn.Module) -> str:
+    """Why no attention has come through the interface."""
+    asked = sorted({found for part in model.modules() if (found := _asked(part)) is not None})
+    if "attncompile" in asked or not asked:
+        return "No attention has come through the interface yet; call the model first."
+    return (
+        f"No attention comes through the interface: the model runs with {', '.join(map(repr, asked))}. Load it with "
+        'attn_implementation="attncompile"; where transformers refuses that, '
+        'torch.compile(model, backend="attncompile") finds attention in any code.'
+    )

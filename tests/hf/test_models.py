@@ -318,6 +318,18 @@ def test_a_model_that_spells_out_its_attention() -> None:
     assert "runs as it is written" in str(attncompile.hf.explain(ours))
 
 
+def test_a_model_with_another_attention_is_told_so() -> None:
+    """As one that was switched over, which transformers refuses for models that spell their attention out."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+    model = BloomModel._from_config(config, attn_implementation="eager").eval()
+    model.set_attn_implementation("attncompile")
+    with torch.no_grad():
+        model(**tokens(2, 8))
+    text = str(attncompile.hf.explain(model))
+    assert "the model runs with 'eager'" in text and "call the model first" not in text, text
+
+
 def test_a_layer_that_reads_more_than_the_interface_says() -> None:
     ours, _, inputs = build("inkling2_text", "attncompile")  # type: ignore[arg-type]
     theirs = build("inkling2_text", "eager")[0]
