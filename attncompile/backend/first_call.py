@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attncompile.backend.rewrite import draws
-from attncompile.backend.site_module import autocast_dtype
+from attncompile.codegen.pytorch.autocast import autocast_dtype
 
 
 def why_not_compared(module: torch.fx.GraphModule) -> str | None:

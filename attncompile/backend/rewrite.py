@@ -13,6 +13,7 @@ import torch
 from attncompile.backend.site_module import SharedModule, SiteModule
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import MaskKey, adds_fill, mask_inputs, may_be_empty, passing_gradients, why_not_passed
+from attncompile.frontends.aten_attention import is_attention
 from attncompile.frontends.aten_builder import Unstated, arguments_of
 from attncompile.frontends.memory import Memory, written_arguments
 from attncompile.frontends.torch_internals import bounds_transform
@@ -161,7 +162,7 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
     result.meta.update(copy.copy(module.meta))
     by_name = {node.name: copies[node] for node in module.graph.nodes if node in copies}
     masks: dict[int, MaskKey | None] = {}
-    keys = [_shared_key(program, decision, masks) for decision in decisions]
+    keys = [_shared_key(program, module.graph, decision, masks) for decision in decisions]
     made_once: dict[object, torch.fx.Node] = {}
     for number, decision in enumerate(decisions):
         region = decision.site.region
@@ -172,7 +173,8 @@ def rewrite(module: torch.fx.GraphModule, program: Program, decisions: tuple[Dec
         shares = key.what if key is not None and keys.count(key) > 1 else ""
         infos = [program.graph.infos[binding.value] for binding in region.outputs]
         given = [program.graph.infos[binding.value] for binding in region.inputs]
-        site = SiteModule(decision.spec, region, decision.lowering, given, infos, shares)
+        rounded = _rounded_beside(module.graph, decision)
+        site = SiteModule(decision.spec, region, decision.lowering, given, infos, shares, rounded=rounded)
         arguments = [by_name[entry.value] for entry in region.inputs]
         first = min(region.outputs, key=lambda entry: program.graph.position[entry.value])
         with graph.inserting_before(by_name[first.value]):
@@ -205,15 +207,19 @@ class _SharedKey:
         definition: of the mask, or of all that decides about the lists.
         captured: nodes of the graph whose elements it is made from, in order.
         sizes: of queries and keys, for lists in the graph's own symbols.
+        rounded: what autocast rounds of what it is made from, see :class:`SiteModule`.
     """
 
     what: Literal["mask", "lists"]
     definition: str
     captured: tuple[str, ...]
     sizes: tuple[str, ...]
+    rounded: frozenset[str] = frozenset()
 
 
-def _shared_key(program: Program, decision: Decision, masks: dict[int, MaskKey | None]) -> _SharedKey | None:
+def _shared_key(
+    program: Program, graph: torch.fx.Graph, decision: Decision, masks: dict[int, MaskKey | None]
+) -> _SharedKey | None:
     """What a site may share with others that have the same; ``None`` where it makes everything itself.
 
     ``masks`` is what is known of the masks of Specs, by identity: equal sites have one Spec that runs, see
@@ -237,7 +243,18 @@ def _shared_key(program: Program, decision: Decision, masks: dict[int, MaskKey |
     if key is None:
         return None
     sizes = tuple(str(types[name]) for name in ("q", "k"))
-    return _SharedKey("mask", key.text, tuple(natives[name] for name in key.captured), sizes)
+    captured = tuple(natives[name] for name in key.captured)
+    return _SharedKey("mask", key.text, captured, sizes, _rounded_beside(graph, decision))
+
+
+def _rounded_beside(graph: torch.fx.Graph, decision: Decision) -> frozenset[str]:
+    """What autocast rounds at a site beside the operands of products: all that a call of torch's own is given."""
+    region, anchor = decision.site.region, decision.site.anchor
+    call = next((node for node in graph.nodes if node.name == anchor and is_attention(str(node.target))), None)
+    if region is None or call is None:
+        return frozenset()
+    given = {argument.name for argument in call.all_input_nodes}
+    return frozenset(binding.name for binding in region.inputs if binding.value in given)
 
 
 def _drop_dead(graph: torch.fx.Graph) -> None:

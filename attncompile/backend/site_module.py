@@ -10,6 +10,7 @@ import torch
 
 from attncompile.codegen.lowering import Lowering
 from attncompile.codegen.pytorch import visible_mask
+from attncompile.codegen.pytorch.autocast import autocast_dtype
 from attncompile.frontends.graph import Info
 from attncompile.ir import Spec, TensorType
 from attncompile.ir.expr import Const, Expr
@@ -101,23 +102,17 @@ def _known(size: Expr, sizes: Mapping[Expr, int]) -> int | None:
     return int(size.value) if isinstance(size, Const) else sizes.get(size)
 
 
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """What autocast, where it is on, makes of a tensor that goes into a product; ``None`` where it leaves it alone."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def operand_names(spec: Spec) -> frozenset[str]:
     """The values that go into products: no coordinates, and nothing that a mask or score reads."""
     return frozenset(name for operation in spec.operations for name in operation.operands())
 
 
 def spec_tensors(
-    region: Region, types: Mapping[str, TensorType], operands: Collection[str], native: Sequence[torch.Tensor]
+    region: Region,
+    types: Mapping[str, TensorType],
+    operands: Collection[str],
+    native: Sequence[torch.Tensor],
+    rounded: Collection[str] = (),
 ) -> list[torch.Tensor]:
     """Native tensors as a Spec's inputs, operands as autocast would hand them to the model's own products.
 
@@ -129,6 +124,7 @@ def spec_tensors(
         types: of the Spec's values.
         operands: see :func:`operand_names`.
         native: the graph's tensors.
+        rounded: further inputs that autocast rounds.
     """
     sizes: dict[Expr, int] = {}
     found = list(native)
@@ -137,8 +133,10 @@ def spec_tensors(
     for place, binding in sorted(laid_out, key=lambda entry: -len(entry[1].layout.axes if entry[1].layout else ())):
         assert binding.layout is not None
         found[place] = to_spec_axes(native[place], binding.layout, types[binding.name], sizes)
+    for place, binding in enumerate(region.inputs):
         narrow = autocast_dtype(native[place])
-        if narrow is not None and binding.name in operands:
+        multiplied = binding.layout is not None and binding.name in operands
+        if narrow is not None and (multiplied or binding.name in rounded):
             found[place] = found[place].to(narrow)
     return found
 
@@ -147,7 +145,8 @@ class SiteModule(torch.nn.Module):
     """Computes a site with its lowering.
 
     Called with the native tensors of ``region.inputs`` in order, and what it shares with other sites, if it does:
-    ``shares`` names the option of the lowering that takes it.
+    ``shares`` names the option of the lowering that takes it. ``rounded`` names further inputs that
+    autocast rounds: the mask that is given to a call of torch's own.
     """
 
     def __init__(
@@ -158,15 +157,18 @@ class SiteModule(torch.nn.Module):
         given: Sequence[Info],
         natives: Sequence[Info],
         shares: Literal["", "mask", "lists"] = "",
+        *,
+        rounded: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.spec, self.region, self.lowering = spec, region, lowering
         self.given, self.natives, self.shares = tuple(given), tuple(natives), shares
-        self.types, self.operands = spec.types(), operand_names(spec)
+        self.types = spec.types()
+        self.operands, self.rounded = operand_names(spec), rounded
 
     def spec_tensors(self, native: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The native tensors as the Spec's inputs, see :func:`spec_tensors`."""
-        return spec_tensors(self.region, self.types, self.operands, native)
+        return spec_tensors(self.region, self.types, self.operands, native, self.rounded)
 
     def forward(self, *native: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         tensors = native[: len(self.region.inputs)]

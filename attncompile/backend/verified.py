@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from attncompile.backend.rewrite import Decision
-from attncompile.backend.site_module import autocast_dtype
+from attncompile.codegen.pytorch.autocast import autocast_dtype
 from attncompile.ir import Spec
 from attncompile.ir.sample import example_sizes
 from attncompile.ir.some_rows import rows_that_fit

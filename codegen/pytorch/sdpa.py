@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from attncompile.codegen.pytorch.autocast import autocast_dtype
 from attncompile.codegen.pytorch.form import NEGLIGIBLE, AdditiveForm
 from attncompile.codegen.pytorch.grid import Map, Range, take
 from attncompile.ir import Attend, Expr, simplify
@@ -70,8 +71,8 @@ def additive_mask(
         form: the recognised form.
         mask: its mask, or a simpler one that is equal for these lengths.
         where: the map of this call.
-        dtype: dtype of the query; a bias computed from positions stays in float32, where 16 bits would lose
-            it.
+        dtype: dtype of the query; a bias computed from positions, or read from a tensor of a wider dtype, stays
+            in float32, where 16 bits would lose it, and make −∞ of a number that hides.
         rows, columns: the part of the map, all of it when ``None``.
 
     Returns:
@@ -90,7 +91,7 @@ def additive_mask(
         # of numbers that are read, two may add up to −∞, and weigh nothing beside one of them
         fill = fill.clamp(min=lowest) if form.fill != "infinite" and isinstance(form.masked, Const) else fill
         added = torch.where(evaluate(mask, environment), bias, fill)
-    added = added if computed_bias(form) else added.to(dtype)
+    added = added if stays_wide(form, where, dtype) else added.to(dtype)
     return added.reshape([1] * (4 - added.dim()) + list(added.shape))
 
 
@@ -126,6 +127,13 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 def computed_bias(form: AdditiveForm) -> bool:
     """Whether there is a bias that is not read from a tensor as it is."""
     return form.bias is not None and not isinstance(form.bias, Load)
+
+
+def stays_wide(form: AdditiveForm, where: Map, dtype: torch.dtype) -> bool:
+    """Whether there is a bias that a dtype does not hold: one that is computed, or read from a tensor of a wider one."""
+    if isinstance(form.bias, Load):
+        return torch.promote_types(where.tensors[form.bias.tensor].dtype, dtype) != dtype
+    return computed_bias(form)
 
 
 def empty_rows(form: AdditiveForm, mask: Expr, where: Map) -> torch.Tensor:
@@ -204,6 +212,12 @@ def attend_added(operands: Operands, form: AdditiveForm, added: torch.Tensor) ->
 def _call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AdditiveForm,
           added: torch.Tensor | None, causal: bool) -> torch.Tensor:
     shared, dtype = form.shared_heads == "grouped", query.dtype
+    narrow = autocast_dtype(query)
+    if narrow is not None and added is not None and added.dtype != narrow:
+        # autocast would round what is added as well
+        with torch.autocast(query.device.type, enabled=False):
+            made = _call(query.to(narrow), key.to(narrow), value.to(narrow), form, added, causal)
+        return made.to(dtype)
     if query.device.type != "cpu" and added is not None:
         if added.dtype != dtype:
             # CUDA's kernels misread a float32 mask beside 16-bit operands (torch 2.11), and 16 bits lose the
