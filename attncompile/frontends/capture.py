@@ -480,7 +480,10 @@ def _lost_in_tracing(
     if transforms:
         return f"it computes inside {', '.join(sorted(transforms))} of torch.func, which ATen does not hold"
     for node in _unseen(after):
-        return f"the value {node.target} existed only while the graph was traced"
+        reader = next(iter(node.users), node)
+        place = source_line(reader)
+        where = f" (at {place})" if place else ""
+        return f"{reader.name} works on memory that only the model knows, such as that of x.data{where}"
     return None
 
 

@@ -130,7 +130,7 @@ def computed_bias(form: AdditiveForm) -> bool:
 
 
 def stays_wide(form: AdditiveForm, where: Map, dtype: torch.dtype) -> bool:
-    """Whether there is a bias that a dtype does not hold: one that is computed, or read from a tensor of a wider one."""
+    """Whether there is a bias that a dtype does not hold: one that is computed, or read in a wider one."""
     if isinstance(form.bias, Load):
         return torch.promote_types(where.tensors[form.bias.tensor].dtype, dtype) != dtype
     return computed_bias(form)

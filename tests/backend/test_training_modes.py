@@ -268,6 +268,29 @@ def test_scores_that_are_written_through_a_view_train(dynamic: bool) -> None:
     assert rewritten(compiled)
 
 
+class Clipped(nn.Module):
+    """Clips a weight in place before it is used, as Gemma 3n does in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.project.weight.data.clamp_(-0.1, 0.1)
+        y = self.project(x)
+        return torch.softmax(y @ y.transpose(-1, -2), dim=-1) @ y
+
+
+def test_memory_that_no_graph_holds_is_said_and_written() -> None:
+    model, other, x = Clipped(), Clipped(), torch.randn(2, 5, 8)
+    compiled = attncompile.compile(model, rest="eager")
+    with pytest.warns(FallbackWarning, match=r"clamp_ works on memory .*such as that of x.data \(at .*data.clamp_"):
+        found = compiled(x)
+    torch.testing.assert_close(found, other(x))
+    assert torch.equal(model.project.weight, other.project.weight) and model.project.weight.abs().max() <= 0.1
+
+
 # --- several processes ----------------------------------------------------------------------------------------
 
 
