@@ -192,6 +192,12 @@ SAME = {
         "i % 4 + i // 4·4",
         "12·(i // 12) + 4·(i % 12 // 4) + i % 4",
     ],
+    # the shift of Transformer-XL at a fixed length: a comparison moved numbers to and fro between the two
+    "remainder compared": [
+        "(j − i + 7) % 8 < 1",
+        "j ≤ i + 8·((j − i + 7) // 8) − 7",
+        "8·((j − i + 7) // 8) ≥ j − i + 7",
+    ],
     "digit": ["i // 4 % 3", "i % 12 // 4", "(i + 24) // 4 % 3"],
     "block": ["i // 12", "i // 4 // 3", "i // 3 // 4", "(4·i + 3) // 48", "(i + 24) // 12 − 2"],
     "rounded up": [

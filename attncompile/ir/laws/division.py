@@ -139,14 +139,20 @@ def _dividends(atom: Apply, poly: Polynomial) -> list[tuple[Expr, Divisor]]:
 def _folded(
     simplifier: Simplifier, poly: Polynomial, mono: Monomial, atom: Expr, inner: Expr, by: Divisor
 ) -> Polynomial | None:
-    """``c·m·inner - c·m·k·(inner // k)``, if the polynomial holds it, becomes ``c·m·(inner % k)``."""
+    """``c·m·inner - c·m·k·(inner // k)``, if the polynomial holds it, becomes ``c·m·(inner % k)``.
+
+    The number in ``inner`` need not be there: ``i - 8·((i + 7) // 8)`` is ``(i + 7) % 8 - 7``. What is added to a
+    polynomial would decide its form otherwise, and a comparison, which moves numbers from side to side, would go to and
+    fro between two.
+    """
     outer = without(mono, (atom,)) or ()
     factor = _divided((outer, -poly[mono]), by)
     if factor is None:
         return None
     scale: Polynomial = {factor[0]: factor[1]}
     whole = times(scale, _without_remainders(simplifier, polynomial(inner)))
-    if not whole or any(poly.get(term, 0) * value < value * value for term, value in whole.items()):
+    asked = {term: value for term, value in whole.items() if term} or whole
+    if not whole or any(poly.get(term, 0) * value < value * value for term, value in asked.items()):
         return None
     remainder = polynomial(simplifier(inner % _expr(by)))
     if not any(_is_remainder(a) for m in remainder for a in m):
