@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from attncompile.frontends.errors import CaptureError, InputError, given_path
 from attncompile.frontends.graph_breaks import capture_with_breaks
 from attncompile.frontends.onnx import onnx_file_graph
 from attncompile.frontends.onnx_file import reading
+from attncompile.frontends.positions import stated_length
 from attncompile.lift import Program, join_programs, lift_graph
 from attncompile.plan import Plan, load_plan
 from attncompile.verify import Certificate, load_certificate
@@ -85,9 +87,11 @@ def lift_opened(opened: OpenedModel, *, progress: Progress = silent) -> Program:
     if opened.kind == "onnx":
         progress("finding attention")
         with reading(opened.path):
-            return lift_graph(onnx_file_graph(opened.path), opened.name, opened.notes)
-    args, kwargs = opened.example() if opened.given is None else opened.given
-    return _lift_module(opened.model, opened.name, args, kwargs, opened.notes, progress)
+            program = lift_graph(onnx_file_graph(opened.path), opened.name, opened.notes)
+    else:
+        args, kwargs = opened.example() if opened.given is None else opened.given
+        program = _lift_module(opened.model, opened.name, args, kwargs, opened.notes, progress)
+    return replace(program, length=stated_length(opened.config, None))
 
 
 def _lift_module(

@@ -92,7 +92,7 @@ def _read(captured: Captured, equal: dict[Expr, Expr]) -> Graph:
             source = source_line(node)
             natives[node.name] = NativeNode(
                 node.name,
-                _operation(_called(node).target),
+                _named(node),
                 module_path(node),
                 str(source) if source else "",
                 module_type(node),
@@ -172,6 +172,12 @@ def _state(builder: Builder) -> list[Node]:
     if is_attention(whole) and (call is node or next(iter(call.users)) is node):
         return [RefusedAttention(node.name, reads, whole, reason or "this operator has no statement here")]
     return [Opaque(node.name, reads, whole)]
+
+
+def _named(node: torch.fx.Node) -> str:
+    """What an operation is called: of one that is among the results of an attention call, the call."""
+    whole = _operation(_called(node).target)
+    return whole if is_attention(whole) else _operation(node.target)
 
 
 def _called(node: torch.fx.Node) -> torch.fx.Node:

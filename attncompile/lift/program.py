@@ -161,21 +161,23 @@ class Program:
             in pieces, each of which had its own.
         sites: every attention site found, in graph order.
         notes: what the reader should know about the capture.
+        length: positions that its text states densities for, or ``None`` for the usual number.
     """
 
     model: str
     graph: Any
     sites: tuple[Site, ...]
     notes: tuple[str, ...] = field(default=())
+    length: int | None = None
 
     def count(self, status: Status) -> int:
         """Number of sites of a status."""
         return sum(site.status == status for site in self.sites)
 
     def __str__(self) -> str:
-        from attncompile.lift.render import render_program  # rendering reads programs, so it is imported late
+        from attncompile.lift.render import SEQUENCE, render_program  # rendering reads programs: imported late
 
-        return render_program(self)
+        return render_program(self, self.length or SEQUENCE)
 
 
 def join_programs(model: str, programs: Sequence[Program], notes: tuple[str, ...]) -> Program:

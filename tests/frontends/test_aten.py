@@ -67,6 +67,13 @@ def at(operation: str) -> Any:
     return getattr(torch.ops.aten, operation)
 
 
+def written(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The tensor with a number in some of its columns."""
+    made = x.clone()
+    made[..., where] = 0.25
+    return made
+
+
 FORMULAS: tuple[Row, ...] = (
     Row("square", lambda x: x.square()),
     Row("square", lambda n: n.square()),
@@ -305,6 +312,8 @@ USES: tuple[Row, ...] = (
     Row("getitem", lambda x: x.split(3, 2)[1]),
     Row("getitem", lambda x: x.unbind(-1)[2]),
     Row("getitem", lambda x: torch.tensor_split(x, 2, -1)[1]),
+    Row("index_put", lambda x, p: x.clone().index_put((p,), torch.full((), -0.5))),
+    Row("index_put", lambda x, row: written(x, row > 0)),
     Row("index", lambda row, place: row[place]),
     Row("index", lambda row, backward: row[backward]),
     Row("index", lambda x, place: x[:, :, place]),
