@@ -136,10 +136,13 @@ def compared(
     if rows is not None and rows.shape == found.shape[:2]:
         # a row of padding sees no key or, where it sees itself, nobody reads it
         found, expected, exact = found[rows], expected[rows], exact[rows]
+    # what the model itself makes NaN is its own behaviour: in float64 transformers' softmax in float32 makes −∞ of the
+    # lowest number, which hides all of a row of padding, and the next layer's products spread what comes of that
+    seen = expected.isfinite()
     if call.weights == "nan":
         # whether a NaN is seen differs between PyTorch's own kernels; a number that both give has to be the same one
-        seen = found.isfinite() & expected.isfinite() & exact.isfinite()
-        found, expected, exact = found[seen], expected[seen], exact[seen]
+        seen &= found.isfinite() & exact.isfinite()
+    found, expected, exact = found[seen], expected[seen], exact[seen]
     if found.numel():
         require_within(found, exact, derive_tolerance(exact, expected, LONGEST_SUM).bound, f"{call} through {door}")
 
@@ -152,6 +155,10 @@ def test_any_call_gives_what_the_model_gives(call: Call) -> None:
 
 def test_a_padded_row_of_a_model_that_spells_out_its_attention() -> None:
     check(Call(2, 2, "left", torch.int64, "none", "plain", "gemma2", torch.float32))
+
+
+def test_a_padded_row_that_the_model_itself_makes_nan() -> None:
+    check(Call(1, 5, "left", torch.int64, "none", "plain", "gemma2", torch.float64))
 
 
 @pytest.mark.parametrize("length", (1, 4))
