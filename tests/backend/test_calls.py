@@ -144,7 +144,9 @@ def compared(
         seen &= found.isfinite() & exact.isfinite()
     found, expected, exact = found[seen], expected[seen], exact[seen]
     if found.numel():
-        require_within(found, exact, derive_tolerance(exact, expected, LONGEST_SUM).bound, f"{call} through {door}")
+        # a decoder in float64 computes its norms, and a softmax that it spells out, in float32
+        rounded = expected.float() if call.model is torch.float64 else expected
+        require_within(found, exact, derive_tolerance(exact, rounded, LONGEST_SUM).bound, f"{call} through {door}")
 
 
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=ALL_CHECKS)
@@ -155,6 +157,10 @@ def test_any_call_gives_what_the_model_gives(call: Call) -> None:
 
 def test_a_padded_row_of_a_model_that_spells_out_its_attention() -> None:
     check(Call(2, 2, "left", torch.int64, "none", "plain", "gemma2", torch.float32))
+
+
+def test_a_softmax_in_float32_of_a_model_in_float64() -> None:
+    check(Call(2, 4, "none", torch.int64, "none", "plain", "gemma2", torch.float64))
 
 
 def test_a_padded_row_that_the_model_itself_makes_nan() -> None:
