@@ -2,12 +2,13 @@
 
     python -m benchmarks.cold_start benchmarks/results/cold_start_h200.json [--rows dense] [--profile]
 
-Starting Python, importing and opening the device happen before and are stated by themselves; beside them Triton's hash
-of its own installation is computed, as it is while the back end reads a model. What is timed is
-everything from a Spec's text to the result on the device: generating the module, Triton's own preparations, compiling
-or reading the binary from the cache on disk, the launch. Each row has a cache of its own, so that none profits from
-another; the processes get ready together and are then timed one after the other. With ``--profile`` all run again under
-a profiler, for where the time goes. Targets: 3 s cold, 0.2 s warm for each new kernel.
+Starting Python, importing and opening the device happen before and are stated by themselves, and so does what
+:mod:`attncompile.codegen.triton.ready` finds out while the back end reads a model: Triton's hash of its own
+installation, what talks to the driver, Gluon's import. What is timed is everything from a Spec's text to the result on
+the device: passes, generating the module, compiling or reading the binary from the cache on disk, the launch. Each row
+has a cache of its own, so that none profits from another; the processes get ready together and are then timed one after
+the other. With ``--profile`` all run again under a profiler, for where the time goes. Targets: 3 s cold, 0.2 s warm for
+each new kernel.
 """
 
 from __future__ import annotations
@@ -41,20 +42,24 @@ class Start:
         name: of the row.
         text: the Spec.
         shapes: of the inputs.
-        part: ``operator`` is what a model calls; ``backward`` the module of its gradients by query, key and value.
+        part: ``operator`` is what a model calls; the others are modules of its gradients by query, key and value, in
+            plain Triton (``backward``) and for Hopper GPUs (``hopper-backward``).
+        passes: that change the Spec first.
     """
 
     name: str
     text: str
     shapes: tuple[tuple[int, ...], ...]
-    part: Literal["operator", "backward"] = "operator"
+    part: Literal["operator", "backward", "hopper-backward"] = "operator"
+    passes: str = ""
 
 
-def _attend(name: str, score: str, mask: str, keys: str = "I", groups: int = 16) -> str:
+def _attend(name: str, score: str, mask: str, keys: str = "I", groups: int = 16, channels: int = 128) -> str:
     shared = f"\n  kv_head h // {16 // groups}" if groups < 16 else ""
+    given = "\n  given  document[B,I]:int64" if "document" in mask else ""
     return (
-        f"{name}   attend  q[B,16,I,128]  k,v[B,{groups},{keys},128]  bfloat16\n  score  {score}\n"
-        f"  mask   {mask}{shared}\n  norm   softmax (float32)"
+        f"{name}   attend  q[B,16,I,{channels}]  k,v[B,{groups},{keys},{channels}]  bfloat16\n  score  {score}\n"
+        f"  mask   {mask}{shared}\n  norm   softmax (float32){given}"
     )
 
 
@@ -66,33 +71,47 @@ STARTS: tuple[Start, ...] = (
     Start(
         "alibi-window", _attend("x", f"{SCALE} + exp2(−0.5·float(h + 1))·float(j − i)", "j ≤ i and j > i − 1024"), SELF
     ),
+    Start("dense-64", _attend("dense", "0.125·s", "j ≤ i", channels=64), ((1, 16, LENGTH, 64),) * 3),
+    Start("documents", _attend("x", SCALE, "j ≤ i and document[b, j] = document[b, i]"), (*SELF, (1, LENGTH))),
+    Start("fp8", _attend("dense", SCALE, "j ≤ i"), SELF, passes="quantize.fp8"),
     Start("decode", _attend("decode", SCALE, "j ≤ i + J − I", "J", 4), CACHED),
     Start("backward", _attend("dense", SCALE, "j ≤ i"), SELF, "backward"),
+    Start("hopper-backward", _attend("dense", SCALE, "j ≤ i"), SELF, "hopper-backward"),
 )
 
 
 def first_call(start: Start, tensors: list[Any]) -> tuple[Callable[[], Any], float]:
     """What is called, and the seconds until it could be: reading the Spec and generating text."""
+    from attncompile.codegen import gluon
     from attncompile.codegen.triton import lower
     from attncompile.codegen.triton.backward import generate_backward
     from attncompile.codegen.triton.cache import load_module
     from attncompile.ir import parse_spec
+    from attncompile.passes import parse_passes, run_passes
 
     begun = time.perf_counter()
     spec = parse_spec(start.text)
+    if start.passes:
+        spec = run_passes(spec, parse_passes(start.passes)).spec
     if start.part == "operator":
         run = lower(spec, "cuda").run
         return (lambda: run(*tensors)), time.perf_counter() - begun
-    module = load_module(generate_backward(spec, ("q", "k", "v")))
+    on_hopper = start.part == "hopper-backward"
+    module = load_module(gluon.generate_backward(spec) if on_hopper else generate_backward(spec, ("q", "k", "v")))
     given, out, lse, *inputs = tensors
     return (lambda: module.attend_backward(given, out, lse, *inputs)), time.perf_counter() - begun
 
 
 def tensors_of(start: Start) -> list[Any]:
-    """The inputs of the Spec; before them, for a backward pass, a gradient, a result and its log-sum-exp."""
+    """The inputs of the Spec, documents of 1024 tokens; before them, for gradients, the result's, a result and LSE."""
     import torch
 
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in start.shapes]
+    inputs = [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        if len(shape) == 4
+        else torch.arange(shape[-1], device="cuda").div(1024, rounding_mode="floor").expand(shape).contiguous()
+        for shape in start.shapes
+    ]
     if start.part == "operator":
         return inputs
     out = torch.randn(start.shapes[0], device="cuda", dtype=torch.bfloat16)
@@ -120,14 +139,16 @@ def inside(name: str, profiled: bool) -> None:
     import triton
 
     import attncompile.backend  # noqa: F401 - what a model that calls the operator has imported
-    from attncompile.codegen.triton.ready import get_ready
+    from attncompile.codegen.triton.ready import get_ready, wait_until_ready
 
     imports = time.perf_counter() - begun
     tensors = tensors_of(start)
     torch.cuda.synchronize()
     device = time.perf_counter() - begun - imports
     get_ready()  # the back end begins with it, and then takes longer to read the model than this takes
-    print(json.dumps({"python_s": python, "imports_s": imports, "device_s": device}), flush=True)
+    wait_until_ready()
+    ready = time.perf_counter() - begun - imports - device
+    print(json.dumps({"python_s": python, "imports_s": imports, "device_s": device, "ready_s": ready}), flush=True)
     sys.stdin.readline()
     kernels: list[dict[str, Any]] = []
     profile = cProfile.Profile()

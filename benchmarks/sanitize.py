@@ -89,6 +89,9 @@ SAMPLES: tuple[Sample, ...] = (
             ("bias-128", (1, 70, 200)), ("documents-64", (1, 300, 300)), ("sinks-128", (2, 64, 65)),
             ("mla-192-128", (1, 65, 65)), ("narrow-16", (1, 33, 190)), ("blocks-128", (1, 300, 300)),
             ("blocks-causal-64", (2, 191, 191)), ("blocks-of-64-128", (1, 130, 257)),
+            ("sigmoid-128", (1, 129, 128)), ("sigmoid-documents-128", (1, 191, 191)),
+            # More tiles than twice a card's processors, so that thread blocks claim tiles.
+            ("documents-64", (4, 1100, 1100)), ("sigmoid-documents-128", (4, 1100, 1100)),
         )
     ),
     *(

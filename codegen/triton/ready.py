@@ -2,12 +2,13 @@
 
 The key of its cache holds a hash of its own installation, some 400 MB: 0.4 s, more than all else that a first call
 waits for when its kernel lies in the cache. Where that is empty, a C compiler makes what talks to the driver, which
-takes 0.3 s.
+takes 0.3 s. The first launch of any kernel imports Gluon, 0.1 s where Python may not keep what it compiles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import sys
 import threading
@@ -41,7 +42,7 @@ def wait_until_ready() -> None:
 
 def _find_out() -> None:
     """Ask for everything that Triton remembers; what a release does not have is left to the first call."""
-    for found in (_driver, *(_remembered(module, name) for module, name in REMEMBERED)):
+    for found in (_gluon, _driver, *(_remembered(module, name) for module, name in REMEMBERED)):
         with contextlib.suppress(Exception):  # what fails here fails again where it is needed, and is told there
             found()
 
@@ -52,6 +53,11 @@ REMEMBERED = (("triton.runtime.cache", "triton_key"), ("triton.runtime.build", "
 
 def _remembered(module: str, name: str) -> Callable[[], object]:
     return getattr(sys.modules.get(module), name, lambda: None)
+
+
+def _gluon() -> object:
+    """Whoever else imports a part of this package waits for the package first, so that nobody sees half of it."""
+    return importlib.import_module("triton.experimental.gluon")
 
 
 def _driver() -> object:
