@@ -71,7 +71,11 @@ STARTS: tuple[Start, ...] = (
     Start(
         "alibi-window", _attend("x", f"{SCALE} + exp2(−0.5·float(h + 1))·float(j − i)", "j ≤ i and j > i − 1024"), SELF
     ),
-    Start("dense-64", _attend("dense", "0.125·s", "j ≤ i", channels=64), ((1, 16, LENGTH, 64),) * 3),
+    Start(
+        "alibi-64",
+        _attend("x", "0.125·s + exp2(−0.5·float(h + 1))·float(j − i)", "j ≤ i", channels=64),
+        ((1, 16, LENGTH, 64),) * 3,
+    ),
     Start("documents", _attend("x", SCALE, "j ≤ i and document[b, j] = document[b, i]"), (*SELF, (1, LENGTH))),
     Start("fp8", _attend("dense", SCALE, "j ≤ i"), SELF, passes="quantize.fp8"),
     Start("decode", _attend("decode", SCALE, "j ≤ i + J − I", "J", 4), CACHED),

@@ -304,23 +304,23 @@ def list_parts(memory, like, lists, blocks):
     return memory[: 2 * lists].view(lists, 2), places, memory[first : first + 1 + lists]
 
 
-def block_lists(counts, places, tiles, blocks, arguments):
+def block_lists(counts, places, tiles, blocks, arguments, later=None):
     """Write for each tile how many blocks it visits, and which; see ``mark_blocks``."""
     space, lists = triton.next_power_of_2(BLOCK_I.value), counts.shape[0]
     programs = lists // tiles * blocks  # if by key
     extremes = torch.empty((programs, EXTREMES), dtype=torch.int64, device=counts.device)  # if by key
-    launch(key_extremes, (programs,), extremes, *arguments, KEYS=BLOCK_J.value, num_warps=1)  # if by key
+    launch(key_extremes, (programs,), extremes, *arguments, KEYS=BLOCK_J.value, num_warps=1, later=later)  # if by key
     arguments = extremes, *arguments  # if by key
     launch(
         mark_blocks, (lists,), counts, places, places.shape[1], *arguments, ROWS=BLOCK_I.value, ROW_SPACE=space,
-        KEYS=BLOCK_J.value, CHUNK=128, num_warps=1,
+        KEYS=BLOCK_J.value, CHUNK=128, num_warps=1, later=later,
     )
 
 
-def tile_order(counts, order, tiles):
+def tile_order(counts, order, tiles, later=None):
     """Write in which order tiles are begun; see ``order_tiles``."""
     programs = counts.shape[0] // tiles * triton.cdiv(tiles, 8)
-    launch(order_tiles, (programs,), counts, order, tiles, SPACE=8, CHUNK=128)'''
+    launch(order_tiles, (programs,), counts, order, tiles, SPACE=8, CHUNK=128, later=later)'''
 
 RECENT = 8
 """Entries of the work that a thread block remembers: it reads at most two ahead of the one that it computes, and its

@@ -64,17 +64,17 @@ def quantize_blocks(
     tl.store(codes + written, rounded, mask=inside)
 
 
-def quantize(tensor, dtype, block, smooth):
+def quantize(tensor, dtype, block, smooth, later=None):
     """Codes [B,H,I,D] and float32 scales [B,H,cdiv(I,block)]; smooth subtracts the mean over positions."""
     B, H, I, D = tensor.shape
     mean = tensor.mean(dim=2, dtype=torch.float32) if smooth else tensor
     codes, scale = empty_codes(tensor, dtype, block)
     if codes.numel():
         with torch.cuda.device_of(tensor):
-            quantize_blocks[(scale.numel(),)](
-                tensor, mean, codes, scale, *tensor.stride(), codes.stride(2), H, I,
+            launch(
+                quantize_blocks, (scale.numel(),), tensor, mean, codes, scale, *tensor.stride(), codes.stride(2), H, I,
                 BLOCK=block, TILE=triton.next_power_of_2(block), CHANNELS=triton.next_power_of_2(D), D=D,
-                SMOOTH=smooth, E4M3=dtype != torch.int8,
+                SMOOTH=smooth, E4M3=dtype != torch.int8, later=later,
             )
     return codes[..., :D], scale'''
 """For queries and keys: the kernel and its launcher as text."""
@@ -111,7 +111,7 @@ def quantize_value_blocks(
     tl.store(codes + written, to_e4m3(x * power_inverse(unit)), mask=stored)
 
 
-def quantize_values(tensor, block, shuffled):
+def quantize_values(tensor, block, shuffled, later=None):
     """float8 e4m3 codes [B,G,E,J] with rows of whole 16 bytes, and float32 scales [B,G,cdiv(J,block)]."""
     B, G, J, E = tensor.shape
     length = triton.cdiv(J, 16) * 16
@@ -119,10 +119,10 @@ def quantize_values(tensor, block, shuffled):
     scale = torch.empty((B, G, triton.cdiv(J, block)), dtype=torch.float32, device=tensor.device)
     if codes.numel():
         with torch.cuda.device_of(tensor):
-            quantize_value_blocks[(scale.numel(),)](
-                tensor, codes, scale, *tensor.stride(), G, J, length,
+            launch(
+                quantize_value_blocks, (scale.numel(),), tensor, codes, scale, *tensor.stride(), G, J, length,
                 BLOCK=block, TILE=triton.next_power_of_2(block), FEATURES=triton.next_power_of_2(E), E=E,
-                SHUFFLED=shuffled, num_warps=8,
+                SHUFFLED=shuffled, num_warps=8, later=later,
             )
     return codes, scale'''
 """For values: the kernel and its launcher as text."""

@@ -237,8 +237,8 @@ class RotaryRounding:
         def launched(name: str, given: list[str], constants: list[str]) -> list[str]:
             arguments = ["tensor", *given, *self.pointers(), *strides, *(["codes.stride(2)"] if len(given) > 1 else [])]
             arguments += ["heads", "length", *self.sizes, f"PAIRS={self.pairs}", *rest, *constants]
-            head = f"{name}{self.suffix}[(batch * heads * {given[-1]}.shape[2],)]"
-            return signature(head, arguments, "", inside=16).splitlines()
+            head = [f"{name}{self.suffix}", f"(batch * heads * {given[-1]}.shape[2],)"]
+            return signature("launch", [*head, *arguments], "", inside=16).splitlines()
 
         smooth = []
         if self.smooth:
@@ -254,6 +254,7 @@ class RotaryRounding:
         tile = "triton.next_power_of_2(block)"
         elements = f"{tile} * {power_of_two(self.channels)} // {32 * ELEMENTS}"
         constants = ["BLOCK=block", f"TILE={tile}", "SMOOTH=smooth", "E4M3=dtype != torch.int8", "num_warps=warps"]
+        constants.append("later=later")  # not the sums: the mean is computed of them at once
         lines = [
             '"""Codes [B,H,I,D] and float32 scales [B,H,cdiv(I,block)] of the rotated tensor; smooth subtracts its '
             'mean."""',
@@ -267,7 +268,7 @@ class RotaryRounding:
             *(f"        {line}" for line in launched("rotate_quantize_blocks", ["mean", "codes", "scale"], constants)),
             f"return codes[..., :{self.channels}], scale",
         ]
-        arguments = ["tensor", *self.pointers(), *self.sizes, "dtype", "block", "smooth"]
+        arguments = ["tensor", *self.pointers(), *self.sizes, "dtype", "block", "smooth", "later=None"]
         return f"{signature(f'def rotate_quantize{self.suffix}', arguments, ':')}\n{indented(lines, 4)}"
 
 

@@ -11,7 +11,15 @@ from attncompile.codegen.gluon.cells import FIRST_ROW, START, keys_of_cells, rea
 from attncompile.codegen.gluon.columns import FAR, NEAR, fold_columns
 from attncompile.codegen.gluon.digits import DIGIT, digits_of
 from attncompile.codegen.gluon.elements import OWN_KEY, Early
-from attncompile.codegen.gluon.launch import LAUNCHER_WORDS, WORK_LIST, host, key_count, launch_lines, list_lines
+from attncompile.codegen.gluon.launch import (
+    LAUNCHER_WORDS,
+    WORK_LIST,
+    host,
+    key_count,
+    launch_lines,
+    list_lines,
+    several_kernels,
+)
 from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
 from attncompile.codegen.gluon.structure import arranged, codes_of, may_be_infinite, padded, tile_for, why_not_spec
@@ -21,6 +29,8 @@ from attncompile.codegen.triton.expressions import Dialect, Scope, captured_tens
 from attncompile.codegen.triton.generate import GeneratedModule
 from attncompile.codegen.triton.module import (
     CHECKS,
+    REST,
+    REST_IMPORT,
     Binding,
     Kernel,
     Length,
@@ -124,12 +134,14 @@ def generate(
     lists = [skeleton.marks.host(), *([] if skeleton.captured else [KEPT])] if skeleton.marks else []
     counted = key_count(found, binding, skeleton.lengths[2], skeleton.integers())
     rounding = rounding_texts(spec, parts)
+    several = several_kernels(parts, skeleton)
     sections = (
         _documentation(spec, inputs, kernel_text),
         IMPORTS.replace("import triton\n", "import triton\nimport triton.language as tl\n", 1)
         if skeleton.marks or rounding
         else IMPORTS,
         skeleton.constants() + "\n" + CHECKS,
+        *([REST] if several else []),
         *gluon_functions(kernel_text),
         *device_functions_of(*rounding, names=ROUNDING_FUNCTIONS),
         *rounding,
@@ -146,6 +158,8 @@ def generate(
         ),
     )
     source = sections[0] + "\n\n" + sections[1] + "\n\n" + "\n\n\n".join(sections[2:]) + "\n"
+    if several:
+        source = source.replace("import functools\n", f"{REST_IMPORT}\nimport functools\n", 1)
     types = spec.types()
     elements = {pointer: types[name].dtype for name, pointer in binding.pointers.items()}
     elements |= {"out": "operand", "lse": "float32", "work": "int64"}

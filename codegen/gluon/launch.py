@@ -188,6 +188,11 @@ def key_count(found: Visits, binding: Binding, keys: str, sizes: Iterable[str]) 
     )
 
 
+def several_kernels(parts: Dense, skeleton: HopperForward) -> bool:
+    """Whether a call runs kernels before the attention, all of which its first call compiles at the same time."""
+    return bool(parts.rounding or (skeleton.marks and skeleton.captured))
+
+
 def list_lines(
     parts: Dense,
     binding: Binding,
@@ -263,6 +268,7 @@ def launch_lines(
         *sizes,
         "num_warps=4",
         f"maxnreg={tile.limit}",
+        *(["later=later"] if several_kernels(parts, skeleton) else []),
     ]
     blocks = "rows" if skeleton.marks else "work.shape[0]"
     lse = f"lse = torch.empty(({batch}, {heads}, {queries}), dtype=torch.float32, device={query}.device)"
@@ -288,10 +294,12 @@ def launch_lines(
         f"reason = why_not({query}, {key}, {value})",
         "if reason:",
         "    raise Refused(reason)",
+        *(["later = []"] if several_kernels(parts, skeleton) else []),
         *rounding_lines(spec, parts, binding, shuffled=True),
         *([] if skeleton.marks else listed),
         f"with torch.cuda.device_of({query}):",
         *marked,
         *signature("launch", ["attend_forward", f"({blocks},)", *arguments], "", 4, inside=4).splitlines(),
+        *(["    launch_rest(later)"] if several_kernels(parts, skeleton) else []),
         returned,
     ]

@@ -63,7 +63,7 @@ class ListLines:
     Attributes:
         sizes: statements that count tiles, blocks and thread blocks.
         parts: statements that divide memory called by a name, which stands in them as MEMORY.
-        made: statements that write the lists.
+        made: statements that write the lists; LATER in them is the list of kernels that wait.
         work: statements that make what a call's thread blocks take tiles from.
         key: sources of the device and of all sizes.
         query: parameter that tells the device.
@@ -103,7 +103,7 @@ class ListLines:
         read = [*captured, *(f"*{name}.stride()" for name in captured), *sizes]
         lists = f"{batch} * {heads} * tiles" if skeleton.marks.by_head else f"{batch} * tiles"
         processors = f"torch.cuda.get_device_properties({query}.device).multi_processor_count"
-        listed = ["counts", "places", "tiles", "blocks", f"({', '.join(read)},)"]
+        listed = ["counts", "places", "tiles", "blocks", f"({', '.join(read)},)", "LATER"]
         divided = ["MEMORY", query, lists, "blocks"]
         return cls(
             (
@@ -113,7 +113,7 @@ class ListLines:
             tuple(signature("counts, places, order = list_parts", divided, "", inside=12).splitlines()),
             (
                 *signature("block_lists", listed, "", inside=12).splitlines(),
-                "tile_order(counts, order, tiles)",
+                "tile_order(counts, order, tiles, LATER)",
             ),
             (
                 f"tile_count = {batch} * {heads} * tiles",
@@ -125,11 +125,14 @@ class ListLines:
         )
 
     def before(self, given: bool) -> list[str]:
-        """Lines before the kernel, within its device; ``given`` where a call may be handed its lists."""
+        """Lines before the kernel, within its device; ``given`` where a call may be handed its lists.
+
+        Lists that the module keeps are written at once: should the kernel be refused, others still rely on them.
+        """
         if given:
-            rest = [*self._parts("lists"), "if lists is None:", *(f"    {line}" for line in self.made)]
+            rest = [*self._parts("lists"), "if lists is None:", *(f"    {line}" for line in self._made("later"))]
             return indented([*self.sizes, *rest, *self.work], 4).splitlines()
-        own = ["", "def lists():", *(f"    {line}" for line in (*self._parts("None"), *self.made))]
+        own = ["", "def lists():", *(f"    {line}" for line in (*self._parts("None"), *self._made("None")))]
         kept = signature("counts, places, order = kept_lists", [*self.key, "make=lists"], "", inside=8)
         lines = [*self.sizes, *own, "    return counts, places, order", "", *kept.splitlines(), *self.work]
         return indented(lines, 4).splitlines()
@@ -137,9 +140,10 @@ class ListLines:
     def function(self, spec: Spec, binding: Binding) -> str:
         """``mask_lists`` as text."""
         inputs = [binding.tensors[value.name] for value in spec.inputs]
-        body = [*self.sizes, *self._parts("memory"), *self.made]
+        body = [*self.sizes, *self._parts("memory"), *self._made("later"), "launch_rest(later)"]
         lines = [
             *expectations(spec, binding, self.query),
+            "later = []",
             f"with torch.cuda.device_of({self.query}):",
             *(f"    {line}" for line in body),
         ]
@@ -158,6 +162,9 @@ class ListLines:
 
     def _parts(self, memory: str) -> Iterable[str]:
         return (line.replace("MEMORY", memory) for line in self.parts)
+
+    def _made(self, later: str) -> Iterable[str]:
+        return (line.replace("LATER", later) for line in self.made)
 
 
 LISTS_GIVEN = ("lists", "from ``mask_lists`` for the same mask and sizes; made where there are none")

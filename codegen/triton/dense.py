@@ -10,6 +10,7 @@ from attncompile.codegen.triton.expressions import DEVICE_FUNCTIONS, Scope, capt
 from attncompile.codegen.triton.module import (
     CHECKS,
     OPERAND_DTYPES,
+    REST,
     TILE_OF,
     Binding,
     Kernel,
@@ -70,7 +71,7 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
         *([few.tables] if few else []),
         tiles_text(tiles, "queries and keys per block, warps, pipeline stages") + "\n" + CHECKS,
         TILE_OF,
-        *(few.functions if few else []),
+        *dict.fromkeys([*([REST] if rounding or mass else []), *(few.functions if few else [])]),
         *device_functions_of(kernel_text, *rounding, names=(*DEVICE_FUNCTIONS, *quantize.DEVICE_FUNCTIONS)),
         *rounding,
         kernel_text,
@@ -191,9 +192,11 @@ def _launch(
             *("BLOCK_I=queries", "BLOCK_J=keys", "num_warps=warps", "num_stages=stages"),
         ]
         blocks = f"(triton.cdiv({length}, keys) * {batch} * {heads},)"
-        summed = signature("launch", ["column_mass", blocks, *given], "", 4, inside=4).splitlines()
+        summed = signature("launch", ["column_mass", blocks, *given, "later=later"], "", 4, inside=4).splitlines()
     returned = f"return {', '.join(results[name] for name in spec.outputs)}"
     grid = f"triton.cdiv({queries}, queries) * {batch} * {heads}"
+    several = ["later = []"] if rounding or mass else []
+    waits = ["later=later"] if several else []
     return [
         *expectations(spec, binding, like),
         allocation("out", batch, queries, heads, skeleton.features, like),
@@ -203,12 +206,14 @@ def _launch(
         *few,
         *e4m3_check(parts, like),
         f"queries, keys, warps, stages = tile_of({like}, {queries})",
+        *several,
         *rounding,
         f"if max({key}.stride(2), {value}.stride({3 if skeleton.turned_values else 2})) * keys >= 2**31:",
         '    raise ValueError("keys or values lie too far apart in memory; call contiguous() on them first")',
         f"with torch.cuda.device_of({like}):",
-        *signature("launch", ["attend_forward", f"({grid},)", *arguments], "", 4, inside=4).splitlines(),
+        *signature("launch", ["attend_forward", f"({grid},)", *arguments, *waits], "", 4, inside=4).splitlines(),
         *summed,
+        *(["    launch_rest(later)"] if several else []),
         returned,
     ]
 

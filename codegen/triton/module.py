@@ -226,9 +226,18 @@ REST = '''\
 def launch_rest(later):
     """Run the kernels that wait, in order; those that are yet to be compiled are compiled at the same time first."""
     if len(later) > 1:
-        with concurrent.futures.ThreadPoolExecutor(len(later)) as threads, triton.AsyncCompileMode(threads):
-            for kernel, grid, arguments, options in later:
-                kernel.warmup(*arguments, grid=grid, **options)
+        device = torch.cuda.current_device()
+
+        def made_ready(kernel):
+            # some releases of Triton have a C compiler make what launches a kernel
+            with torch.cuda.device(device):
+                getattr(kernel, "result", lambda: kernel)().run
+
+        with concurrent.futures.ThreadPoolExecutor(len(later)) as threads:
+            with triton.AsyncCompileMode(threads):
+                kernels = [kernel.warmup(*given, grid=grid, **options) for kernel, grid, given, options in later]
+            for found in [threads.submit(made_ready, kernel) for kernel in set(kernels)]:
+                found.result()
     for kernel, grid, arguments, options in later:
         launch(kernel, grid, *arguments, **options)'''
 """Function of a launcher of several kernels."""

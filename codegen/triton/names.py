@@ -23,7 +23,7 @@ MODULE_NAMES = _words("""
     decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
     join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type
-    later launch_rest concurrent
+    later launch_rest concurrent set
     attend_split merge_splits weigh power_above weigh_scaled from_int8 from_int4 from_e4m3 e4m3_number asked_byte
     pairs_of capability_of
     key_scale key_shift value_scale value_shift DECODE_TILES WAVES LEAST_TILES FEW_QUERIES LONG_CACHE splits_of

@@ -37,7 +37,7 @@ def rounding_texts(spec: Spec, parts: Dense) -> list[str]:
 
 
 def rounding_lines(spec: Spec, parts: Dense, binding: Binding, *, shuffled: bool) -> list[str]:
-    """Launcher lines that make ``query_codes``, ``query_scale`` and so on.
+    """Launcher lines that make ``query_codes``, ``query_scale`` and so on, some of them by :func:`launch_rest`.
 
     Args:
         spec: the whole.
@@ -48,17 +48,17 @@ def rounding_lines(spec: Spec, parts: Dense, binding: Binding, *, shuffled: bool
     rounding = parts.rounding
     if rounding is None:
         return []
-    lines = []
+    lines: list[str] = []
     for name, step in (("query", rounding.query), ("key", rounding.key)):
         found = _map_of(maps(spec, parts), step)
         function = f"rotate_quantize{found.skeleton.suffix}" if found else "quantize"
         more = [binding.tensors[each] for each in found.tensors] if found else []
         more += [binding.sizes[each] for each in found.sizes] if found else []
         given = [binding.tensors[rounding.source(step)], *more]
-        given += [str(DTYPES[step.dtype]), str(step.block), str(step.smooth)]
+        given += [str(DTYPES[step.dtype]), str(step.block), str(step.smooth), "later"]
         lines += signature(f"{name}_codes, {name}_scale = {function}", given, "", inside=4).splitlines()
     if rounding.value:
-        arguments = f"{binding.tensors[rounding.value.tensor]}, {rounding.value.block}, {shuffled}"
+        arguments = f"{binding.tensors[rounding.value.tensor]}, {rounding.value.block}, {shuffled}, later"
         lines.append(f"value_codes, value_scale = quantize_values({arguments})")
     return lines
 

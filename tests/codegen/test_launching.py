@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -24,26 +26,53 @@ class _Kernel:
     def __init__(self, name: str, said: list[str]) -> None:
         self.__name__, self.said = name, said
 
-    def warmup(self, number: int, grid: tuple[int, ...], **options: Any) -> None:
+    def warmup(self, number: int, grid: tuple[int, ...], **options: Any) -> _Compiled:
         self.said.append(f"compile {self.__name__}")
+        return self._compiled()[0]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._compiled()[1]
+
+    def _compiled(self) -> tuple[_Compiled, Any]:
         def run(number: int, *constants: int, **options: Any) -> Any:
             self.said.append(f"run {self.__name__} {number}")
             return compiled
 
-        compiled = _Compiled(run)
-        return run
+        compiled = _Compiled(run, self)
+        return compiled, run
 
 
 class _Compiled:
     """Its compiled form."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, kernel: _Kernel) -> None:
+        self._run, self._kernel = run, kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._run
+
+    @property
+    def run(self) -> Any:
+        """Triton makes what launches the kernel when this is first asked for."""
+        self._kernel.said.append(f"launcher {self._kernel.__name__}")
+        return self._run
+
+
+class _Future:
+    """A kernel that a thread compiles, as Triton's asynchronous mode gives it."""
+
+    def __init__(self, kernel: _Compiled) -> None:
+        self._kernel = kernel
+
+    def result(self) -> _Compiled:
+        return self._kernel
+
+
+class _FutureKernel(_Kernel):
+    """Its ``warmup`` gives what it will be."""
+
+    def warmup(self, number: int, grid: tuple[int, ...], **options: Any) -> Any:
+        return _Future(super().warmup(number, grid, **options))
 
 
 @pytest.fixture
@@ -65,6 +94,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = types.SimpleNamespace(JITFunction=_Kernel, AsyncCompileMode=Together, compiler=compiler)
     monkeypatch.setattr(found, "triton", fake)
     monkeypatch.setattr(found, "COMPILED", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
     SAID.clear()
     return found
 
@@ -81,9 +112,12 @@ def _run(module: Any, *kernels: _Kernel) -> list[str]:
     return list(SAID)
 
 
-def test_two_new_kernels_are_compiled_together_and_then_run_in_order(module: Any) -> None:
-    first, second = (_Kernel(name, SAID) for name in ("first", "second"))
-    assert _run(module, first, second) == ORDER
+@pytest.mark.parametrize("made", [_Kernel, _FutureKernel])
+def test_two_new_kernels_are_compiled_together_and_then_run_in_order(module: Any, made: type[_Kernel]) -> None:
+    first, second = (made(name, SAID) for name in ("first", "second"))
+    said = _run(module, first, second)
+    assert [line for line in said if not line.startswith("launcher")] == ORDER
+    assert sorted(said[said.index("done") + 1 : -2]) == ["launcher first", "launcher second"], "in threads, any order"
     assert _run(module, first, second) == ORDER[-2:], "what is compiled runs at once"
 
 
