@@ -34,7 +34,7 @@ from attncompile.ir.blocks import density
 from benchmarks.report import Report, add_processes, arguments, chosen, parse, shown
 from benchmarks.timing import Timed, graphed, interleaved, repeats_of, summary
 
-WINDOW, CAP, DOCUMENT, SINKS = 1024, 30.0, 2048, 4
+WINDOW, CAP, DOCUMENT, SINKS, FARTHEST = 1024, 30.0, 2048, 4, 255
 FLASH4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 """Set to 1, FlashAttention-4 keeps what it compiles on disk."""
 
@@ -46,8 +46,8 @@ class Work:
     Attributes:
         name: of the row.
         batch, heads, groups, length, channels: sizes; ``groups`` is the number of key heads.
-        kind: ``full``, ``causal``, ``alibi``, ``window``, ``sink-window``, ``softcap``, ``documents``, ``sinks`` or
-            ``bias``; all but ``full`` and ``bias`` are causal.
+        kind: ``full``, ``causal``, ``alibi``, ``relative``, ``window``, ``sink-window``, ``softcap``, ``documents``,
+            ``sinks`` or ``bias``; all but ``full`` and ``bias`` are causal.
         peers: who else computes it.
     """
 
@@ -73,6 +73,9 @@ class Work:
                 mask = "true"
             case "alibi":
                 score += f" + exp2(−{8 / self.heads!r}·float(h + 1))·float(j − i)"
+            case "relative":
+                score += f" + table[h, max(0, min(i − j, {FARTHEST}))]"
+                given = f"table[{self.heads},{FARTHEST + 1}]:float32"
             case "window":
                 mask = f"j ≤ i and j > i − {WINDOW}"
             case "sink-window":
@@ -124,7 +127,7 @@ DENSE = tuple(
 )
 VARIANTS = tuple(
     Work(f"d128-n16384-{kind}", 1, 16, 16, 16384, 128, kind, ("flex",))
-    for kind in ("alibi", "window", "sink-window", "softcap", "documents", "sinks")
+    for kind in ("alibi", "relative", "window", "sink-window", "softcap", "documents", "sinks")
 )
 GROUPED = (Work("d128-n8192-causal-32-8", 2, 32, 8, 8192, 128, "causal", SDPA),)
 BIAS = (Work("d64-n4096-bias", 4, 16, 16, 4096, 64, "bias", ("flex",)),)
@@ -144,8 +147,9 @@ def tensors_of(work: Work) -> list[torch.Tensor]:
         elif value.name == "document":
             positions = torch.arange(work.length, device="cuda", dtype=torch.int32) // DOCUMENT
             made.append(positions.expand(work.batch, -1).contiguous())
-        elif value.name == "sinks":
-            made.append(torch.randn(work.heads, device="cuda"))
+        elif value.name in ("sinks", "table"):
+            shape = (work.heads,) if value.name == "sinks" else (work.heads, FARTHEST + 1)
+            made.append(torch.randn(shape, device="cuda"))
         else:
             shape = (work.heads, work.length, work.length)
             made.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
@@ -189,12 +193,14 @@ def flex(work: Work, tensors: list[torch.Tensor]) -> Run:
         if work.kind == "softcap":
             return CAP * torch.tanh(s / CAP)
         assert extra is not None
+        if work.kind == "relative":
+            return s + extra[h, (i - j).clamp(0, FARTHEST)]
         return s + extra[h, i, j]
 
     blocks = None
     if work.kind not in ("full", "bias"):
         blocks = create_block_mask(mask, work.batch, None, work.length, work.length, device="cuda")
-    changed = score if work.kind in ("alibi", "softcap", "bias") else None
+    changed = score if work.kind in ("alibi", "relative", "softcap", "bias") else None
     compiled = torch.compile(flex_attention, dynamic=False)
     sinks = work.kind == "sinks"
 

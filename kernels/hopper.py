@@ -116,6 +116,7 @@ class HopperForward:
         tile: how the work is divided.
         scale: constant factor of the logits that ``score`` leaves out.
         score: the logit from the raw score, or ``None`` when it is the raw score.
+        far_score: what ``score`` is in blocks that are not on an edge, where it is simpler there; ``None`` where not.
         bounded: whether ``score`` may be −∞ or nearly so and is limited from below.
         visible: the mask, or ``None`` when all is visible.
         inside: whether keys past the last one are hidden by a comparison of their own.
@@ -141,6 +142,7 @@ class HopperForward:
     tile: HopperTile
     scale: float
     score: DeviceFunction | None
+    far_score: DeviceFunction | None
     bounded: bool
     visible: DeviceFunction | None
     inside: bool
@@ -386,7 +388,8 @@ class HopperForward:
 
     def _logits(self) -> str:
         _, queries, keys = self.lengths
-        read = {name for function in (self.score, self.visible) if function for name in function.parameters}
+        functions = (self.score, self.far_score, self.visible)
+        read = {name for function in functions if function for name in function.parameters}
         positions = []
         if "i" in read:
             limited = f"gl.minimum(rows, {queries} - 1)" if self.clamped else "rows"
@@ -396,6 +399,9 @@ class HopperForward:
             if self.clamped:
                 positions += ["if EDGE:", f"    j = gl.minimum(j, {keys} - 1)"]
         score = [signature("s = score", self.score.parameters, "")] if self.score else []
+        if self.far_score:
+            far = signature("s = far_score", self.far_score.parameters, "", inside=4)
+            score = ["if EDGE:", *(f"    {line}" for line in score), "else:", f"    {far}"]
         if self.bounded and self.softmax:
             score.append("s = gl.maximum(s, LOWEST)")
         mask = [signature("shown = visible", self.visible.parameters, "")] if self.visible else []
@@ -500,7 +506,7 @@ class HopperForward:
 
     def source(self) -> str:
         """The functions and the kernel as text."""
-        functions = (*self.elements.functions(), self.score, self.visible, self.sink)
+        functions = (*self.elements.functions(), self.score, self.far_score, self.visible, self.sink)
         spec = [function.source() for function in functions if function]
         return "\n\n\n".join(
             [

@@ -22,6 +22,7 @@ from attncompile.codegen.gluon.launch import (
 )
 from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
+from attncompile.codegen.gluon.saturated import Saturated
 from attncompile.codegen.gluon.structure import arranged, codes_of, may_be_infinite, padded, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
@@ -220,7 +221,8 @@ def _skeleton(
     pairs = Scope(indices, binding.sizes, binding.pointers, types, {**extents, **firsts}, GLUON)
     scalars = {n: n for n in ("b", "h", "row_first", "row_last")}
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents, GLUON)
-    found = dataclasses.replace(visits(parts.mask, queries, keys), test=TRUE)
+    far = Saturated.of(parts.score, parts.mask, queries, keys)
+    found = dataclasses.replace(far.found if far else visits(parts.mask, queries, keys), test=TRUE)
     runs, runs_text = key_runs(found, block)
     score_text, mask_text = (fold_columns(read_once(expr, tile), keys=tile.keys) for expr in (parts.score, parts.mask))
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
@@ -244,12 +246,15 @@ def _skeleton(
     score = None if parts.score == SCORE else function_of("score", score_text, named)
     visible = None if parts.mask == TRUE else function_of("visible", mask_text, named)
     elements = early.functions(pairs)
-    functions = (score, visible, sink, *elements.functions())
+    far_text = None if far is None else fold_columns(read_once(far.score, tile), keys=tile.keys)
+    far_score = None if far_text is None else function_of("far_score", far_text, named)
+    functions = (score, far_score, visible, sink, *elements.functions())
     parameters = [name for function in functions if function for name in function.parameters]
     return HopperForward(
         tile=tile,
         scale=parts.scale,
         score=score,
+        far_score=far_score,
         bounded=may_be_infinite(parts.score),
         visible=None if digits else visible,
         inside=inside,

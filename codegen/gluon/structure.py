@@ -6,12 +6,13 @@ import re
 
 from attncompile.codegen.gluon.cells import by_tile, is_pair, keys_of_cells
 from attncompile.codegen.gluon.columns import COLUMN, FAR, fold_columns
+from attncompile.codegen.gluon.saturated import Saturated
 from attncompile.codegen.gluon.tiles import Codes, hopper_tile
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify
-from attncompile.ir.expr import SCORE, Apply, Const, Expr, Load, walk
+from attncompile.ir.expr import SCORE, TRUE, Apply, Const, Expr, Load, walk
 from attncompile.ir.rearrange import regrouped
 from attncompile.kernels.hopper import WEIGHING, HopperTile
 
@@ -144,7 +145,8 @@ def slower(spec: Spec) -> str | None:
     moved = regrouped_parts(spec)
     parts = dense(moved.attention if moved else spec)
     tile = tile_for(parts, light=False, keys=keys_of_cells(parts.score, parts.mask))
-    for expr in (parts.score, parts.mask):
+    far = Saturated.of(parts.score, parts.mask, parts.query.sizes[2], parts.key.sizes[2])
+    for expr in (TRUE if far else parts.score, parts.mask):
         for load in walk(expr):
             if isinstance(load, Load) and is_pair(load) and not by_tile(load, tile):
                 return f"{load} is loaded for each pair, which plain Triton does faster"

@@ -384,14 +384,18 @@ def _imports(found: dict[str, Any]) -> Any:
         yield
 
 
-def _quantize(tensor: torch.Tensor, dtype: torch.dtype, block: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(
+    tensor: torch.Tensor, dtype: torch.dtype, block: int, smooth: bool, later: object = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As a module's own: codes ``[B,H,I,D]`` and their scales."""
     name = "int8" if dtype == torch.int8 else "float8_e4m3"
     codes, scale = Quantize("x", name, block, smooth).parts(tensor.double())
     return codes.float().to(dtype), scale.float()
 
 
-def _quantize_values(tensor: torch.Tensor, block: int, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_values(
+    tensor: torch.Tensor, block: int, shuffled: bool, later: object = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As a module's own: codes ``[B,G,E,J]`` with the keys of each 16 in the order of an accumulator."""
     codes, scale = _quantize(tensor, torch.float8_e4m3fn, block, False)
     turned = torch.nn.functional.pad(codes.float().mT, (0, -codes.shape[2] % 16))
