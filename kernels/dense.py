@@ -71,6 +71,7 @@ class DenseForward:
         normalizer: ``softmax``, ``sigmoid`` or ``relu``.
         scale: constant factor of the logits that ``score`` leaves out; applied inside the exponential.
         score: the logit from the raw score, or ``None`` when it is the raw score.
+        far_score: what ``score`` is in the part of the keys that needs no mask, where it is simpler there, or ``None``.
         visible: the mask, or ``None`` when all is visible.
         edit: factor of the normalised weight, or ``None``.
         sink: logit of a key without a value, over ``b h i``, or ``None``.
@@ -105,6 +106,7 @@ class DenseForward:
     features: int
     clamped: bool
     narrow: NarrowOperands | None = None
+    far_score: DeviceFunction | None = None
     taps: tuple[str, ...] = ()
 
     def tap_pointers(self) -> tuple[str, ...]:
@@ -176,7 +178,8 @@ class DenseForward:
     def source(self) -> str:
         """The functions and the kernel as text."""
         own = [device_function(name) for name in self.device_functions()]
-        spec = [function.source() for function in (self.score, self.visible, self.edit, self.sink) if function]
+        functions = (self.score, self.far_score, self.visible, self.edit, self.sink)
+        spec = [function.source() for function in functions if function]
         return "\n\n\n".join([*own, *spec, self._kernel()])
 
     def _kernel(self) -> str:
@@ -283,8 +286,9 @@ class DenseForward:
             ]
         else:
             lines.append('s = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")')
-        if self.score:
-            lines += signature("logits = score", self.score.parameters, "", inside=8).splitlines()
+        score = self.score if masked else self.far_score or self.score
+        if score:
+            lines += signature(f"logits = {score.name}", score.parameters, "", inside=8).splitlines()
         logits = "logits" if self.score else "s"
         if masked:
             if self.visible:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, loads, substitute, symbols, walk
+from attncompile.codegen.triton.expressions import is_pair
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, loads, substitute, walk
 from attncompile.kernels.hopper import HopperTile
 
 GROUP_QUERIES = 64
@@ -42,11 +43,6 @@ def samples(size: int, span: int) -> int:
     """How many cells of a size a range of positions reaches into at most; it begins at a multiple of its length."""
     step = math.gcd(size, span)
     return (size - step + span - 1) // size + 1
-
-
-def is_pair(load: Load) -> bool:
-    """Whether the element depends on query and key."""
-    return {Index("i"), Index("j")} <= symbols(load)
 
 
 def few(load: Load, tile: HopperTile) -> tuple[int, int] | None:

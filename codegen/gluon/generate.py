@@ -22,7 +22,6 @@ from attncompile.codegen.gluon.launch import (
 )
 from attncompile.codegen.gluon.lists import LISTS_GIVEN, ListRoom
 from attncompile.codegen.gluon.marks import marks
-from attncompile.codegen.gluon.saturated import Saturated
 from attncompile.codegen.gluon.structure import arranged, codes_of, may_be_infinite, padded, tile_for, why_not_spec
 from attncompile.codegen.gluon.tiles import SHARED_MEMORY, SHORT, shared_bytes
 from attncompile.codegen.triton.dense import key_runs
@@ -46,6 +45,7 @@ from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
 from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
+from attncompile.codegen.triton.saturated import Saturated
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify

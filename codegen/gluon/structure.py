@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-from attncompile.codegen.gluon.cells import by_tile, is_pair, keys_of_cells
+from attncompile.codegen.gluon.cells import by_tile, keys_of_cells
 from attncompile.codegen.gluon.columns import COLUMN, FAR, fold_columns
-from attncompile.codegen.gluon.saturated import Saturated
 from attncompile.codegen.gluon.tiles import Codes, hopper_tile
+from attncompile.codegen.triton.expressions import is_pair
 from attncompile.codegen.triton.moved import regrouped_parts
+from attncompile.codegen.triton.saturated import Saturated
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.structure import why_not_spec as why_not_triton
 from attncompile.ir import Spec, simplify

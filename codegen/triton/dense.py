@@ -34,6 +34,7 @@ from attncompile.codegen.triton.rounding import (
     rounding_texts,
 )
 from attncompile.codegen.triton.runs import grows, key_runs, query_runs
+from attncompile.codegen.triton.saturated import Saturated
 from attncompile.codegen.triton.structure import Dense, dense
 from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_tuned
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
@@ -93,14 +94,17 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     pairs = Scope({n: n for n in "bhij"}, binding.sizes, binding.pointers, types, extents)
     scalars = {n: n for n in ("b", "h", "row_first", "row_last", "key_first", "key_last")}
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents)
-    found = visits(parts.mask, queries, parts.key.sizes[2])
+    far = Saturated.of(parts.score, parts.mask, queries, parts.key.sizes[2])
+    found = far.found if far else visits(parts.mask, queries, parts.key.sizes[2])
     runs, runs_text = key_runs(found, block)
+    far_score = function_of("far_score", far.score, pairs) if far else None
     score = None if parts.score == SCORE else function_of("score", parts.score, pairs)
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
-    parameters = [name for function in (score, visible, edit, sink) if function for name in function.parameters]
+    functions = (score, far_score, visible, edit, sink)
+    parameters = [name for function in functions if function for name in function.parameters]
     return DenseForward(
         normalizer=attend.norm.kind,
         scale=parts.scale,
@@ -120,6 +124,7 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         features=constant(parts.value.sizes[3]),
         clamped=any(loads(expr) for expr in _expressions(parts)),
         narrow=narrow_operands(parts),
+        far_score=far_score,
     )
 
 

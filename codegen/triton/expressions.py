@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attncompile.ir.evaluate import largest_first
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, walk
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, symbols, walk
 from attncompile.ir.intervals import bounds
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.simplify import Simplifier
@@ -305,3 +305,8 @@ def number(value: bool | int | float) -> str:
 def captured_tensors(*expressions: Expr) -> tuple[str, ...]:
     """Names of the tensors that the expressions load, each once, in order."""
     return tuple(dict.fromkeys(load.tensor for expr in expressions for load in loads(expr)))
+
+
+def is_pair(load: Load) -> bool:
+    """Whether the element depends on query and key."""
+    return {Index("i"), Index("j")} <= symbols(load)

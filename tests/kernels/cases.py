@@ -241,6 +241,31 @@ KERNEL_CASES: tuple[Case, ...] = (
         "integer division rounds down",
     ),
     _row(
+        "relative",
+        """
+        attend  q[B,4,I,16]  k,v[B,2,I,16]  float32
+        score  0.25·s + table[h, max(0, min(i − j, 70))]
+        mask   j ≤ i and j > i − 260
+        kv_head h // 2
+        norm   softmax (float32)
+        given  table[4,71]:float32
+        """,
+        {"B": 2, "I": 330},
+        "a relative bias that is one number from a distance on",
+    ),
+    _row(
+        "relative-both-ways",
+        """
+        attend  q,k,v[B,2,I,16]  float32
+        score  0.25·s + table[min(max(j − i, −20), 20) + 20, h]
+        mask   true
+        norm   softmax (float32)
+        given  table[41,2]:float32
+        """,
+        {"B": 1, "I": 275},
+        "one number behind, and loads for each pair before",
+    ),
+    _row(
         "operators",
         f"attend  q,k,v[B,2,I,16]  float32\nscore  {' + '.join(TERMS)}\nmask   true\n{SOFTMAX}",
         {"B": 1, "I": 19},

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from attncompile.codegen.gluon import generate, slower
-from attncompile.codegen.gluon.saturated import Saturated
+from attncompile.codegen.triton.saturated import Saturated
 from attncompile.ir.expr import Size
 from tests.cases import Case
 from tests.codegen.hopper_on_cpu import run_on_cpu
@@ -34,7 +34,9 @@ def _case(bias: str, mask: str, sizes: str, given: str = "table[2,71]:float32", 
         ("table[max(−40, j − i) + 40]", CAUSAL, "table[41]:float32", "table[0]"),
         ("table[h, min(max(j − i, −64), 64) + 64]", CAUSAL, "table[2,129]:float32", "table[h, 0]"),
         ("table[h, min(i // 16 − j // 16, 9)]", CAUSAL, "table[2,10]:float32", "table[h, 9]"),
-        (BY_HEAD, "true", "table[2,71]:float32", None),
+        (BY_HEAD, "true", "table[2,71]:float32", "table[h, 70]"),
+        ("table[h, min(max(j − i, −64), 64) + 64]", "true", "table[2,129]:float32", "table[h, 0]"),
+        ("table[h, max(0, min(i − j, 1500))]", "true", "table[2,1501]:float32", None),
         (BY_HEAD, "j ≤ i and j > i − 128", "table[2,71]:float32", None),
         ("table[h, max(0, i − j)]", CAUSAL, "table[2,I]:float32", None),
         (BY_HEAD, "j ≤ i and kept[b, j]", "table[2,71]:float32  kept[B,I]:bool", None),

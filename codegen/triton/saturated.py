@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from attncompile.codegen.gluon.cells import is_pair
+from attncompile.codegen.triton.expressions import is_pair
 from attncompile.codegen.triton.visits import Visits, visits
 from attncompile.ir import simplify
 from attncompile.ir.blocks import density
@@ -20,8 +20,10 @@ from attncompile.ir.operators import Kind
 
 LENGTH = 4096
 """Tokens for which the share of far blocks is judged."""
-LEAST = 0.5
-"""Share of the visible pairs that has to be far: near ones are slower than in plain Triton."""
+LEAST = 0.4
+"""Share of the visible pairs that has to lie in far blocks: with fewer, another loop is not worth its code."""
+CORNER = 64
+"""From the middle of a block to its corners, in queries and in keys."""
 
 _PAIR: frozenset[Expr] = frozenset({Index("i"), Index("j")})
 
@@ -57,9 +59,19 @@ class Saturated:
                 continue
             apart = simplify(apply("and", mask, *(each.condition for each in limited)))
             full = visits(apart, queries, keys).full
-            if full is not None and density(apart, LENGTH, LENGTH) >= LEAST * whole:
+            if full is not None and density(_blocks(apart), LENGTH, LENGTH) >= LEAST * whole:
                 return cls(far, dataclasses.replace(visits(mask, queries, keys), full=full))
         return None
+
+
+def _blocks(mask: Expr) -> Expr:
+    """Whether the block around a pair is visible, by its corners: what limits a range of keys is convex."""
+    moved = [
+        substitute(mask, {Index("i"): Index("i") + up, Index("j"): Index("j") + along})
+        for up in (-CORNER, CORNER)
+        for along in (-CORNER, CORNER)
+    ]
+    return simplify(apply("and", *moved))
 
 
 @dataclass(frozen=True)
