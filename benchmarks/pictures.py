@@ -114,9 +114,9 @@ def forward(folder: Path) -> None:
     rows = rows_of("kernels_peers_h200.json")
     groups = {
         "d128-n16384-full": "full", "d128-n16384-causal": "causal", "d128-n16384-window": "window of 1024",
-        "d128-n16384-alibi": "ALiBi", "d128-n16384-sinks": "sinks", "d128-n16384-softcap": "softcap",
-        "d128-n16384-documents": "documents of 2048", "d64-n16384-full": "64 channels, full",
-        "d64-n16384-causal": "64 channels, causal",
+        "d128-n16384-alibi": "ALiBi", "d128-n16384-relative": "relative bias", "d128-n16384-sinks": "sinks",
+        "d128-n16384-softcap": "softcap", "d128-n16384-documents": "documents of 2048",
+        "d64-n16384-full": "64 channels, full", "d64-n16384-causal": "64 channels, causal",
     }  # fmt: skip
     who = {"ours": "gluon", "plain Triton": "triton", "cuDNN": "cudnn", "FlexAttention": "flex",
            "FlashAttention-2": "flash2", "FlashAttention-4": "flash4"}  # fmt: skip
