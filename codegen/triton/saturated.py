@@ -15,7 +15,7 @@ from attncompile.codegen.triton.expressions import is_pair
 from attncompile.codegen.triton.visits import Visits, visits
 from attncompile.ir import simplify
 from attncompile.ir.blocks import density
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, apply, loads, substitute, symbols, walk
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Size, apply, loads, substitute, symbols, walk
 from attncompile.ir.operators import Kind
 
 LENGTH = 4096
@@ -50,16 +50,18 @@ class Saturated:
         """
         if not any(is_pair(load) for load in loads(score)) or any(isinstance(node, Load) for node in walk(mask)):
             return None
-        if symbols(mask) - _PAIR:
-            return None  # sizes or heads, for which a length says nothing
-        whole = density(mask, LENGTH, LENGTH)
+        lengths = {size.name: LENGTH for size in symbols(queries) | symbols(keys) if isinstance(size, Size)}
+        if any(not (isinstance(each, Size) and each.name in lengths) for each in symbols(mask) - _PAIR):
+            return None  # heads or other sizes, for which a length says nothing
+        whole = density(mask, LENGTH, LENGTH, sizes=lengths)
         for limited in _choices(score):
             far = simplify(substitute(score, {each.node: each.limit for each in limited}))
             if any(is_pair(load) for load in loads(far)):
                 continue
             apart = simplify(apply("and", mask, *(each.condition for each in limited)))
             full = visits(apart, queries, keys).full
-            if full is not None and density(_blocks(apart), LENGTH, LENGTH) >= LEAST * whole:
+            share = density(_blocks(apart), LENGTH, LENGTH, sizes=lengths)
+            if full is not None and share >= LEAST * whole:
                 return cls(far, dataclasses.replace(visits(mask, queries, keys), full=full))
         return None
 

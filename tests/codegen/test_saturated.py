@@ -52,6 +52,22 @@ def test_what_is_one_number_far_away(bias: str, mask: str, given: str, far: str 
     assert (slower(spec) is None) == (far is not None)
 
 
+def test_queries_behind_a_cache() -> None:
+    case = _case("table[h, max(0, min(i + J − I − j, 70))]", "j ≤ i + J − I", "J")
+    case = Case("x", case.text, {"B": 1, "I": 130, "J": 517})
+    module = generate(case.spec)
+    assert module.skeleton.far_score is not None
+    tensors = {n: t.to(torch.bfloat16) if n in "qkv" else t for n, t in case.tensors(3).items()}
+    found = run_on_cpu(module, list(tensors.values()))
+    assert all(outcome.passed for outcome in measured(case.spec, tensors, found, torch.bfloat16))
+
+
+@pytest.mark.parametrize("mask", ["j ≤ i and h > 0", "j ≤ i + B"])
+def test_masks_whose_share_no_length_tells(mask: str) -> None:
+    attend = _case(BY_HEAD, mask, "I").spec.attend()
+    assert attend is not None and Saturated.of(attend.score, attend.mask, Size("I"), Size("I")) is None
+
+
 def test_an_element_of_a_key_is_no_bias_of_pairs() -> None:
     spec = _case("table[h, j]", CAUSAL, "I", "table[2,I]:float32").spec
     attend = spec.attend()
