@@ -81,6 +81,7 @@ class Interpreter:
         self.simplifier = self.graph.simplifier(self.extents)
         self._known: dict[tuple[str, Indices], Expr] = {}
         self._progressions: dict[str, tuple[int, ...] | None] = {}
+        self._looked: set[str] = set()
         # what no stop lies behind is the same for every site of this shape: the layers of a model share their
         # masks
         shares = not self.loaded and all(stop in self.dependent for stop in self.stops)
@@ -121,9 +122,32 @@ class Interpreter:
             return self._load(value, indices)
         hidden = self.graph.withheld
         withheld = hidden and any(isinstance(node, Size) and node.name in hidden for node in walk(found))
-        if self.graph.is_readable(value) and (withheld or sum(1 for _ in walk(found)) > LARGEST):
+        if not self.graph.is_readable(value):
+            return found
+        if self._looked_up(found) or self._unravels(found, indices):
+            self._looked.add(value)
             return self._load(value, indices)
-        return found
+        return self._load(value, indices) if withheld or sum(1 for _ in walk(found)) > LARGEST else found
+
+    def _looked_up(self, expr: Expr) -> bool:
+        """Whether a parameter is read at places that are themselves loaded along two axes.
+
+        The model looks that up once, for all layers: T5's biases by buckets of distances, Swin's by an index of its
+        table. Two loads for each pair of each layer took longer than all else.
+        """
+        parameters = (
+            load
+            for load in walk(expr)
+            if isinstance(load, Load) and (given := self.graph.inputs.get(load.tensor)) and given.role == "parameter"
+        )
+        places = (node for load in parameters for index in load.indices for node in walk(index))
+        return any(isinstance(node, Load) and sum(isinstance(s, Index) for s in symbols(node)) > 1 for node in places)
+
+    def _unravels(self, expr: Expr, indices: Indices) -> bool:
+        """Whether an element of a view of what was looked up needs no arithmetic, where what it views does."""
+        if not (isinstance(expr, Load) and expr.tensor in self._looked):
+            return False
+        return any(isinstance(each, Apply) for each in expr.indices) and not any(isinstance(i, Apply) for i in indices)
 
     def _load(self, value: str, indices: Indices) -> Expr:
         info = self.graph.infos[value]
