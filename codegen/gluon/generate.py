@@ -30,12 +30,13 @@ from attncompile.codegen.triton.module import (
     function_of,
     launcher,
     mentions,
+    score_function,
 )
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
 from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
@@ -227,7 +228,7 @@ def _skeleton(
     room = SHARED_MEMORY - shared_bytes(tile, padded(channels), padded(features), codes_of(parts))
     early = Early.of(score_text, TRUE if digits else mask_text, pairs, tile, room)
     named = dataclasses.replace(pairs, given=early.names)
-    score = None if parts.score == SCORE else function_of("score", score_text, named)
+    score = None if parts.score == SCORE else score_function(parts, score_text, named)
     visible = None if parts.mask == TRUE else function_of("visible", mask_text, named)
     elements = early.functions(pairs)
     functions = (score, visible, sink, *elements.functions())
@@ -236,7 +237,8 @@ def _skeleton(
         tile=tile,
         scale=parts.scale,
         score=score,
-        bounded=may_be_infinite(parts.score),
+        bounded=may_be_infinite(parts.score) and not hides(parts),
+        hides=hides(parts),
         visible=None if digits else visible,
         inside=inside,
         sink=sink,

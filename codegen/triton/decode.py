@@ -25,6 +25,7 @@ from attncompile.codegen.triton.module import (
     join,
     launcher,
     mentions,
+    score_function,
 )
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.storage import Storage, decode_reason, group_of, storage_of
@@ -168,10 +169,10 @@ def _functions(spec: Spec, parts: Dense, binding: Binding) -> tuple[DeviceFuncti
     scope = Scope(
         {n: n for n in "bhij"}, binding.sizes, binding.pointers, spec.types(), {**extents, "j": parts.key.sizes[2]}
     )
-    rows = (("score", parts.score), ("visible", parts.mask), ("edit", parts.edit), ("sink", parts.sink))
-    return tuple(
-        None if expr is None or expr in (SCORE, TRUE) else function_of(name, expr, scope) for name, expr in rows
-    )
+    score = None if parts.score == SCORE else score_function(parts, parts.score, scope)
+    rows = (("visible", parts.mask), ("edit", parts.edit), ("sink", parts.sink))
+    others = (None if expr is None or expr == TRUE else function_of(name, expr, scope) for name, expr in rows)
+    return score, *others
 
 
 def decode_skeleton(

@@ -23,6 +23,7 @@ from attncompile.codegen.triton.module import (
     join,
     launcher,
     mentions,
+    score_function,
     tiles_text,
 )
 from attncompile.codegen.triton.rounding import (
@@ -94,7 +95,7 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents)
     found = visits(parts.mask, queries, parts.key.sizes[2])
     runs, runs_text = key_runs(found, block)
-    score = None if parts.score == SCORE else function_of("score", parts.score, pairs)
+    score = None if parts.score == SCORE else score_function(parts, parts.score, pairs)
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)

@@ -364,6 +364,22 @@ def scan(spec: Spec) -> Scan:
     return found
 
 
+SWALLOWING = 2.0**27
+"""Logits of this magnitude have eight units between them in float32: what hides, no score.
+
+A row's greatest logit times log2(e) is rounded, to 16 there, and an exponent may be half of that off: 2^8 is a weight
+that float16 holds.
+"""
+
+
+def hides(parts: Dense) -> bool:
+    """Whether some scores may be −∞ or so low that arithmetic ends: what is added hides keys."""
+    if parts.attend.norm.kind != "softmax":
+        return False
+    loaded = any(load.element is Kind.FLOAT and Index("j") in symbols(load) for load in loads(parts.score))
+    return loaded or any(isinstance(n, Const) and abs(n.value) >= SWALLOWING for n in walk(parts.score))
+
+
 def gives_zeros(spec: Spec) -> bool:
     """Whether a row without any visible key, if there can be one, gives zeros here but not in the Spec."""
     attend = spec.attend()
@@ -388,6 +404,7 @@ __all__ = [
     "Dense",
     "dense",
     "gives_zeros",
+    "hides",
     "is_wide",
     "logits",
     "negligible",
