@@ -166,6 +166,33 @@ def expectations(spec: Spec, binding: Binding, first: str) -> list[str]:
         kinds = _KINDS[element_kind(value.type.dtype)] if value.name in captured else kinds
         arguments = [json.dumps(value.name), binding.tensors[value.name], shape, kinds, f"{first}.device"]
         lines.append(f"expect({', '.join(arguments)})")
+    return [*lines, *_filled(spec, binding)]
+
+
+def _filled(spec: Spec, binding: Binding) -> list[str]:
+    """Launcher lines that refuse a tensor without elements whose sizes neither queries nor keys have, but is read.
+
+    An index is clamped into its tensor, which is nowhere in one without elements: a pool without pages, an empty table.
+    """
+    operation = spec.attend() or spec.scan()
+    if operation is None:
+        return []
+    types = spec.types()
+    read = (*types[operation.query].sizes[:3], types[operation.key].sizes[2])
+    known = {node for size in read for node in symbols(size)}
+    wanted = " and ".join(text for size in dict.fromkeys(read) if not (text := binding.size(size)).isdigit())
+    lines = []
+    for value in spec.inputs:
+        own = [size for size in value.type.sizes if not known.issuperset(symbols(size))]
+        if own:
+            some = " and ".join(binding.size(size) for size in own)
+            lines += [
+                f"if {wanted} and not ({some}):",
+                "    raise ValueError(",
+                f"        {json.dumps(value.name)}",
+                f'        f" should have elements, but its shape is {{tuple({binding.tensors[value.name]}.shape)}}"',
+                "    )",
+            ]
     return lines
 
 
