@@ -204,6 +204,8 @@ TRUTH = (torch.bool,)
 
 def sizes_of(name, tensor, axes):
     """The sizes of a tensor that should have so many axes."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} should be a tensor, but is of type {type(tensor).__name__}")
     if tensor.dim() != axes:
         raise ValueError(f"{name} should have {axes} axes, but has shape {tuple(tensor.shape)}")
     return tensor.shape
@@ -211,6 +213,8 @@ def sizes_of(name, tensor, axes):
 
 def expect(name, tensor, sizes, dtypes, device):
     """Raise ValueError unless the tensor has these sizes, one of these dtypes, and is on the device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} should be a tensor, but is of type {type(tensor).__name__}")
     if tuple(tensor.shape) != sizes:
         raise ValueError(f"{name} should be of shape {sizes}, but is {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes or tensor.device != device:
@@ -241,6 +245,9 @@ def launch(kernel, grid, *arguments, later=None, **options):
         compiled, constants = COMPILED[key]
         compiled[(*grid, 1, 1)](*arguments, *constants)
         return
+    elsewhere = [str(a.device) for a in arguments if isinstance(a, torch.Tensor) and not a.is_cuda]
+    if elsewhere and isinstance(kernel, triton.JITFunction):
+        raise ValueError(f"the kernel runs on a CUDA or ROCm device, but the tensors are on {elsewhere[0]}")
     if later is not None and isinstance(kernel, triton.JITFunction) and torch.version.hip is None:
         later.append((kernel, grid, arguments, options))
         return

@@ -176,7 +176,10 @@ TERMS = (
 KERNEL_CASES: tuple[Case, ...] = (
     *(
         _channels(query, value)
-        for query, value in ((72, 40), (80, 80), (96, 96), (112, 64), (160, 160), (192, 128), (256, 256), (24, 1), (3, 7))
+        for query, value in (
+            *((72, 40), (80, 80), (96, 96), (112, 64), (160, 160), (192, 128), (256, 256)),
+            *((24, 1), (3, 7)),
+        )
     ),
     *(_groups(query, key, rows) for query, key, rows in ((5, 1, 11), (14, 2, 15), (9, 3, 17))),
     _masked("five-keys", "true", {"B": 2, "I": 3, "J": 5}),
