@@ -25,11 +25,10 @@ from attncompile.codegen.triton.module import (
     join,
     launcher,
     mentions,
-    score_function,
 )
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.storage import Storage, decode_reason, group_of, storage_of
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.tiles import Tile, TunedTile, decode_tile, with_tuned
 from attncompile.codegen.triton.visits import ROWS, KeyRange, Visits, extreme, visits
 from attncompile.ir import Spec, simplify
@@ -76,7 +75,7 @@ def decode_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tupl
         binding.length("J", parts.key.sizes[2]),
     )
     functions = _functions(spec, parts, binding)
-    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions)
+    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions, hides(parts))
     tiles = decode_tiles(skeleton, tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     own = [function.source() for function in functions if function]
@@ -139,7 +138,7 @@ def few_queries(
     if as_many or parts.rounding or decode_reason(spec) is not None:
         return None
     skeleton = decode_skeleton(
-        spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink
+        spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink, forward.hides
     )
     tiles = decode_tiles(skeleton, tuned)
     text = skeleton.source()
@@ -169,10 +168,10 @@ def _functions(spec: Spec, parts: Dense, binding: Binding) -> tuple[DeviceFuncti
     scope = Scope(
         {n: n for n in "bhij"}, binding.sizes, binding.pointers, spec.types(), {**extents, "j": parts.key.sizes[2]}
     )
-    score = None if parts.score == SCORE else score_function(parts, parts.score, scope)
-    rows = (("visible", parts.mask), ("edit", parts.edit), ("sink", parts.sink))
-    others = (None if expr is None or expr == TRUE else function_of(name, expr, scope) for name, expr in rows)
-    return score, *others
+    rows = (("score", parts.score), ("visible", parts.mask), ("edit", parts.edit), ("sink", parts.sink))
+    return tuple(
+        None if expr is None or expr in (SCORE, TRUE) else function_of(name, expr, scope) for name, expr in rows
+    )
 
 
 def decode_skeleton(
@@ -184,6 +183,7 @@ def decode_skeleton(
     visible: DeviceFunction | None,
     edit: DeviceFunction | None,
     sink: DeviceFunction | None,
+    unlimited: bool,
 ) -> Decode:
     """The kernels of a Spec that the decode kernel computes."""
     attend, types = parts.attend, spec.types()
@@ -209,6 +209,7 @@ def decode_skeleton(
         visible=visible,
         edit=edit,
         sink=sink,
+        unlimited=unlimited,
         group=group.heads,
         contiguous=group.contiguous,
         key=keys,

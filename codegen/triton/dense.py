@@ -34,7 +34,7 @@ from attncompile.codegen.triton.rounding import (
     rounding_texts,
 )
 from attncompile.codegen.triton.runs import grows, key_runs, query_runs
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_tuned
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
 from attncompile.ir import Spec, simplify
@@ -95,7 +95,11 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     block = Scope(scalars, binding.sizes, binding.pointers, types, extents)
     found = visits(parts.mask, queries, parts.key.sizes[2])
     runs, runs_text = key_runs(found, block)
-    score = None if parts.score == SCORE else score_function(parts, parts.score, pairs)
+    # where weights are only summed and multiplied with values, rows see to what hides keys: no score takes longer
+    by_row = hides(parts) and parts.edit is None and parts.rounding is None and not attend.taps
+    score = None
+    if parts.score != SCORE:
+        score = function_of("score", parts.score, pairs) if by_row else score_function(parts, parts.score, pairs)
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
@@ -120,6 +124,7 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         features=constant(parts.value.sizes[3]),
         clamped=any(loads(expr) for expr in _expressions(parts)),
         narrow=narrow_operands(parts),
+        hides=by_row,
     )
 
 

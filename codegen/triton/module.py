@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -19,13 +18,13 @@ from attncompile.codegen.triton.expressions import (
     stride_name,
 )
 from attncompile.codegen.triton.names import KERNEL_NAMES, LAUNCHER_NAMES, Names
-from attncompile.codegen.triton.structure import SWALLOWING, Dense, gives_zeros, hides
+from attncompile.codegen.triton.structure import Dense, gives_zeros, hides
 from attncompile.codegen.triton.tiles import Tile
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, Const, Expr, Index, Load, Size, symbols
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import element_kind
-from attncompile.kernels.dense import DeviceFunction
+from attncompile.kernels.dense import DeviceFunction, limited
 from attncompile.kernels.source import WIDTH, device_function, indented, signature
 
 OPERAND_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -303,10 +302,6 @@ def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
 def score_function(parts: Dense, expr: Expr, scope: Scope) -> DeviceFunction:
     """The device function ``score``, which is finite or −∞ where what is added hides keys.
 
-    What is lower than any score counts as the same power of two, whose exponents are exact: those of other numbers as
-    low are rounded by more than a weight can be, and −3e38 times log2(e) is no number. A row that sees nothing else has
-    equal weights, then. −∞ has none: the least normal number times a finite score is lost in that sum.
-
     Args:
         parts: of the attention.
         expr: the logit from the raw score, as it is to be written.
@@ -315,10 +310,9 @@ def score_function(parts: Dense, expr: Expr, scope: Scope) -> DeviceFunction:
     found = function_of("score", expr, scope)
     if not hides(parts):
         return found
-    lowest = -SWALLOWING * 2.0 ** -math.floor(math.log2(parts.scale))
-    text = scope.dialect.call(f"tl.maximum(logits, {lowest!r}) + logits * {2.0**-126!r}")
     said = "# What hides keys has one number, but −∞ stays what it is."
-    return dataclasses.replace(found, lines=(*found.lines, f"logits = {found.value}", said), value=text)
+    value = scope.dialect.call(limited("logits", parts.scale))
+    return dataclasses.replace(found, lines=(*found.lines, f"logits = {found.value}", said), value=value)
 
 
 def place_function(name: str, load: Load, scope: Scope, base: str) -> DeviceFunction:

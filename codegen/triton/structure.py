@@ -29,6 +29,7 @@ from attncompile.ir.expr import (
 )
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import TensorType
+from attncompile.kernels.dense import SWALLOWING
 from attncompile.kernels.stored import piece
 
 NEGLIGIBLE = -1e4
@@ -362,14 +363,6 @@ def scan(spec: Spec) -> Scan:
     found = spec.scan()
     assert found is not None
     return found
-
-
-SWALLOWING = 2.0**27
-"""Logits of this magnitude have eight units between them in float32: what hides, no score.
-
-A row's greatest logit times log2(e) is rounded, to 16 there, and an exponent may be half of that off: 2^8 is a weight
-that float16 holds.
-"""
 
 
 def hides(parts: Dense) -> bool:
