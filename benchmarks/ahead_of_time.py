@@ -24,6 +24,7 @@ from attncompile.codegen.triton import generate
 from attncompile.codegen.triton.ahead import TARGETS, Compiled, Target, compile_ahead
 from attncompile.codegen.triton.backward import generate_backward
 from attncompile.codegen.triton.cache import write_whole
+from attncompile.codegen.triton.rounding import why_no_e4m3
 from attncompile.ir import Spec, parse_spec
 from attncompile.ir.neighbourhood import neighbourhood
 from attncompile.passes import parse_passes, run_passes
@@ -132,13 +133,19 @@ def works() -> tuple[Work, ...]:
 
 
 def jobs(work: Work) -> Iterator[tuple[str, Target, Callable[[], tuple[Compiled, ...]]]]:
-    """What is compiled for a row: the language and whether it is for gradients, the target, and what compiles it."""
+    """What is compiled for a row: the language and whether it is for gradients, the target, and what compiles it.
+
+    GPUs without e4m3 are left out where a Spec needs it.
+    """
     spec = work.spec
     if work.hopper:
         yield "gluon", HOPPER, partial(compile_hopper, gluon.generate(spec, queries=16384), "bfloat16")
     if work.gradients and gluon.why_not_backward(spec) is None:
         yield "gluon, gradients", HOPPER, partial(_hopper_gradients, spec)
     for target in TARGETS:
+        capability = divmod(int(target.arch), 10) if target.backend == "cuda" else None
+        if why_no_e4m3(spec, capability) is not None:
+            continue
         yield "triton", target, partial(compile_ahead, generate(spec), target, "bfloat16")
         if work.gradients:
             yield "triton, gradients", target, partial(compile_ahead, generate_backward(spec), target, "bfloat16")

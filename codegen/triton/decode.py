@@ -75,7 +75,7 @@ def decode_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tupl
         binding.length("J", parts.key.sizes[2]),
     )
     functions = _functions(spec, parts, binding)
-    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions, hides(parts))
+    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions, unlimited=hides(parts))
     tiles = decode_tiles(skeleton, tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     own = [function.source() for function in functions if function]
@@ -138,7 +138,15 @@ def few_queries(
     if as_many or parts.rounding or decode_reason(spec) is not None:
         return None
     skeleton = decode_skeleton(
-        spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink, forward.hides
+        spec,
+        parts,
+        binding,
+        lengths,
+        forward.score,
+        forward.visible,
+        forward.edit,
+        forward.sink,
+        unlimited=forward.hides,
     )
     tiles = decode_tiles(skeleton, tuned)
     text = skeleton.source()
@@ -183,6 +191,7 @@ def decode_skeleton(
     visible: DeviceFunction | None,
     edit: DeviceFunction | None,
     sink: DeviceFunction | None,
+    *,
     unlimited: bool,
 ) -> Decode:
     """The kernels of a Spec that the decode kernel computes."""
