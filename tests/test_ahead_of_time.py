@@ -25,7 +25,7 @@ def releases() -> dict[str, Any]:
 @pytest.mark.parametrize("work", works(), ids=lambda work: work.name)
 def test_every_row_has_kernels_for_every_target(work: Work) -> None:
     found = [(language, target) for language, target, _ in jobs(work)]
-    without = {target for target in TARGETS if work.name == "fp8" and target.arch == 80}
+    without = {target for target in TARGETS if work.name == "fp8" and target.arch in (80, "gfx942")}
     assert {target for language, target in found if language == "triton"} == set(TARGETS) - without
     assert work.hopper == any(language == "gluon" for language, _ in found)
 
