@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns
+from attncompile.kernels.dense import LOG2E, DeviceFunction, KeyRuns, limited
 from attncompile.kernels.source import indented, signature
 from attncompile.kernels.stored import Stored
 
@@ -29,6 +29,7 @@ class Decode:
     Attributes:
         scale: constant factor of the logits that ``score`` leaves out.
         score, visible, edit, sink: as in :class:`attncompile.kernels.dense.DenseForward`.
+        unlimited: whether ``score`` may be lower than a score can be, where that hides a key.
         group: query heads that share a KV head.
         contiguous: whether they follow each other; otherwise they are ``key_heads`` apart.
         key, value: how they are stored.
@@ -47,6 +48,7 @@ class Decode:
     visible: DeviceFunction | None
     edit: DeviceFunction | None
     sink: DeviceFunction | None
+    unlimited: bool
     group: int
     contiguous: bool
     key: Stored
@@ -347,6 +349,8 @@ class Decode:
             lines.append(f"s = {product}{scale}{shift}")
         if self.score:
             lines += signature("logits = score", self.score.parameters, "", inside=8).splitlines()
+            if self.unlimited:
+                lines.append(f"logits = {limited('logits', self.scale)}")
         shown = f"inside{self._other}"
         if self.visible:
             lines += signature("shown = visible", self.visible.parameters, "", inside=8).splitlines()

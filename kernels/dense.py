@@ -10,6 +10,7 @@ Follows: Dao 2023 (arXiv:2307.08691); online softmax, Milakov and Gimelshein 201
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from attncompile.kernels.loops import QUERIES, KeyRuns, key_loops, own_block
@@ -41,6 +42,29 @@ class DeviceFunction:
         head = signature(f"def {self.name}", self.parameters, ":")
         body = indented([*self.lines, f"return {self.value}"], 4)
         return f'@triton.jit\n{head}\n    """{self.docstring}"""\n{body}'
+
+
+SWALLOWING = 2.0**27
+"""Logits of this magnitude have eight units between them in float32: what hides, no score.
+
+A row's greatest logit times log2(e) is rounded, to 16 there, and an exponent may be half of that off: 2^8 is a weight
+that float16 holds.
+"""
+
+
+def limited(logits: str, scale: float) -> str:
+    """Source of logits where what is added hides keys: finite or −∞.
+
+    What is lower than any score counts as the same power of two, whose exponents are exact: those of other numbers as
+    low are rounded by more than a weight can be, and −3e38 times log2(e) is no number. A row that sees nothing else has
+    equal weights, then. −∞ has none: the least normal number times a finite score is lost in the sum.
+
+    Args:
+        logits: identifier.
+        scale: constant factor that is yet to be applied.
+    """
+    lowest = -SWALLOWING * 2.0 ** -math.floor(math.log2(scale))
+    return f"tl.maximum({logits}, {lowest!r}) + {logits} * {2.0**-126!r}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class DenseForward:
         runs: limits of the key loops.
         latest_first: start with the last queries: where they have the most keys.
         lse: whether the log-sum-exp is stored.
+        hides: whether the logits may be −∞, or lower than any score, where that hides a key.
         taps: which of ``peak`` and ``entropy`` are stored, in this order.
         captured: identifier and number of axes of each captured tensor.
         lengths: identifiers of the numbers of heads, queries and keys.
@@ -108,6 +133,7 @@ class DenseForward:
     narrow: NarrowOperands | None = None
     far_score: DeviceFunction | None = None
     taps: tuple[str, ...] = ()
+    hides: bool = False
 
     def tap_pointers(self) -> tuple[str, ...]:
         """Pointers to the taps of rows."""
@@ -171,7 +197,8 @@ class DenseForward:
         """Device functions that the skeleton itself calls."""
         if not self.softmax:
             return ()
-        update = "update_narrow" if self.turned_values else "update_edited" if self.edit else "update"
+        usual = "update_hiding" if self.hides else "update"
+        update = "update_narrow" if self.turned_values else "update_edited" if self.edit else usual
         update = "update_tapped" if self.tapped else update
         return (update, *(["join_sink"] if self.sink else []))
 

@@ -56,6 +56,27 @@ def update(accumulator, peak, total, logits, value_tile, SCALE: tl.constexpr):
 
 
 @triton.jit
+def update_hiding(accumulator, peak, total, logits, value_tile, SCALE: tl.constexpr):
+    """One step of the online softmax where a number that is added to a score may hide its key.
+
+    A row that has seen no exponent above −2^27 yet takes the least normal number in the place of SCALE, and no peak:
+    finite logits then have equal weights, however low, and −∞ has none. Beside a real score neither has any.
+    SCALE is log2(e) times the constant factor of the score: exponentials are taken in base 2.
+    """
+    highest = tl.max(logits, 1)
+    limited = tl.maximum(highest * SCALE, -134217728.0)
+    new_peak = tl.maximum(peak, tl.where(highest == float("-inf"), highest, limited))
+    low = new_peak <= -134217728.0
+    factor = tl.where(low, 1.1754943508222875e-38, SCALE)
+    weights = tl.exp2(logits * factor[:, None] - tl.where(low, 0.0, new_peak)[:, None])
+    rescale = tl.exp2(peak - tl.where(new_peak == float("-inf"), 0.0, new_peak))  # a row that has seen no key yet
+    total = total * rescale + tl.sum(weights, 1)
+    accumulator = accumulator * rescale[:, None]
+    accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")
+    return accumulator, new_peak, total
+
+
+@triton.jit
 def update_tapped(accumulator, peak, total, moment, logits, factor, value_tile, SCALE: tl.constexpr):
     """One step of the online softmax as ``update_edited``, with the sum of weights times exponents below the peak.
 

@@ -117,7 +117,8 @@ class HopperForward:
         scale: constant factor of the logits that ``score`` leaves out.
         score: the logit from the raw score, or ``None`` when it is the raw score.
         far_score: what ``score`` is in blocks that are not on an edge, where it is simpler there; ``None`` where not.
-        bounded: whether ``score`` may be −∞ or nearly so and is limited from below.
+        bounded: whether ``score`` is limited from below.
+        hides: whether ``score`` may be −∞ where it hides a key, so that a row's peak is what is limited.
         visible: the mask, or ``None`` when all is visible.
         inside: whether keys past the last one are hidden by a comparison of their own.
         sink: logit of a key without a value, over ``b h i``, or ``None``.
@@ -144,6 +145,7 @@ class HopperForward:
     score: DeviceFunction | None
     far_score: DeviceFunction | None
     bounded: bool
+    hides: bool
     visible: DeviceFunction | None
     inside: bool
     sink: DeviceFunction | None
@@ -270,7 +272,9 @@ class HopperForward:
     @property
     def _codes(self) -> CodeText:
         """The lines about scales."""
-        return CodeText(self.narrow, self.score is not None, self.lengths[2], self.kv_head, self.tile.chains)
+        return CodeText(
+            self.narrow, self.score is not None, self.lengths[2], self.kv_head, self.tile.chains, self.hides
+        )
 
     @property
     def _keys_early(self) -> bool:

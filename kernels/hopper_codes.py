@@ -32,6 +32,7 @@ class CodeText:
         keys: identifier of the number of keys.
         kv_head: source of the KV head over ``h``.
         chains: as in :class:`attncompile.kernels.hopper.HopperTile`.
+        hides: as in :class:`attncompile.kernels.hopper.HopperForward`.
     """
 
     narrow: NarrowOperands | None
@@ -39,6 +40,7 @@ class CodeText:
     keys: str
     kv_head: str
     chains: bool
+    hides: bool
 
     @property
     def products(self) -> str:
@@ -110,6 +112,8 @@ class CodeText:
         """The rows' greatest exponent in this block."""
         factor = "" if self.in_exponent else " * SCALE"
         lines = [f"{name} = {'highest_of(s)' if self.chains else 'gl.max(s, axis=1)'}{factor}"]
+        if self.hides:
+            lines.append(f"{name} = gl.maximum({name}, HIDDEN{factor})")
         if self.in_exponent and not edge:
             lines += ["if not EDGE:", f"    {name} = {name} * row_scale"]
         if self._narrow_values:

@@ -58,7 +58,7 @@ Provider = Annotated[
     ),
 ]
 
-_ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with")
+_ATTENTION = typer.Option(help="which implementation a Hugging Face folder is loaded with; eager where it has no sdpa")
 Attention = Annotated[Literal["sdpa", "eager"], _ATTENTION]
 Passes = Annotated[
     str, typer.Option(help='what to do at each site, e.g. "fuse,sparsify.window(size=1024,sinks=4)"')

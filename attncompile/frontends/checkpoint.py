@@ -143,8 +143,10 @@ def open_model(
 ) -> OpenedModel:
     """Open a Hugging Face folder, ``file.py:function`` or an ``.onnx`` file.
 
-    ``attn_implementation`` and ``allow_pickle`` only concern folders. ``dtype`` None keeps the checkpoint's
-    own. Raises InputError, one clear sentence, for everything that can be wrong with ``target``.
+    ``attn_implementation`` and ``allow_pickle`` only concern folders; a model without SDPA (GPT-OSS, BLOOM) is loaded
+    with its eager attention whichever is named. ``dtype`` None keeps the checkpoint's own.
+
+    Raises InputError, one clear sentence, for everything that can be wrong with ``target``.
     """
     if attn_implementation not in ("sdpa", "eager"):
         reason = f"unknown attention implementation {attn_implementation!r}"
@@ -196,7 +198,8 @@ def _open_folder(
     model_class = _model_class(folder, description)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options: dict[str, Any] = {
-        "attn_implementation": attention,
+        # asked for nothing, transformers takes SDPA where a model has it, and its eager attention otherwise
+        "attn_implementation": "eager" if attention == "eager" else None,
         "dtype": dtype or "auto",
         "output_loading_info": True,
         **local,

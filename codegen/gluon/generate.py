@@ -40,13 +40,14 @@ from attncompile.codegen.triton.module import (
     function_of,
     launcher,
     mentions,
+    score_function,
 )
 from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.names import MODULE_NAMES
 from attncompile.codegen.triton.regroup import around
 from attncompile.codegen.triton.rounding import narrow_operands, rounding_texts
 from attncompile.codegen.triton.saturated import Saturated
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.visits import visits
 from attncompile.ir import Spec, simplify
 from attncompile.ir.blocks import key_bounds
@@ -243,11 +244,11 @@ def _skeleton(
     room = SHARED_MEMORY - shared_bytes(tile, padded(channels), padded(features), codes_of(parts))
     early = Early.of(score_text, TRUE if digits else mask_text, pairs, tile, room)
     named = dataclasses.replace(pairs, given=early.names)
-    score = None if parts.score == SCORE else function_of("score", score_text, named)
+    score = None if parts.score == SCORE else score_function(parts, "score", score_text, named)
     visible = None if parts.mask == TRUE else function_of("visible", mask_text, named)
     elements = early.functions(pairs)
     far_text = None if far is None else fold_columns(read_once(far.score, tile), keys=tile.keys)
-    far_score = None if far_text is None else function_of("far_score", far_text, named)
+    far_score = None if far_text is None else score_function(parts, "far_score", far_text, named)
     functions = (score, far_score, visible, sink, *elements.functions())
     parameters = [name for function in functions if function for name in function.parameters]
     return HopperForward(
@@ -255,7 +256,8 @@ def _skeleton(
         scale=parts.scale,
         score=score,
         far_score=far_score,
-        bounded=may_be_infinite(parts.score),
+        bounded=may_be_infinite(parts.score) and not hides(parts),
+        hides=hides(parts),
         visible=None if digits else visible,
         inside=inside,
         sink=sink,

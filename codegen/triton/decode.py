@@ -28,7 +28,7 @@ from attncompile.codegen.triton.module import (
 )
 from attncompile.codegen.triton.runs import key_runs
 from attncompile.codegen.triton.storage import Storage, decode_reason, group_of, storage_of
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.tiles import Tile, TunedTile, decode_tile, with_tuned
 from attncompile.codegen.triton.visits import ROWS, KeyRange, Visits, extreme, visits
 from attncompile.ir import Spec, simplify
@@ -75,7 +75,7 @@ def decode_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tupl
         binding.length("J", parts.key.sizes[2]),
     )
     functions = _functions(spec, parts, binding)
-    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions)
+    skeleton = decode_skeleton(spec, parts, binding, lengths, *functions, unlimited=hides(parts))
     tiles = decode_tiles(skeleton, tuned)
     inputs = [binding.tensors[value.name] for value in spec.inputs]
     own = [function.source() for function in functions if function]
@@ -138,7 +138,15 @@ def few_queries(
     if as_many or parts.rounding or decode_reason(spec) is not None:
         return None
     skeleton = decode_skeleton(
-        spec, parts, binding, lengths, forward.score, forward.visible, forward.edit, forward.sink
+        spec,
+        parts,
+        binding,
+        lengths,
+        forward.score,
+        forward.visible,
+        forward.edit,
+        forward.sink,
+        unlimited=forward.hides,
     )
     tiles = decode_tiles(skeleton, tuned)
     text = skeleton.source()
@@ -183,6 +191,8 @@ def decode_skeleton(
     visible: DeviceFunction | None,
     edit: DeviceFunction | None,
     sink: DeviceFunction | None,
+    *,
+    unlimited: bool,
 ) -> Decode:
     """The kernels of a Spec that the decode kernel computes."""
     attend, types = parts.attend, spec.types()
@@ -208,6 +218,7 @@ def decode_skeleton(
         visible=visible,
         edit=edit,
         sink=sink,
+        unlimited=unlimited,
         group=group.heads,
         contiguous=group.contiguous,
         key=keys,

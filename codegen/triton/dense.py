@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from attncompile.codegen.triton.decode import few_queries
@@ -24,6 +25,7 @@ from attncompile.codegen.triton.module import (
     join,
     launcher,
     mentions,
+    score_function,
     tiles_text,
 )
 from attncompile.codegen.triton.rounding import (
@@ -35,7 +37,7 @@ from attncompile.codegen.triton.rounding import (
 )
 from attncompile.codegen.triton.runs import grows, key_runs, query_runs
 from attncompile.codegen.triton.saturated import Saturated
-from attncompile.codegen.triton.structure import Dense, dense
+from attncompile.codegen.triton.structure import Dense, dense, hides
 from attncompile.codegen.triton.tiles import Tile, TunedTile, dense_tile, with_tuned
 from attncompile.codegen.triton.visits import ROW_FIRST, ROW_LAST, visits
 from attncompile.ir import Spec, simplify
@@ -97,8 +99,11 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     far = Saturated.of(parts.score, parts.mask, queries, parts.key.sizes[2])
     found = far.found if far else visits(parts.mask, queries, parts.key.sizes[2])
     runs, runs_text = key_runs(found, block)
-    far_score = function_of("far_score", far.score, pairs) if far else None
-    score = None if parts.score == SCORE else function_of("score", parts.score, pairs)
+    # where weights are only summed and multiplied with values, rows see to what hides keys: no score takes longer
+    by_row = hides(parts) and parts.edit is None and parts.rounding is None and not attend.taps
+    of_scores = functools.partial(function_of if by_row else functools.partial(score_function, parts), scope=pairs)
+    score = None if parts.score == SCORE else of_scores("score", parts.score)
+    far_score = of_scores("far_score", far.score) if far else None
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
@@ -125,6 +130,7 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         clamped=any(loads(expr) for expr in _expressions(parts)),
         narrow=narrow_operands(parts),
         far_score=far_score,
+        hides=by_row,
     )
 
 

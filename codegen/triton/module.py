@@ -18,13 +18,13 @@ from attncompile.codegen.triton.expressions import (
     stride_name,
 )
 from attncompile.codegen.triton.names import KERNEL_NAMES, LAUNCHER_NAMES, Names
-from attncompile.codegen.triton.structure import gives_zeros
+from attncompile.codegen.triton.structure import Dense, gives_zeros, hides
 from attncompile.codegen.triton.tiles import Tile
 from attncompile.ir import Spec, simplify
 from attncompile.ir.expr import SCORE, Const, Expr, Index, Load, Size, symbols
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import element_kind
-from attncompile.kernels.dense import DeviceFunction
+from attncompile.kernels.dense import DeviceFunction, limited
 from attncompile.kernels.source import WIDTH, device_function, indented, signature
 
 OPERAND_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -165,6 +165,33 @@ def expectations(spec: Spec, binding: Binding, first: str) -> list[str]:
         kinds = _KINDS[element_kind(value.type.dtype)] if value.name in captured else kinds
         arguments = [json.dumps(value.name), binding.tensors[value.name], shape, kinds, f"{first}.device"]
         lines.append(f"expect({', '.join(arguments)})")
+    return [*lines, *_filled(spec, binding)]
+
+
+def _filled(spec: Spec, binding: Binding) -> list[str]:
+    """Launcher lines that refuse a tensor without elements whose sizes neither queries nor keys have, but is read.
+
+    An index is clamped into its tensor, which is nowhere in one without elements: a pool without pages, an empty table.
+    """
+    operation = spec.attend() or spec.scan()
+    if operation is None:
+        return []
+    types = spec.types()
+    read = (*types[operation.query].sizes[:3], types[operation.key].sizes[2])
+    known = {node for size in read for node in symbols(size)}
+    wanted = " and ".join(text for size in dict.fromkeys(read) if not (text := binding.size(size)).isdigit())
+    lines = []
+    for value in spec.inputs:
+        own = [size for size in value.type.sizes if not known.issuperset(symbols(size))]
+        if own:
+            some = " and ".join(binding.size(size) for size in own)
+            lines += [
+                f"if {wanted} and not ({some}):",
+                "    raise ValueError(",
+                f"        {json.dumps(value.name)}",
+                f'        f" should have elements, but its shape is {{tuple({binding.tensors[value.name]}.shape)}}"',
+                "    )",
+            ]
     return lines
 
 
@@ -176,6 +203,8 @@ TRUTH = (torch.bool,)
 
 def sizes_of(name, tensor, axes):
     """The sizes of a tensor that should have so many axes."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} should be a tensor, but is of type {type(tensor).__name__}")
     if tensor.dim() != axes:
         raise ValueError(f"{name} should have {axes} axes, but has shape {tuple(tensor.shape)}")
     return tensor.shape
@@ -183,6 +212,8 @@ def sizes_of(name, tensor, axes):
 
 def expect(name, tensor, sizes, dtypes, device):
     """Raise ValueError unless the tensor has these sizes, one of these dtypes, and is on the device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} should be a tensor, but is of type {type(tensor).__name__}")
     if tuple(tensor.shape) != sizes:
         raise ValueError(f"{name} should be of shape {sizes}, but is {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes or tensor.device != device:
@@ -213,6 +244,9 @@ def launch(kernel, grid, *arguments, later=None, **options):
         compiled, constants = COMPILED[key]
         compiled[(*grid, 1, 1)](*arguments, *constants)
         return
+    elsewhere = [str(a.device) for a in arguments if isinstance(a, torch.Tensor) and not a.is_cuda]
+    if elsewhere and isinstance(kernel, triton.JITFunction):
+        raise ValueError(f"the kernel runs on a CUDA or ROCm device, but the tensors are on {elsewhere[0]}")
     if later is not None and isinstance(kernel, triton.JITFunction) and torch.version.hip is None:
         later.append((kernel, grid, arguments, options))
         return
@@ -272,6 +306,23 @@ def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
         spread = scope.dialect.call(f"tl.zeros_like(s) + ({printed.value})")
         return _function(name, f"{expr}.", expr, scope, Printed(printed.lines, spread), ("s",))
     return _function(name, f"{expr}.", expr, scope, printed, ("s",) if SCORE in symbols(expr) else ())
+
+
+def score_function(parts: Dense, name: str, expr: Expr, scope: Scope) -> DeviceFunction:
+    """A device function of scores, which are finite or −∞ where what is added hides keys.
+
+    Args:
+        parts: of the attention.
+        name: ``score``, or that of a score in some blocks.
+        expr: the logit from the raw score, as it is to be written.
+        scope: names.
+    """
+    found = function_of(name, expr, scope)
+    if not hides(parts):
+        return found
+    said = "# What hides keys has one number, but −∞ stays what it is."
+    value = scope.dialect.call(limited("logits", parts.scale))
+    return dataclasses.replace(found, lines=(*found.lines, f"logits = {found.value}", said), value=value)
 
 
 def place_function(name: str, load: Load, scope: Scope, base: str) -> DeviceFunction:

@@ -29,6 +29,7 @@ from attncompile.ir.expr import (
 )
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import TensorType
+from attncompile.kernels.dense import SWALLOWING
 from attncompile.kernels.stored import piece
 
 NEGLIGIBLE = -1e4
@@ -364,6 +365,14 @@ def scan(spec: Spec) -> Scan:
     return found
 
 
+def hides(parts: Dense) -> bool:
+    """Whether some scores may be −∞ or so low that arithmetic ends: what is added hides keys."""
+    if parts.attend.norm.kind != "softmax":
+        return False
+    loaded = any(load.element is Kind.FLOAT and Index("j") in symbols(load) for load in loads(parts.score))
+    return loaded or any(isinstance(n, Const) and abs(n.value) >= SWALLOWING for n in walk(parts.score))
+
+
 def gives_zeros(spec: Spec) -> bool:
     """Whether a row without any visible key, if there can be one, gives zeros here but not in the Spec."""
     attend = spec.attend()
@@ -388,6 +397,7 @@ __all__ = [
     "Dense",
     "dense",
     "gives_zeros",
+    "hides",
     "is_wide",
     "logits",
     "negligible",

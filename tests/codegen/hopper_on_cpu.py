@@ -436,5 +436,7 @@ def run_on_cpu(
     with (
         mock.patch.object(torch.cuda, "get_device_properties", lambda _: properties),
         mock.patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(torch.cuda, "current_stream", lambda _: mock.Mock()),
     ):
         return space[function](*inputs, **options)

@@ -7,11 +7,13 @@ import dataclasses
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from attncompile.codegen.triton import generate
-from attncompile.codegen.triton.cache import cache_folder, write
+from attncompile.codegen.triton.cache import cache_folder, load, write
 from attncompile.codegen.triton.names import Names
 from attncompile.codegen.triton.structure import gives_zeros, weight_factor, why_not_spec
 from attncompile.ir import Kind, parse_expr, parse_spec
@@ -138,6 +140,39 @@ def test_shared_rows_without_a_kernel(name: str, said: str) -> None:
 def test_refusals_name_the_cause(text: str, said: str) -> None:
     reason = why_not_spec(parse_spec(f"x   {text}"))
     assert reason is not None and said in reason
+
+
+CALLED = """x   attend  q[B,6,I,72]  k,v[B,2,J,72]  float16
+  score  0.1·s + bias[h, j]
+  mask   kept[b, j] ≠ 0
+  kv_head h // 3
+  norm   softmax (float32)
+  given  bias[6,J]:float32
+  given  kept[B,J]:int64"""
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    (
+        ({"q": None}, "q should be a tensor, but is of type NoneType"),
+        ({"v": [1.0]}, "v should be a tensor, but is of type list"),
+        ({"q": torch.zeros(6, 5, 72).half()}, r"q should have 4 axes, but has shape \(6, 5, 72\)"),
+        ({"q": torch.zeros(2, 4, 5, 72).half()}, r"q should be of shape \(2, 6, 5, 72\), but is \(2, 4, 5, 72\)"),
+        ({"k": torch.zeros(2, 2, 9, 64).half()}, r"k should be of shape \(2, 2, 9, 72\)"),
+        ({"k": torch.zeros(2, 2, 9, 72)}, "k should be torch.float16 on cpu, but is torch.float32 on cpu"),
+        ({name: torch.zeros(2, h, n, 72).double() for name, h, n in (("q", 6, 5), ("k", 2, 9), ("v", 2, 9))}, "takes"),
+        ({"bias": torch.zeros(6, 9).int()}, "bias should be torch.float16 or .* but is torch.int32 on cpu"),
+        ({"kept": torch.ones(2, 9)}, "kept should be torch.int8 or .* but is torch.float32 on cpu"),
+        ({"v": torch.zeros(2, 2, 9, 72, device="meta").half()}, "v should be torch.float16 on cpu, but .* on meta"),
+        ({}, "runs on a CUDA or ROCm device, but the tensors are on cpu"),
+    ),
+)
+def test_what_a_module_cannot_take_is_named_before_a_launch(changed: dict[str, Any], said: str) -> None:
+    sizes = {"q": (2, 6, 5, 72), "k": (2, 2, 9, 72), "v": (2, 2, 9, 72)}
+    given: dict[str, Any] = {name: torch.zeros(size).half() for name, size in sizes.items()}
+    given |= {"bias": torch.zeros(6, 9), "kept": torch.ones(2, 9, dtype=torch.int64), **changed}
+    with pytest.raises(ValueError, match=said):
+        load(generate(parse_spec(CALLED)))(**given)
 
 
 @pytest.mark.parametrize(

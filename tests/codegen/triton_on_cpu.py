@@ -28,6 +28,14 @@ class Register(torch.Tensor):
                 each.source.use()
         return super().__torch_function__(function, types, args, kwargs or {})
 
+    def __floordiv__(self, other: Any) -> Any:
+        """As Triton divides integers: towards zero."""
+        return torch.div(self, other, rounding_mode="floor" if self.is_floating_point() else "trunc")
+
+    def __mod__(self, other: Any) -> Any:
+        """As Triton has it: with the sign of what is divided."""
+        return torch.fmod(self, other)
+
     def to(self, dtype: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
         """The numbers, or the bits, in another type."""
         if bitcast:
@@ -150,6 +158,7 @@ def numbers() -> dict[str, Any]:
     return {
         "constexpr": constant, "int32": torch.int32, "int64": torch.int64, "float32": torch.float32,
         "int8": torch.int8, "float16": torch.float16, "zeros": full, "full": full,
+        "zeros_like": lambda x: register(torch.zeros_like(x)),
         "minimum": two(torch.minimum, min), "maximum": two(torch.maximum, max),
         "where": lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
         "cdiv": lambda a, b: (a + b - 1) // b, "program_id": lambda _: PROGRAM.number,

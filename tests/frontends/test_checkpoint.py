@@ -82,6 +82,15 @@ def test_a_folder_opens(folder: Path, attention: Any) -> None:
     assert opened.model(**kwargs)[0].shape == (3, 11, 24)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_without_sdpa_opens(tmp_path: Path, attention: Any) -> None:
+    config = transformers.BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    opened = open_model(tmp_path, attn_implementation=attention)
+    assert opened.model.config._attn_implementation == "eager"
+    assert opened.model(**opened.example(1, 5)[1])[0].shape == (1, 5, 16)
+
+
 def test_another_dtype(folder: Path) -> None:
     model = open_model(folder, dtype=torch.bfloat16).model
     assert next(model.parameters()).dtype == torch.bfloat16

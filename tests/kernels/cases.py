@@ -88,6 +88,21 @@ def _channels(query: int, value: int) -> Case:
     )
 
 
+def _groups(query: int, key: int, rows: int) -> Case:
+    return _row(
+        f"groups-of-{query // key}",
+        f"""
+        attend  q[B,{query},I,24]  k,v[B,{key},J,24]  float32
+        score  0.2·s
+        mask   j ≤ i + J − I
+        kv_head h // {query // key}
+        {SOFTMAX}
+        """,
+        {"B": 2, "I": rows, "J": rows + 2},
+        "groups that are no power of two, and tiles that hardly anything fills",
+    )
+
+
 COMPUTED = ("cos(float(i)·exp2(−0.3·float(d % 12)))", "sin(float(i)·exp2(−0.3·float(d % 12)))")
 """Angles that are computed from positions."""
 
@@ -161,8 +176,12 @@ TERMS = (
 KERNEL_CASES: tuple[Case, ...] = (
     *(
         _channels(query, value)
-        for query, value in ((72, 40), (80, 80), (96, 96), (112, 64), (256, 256), (24, 1), (3, 7))
+        for query, value in (
+            *((72, 40), (80, 80), (96, 96), (112, 64), (160, 160), (192, 128), (256, 256)),
+            *((24, 1), (3, 7)),
+        )
     ),
+    *(_groups(query, key, rows) for query, key, rows in ((5, 1, 11), (14, 2, 15), (9, 3, 17))),
     _masked("five-keys", "true", {"B": 2, "I": 3, "J": 5}),
     _masked("one-query", "j ≤ i + J − I", {"B": 2, "I": 1, "J": 77}, "decode"),
     _masked("one-key", "true", {"B": 1, "I": 40, "J": 1}),

@@ -45,6 +45,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     if request.get("hopper_backward"):
         return {"passed": around_hopper_backward(request["hopper_backward"])}
+    if request.get("hiding"):
+        from tests.kernels.hiding import errors, hiding_spec
+
+        spec = hiding_spec(tuple(request["hiding"]), *([request["score"]] if request.get("score") else []))
+        module, dtype = load_module(generate(spec)), getattr(torch, request["dtype"])
+        blocks = {"TILES": {dtype: (32, 32, 4, 1)}, "DECODE_TILES": {dtype: (32, 4, 1)}}
+        with mock.patch.multiple(module, LONG_CACHE=0, LEAST_TILES=1, **blocks):
+            return {"wrong": errors(spec, module.attend, float(request["number"]), dtype, queries=request["queries"])}
     if request.get("boxes"):
         return {"outcomes": moved(request["case"], tuple(request["boxes"]), getattr(torch, request["dtype"]))}
     if request.get("text"):

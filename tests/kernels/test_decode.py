@@ -147,6 +147,35 @@ def test_rows_at_odd_bytes_are_refused() -> None:
         load_module(generate(case.spec)).attend(*(tensors[value.name] for value in case.spec.inputs))
 
 
+POOL = """x
+  gather  pages[P,16,2,64]  float32
+    at     table[b, j // 16], j % 16, g, d
+    sizes  B, 2, 16·M, 64
+    out    k
+  attend  q[B,4,I,64]  k  v[B,2,16·M,64]  float32
+    score  s + gain[kind[j]]
+    mask   true
+    kv_head h // 2
+    norm   softmax (float32)
+  given  table[B,M]:int32
+  given  gain[G]:float32
+  given  kind[16·M]:int32"""
+
+
+@pytest.mark.parametrize("empty", ("pages", "gain"))
+def test_what_is_read_by_index_has_elements(empty: str) -> None:
+    """An index is clamped into its tensor, which is nowhere in one without elements: memory next to it was read."""
+    spec = parse_spec(POOL)
+    attend = load_module(generate(spec)).attend
+    sizes = {"B": 1, "I": 2, "M": 3, "P": 5, "G": 4}
+    missing = {**sizes, "P" if empty == "pages" else "G": 0}
+    with pytest.raises(ValueError, match=rf"{empty} should have elements, but its shape is \((0,|0, 16, 2, 64)\)"):
+        attend(*Case("pool", POOL, missing, ranges={"kind": (0, 1)}).tensors().values())
+    for unread in ("B", "I"):
+        out = attend(*Case("pool", POOL, {**missing, unread: 0}, ranges={"kind": (0, 1)}).tensors().values())
+        assert out.numel() == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ("keys-1000", "paged", "int4-channel"))
 def test_results_repeat_on_a_gpu(name: str) -> None:
