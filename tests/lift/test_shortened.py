@@ -198,10 +198,24 @@ def test_a_file_of_one_long_length_is_proven_short(name: str) -> None:
 def test_a_file_whose_lengths_are_no_lengths_is_refused_as_before() -> None:
     """Rows of a table that are chosen by stored positions: a shorter one has other positions."""
     nodes = [
+        helper.make_node("Gather", ["table", "chosen"], ["rows"], axis=1),
+        helper.make_node("Unsqueeze", ["rows", "axes"], ["bias"]),
+        helper.make_node("Add", ["scores", "bias"], ["logits"]),
+    ]
+    chosen = (4094 - np.arange(2048)).astype(np.int64)
+    table = np.random.default_rng(0).standard_normal((32, 4095)).astype(np.float32)
+    site = onnx_site(nodes, {"table": table, "chosen": chosen, "axes": np.array([1])}, 32, 2048)
+    assert site.status == "refused" and "too many to compare" in str(site.refusal)
+
+
+def test_a_bias_looked_up_for_each_pair_is_loaded_and_compared_at_shorter_lengths() -> None:
+    """As the places are not computed in the Spec, what they hold does not matter."""
+    nodes = [
         helper.make_node("Gather", ["table", "chosen"], ["bias"], axis=1),
         helper.make_node("Add", ["scores", "bias"], ["logits"]),
     ]
     chosen = (np.arange(2048)[:, None] - np.arange(2048) + 2047).astype(np.int64)
     table = np.random.default_rng(0).standard_normal((32, 4095)).astype(np.float32)
     site = onnx_site(nodes, {"table": table, "chosen": chosen}, 32, 2048)
-    assert site.status == "refused" and "too many to compare" in str(site.refusal)
+    assert site.status == "lifted" and site.spec is not None
+    assert "bias[h, i, j]" in str(site.spec) and [v.name for v in site.spec.captured()] == ["bias"]
