@@ -228,6 +228,20 @@ def test_the_example_generates(llama: Path) -> None:
     assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"nonsense", b"[]", b"{}", b'{"prompt": 5}', b'{"prompt": ""}', b'{"prompt": "a", "tokens": 0}',
+     b'{"prompt": "a", "tokens": true}'],
+    ids=repr,
+)  # fmt: skip
+def test_the_service_says_what_it_takes(body: bytes) -> None:
+    """Anything else is an answer of its own, and not an end of the connection."""
+    request = runpy.run_path(str(EXAMPLES / "serve_onnx.py"))["request"]
+    assert request(b'{"prompt": "a"}') == ("a", 32) and request(b'{"prompt": "a", "tokens": 3}') == ("a", 3)
+    with pytest.raises(ValueError, match=r"send|Expecting"):
+        request(body)
+
+
 def test_the_example_generates_with_states_in_float16(llama: Path, tmp_path: Path) -> None:
     example = runpy.run_path(str(EXAMPLES / "generate_onnx.py"))
     attncompile.convert(llama.parent / "llama", tmp_path / "out", precision="fp16")
