@@ -14,6 +14,20 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 
+def request(body: bytes) -> tuple[str, int]:
+    """The prompt and the number of tokens that are asked for.
+
+    Raises:
+        ValueError: for anything else than ``{"prompt": text, "tokens": 1 or more}``.
+    """
+    asked = json.loads(body)
+    prompt = asked.get("prompt") if isinstance(asked, dict) else None
+    count = asked.get("tokens", 32) if isinstance(asked, dict) else None
+    if not isinstance(prompt, str) or not prompt or type(count) is not int or count < 1:
+        raise ValueError(f'send {{"prompt": text, "tokens": 1 or more}}, not {asked!r}')
+    return prompt, count
+
+
 def completion(og: Any, model: Any, prompt: str, count: int) -> str:
     """The prompt and at most ``count`` tokens that follow."""
     tokenizer = og.Tokenizer(model)
@@ -38,11 +52,18 @@ def main(folder: str, port: int) -> None:
         """``POST {"prompt": …, "tokens": …}`` gives ``{"text": …}``."""
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = completion(og, model, asked["prompt"], asked.get("tokens", 32))
-            self.send_response(200)
+            try:
+                prompt, count = request(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            except ValueError as error:
+                self.answer(400, {"error": str(error)})
+            else:
+                self.answer(200, {"text": completion(og, model, prompt, count)})
+
+        def answer(self, status: int, told: dict[str, str]) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
-            self.wfile.write(json.dumps({"text": text}).encode() + b"\n")
+            self.wfile.write(json.dumps(told).encode() + b"\n")
 
     HTTPServer(("127.0.0.1", port), Completion).serve_forever()
 

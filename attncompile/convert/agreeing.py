@@ -175,7 +175,13 @@ def agreeing(
             continue
         lossy = any(outcome.lossy for outcome in rewritten.outcomes)
         if known is None or (lossy and not inputs.texts):
-            inputs = inputs_of(part.opened, lossy=lossy or making.rounds, part=part.name, texts=making.judged)
+            inputs = inputs_of(
+                part.opened,
+                lossy=lossy or making.rounds,
+                part=part.name,
+                texts=making.judged,
+                provider=options.provider,
+            )
             results, told = _fresh(making) / "known", options.progress
             known = known_runs(
                 part.opened, making.export, options.provider, inputs, results, told, doing=part.doing

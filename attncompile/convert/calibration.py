@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attncompile.codegen.onnx.choose import largest_prompt_threshold
+from attncompile.convert.providers import kernels_of
 from attncompile.frontends.cached import PRESENT, Generating
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -21,9 +22,12 @@ from attncompile.frontends.positions import positions_of
 SHAPES = ((1, 9), (3, 33), (2, 70))
 """Batch and length of the calls on which a result is compared with the original; all but the first have padding."""
 
-LONGEST = largest_prompt_threshold() + 12
-"""Tokens of the longest call of a model with its cache: for such a prompt an operator may be chosen that short ones do
-not get."""
+BEYOND = 12
+"""Tokens by which the longest call of a model with its cache is longer than every length from which on an operator may
+be chosen that shorter prompts do not get."""
+
+LONGEST = largest_prompt_threshold() + BEYOND
+"""Tokens of that call for a model of which nothing else is known."""
 
 FILE_SHAPES = ((3, 0, 33), (3, 5, 1))
 """Batch, cached positions and length of further calls of an ONNX file with a cache: the prompts and steps of several
@@ -91,18 +95,19 @@ class Call:
         return mask.bool()
 
 
-def calls(opened: OpenedModel, seed_shift: int = 0) -> tuple[Call, ...]:
+def calls(opened: OpenedModel, seed_shift: int = 0, provider: str | None = None) -> tuple[Call, ...]:
     """Calls at several batch sizes and lengths, the last row padded; prompts and steps for a model with a cache.
 
     Args:
         opened: the model.
         seed_shift: added to the lengths, so that a later verification sees inputs that the conversion did not.
+        provider: for which operators are chosen; any, unless given.
 
     Raises:
         InputError: when no inputs can be derived for the model.
     """
     if isinstance(opened, Generating):
-        return tuple(_cached_calls(opened, seed_shift))
+        return tuple(_cached_calls(opened, seed_shift, longest_prompt(opened, provider)))
     made: list[Call] = []
     for batch, length in SHAPES:
         try:
@@ -124,11 +129,22 @@ def _file_call(opened: OpenedModel, batch: int, past: int, length: int, shift: i
     return Call(args, kwargs, f"batch {batch}, length {length} behind {past}")
 
 
-def _cached_calls(opened: Generating, shift: int) -> Iterator[Call]:
+def longest_prompt(opened: Generating, provider: str | None = None) -> int:
+    """Tokens of the longest call of a model with its cache: for such a prompt an operator may be chosen that short ones
+    do not get. What depends on the square of it, or on the vocabulary, is most of what a comparison needs of memory.
+
+    Args:
+        opened: the model; provider: for which operators are chosen; any, unless given.
+    """
+    kernels = None if provider is None else kernels_of(provider)
+    return largest_prompt_threshold(kernels, opened.grouped) + BEYOND
+
+
+def _cached_calls(opened: Generating, shift: int, longest: int) -> Iterator[Call]:
     """Calls of a model with a cache: as many as fit into its positions, the longest shortened to them."""
     positions = positions_of(opened.config) or math.inf
     for batch, past, length in CACHED_SHAPES:
-        prompt, more = (length + shift, 0) if not past else (length, past + shift)
+        prompt, more = ((longest if length == LONGEST else length) + shift, 0) if not past else (length, past + shift)
         if length == LONGEST and prompt > positions:
             prompt = max(1, int(positions) - shift)  # again another length where a later verification shifts it
         if prompt + more > positions or not opened.takes(batch, more, prompt):

@@ -133,7 +133,13 @@ class Inputs:
 
 
 def inputs_of(
-    opened: OpenedModel, *, lossy: bool, shift: int = 0, part: str = "", texts: Sequence[Call] | None = None
+    opened: OpenedModel,
+    *,
+    lossy: bool,
+    shift: int = 0,
+    part: str = "",
+    texts: Sequence[Call] | None = None,
+    provider: str | None = None,
 ) -> Inputs:
     """What to compare forms of a model on.
 
@@ -144,8 +150,9 @@ def inputs_of(
         part: what is run, where it is not the whole model; for the entries.
         texts: calls on text; 512 tokens at once and behind caches unless given, and the calls where the model reads
             none.
+        provider: for which operators were chosen; any, unless given.
     """
-    return Inputs(_named(calls(opened, shift), part), _texts(opened, texts, part) if lossy else ())
+    return Inputs(_named(calls(opened, shift, provider), part), _texts(opened, texts, part) if lossy else ())
 
 
 def _named(made: Sequence[Call], part: str) -> tuple[Call, ...]:

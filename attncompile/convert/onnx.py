@@ -23,7 +23,7 @@ from attncompile.convert.frame import Made, Options, conversion, plan_is_lossy, 
 from attncompile.convert.generator import write_generator
 from attncompile.convert.in_precision import budget_of
 from attncompile.convert.in_steps import compare_in_steps, known_in_steps
-from attncompile.convert.memory import release
+from attncompile.convert.memory import large_blocks_given_back, release
 from attncompile.convert.onnx_part import make_part, making_of, texts_for
 from attncompile.convert.onnx_runs import known_runs, session_results
 from attncompile.convert.onnx_sites import verified_sites
@@ -87,7 +87,8 @@ def convert_onnx(target: str | Path, out: Path, options: Options) -> Conversion:
     def make(opened: OpenedModel, requested: tuple[PassCall, ...], folder: Path) -> Made:
         return _made(target, opened, requested, folder, options)
 
-    return conversion(target, out, options, "onnx", "eager", make)
+    with large_blocks_given_back():
+        return conversion(target, out, options, "onnx", "eager", make)
 
 
 def _made(
@@ -339,7 +340,9 @@ def verify_onnx(
         try:
             for part, plain, file in zip(parts, before, after, strict=True):
                 judged = texts_for(part, text).judged if rounds or text is not None else None
-                inputs = inputs_of(part.opened, lossy=lossy, shift=shift, part=part.name, texts=judged)
+                inputs = inputs_of(
+                    part.opened, lossy=lossy, shift=shift, part=part.name, texts=judged, provider=plan.provider
+                )
                 results = scratch / f"{part.file}_known"
                 known = known_runs(part.opened, plain, provider, inputs, results, exactly=not rounds)
                 converted = session_results(file, provider, inputs.every, scratch / part.file)

@@ -15,7 +15,7 @@ from attncompile.convert.comparison import Inputs, Run, Runs
 from attncompile.convert.memory import read_by_modules, release
 from attncompile.convert.onnx_older import is_too_new, spell_out_unknown, why_too_new
 from attncompile.convert.recorded import recorded
-from attncompile.convert.runtime import run, save, session
+from attncompile.convert.runtime import LoadError, run, save, session
 from attncompile.convert.widened import Widened, outputs_of
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
@@ -46,7 +46,13 @@ def known_runs(
     scratch.mkdir()
     release()
     before = runnable(before, scratch, opened.path)
-    plain = session_results(before, provider, inputs.every, scratch / "plain", running(progress, f"the export{doing}"))
+    try:
+        told = running(progress, f"the export{doing}")
+        plain = session_results(before, provider, inputs.every, scratch / "plain", told)
+    except LoadError as error:
+        if opened.kind != "onnx":
+            raise
+        raise _not_loaded(error, opened.path, before) from error
     if opened.kind == "onnx":
         return Runs(plain, plain, plain)
     told, wide = running(progress, f"the original{doing}"), running(progress, f"the original{doing} in float64")
@@ -63,6 +69,13 @@ def known_runs(
             exact = recorded(Widened(opened.model), inputs.calls, scratch / "exact", wide)
     release()
     return Runs(original, plain, plain, exact, "ONNX Runtime")
+
+
+def _not_loaded(error: LoadError, given: Path, before: Path) -> InputError:
+    """The error for a given file that ONNX Runtime does not take, which names that file and not a copy of it."""
+    unknown = "is not a registered function/op" in error.what
+    own = "a result is compared with it in ONNX Runtime, which has to know its operators; write that one in known ones"
+    return InputError(error.what.replace(before.name, given.name), given, own if unknown else error.advice)
 
 
 def runnable(file: Path, folder: Path, given: Path) -> Path:

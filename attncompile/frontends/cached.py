@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from attncompile.frontends.checkpoint import OpenedModel
 from attncompile.frontends.errors import InputError
 from attncompile.frontends.example_inputs import Arguments, Padding
+from attncompile.frontends.positions import text_config
 
 PRESENT = "present."
 """How the names of the results begin that hold keys and values, ``[B, G, P + N, D]``."""
@@ -207,6 +208,15 @@ class Generating(OpenedModel, ABC):
     def shared(self) -> bool:
         """Whether past and present are one buffer."""
         return False
+
+    @property
+    def grouped(self) -> bool | None:
+        """Whether several query heads share a cached head, in every layer; ``None`` where that is not known, or not so
+        in every layer alike.
+        """
+        heads = getattr(text_config(self.config), "num_attention_heads", None)
+        found = {kept < heads for (kept, _), _ in self.widths} if isinstance(heads, int) else set()
+        return found.pop() if len(found) == 1 else None
 
     def takes(self, batch: int, past: int, length: int) -> bool:
         """Whether such calls are the model's: rows, cached positions, and new tokens."""

@@ -34,6 +34,7 @@ def read_onnx_file(path: Path) -> onnx.ModelProto:
     # A few bytes of anything can parse as an empty message, so what every model has is asked for.
     if not model.ir_version or not model.opset_import or not model.graph.node:
         raise InputError("not an ONNX model (it holds no graph)", path, "export or download the file again")
+    _check_opsets(model, path)
     for tensor in _tensors(model):
         _check_size(tensor, path)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -101,6 +102,18 @@ _AGAIN = "export or download the file again"
 
 MOST_AXES = 64
 """That an array of NumPy, or a tensor of PyTorch, can have."""
+
+
+def _check_opsets(model: onnx.ModelProto, path: Path) -> None:
+    """That the standard's operator set is one that is known: what operators mean in a later one nobody can say, and
+    ONNX's own check takes them for what they were.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    for stated in (*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)):
+        if stated.domain in ("", "ai.onnx") and not 1 <= stated.version <= newest:
+            known = f"known here are 1 to {newest} (onnx {onnx.__version__})"
+            advice = "export it with one of these, or install a newer onnx"
+            raise InputError(f"it has opset {stated.version}, and {known}", path, advice)
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

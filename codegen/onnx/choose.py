@@ -308,9 +308,18 @@ def _least_prompt(provider: Provider, grouped: bool) -> int | None:
 
 
 @functools.cache
-def largest_prompt_threshold() -> int:
-    """The most queries from which on any provider's prompts get another operator than steps do."""
-    columns = {(row.provider, row.grouped) for row in measurements() if row.mask == CACHED}
+def largest_prompt_threshold(provider: Provider | None = None, grouped: bool | None = None) -> int:
+    """The most queries from which on prompts get another operator than steps do.
+
+    Args:
+        provider: where the model runs, anywhere unless given.
+        grouped: whether several query heads share a KV head, either unless given.
+    """
+    columns = {
+        (row.provider, row.grouped)
+        for row in measurements()
+        if row.mask == CACHED and provider in (None, row.provider) and grouped in (None, row.grouped)
+    }
     return max((_least_prompt(*column) or 0 for column in columns), default=0)
 
 

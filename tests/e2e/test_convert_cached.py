@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import transformers
 from onnx import TensorProto, helper, numpy_helper
 
 import attncompile
-from attncompile.convert.calibration import LONGEST, calls
+from attncompile.codegen.onnx.choose import largest_prompt_threshold, threshold_of
+from attncompile.convert.calibration import BEYOND, LONGEST, calls, longest_prompt
 from attncompile.convert.generator import GENERATOR, write_generator
 from attncompile.convert.runtime import session
 from attncompile.frontends.cached import with_cache
@@ -168,7 +170,23 @@ def test_a_decoder_gets_a_cache_unless_told(llama: Path) -> None:
     operators = [site.operator for site in load_plan(llama / "plan.json").sites]
     assert all(operator.startswith("GroupQueryAttention from ") for operator in operators)
     said = {entry.inputs for entry in load_certificate(llama / "certificate.json").end_to_end}
-    assert f"batch 1, length {LONGEST} behind 0" in said
+    beyond = max(map(threshold_of, operators)) + BEYOND
+    assert f"batch 1, length {beyond} behind 0" in said and beyond < LONGEST
+
+
+@pytest.mark.parametrize(("kind", "grouped"), [("llama", True), ("gpt_neox", False), ("mixed", None)])
+def test_the_longest_prompt_is_beyond_what_a_model_of_such_heads_may_get(
+    kind: str, grouped: bool | None, tmp_path: Path
+) -> None:
+    """Logits and scores of every token beyond that are memory and time which show nothing."""
+    (QUICK | MORE)["gpt_neox" if kind == "gpt_neox" else "llama"]().save_pretrained(tmp_path)
+    opened = with_cache(open_model(tmp_path))
+    if kind == "mixed":  # one layer keeps a head for each query head
+        heads = opened.config.num_attention_heads
+        opened = replace(opened, widths=(opened.widths[0], ((heads, 8), (heads, 8))))
+    assert opened.grouped is grouped
+    assert longest_prompt(opened, "cpu") == largest_prompt_threshold("cpu", grouped) + BEYOND
+    assert longest_prompt(opened) <= LONGEST
 
 
 def test_a_model_with_fewer_positions_reads_as_many_as_it_has(tmp_path: Path) -> None:
@@ -208,6 +226,20 @@ def test_the_example_generates(llama: Path) -> None:
     wanted = expected(model, ids, mask, 8)[0].tolist()
     assert example["generate"](loaded, ids[0].tolist(), set(), 8) == wanted
     assert example["generate"](loaded, ids[0].tolist(), {wanted[2]}, 8) == wanted[: wanted.index(wanted[2]) + 1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"nonsense", b"[]", b"{}", b'{"prompt": 5}', b'{"prompt": ""}', b'{"prompt": "a", "tokens": 0}',
+     b'{"prompt": "a", "tokens": true}'],
+    ids=repr,
+)  # fmt: skip
+def test_the_service_says_what_it_takes(body: bytes) -> None:
+    """Anything else is an answer of its own, and not an end of the connection."""
+    request = runpy.run_path(str(EXAMPLES / "serve_onnx.py"))["request"]
+    assert request(b'{"prompt": "a"}') == ("a", 32) and request(b'{"prompt": "a", "tokens": 3}') == ("a", 3)
+    with pytest.raises(ValueError, match=r"send|Expecting"):
+        request(body)
 
 
 def test_the_example_generates_with_states_in_float16(llama: Path, tmp_path: Path) -> None:

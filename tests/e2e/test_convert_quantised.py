@@ -37,6 +37,20 @@ def away(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+def test_an_operator_that_the_runtime_does_not_know_is_named_with_the_file(tmp_path: Path) -> None:
+    file = quantised_file("dynamic", tmp_path)
+    model = onnx.load(file)
+    model.opset_import.append(onnx.helper.make_opsetid("who.knows", 1))
+    model.graph.node.append(onnx.helper.make_node("Twice", [model.graph.output[0].name], ["twice"], domain="who.knows"))
+    model.graph.output[0].name = "twice"
+    onnx.save(model, file)
+    with pytest.raises(InputError, match=r"who\.knows:Twice\(-1\) is not a registered") as raised:
+        attncompile.convert(file, tmp_path / "out", to="onnx")
+    said = str(raised.value)
+    assert str(file) in said and "known ones" in said and "before_" not in said and "report" not in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("form", ["qdq-everything", "qoperator-everything", "dynamic"])
 def test_a_file_stays_as_it_is_unless_that_is_asked(form: str, tmp_path: Path) -> None:
     file = quantised_file(form, tmp_path)

@@ -439,6 +439,16 @@ def test_a_file_that_is_no_whole_onnx_model_is_refused(content: bytes, tmp_path:
         open_model(file)
 
 
+@pytest.mark.parametrize("opset", [0, onnx.defs.onnx_opset_version() + 1, 300])
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_an_operator_set_that_nobody_knows_is_refused(opset: int, domain: str, tmp_path: Path) -> None:
+    """ONNX's own check reads it as the newest one that it knows."""
+    model = embedding_model()
+    model.opset_import[0].domain, model.opset_import[0].version = domain, opset
+    with pytest.raises(InputError, match=f"it has opset {opset}, and known here are 1 to"):
+        open_model(write(tmp_path / "model.onnx", model))
+
+
 # --- example inputs -----------------------------------------------------------------------------------------
 
 
