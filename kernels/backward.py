@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attncompile.kernels.dense import LOG2E, DeviceFunction
+from attncompile.kernels.dense import LOG2E, DeviceFunction, pointwise
 from attncompile.kernels.loops import KEYS, QUERIES, KeyRuns, deeper, key_loops, own_block
 from attncompile.kernels.source import indented, signature
 
@@ -122,7 +122,7 @@ class DenseBackward:
     """What a Spec decides about the backward kernels.
 
     Attributes:
-        normalizer: ``softmax``, ``sigmoid`` or ``relu``.
+        normalizer: ``softmax``, ``sigmoid``, ``relu`` or ``none``.
         scale: constant factor of the logits that ``score`` leaves out.
         score, visible, edit, sink: as in :class:`attncompile.kernels.dense.DenseForward`.
         slope: derivative of ``score`` by the raw score, or ``None`` where it is constant.
@@ -347,12 +347,10 @@ class DenseBackward:
         if self.edit:
             lines += signature("factor = edit", self.edit.parameters, "", inside=16).splitlines()
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
-        value = {
-            "softmax": f"tl.exp2(logits * {self.scale * LOG2E!r} - row_shift)",
-            "sigmoid": f"tl.sigmoid({scaled})",
-            "relu": f"tl.maximum({scaled}, 0.0)",
-        }
-        return [*lines, f"weights = {value[self.normalizer]}"]
+        weights = pointwise(self.normalizer, scaled)
+        if self.softmax:
+            weights = f"tl.exp2(logits * {self.scale * LOG2E!r} - row_shift)"
+        return [*lines, f"weights = {weights}"]
 
     def logit_gradient(self) -> str:
         """Line that sets ``logit_gradient`` from ``weights`` and ``products``."""
@@ -361,6 +359,7 @@ class DenseBackward:
             "softmax": f"weights * ({edited} - row_delta)",
             "sigmoid": f"{edited} * weights * (1.0 - weights)",
             "relu": f"tl.where(logits > 0.0, {edited}, 0.0)",
+            "none": f'tl.where(logits > float("-inf"), {edited}, 0.0)',
         }
         return f"logit_gradient = {value[self.normalizer]}"
 

@@ -44,6 +44,15 @@ class DeviceFunction:
         return f'@triton.jit\n{head}\n    """{self.docstring}"""\n{body}'
 
 
+def pointwise(normalizer: str, logits: str) -> str:
+    """Source of the weights of a normaliser that needs no other key; a hidden key's logit is −∞, its weight zero."""
+    if normalizer == "sigmoid":
+        return f"tl.sigmoid({logits})"
+    if normalizer == "relu":
+        return f"tl.maximum({logits}, 0.0)"
+    return f'tl.where(logits > float("-inf"), {logits}, 0.0)'
+
+
 SWALLOWING = 2.0**27
 """Logits of this magnitude have eight units between them in float32: what hides, no score.
 
@@ -92,13 +101,15 @@ class DenseForward:
     """What a Spec decides about the kernel.
 
     Attributes:
-        normalizer: ``softmax``, ``sigmoid`` or ``relu``.
+        normalizer: ``softmax``; ``sigmoid``, ``relu`` or ``none``, which make a weight from its score alone; ``sum`` or
+            ``l1``, whose weights are scores divided by their sum, or by that of their magnitudes.
         scale: constant factor of the logits that ``score`` leaves out; applied inside the exponential.
         score: the logit from the raw score, or ``None`` when it is the raw score.
         far_score: what ``score`` is in the part of the keys that needs no mask, where it is simpler there, or ``None``.
         visible: the mask, or ``None`` when all is visible.
         edit: factor of the normalised weight, or ``None``.
         sink: logit of a key without a value, over ``b h i``, or ``None``.
+        divisor: what the sum becomes before it divides, over ``t b h i``, or ``None`` where nothing is divided by it.
         kv_head: source of the KV head over ``h``.
         runs: limits of the key loops.
         latest_first: start with the last queries: where they have the most keys.
@@ -120,6 +131,7 @@ class DenseForward:
     visible: DeviceFunction | None
     edit: DeviceFunction | None
     sink: DeviceFunction | None
+    divisor: DeviceFunction | None
     kv_head: str
     runs: KeyRuns
     latest_first: bool
@@ -205,7 +217,7 @@ class DenseForward:
     def source(self) -> str:
         """The functions and the kernel as text."""
         own = [device_function(name) for name in self.device_functions()]
-        functions = (self.score, self.far_score, self.visible, self.edit, self.sink)
+        functions = (self.score, self.far_score, self.visible, self.edit, self.sink, self.divisor)
         spec = [function.source() for function in functions if function]
         return "\n\n\n".join([*own, *spec, self._kernel()])
 
@@ -275,6 +287,8 @@ class DenseForward:
                 "total = tl.zeros([BLOCK_I], tl.float32)",
                 *(["moment = tl.zeros([BLOCK_I], tl.float32)"] if self.tapped else []),
             ]
+        elif self.divisor:
+            lines.append("total = tl.zeros([BLOCK_I], tl.float32)")
         return lines
 
     def _inside(self, condition: str, axis: str) -> str:
@@ -348,12 +362,13 @@ class DenseForward:
             call = signature(f"{results} = {self.device_functions()[0]}", arguments, "", inside=8)
             return [*self._factor(), *call.splitlines()]
         scaled = "logits" if self.scale == 1.0 else f"logits * {self.scale!r}"
-        weights = f"tl.sigmoid({scaled})" if self.normalizer == "sigmoid" else f"tl.maximum({scaled}, 0.0)"
-        if self.edit:
-            weights = f"{weights} * factor"
+        plain = pointwise(self.normalizer, scaled)
+        summed = {"sum": "weights", "l1": "tl.abs(weights)"}.get(self.normalizer)
         return [
             *self._factor(),
-            f"weights = {weights}",
+            f"weights = {plain}",
+            *([f"total += tl.sum({summed}, 1)"] if summed else []),
+            *(["weights *= factor"] if self.edit else []),
             'accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator, input_precision="ieee")',
         ]
 
@@ -375,6 +390,13 @@ class DenseForward:
             lines += [
                 "# A row that saw no key gives zeros.",
                 f"accumulator = accumulator / tl.where(total == 0.0, 1.0, {total})[:, None]",
+            ]
+        if self.divisor:
+            lines += [
+                "t = total[:, None]",
+                *signature("whole = divisor", self.divisor.parameters, "", inside=4).splitlines(),
+                "# A row whose weights are all zero gives zeros.",
+                "accumulator = accumulator / tl.where(whole == 0.0, 1.0, whole)",
             ]
         lines += [
             "out_rows = tl.cast(rows, tl.int64)[:, None] * out_stride_i",

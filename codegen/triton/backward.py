@@ -55,6 +55,8 @@ def why_not_backward(spec: Spec) -> str | None:
     if is_wide(spec):
         return f"backward kernels are generated for heads of up to {LARGEST_HEAD} channels"
     parts = dense(spec)
+    if parts.divisor is not None:
+        return f"backward kernels divide by no sum; the normaliser is {parts.attend.norm.kind}"
     try:
         slopes = [derivative(parts.score, SCORE)]
         for expr in expressions_of(parts).values():

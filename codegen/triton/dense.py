@@ -86,7 +86,8 @@ def dense_module(spec: Spec, tuned: TunedTile | None = None) -> tuple[str, tuple
 
 
 def _expressions(parts: Dense) -> tuple[Expr, ...]:
-    return tuple(expr for expr in (parts.score, parts.mask, parts.edit, parts.sink) if expr is not None)
+    found = (parts.score, parts.mask, parts.edit, parts.sink, parts.divisor)
+    return tuple(expr for expr in found if expr is not None)
 
 
 def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length, Length, Length]) -> DenseForward:
@@ -107,8 +108,9 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
     visible = None if parts.mask == TRUE else function_of("visible", parts.mask, pairs)
     edit = None if parts.edit is None else function_of("edit", parts.edit, pairs)
     sink = None if parts.sink is None else function_of("sink", parts.sink, pairs)
+    divisor = None if parts.divisor is None else function_of("divisor", parts.divisor, pairs)
     kv_head = print_triton(simplify(attend.kv_head, extents), block).value
-    functions = (score, far_score, visible, edit, sink)
+    functions = (score, far_score, visible, edit, sink, divisor)
     parameters = [name for function in functions if function for name in function.parameters]
     return DenseForward(
         normalizer=attend.norm.kind,
@@ -117,6 +119,7 @@ def _skeleton(spec: Spec, parts: Dense, binding: Binding, lengths: tuple[Length,
         visible=visible,
         edit=edit,
         sink=sink,
+        divisor=divisor,
         kv_head=kv_head,
         runs=runs,
         latest_first=ROW_LAST in symbols(found.main.stop) and ROW_FIRST not in symbols(found.main.start),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attncompile.ir.evaluate import largest_first
-from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Weight, loads, symbols, walk
+from attncompile.ir.expr import Apply, Const, Expr, Index, Load, Score, Size, Total, Weight, loads, symbols, walk
 from attncompile.ir.intervals import bounds
 from attncompile.ir.operators import OPERATORS, Kind
 from attncompile.ir.simplify import Simplifier
@@ -223,6 +223,8 @@ def _print(expr: Expr, scope: Scope, numbers: Counter[str], *, address: bool) ->
                 return "s"
             case Weight():
                 return "w"
+            case Total():
+                return "t"
             case Load():
                 return load(node)
             case Apply(operator, arguments, result):

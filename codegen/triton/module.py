@@ -21,7 +21,7 @@ from attncompile.codegen.triton.names import KERNEL_NAMES, LAUNCHER_NAMES, Names
 from attncompile.codegen.triton.structure import Dense, gives_zeros, hides
 from attncompile.codegen.triton.tiles import Tile
 from attncompile.ir import Spec, simplify
-from attncompile.ir.expr import SCORE, Const, Expr, Index, Load, Size, symbols
+from attncompile.ir.expr import SCORE, TOTAL, Const, Expr, Index, Load, Size, symbols
 from attncompile.ir.operators import Kind
 from attncompile.ir.types import element_kind
 from attncompile.kernels.dense import DeviceFunction, limited
@@ -305,7 +305,8 @@ def function_of(name: str, expr: Expr, scope: Scope) -> DeviceFunction:
     if name == "score" and SCORE not in symbols(expr):
         spread = scope.dialect.call(f"tl.zeros_like(s) + ({printed.value})")
         return _function(name, f"{expr}.", expr, scope, Printed(printed.lines, spread), ("s",))
-    return _function(name, f"{expr}.", expr, scope, printed, ("s",) if SCORE in symbols(expr) else ())
+    joined = tuple(letter for letter, symbol in (("s", SCORE), ("t", TOTAL)) if symbol in symbols(expr))
+    return _function(name, f"{expr}.", expr, scope, printed, joined)
 
 
 def score_function(parts: Dense, name: str, expr: Expr, scope: Scope) -> DeviceFunction:

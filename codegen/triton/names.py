@@ -19,7 +19,7 @@ MODULE_NAMES = _words("""
     cosine_query sine_query angles_query rotate_query rotate_sum_blocks_query rotate_quantize_blocks_query
     cosine_key sine_key angles_key rotate_key rotate_sum_blocks_key rotate_quantize_blocks_key
     rotate_quantize_query rotate_quantize_key
-    score far_score visible edit sink sink_logit
+    score far_score visible edit sink sink_logit divisor whole t
     decay_factor feature_map update update_edited update_narrow to_e4m3 power_scale power_inverse
     join_sink tanh round_half_even floor_divide floor_modulo
     TILES REAL WHOLE TRUTH sizes_of expect tile_of COMPILED kind launch isinstance type

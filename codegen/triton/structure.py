@@ -10,6 +10,7 @@ from attncompile.codegen.triton.moved import regrouped_parts
 from attncompile.codegen.triton.storage import decode_reason, reads_storage, storage_reason
 from attncompile.codegen.triton.tiles import LARGEST_HEAD, LARGEST_WIDE_HEAD
 from attncompile.ir import NO_SINK, Attend, Position, Quantize, Scan, Spec, simplify
+from attncompile.ir.attend import DIVIDING, HIDING_NOTHING
 from attncompile.ir.expr import (
     SCORE,
     TRUE,
@@ -52,6 +53,7 @@ class Dense:
         mask: what is visible; every other key has weight zero.
         edit: factor of the normalised weight, or ``None``.
         sink: logit of a key without a value, or ``None``.
+        divisor: what the sum of the weights becomes before it divides them, or ``None`` where nothing is divided.
         query, key, value: types of the operands.
         rounding: how queries, keys and perhaps values are rounded, or ``None``.
     """
@@ -62,6 +64,7 @@ class Dense:
     mask: Expr
     edit: Expr | None
     sink: Expr | None
+    divisor: Expr | None
     query: TensorType
     key: TensorType
     value: TensorType
@@ -101,10 +104,6 @@ class Rounding:
     def e4m3(self) -> bool:
         """Whether anything is rounded to float8 e4m3."""
         return any(step.dtype == "float8_e4m3" for step in self.steps)
-
-
-NORMALIZERS = ("softmax", "sigmoid", "relu")
-"""Normalisers that the dense kernel computes."""
 
 
 def operations_reason(spec: Spec) -> str | None:
@@ -223,8 +222,6 @@ def why_not_spec(spec: Spec) -> str | None:
     if attend is not None:
         if attend.taps and names_of(spec) != ["attend"]:
             return f"the kernels give {', '.join(attend.taps)} of one attend alone"
-        if attend.norm.kind not in NORMALIZERS:
-            return f"the kernels normalise by softmax, sigmoid or relu, not by {attend.norm.kind}"
         narrow = attend.value not in {value.name for value in spec.inputs} and not reads_storage(spec)
         if bool(attend.norm.weights) != narrow:
             given = ("as they are", "rounded")[narrow]
@@ -237,7 +234,7 @@ def why_not_spec(spec: Spec) -> str | None:
                 f"the weight edit {attend.weight} is not linear in w: an online softmax knows the weight "
                 "only up to a factor until the last key"
             )
-        expressions = (*logits(attend)[:2], attend.sink, attend.kv_head)
+        expressions = (*logits(attend)[:2], attend.sink, attend.divisor, attend.kv_head)
     for expr in (*expressions, *(size for value in spec.inputs for size in value.type.sizes)):
         reason = refusal(simplify(expr))
         if reason:
@@ -289,7 +286,8 @@ def negligible(fill: Expr) -> bool:
 
 def logits(attend: Attend) -> tuple[Expr, Expr]:
     """Score and mask such that what the mask hides has weight 0; a fill that counts joins the score."""
-    if attend.mask == TRUE or negligible(simplify(attend.fill)):
+    fill = simplify(attend.fill)
+    if attend.mask == TRUE or (fill == Const(0.0) if attend.norm.kind in HIDING_NOTHING else negligible(fill)):
         return simplify(attend.score), simplify(attend.mask)
     return simplify(where(attend.mask, attend.score, attend.fill)), TRUE
 
@@ -351,6 +349,7 @@ def dense(spec: Spec) -> Dense:
         mask,
         edit,
         None if attend.sink == NO_SINK else simplify(attend.sink),
+        simplify(attend.divisor) if attend.norm.kind in DIVIDING else None,
         types[attend.query],
         types[attend.key],
         types[attend.value],
