@@ -92,22 +92,46 @@ def _symbolically_inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     from onnxruntime.tools import symbolic_shape_infer
 
-    inference = symbolic_shape_infer.SymbolicShapeInference(
-        2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
-    )
+    endless = symbolic_shape_infer.SymbolicShapeInference
     said, symbolic_shape_infer.logger.disabled = symbolic_shape_infer.logger.disabled, True  # its guesses are not news
+    symbolic_shape_infer.SymbolicShapeInference = _ending(endless)  # by this name it makes those of bodies too
     try:
+        inference = symbolic_shape_infer.SymbolicShapeInference(
+            2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0
+        )
         inference._preprocess(proto)
         complete = False
         while inference.run_:
             complete = inference._infer_impl()
         inference._update_output_from_vi()
     finally:
+        symbolic_shape_infer.SymbolicShapeInference = endless
         symbolic_shape_infer.logger.disabled = said
     if not complete:
         raise ValueError("ONNX Runtime cannot infer every shape")
     inferred: onnx.ModelProto = inference.out_mp_
     return inferred
+
+
+def _ending(inference: type) -> type:
+    """The inference, ended with a ``ValueError`` where passes repeat themselves.
+
+    All that a pass leaves for the next one is which sizes should be equal. What asks for a pass without adding to that,
+    in a damaged file, would do so for ever.
+    """
+
+    class Ending(inference):  # type: ignore[misc]
+        repeated = 0
+
+        def _infer_impl(self, *given: object) -> bool:
+            known = dict(self.suggested_merge_)
+            complete = bool(super()._infer_impl(*given))
+            self.repeated = self.repeated + 1 if self.suggested_merge_ == known else 0
+            if self.run_ and self.repeated > 1:
+                raise ValueError("ONNX Runtime's shape inference comes to no end")
+            return complete
+
+    return Ending
 
 
 def _named_types(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TypeProto]]:

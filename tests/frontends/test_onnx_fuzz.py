@@ -112,6 +112,13 @@ def test_data_that_is_nowhere_or_outside(location: str, reader: Reader, tmp_path
     assert refusal(with_location(location), reader, tmp_path) == "refused"
 
 
+def test_an_input_without_an_element_type(reader: Reader, tmp_path: Path) -> None:
+    """ONNX Runtime's inference of shapes begins a pass after the other then, and comes to no end."""
+    model = bodies()
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UNDEFINED
+    assert refusal(model.SerializeToString(), reader, tmp_path) in ("made", "refused")
+
+
 def test_a_shape_beyond_all_numbers(reader: Reader, tmp_path: Path) -> None:
     model = bodies()
     model.graph.initializer[0].dims.extend([2**62] * 70)
