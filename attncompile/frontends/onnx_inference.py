@@ -120,7 +120,7 @@ def _ending(inference: type) -> type:
     in a damaged file, would do so for ever.
     """
 
-    class Ending(inference):  # type: ignore[misc]
+    class Ending(inference):
         repeated = 0
 
         def _infer_impl(self, *given: object) -> bool:
